@@ -1,0 +1,113 @@
+"""Attention over a user's history: multi-head, target attention, personalised codebooks, look-up.
+
+Pure functions on projected queries, keys and values; the projections are parameters and live in
+`tarq_jax.models.layers`. Heads lie before positions, `[B, H, N, E]`, so that each product is one
+batched matrix multiplication. An empty history attends to nothing and yields zero.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # added to masked logits: their weight underflows to exactly 0
+
+
+def attention_weights(queries: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax of scaled inner products over the unmasked positions.
+
+    `a_n = softmax_n(<q, k_n> / sqrt(E))` (Vaswani et al. 2017, eq. 1).
+
+    Args:
+      queries: [..., Q, E].
+      keys: [..., N, E].
+      mask: bool, broadcastable to [..., Q, N].
+
+    Returns:
+      [..., Q, N]; each row sums to one, or is all zero where no position is unmasked.
+    """
+    chex.assert_equal_shape_suffix([queries, keys], 1)
+    logits = (queries / jnp.sqrt(queries.shape[-1])) @ jnp.swapaxes(keys, -1, -2)
+    return _masked_softmax(logits, mask)
+
+
+@jax.custom_jvp
+def _masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis where `mask`, all zero where nothing is unmasked.
+
+    The derivative is given by hand, `dp = p (ds - <p, ds>)`: it reuses the weights and saves two
+    passes over them, a fifth of the time of attention and its gradient on CPU.
+    """
+    shifted = logits + jnp.where(mask, 0.0, MASKED)
+    exponentials = jnp.exp(shifted - jnp.max(shifted, axis=-1, keepdims=True))
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    return exponentials * (jnp.any(mask, axis=-1, keepdims=True) / total)
+
+
+@_masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+    weights = _masked_softmax(*primals)
+    tangent = tangents[0]
+    return weights, weights * (tangent - jnp.sum(weights * tangent, axis=-1, keepdims=True))
+
+
+def multi_head_attention(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Every query attends over its request's history, head by head.
+
+    With candidates as queries this is target attention (DIN, arXiv 1706.06978, in its
+    dot-product form); with history positions as queries it is self-attention. Axes between B and
+    H, such as levels, are batch axes like B.
+
+    Args:
+      queries: [B, ..., H, Q, E].
+      keys: [B, ..., H, N, E].
+      values: [B, ..., H, N, E].
+      mask: [B, N] bool.
+
+    Returns:
+      [B, ..., H, Q, E]; zero for an empty history.
+    """
+    chex.assert_equal_shape([keys, values])
+    chex.assert_equal_shape_prefix([queries, keys], keys.ndim - 2)
+    batch, positions = keys.shape[0], keys.shape[-2]
+    chex.assert_shape(mask, (batch, positions))
+    mask = mask.reshape(batch, *(1,) * (keys.ndim - 2), positions)
+    return attention_weights(queries, keys, mask) @ values
+
+
+def personalized_codebook(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Every codeword of every level attends over each user's history (TARQ; `A_l` of DESIGN section 2).
+
+    Args:
+      queries: [L, H, K, E], projected codewords; the same for all requests.
+      keys: [B, L, H, N, E].
+      values: [B, L, H, N, E].
+      mask: [B, N] bool.
+
+    Returns:
+      [B, L, H, K, E], once a request, whatever the number of candidates.
+    """
+    chex.assert_rank([queries, keys], [4, 5])
+    queries = jnp.broadcast_to(queries, (keys.shape[0], *queries.shape))
+    return multi_head_attention(queries, keys, values, mask)
+
+
+def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:
+    """Each candidate's entries of its request's personalised codebook, level by level.
+
+    Written as a product with one-hot codes: at the sizes of training it is faster than a gather,
+    whose gradient is a scatter, on CPU and on TPU alike.
+
+    Args:
+      personalized: [B, L, K, D].
+      codes: [B, G, L] int.
+
+    Returns:
+      [B, G, L, D]; sum over L for the attention output `o`.
+    """
+    chex.assert_rank([personalized, codes], [4, 3])
+    one_hot = jax.nn.one_hot(codes, personalized.shape[2], dtype=personalized.dtype)
+    return jnp.einsum("bglk,blkd->bgld", one_hot, personalized)

@@ -1,0 +1,105 @@
+"""The losses of TARQ, each a pure function that returns one value a candidate.
+
+Reduce with `weighted_mean`. Sources: TARQ (arXiv 2509.16931) and DESIGN section 2.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from tarq_jax.quantization import negative_distances
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean of `values` by `weights` of the same shape; 0 if no weight is positive.
+
+    Values of zero weight are left out whatever they are; a NaN of positive weight shows.
+
+    Example:
+      >>> float(weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0])))
+      2.0
+    """
+    chex.assert_equal_shape([values, weights])
+    total = jnp.sum(weights)
+    weighted = jnp.where(weights > 0, values * weights, 0.0)
+    return jnp.sum(weighted) / jnp.where(total > 0, total, 1.0)
+
+
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """`-y log p - (1 - y) log(1 - p)` with `p = sigmoid(logit)`, elementwise; labels may be soft."""
+    chex.assert_equal_shape([logits, labels])
+    return optax.losses.sigmoid_binary_cross_entropy(logits, labels)
+
+
+def distillation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """Cross-entropy of the student against the teacher's probability, which takes no gradient."""
+    return binary_cross_entropy(student_logits, jax.lax.stop_gradient(jax.nn.sigmoid(teacher_logits)))
+
+
+def squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """`|prediction - sg(target)|^2` over the last axis: [..., D] twice to [...]."""
+    chex.assert_equal_shape([prediction, target])
+    return jnp.sum((prediction - jax.lax.stop_gradient(target)) ** 2, axis=-1)
+
+
+def output_reconstruction(student_output: jax.Array, teacher_output: jax.Array) -> jax.Array:
+    """`0.5 |o - sg(o_ta)|^2`: the student's attention output against the teacher's, [B, G, D] to [B, G]."""
+    return 0.5 * squared_error(student_output, teacher_output)
+
+
+def commitment(latents: jax.Array, quantized: jax.Array) -> jax.Array:
+    """`|z - sg(z_q)|^2`: keeps latents near their codewords (van den Oord et al. 2017), [..., D] to [...]."""
+    return squared_error(latents, quantized)
+
+
+def codebook_loss(chosen: jax.Array, residuals: jax.Array) -> jax.Array:
+    """`sum_l |C_l[c_l] - sg(r_l)|^2`: draws each chosen codeword to its residual.
+
+    Args:
+      chosen: [..., L, D], the codewords that were chosen.
+      residuals: [..., L, D], what they were chosen for.
+
+    Returns:
+      [...].
+    """
+    return jnp.sum(squared_error(chosen, residuals), axis=-1)
+
+
+def codebook_alignment(
+    latents: jax.Array,
+    teacher_outputs: jax.Array,
+    codewords: jax.Array,
+    personalized: jax.Array,
+    chosen: jax.Array,
+    attended: jax.Array,
+) -> jax.Array:
+    """Makes the order of codewords by latent agree with their order by attention output.
+
+    Level by level, with `v_1 = z` and `w_1 = sg(o_ta)`: `P = softmax_k(-|v_l - C_l[k]|^2)`,
+    `Q = softmax_k(-|w_l - A_l[k]|^2)`; adds `KL(P||Q) + KL(Q||P)`, which is
+    `sum_k (P - Q)(log P - log Q)`; then `v_{l+1} = v_l - C_l[c_l]`, `w_{l+1} = w_l - A_l[c_l]`
+    (TARQ's released code; DESIGN section 2).
+
+    Args:
+      latents: [B, G, D], `z`.
+      teacher_outputs: [B, G, D], `o_ta`; takes no gradient.
+      codewords: [L, K, D], `C`.
+      personalized: [B, L, K, D], `A`.
+      chosen: [B, G, L, D], `C_l[c_l]`.
+      attended: [B, G, L, D], `A_l[c_l]`.
+
+    Returns:
+      [B, G], at least 0; 0 where both orders agree at every level.
+    """
+    chex.assert_rank([latents, teacher_outputs, codewords, personalized], [3, 3, 3, 4])
+    chex.assert_equal_shape([chosen, attended])
+    latent, output = latents, jax.lax.stop_gradient(teacher_outputs)
+    total = jnp.zeros(latents.shape[:-1], latents.dtype)
+    for level in range(codewords.shape[0]):
+        log_p = jax.nn.log_softmax(negative_distances(latent, codewords[level]))
+        log_q = jax.nn.log_softmax(negative_distances(output, personalized[:, level]))
+        total += jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
+        latent = latent - chosen[:, :, level]
+        output = output - attended[:, :, level]
+    return total

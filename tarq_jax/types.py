@@ -1,0 +1,60 @@
+"""Containers shared by every layer of the library.
+
+Axis legend, used in every shape comment:
+
+    B request          G candidate of a request      N history position
+    L level            K codeword of a level         D width
+    H head             E = D / H, width of a head    M any flat set of items
+
+All containers are frozen pytrees: `replace` returns a new one. Masks are boolean, True where an
+entry is real. Features are dictionaries from field name to array, see `tarq_jax.data.schema`.
+"""
+
+from collections.abc import Mapping
+
+import jax
+from flax import struct
+
+Features = Mapping[str, jax.Array]
+
+
+@struct.dataclass
+class Batch:
+    """Requests, each with one history and up to G candidates.
+
+    `history` holds the item-side and event-side fields of past events, `candidates` the item-side
+    fields. Padding is id 0 (or 0.0) wherever the mask is False, and carries zero weight.
+    """
+
+    user_id: jax.Array  # [B] int32, groups metrics by user; not a feature
+    user: Features  # [B, ...] user-side fields
+    context: Features  # [B, ...] request-side fields
+    history: Features  # [B, N, ...] item-side and event-side fields, oldest first
+    history_mask: jax.Array  # [B, N] bool
+    candidates: Features  # [B, G, ...] item-side fields
+    candidate_mask: jax.Array  # [B, G] bool
+    labels: jax.Array  # [B, G] float32 in {0, 1}
+    weights: jax.Array  # [B, G] float32, importance of a candidate's label, 0 on padding
+
+
+@struct.dataclass
+class Codebook:
+    """Codewords of a residual quantizer with their running statistics.
+
+    Kept apart from the network's parameters, so that every change to it is an explicit function
+    `codebook -> codebook` in `tarq_jax.quantization`.
+    """
+
+    codewords: jax.Array  # [L, K, D] float32
+    counts: jax.Array  # [L, K] float32, exponential moving average of assignments per step
+    sums: jax.Array  # [L, K, D] float32, moving average of the sum of assigned residuals
+
+
+@struct.dataclass
+class QuantizerOutput:
+    """What residual quantization says of a set of latents with leading axes `...`."""
+
+    codes: jax.Array  # [..., L] int32
+    quantized: jax.Array  # [..., D], sum over levels of the chosen codewords
+    residuals: jax.Array  # [..., L, D], what each level was given to quantize (r_1 = latent)
+    chosen: jax.Array  # [..., L, D], the codeword that each level chose
