@@ -1,0 +1,310 @@
+"""How well candidates are ordered, how true their probabilities are, how close to full attention.
+
+Everything here runs on the host, over a whole evaluation set at once, in float64: arguments are NumPy or
+JAX arrays, results Python floats. Cost is that of a sort; no loop runs over users or requests. Axis
+letters are those of `tarq_jax.types`: B request, G candidate of a request, D width.
+
+Labels, scores, weights and groups may have any shape, the same for all (nothing is broadcast). Select the
+real candidates first (`labels[mask]`), or give padding the weight 0: the two agree. A metric that the data
+leave undefined, such as the AUC of one class, is `nan`.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special, stats
+
+from tarq_jax.metrics import _checks
+
+
+class GroupedAuc(NamedTuple):
+    """What `grouped_auc` returns."""
+
+    value: float  # weighted mean over the groups used; nan if there are none
+    groups_used: int  # groups with both classes
+    groups_total: int  # groups with any weight
+
+
+def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Area under the ROC curve.
+
+    `sum_ij w_i w_j ([s_i > s_j] + [s_i = s_j] / 2) / sum_ij w_i w_j` over positives i and negatives j: the
+    chance that a positive scores above a negative, ties counted half (Mann-Whitney U).
+
+    Args:
+      labels: [...] in {0, 1}.
+      scores: [...] finite; logits or probabilities, only their order counts.
+      weights: [...] >= 0, importance of each candidate; 1 if not given.
+
+    Returns:
+      The area, in [0, 1]; `nan` when one of the classes has no weight.
+
+    Raises:
+      ValueError: shapes differ, a label is not 0 or 1, a score or weight is not finite, a weight is < 0.
+
+    >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
+    0.75
+    """
+    labels, scores, weights = _arguments(labels, "scores", scores, weights)
+    groups = np.zeros(labels.shape, dtype=np.int8)
+    won, positive, negative = _pairs_by_group(labels, scores, groups, weights, np.argsort(scores))
+    return _ratio(won.sum(), (positive * negative).sum())
+
+
+def grouped_auc(
+    labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, weights: ArrayLike | None = None
+) -> GroupedAuc:
+    """AUC within each group (user), averaged over groups by their number of candidates (GAUC).
+
+    `sum_u n_u AUC_u / sum_u n_u`, with n_u the impressions of user u, as under "Metrics" in Zhou et al.,
+    "Deep Interest Network for Click-Through Rate Prediction", KDD 2018 (arXiv 1706.06978). Groups of one
+    class have no AUC and are left out of both sums. With weights, AUC_u is weighted and n_u is the weight
+    of the group.
+
+    Args:
+      labels: [...] in {0, 1}.
+      scores: [...] finite.
+      groups: [...] integers or strings, the user (or request) of each candidate, in any order.
+      weights: [...] >= 0, importance of each candidate; 1 if not given.
+
+    Returns:
+      A `GroupedAuc`: the mean, `nan` if no group has both classes, and the numbers of groups behind it.
+
+    Raises:
+      ValueError: as `auc`; or groups are floats, in which large identifiers collide.
+
+    >>> grouped_auc([0, 1, 0, 1, 1], [0.2, 0.9, 0.7, 0.3, 0.5], [7, 7, 8, 8, 9])
+    GroupedAuc(value=0.5, groups_used=2, groups_total=3)
+    """
+    groups = np.asarray(groups)
+    _checks.shape_of("groups", groups, np.shape(labels), "labels")
+    if groups.dtype.kind not in "iubUS" and groups.size:
+        raise ValueError(f"groups: expected integers or strings, got dtype {groups.dtype}")
+    labels, scores, weights = _arguments(labels, "scores", scores, weights)
+    groups = groups.ravel()
+    order = np.lexsort((scores, groups))
+    won, positive, negative = _pairs_by_group(labels, scores, groups, weights, order)
+    pairs, size = positive * negative, positive + negative
+    used = pairs > 0
+    value = _ratio((size[used] * won[used] / pairs[used]).sum(), size[used].sum())
+    return GroupedAuc(value, int(used.sum()), int((size > 0).sum()))
+
+
+def log_loss(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Mean binary cross-entropy, in nats, from logits: `-log sigmoid(x)` of a positive, `-log sigmoid(-x)`
+    of a negative, without clipping, so that a logit of 1e4 costs 1e4 when wrong.
+
+    Args:
+      labels: [...] in {0, 1}.
+      logits: [...] finite.
+      weights: [...] >= 0; 1 if not given.
+
+    Returns:
+      The weighted mean; `nan` when there is no weight.
+
+    Raises:
+      ValueError: as `auc`.
+
+    >>> round(log_loss([1, 0], [0.0, 0.0]), 6)
+    0.693147
+    """
+    labels, logits, weights = _arguments(labels, "logits", logits, weights)
+    return _ratio(weights @ -special.log_expit(np.where(labels, logits, -logits)), weights.sum())
+
+
+def calibration(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Predicted over observed positives: `sum w sigmoid(logit) / sum w label`.
+
+    Args:
+      labels: [...] in {0, 1}.
+      logits: [...] finite.
+      weights: [...] >= 0; 1 if not given.
+
+    Returns:
+      The ratio: 1 if calibrated as a whole, above 1 if too much is predicted; `nan` when no positive is
+      observed.
+
+    Raises:
+      ValueError: as `auc`.
+
+    >>> calibration([1, 0, 0, 0], [0.0, 0.0, 0.0, 0.0])
+    2.0
+    """
+    labels, logits, weights = _arguments(labels, "logits", logits, weights)
+    return _ratio(weights @ special.expit(logits), weights @ labels)
+
+
+def recall_at_k(scores: ArrayLike, reference: ArrayLike, mask: ArrayLike, k: int) -> float:
+    """Share of the reference's top k candidates that are among the top k by scores, mean over requests.
+
+    Only requests with more than k real candidates count: in the others every ranking has recall 1. Ties
+    depend on no order of the candidates: those tied at the k-th score share the places left equally (the
+    expectation over random tie-breaks), those tied at the reference's k-th are as good as one another.
+    Constant scores thus have the recall of chance, k over the number of candidates.
+
+    Args:
+      scores: [B, G], of the ranking under test; finite where real.
+      reference: [B, G], of the ranking to be matched, full target attention; finite where real.
+      mask: [B, G] bool, True where the candidate is real.
+      k: how many are kept, at least 1.
+
+    Returns:
+      The mean recall, in [0, 1]; `nan` when no request has more than k candidates.
+
+    Raises:
+      ValueError: shapes differ, a real score is not finite, mask is not boolean, k < 1.
+
+    >>> scores, reference = [[4.0, 3.0, 2.0, 1.0]], [[9.0, 1.0, 5.0, 7.0]]
+    >>> recall_at_k(scores, reference, [[True] * 4], k=2)
+    0.5
+    """
+    scores, reference, mask = _requests(scores, reference, mask)
+    k = _checks.positive_int("k", k)
+    kept = mask.sum(axis=1) > k
+    if not kept.any():
+        return math.nan
+    above, tied, places = _top_k(np.where(mask, scores, -np.inf)[kept], k)
+    chosen = above + tied * (places / tied.sum(axis=1))[:, None]  # [B, G], chance of a place
+    above, tied, places = _top_k(np.where(mask, reference, -np.inf)[kept], k)
+    hits = (chosen * above).sum(axis=1) + np.minimum((chosen * tied).sum(axis=1), places)
+    return float(hits.mean() / k)
+
+
+def rank_correlation(scores: ArrayLike, reference: ArrayLike, mask: ArrayLike) -> float:
+    """Spearman's rank correlation within each request, ties given their average rank, mean over requests.
+
+    Requests with fewer than two real candidates, or whose scores or reference are constant, have none and
+    are left out.
+
+    Args:
+      scores: [B, G], of the ranking under test; finite where real.
+      reference: [B, G], of the ranking to be matched; finite where real.
+      mask: [B, G] bool, True where the candidate is real.
+
+    Returns:
+      The mean correlation, in [-1, 1]; `nan` when no request has one.
+
+    Raises:
+      ValueError: shapes differ, a real score is not finite, mask is not boolean.
+
+    >>> rank_correlation([[1.0, 2.0, 3.0]], [[1.0, 3.0, 2.0]], [[True] * 3])
+    0.5
+    """
+    scores, reference, mask = _requests(scores, reference, mask)
+    a, b = _centred_ranks(scores, mask), _centred_ranks(reference, mask)
+    variances = (a * a).sum(axis=1) * (b * b).sum(axis=1)
+    defined = variances > 0
+    correlations = (a * b).sum(axis=1)[defined] / np.sqrt(variances[defined])
+    return _ratio(correlations.sum(), defined.sum())
+
+
+def gap_recovered(auc_student: float, auc_two_tower: float, auc_target_attention: float) -> float:
+    """Share of the gap from two-tower to target attention that a student wins back.
+
+    `(AUC_student - AUC_two_tower) / (AUC_TA - AUC_two_tower)`, each trained alone on the same data and
+    budget. Below 0: worse than two-tower; above 1: better than target attention.
+
+    Args:
+      auc_student: AUC of the student.
+      auc_two_tower: AUC of the two-tower baseline.
+      auc_target_attention: AUC of full target attention.
+
+    Returns:
+      The share; `nan` if target attention does not beat two-tower, or an AUC is `nan`.
+
+    >>> round(gap_recovered(0.75, 0.70, 0.80), 6)
+    0.5
+    """
+    gap = float(auc_target_attention) - float(auc_two_tower)
+    return (float(auc_student) - float(auc_two_tower)) / gap if gap > 0 else math.nan
+
+
+def relative_error(approximation: ArrayLike, exact: ArrayLike, mask: ArrayLike | None = None) -> float:
+    """Relative error of vectors: `sqrt(sum |approximation - exact|^2 / sum |exact|^2)`.
+
+    Both sums run over all real vectors, so that long vectors count for more and short ones do not blow up.
+
+    Args:
+      approximation: [..., D]; finite where real.
+      exact: [..., D]; finite where real.
+      mask: [...] bool, True where the vector is real; all of them if not given.
+
+    Returns:
+      The error, 0 if equal; `nan` when all exact vectors are zero or none is real.
+
+    Raises:
+      ValueError: shapes differ, there is no axis D, a real value is not finite, mask is not boolean.
+
+    >>> relative_error([[3.0, 0.0]], [[3.0, 4.0]])
+    0.8
+    """
+    exact_shape = np.shape(exact)
+    if not exact_shape:
+        raise ValueError("exact: expected shape [..., D], got a scalar")
+    mask = np.ones(exact_shape[:-1], np.bool_) if mask is None else _checks.boolean("mask", mask)
+    _checks.shape_of("mask", mask, exact_shape[:-1], "exact without its last axis")
+    exact = _checks.finite("exact", exact, mask[..., None])[mask]
+    _checks.shape_of("approximation", approximation, exact_shape, "exact")
+    approximation = _checks.finite("approximation", approximation, mask[..., None])[mask]
+    return math.sqrt(_ratio(np.square(approximation - exact).sum(), np.square(exact).sum()))
+
+
+def _arguments(labels, name, scores, weights):
+    """Flat labels [M] bool, scores [M] and weights [M] float64, guarded."""
+    labels, scores = _checks.binary("labels", labels), _checks.finite(name, scores)
+    _checks.shape_of(name, scores, labels.shape, "labels")
+    weights = np.ones(labels.shape) if weights is None else _checks.non_negative("weights", weights)
+    _checks.shape_of("weights", weights, labels.shape, "labels")
+    return labels.ravel(), scores.ravel(), weights.ravel()
+
+
+def _requests(scores, reference, mask):
+    """Scores and reference [B, G] float64 and mask [B, G] bool, guarded."""
+    mask = _checks.boolean("mask", mask)
+    _checks.rank_of("mask", mask, "B G")
+    for name, values in (("scores", scores), ("reference", reference)):
+        _checks.shape_of(name, values, mask.shape, "mask")
+    return _checks.finite("scores", scores, mask), _checks.finite("reference", reference, mask), mask
+
+
+def _pairs_by_group(labels, scores, groups, weights, order):
+    """Per group: weight of pairs ordered right (ties half), of positives, of negatives.
+
+    `order` [M] sorts by group, then by score. Runs of one group and one score are summed first; a run's
+    positives win over all negatives in lower runs of the group and half of those in their own.
+    """
+    if not order.size:
+        return np.zeros((3, 0))
+    labels, scores, groups, weights = labels[order], scores[order], groups[order], weights[order]
+    new_group = np.concatenate(([True], groups[1:] != groups[:-1]))
+    new_run = new_group | np.concatenate(([True], scores[1:] != scores[:-1]))
+    runs = np.flatnonzero(new_run)
+    positive = np.add.reduceat(weights * labels, runs)
+    negative = np.add.reduceat(weights * ~labels, runs)
+    group_starts = np.flatnonzero(new_group[runs])  # indices of runs
+    run_group = np.cumsum(new_group[runs]) - 1
+    below = np.concatenate(([0.0], np.cumsum(negative)[:-1]))  # exclusive, over all groups
+    below -= below[group_starts][run_group]
+    won = positive * (below + negative / 2)
+    return tuple(np.add.reduceat(x, group_starts) for x in (won, positive, negative))
+
+
+def _top_k(values, k):
+    """Of [B, G]: above the k-th value, tied with it [B, G] bool, and places left for the tied [B]."""
+    threshold = np.partition(values, -k, axis=1)[:, -k, None]
+    above = values > threshold
+    return above, values == threshold, k - above.sum(axis=1)
+
+
+def _centred_ranks(values, mask):
+    """Average ranks [B, G] of the real entries of each row, less their mean; 0 on padding."""
+    if not values.size:
+        return np.zeros(values.shape)
+    ranks = stats.rankdata(np.where(mask, values, np.inf), axis=1)  # padding ranks last
+    return np.where(mask, ranks - (mask.sum(axis=1, keepdims=True) + 1) / 2, 0.0)
+
+
+def _ratio(numerator, denominator) -> float:
+    return float(numerator) / float(denominator) if denominator > 0 else math.nan
