@@ -1,0 +1,76 @@
+"""Data sets for pre-ranking: schema, sources, block records and the input pipeline.
+
+    dataset = load("synthetic", data_dir="/tmp/data", train_requests=1000)
+    for batch in train_batches(dataset, "train", batch_size=64, history_length=50, num_candidates=16, seed=0):
+        ...
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tarq_jax.data import movielens, sequences, synthetic
+from tarq_jax.data.movielens import MovielensOptions
+from tarq_jax.data.options import Source, make_options
+from tarq_jax.data.pipeline import collate, eval_batches, item_batches, prefetch, train_batches
+from tarq_jax.data.records import Dataset, Requests, check_dataset
+from tarq_jax.data.schema import ITEM_ID, Field, Schema, check_column, check_columns
+from tarq_jax.data.sequences import SequencesOptions
+from tarq_jax.data.synthetic import SyntheticOptions
+
+BUILDERS: Mapping[str, Source] = {
+    source.name: source for source in (synthetic.SOURCE, movielens.SOURCE, sequences.SOURCE)}
+
+
+def load(name: str, *, data_dir: str | Path, **options: Any) -> Dataset:
+    """Reads a data set, which is prepared first where this was not done yet.
+
+    Args:
+      name: a key of `BUILDERS`.
+      data_dir: where prepared data sets are kept; safe to share and to delete.
+      **options: options of that data set, see e.g. `SyntheticOptions`.
+
+    Returns:
+      The data set, in memory.
+
+    Raises:
+      ValueError: for an unknown name or option, an option out of range, or too many malformed rows.
+      FileNotFoundError: where the source files are missing.
+    """
+    if name not in BUILDERS:
+        raise ValueError(f"data set is {name!r}, expected one of {sorted(BUILDERS)}")
+    values = make_options(BUILDERS[name], options)
+    from tarq_jax.data import builders  # only here: importing tfds takes seconds
+
+    return builders.read(builders.prepare(name, data_dir, values))
+
+
+def load_prepared(directory: str | Path) -> Dataset:
+    """Reads a prepared directory, `data_dir/tarq_<name>/<fingerprint>/<version>`, without its source."""
+    from tarq_jax.data import builders
+
+    return builders.read(directory)
+
+
+__all__ = [
+    "BUILDERS",
+    "ITEM_ID",
+    "Dataset",
+    "Field",
+    "MovielensOptions",
+    "Requests",
+    "Schema",
+    "SequencesOptions",
+    "Source",
+    "SyntheticOptions",
+    "check_column",
+    "check_columns",
+    "check_dataset",
+    "collate",
+    "eval_batches",
+    "item_batches",
+    "load",
+    "load_prepared",
+    "prefetch",
+    "train_batches",
+]

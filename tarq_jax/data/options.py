@@ -1,0 +1,87 @@
+"""What every data source shares: its options, their validation, and the files that it reads."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tarq_jax.data.records import Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A kind of data set: how its options become a `Dataset`."""
+
+    name: str
+    options: type  # frozen dataclass of options; its __post_init__ validates them
+    generate: Callable[[Any], Dataset]  # options -> Dataset, deterministic in options and files
+    files: Callable[[Any], Mapping[str, Path]]  # options -> files read, by role
+    version: str = "1.0.0"  # raise it whenever the same options give other data
+    description: str = ""
+
+
+def path_option(**keywords: Any) -> Any:
+    """A dataclass field for a path: it says where data is found, not what it is."""
+    return dataclasses.field(metadata={"path": True}, **keywords)
+
+
+def require(valid: bool, option: str, value: Any, expected: str) -> None:
+    """Raises ValueError that names the option, its value and what was expected, unless `valid`."""
+    if not valid:
+        raise ValueError(f"option {option!r} is {value!r}, expected {expected}")
+
+
+def require_at_least(options: Any, **minimum: int) -> None:
+    """`require` for integer options with a smallest value: `require_at_least(options, seed=0)`."""
+    for name, smallest in minimum.items():
+        value = getattr(options, name)
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        require(is_integer and value >= smallest, name, value, f"an integer of at least {smallest}")
+
+
+def require_fraction(options: Any, *names: str) -> None:
+    """`require` for options in [0, 1)."""
+    for name in names:
+        value = getattr(options, name)
+        require(isinstance(value, int | float) and 0 <= value < 1, name, value, "a number in [0, 1)")
+
+
+def make_options(source: Source, values: Mapping[str, Any]) -> Any:
+    """The options of `source` with the given values; ValueError for a name that it does not have."""
+    known = [field.name for field in dataclasses.fields(source.options)]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"data set {source.name!r} has no option {name!r}, expected one of {known}")
+    missing = [field.name for field in dataclasses.fields(source.options)
+               if field.default is dataclasses.MISSING and field.name not in values]
+    if missing:
+        raise ValueError(f"data set {source.name!r} needs option {missing[0]!r}, "
+                         f"to be set by --config.data.{missing[0]}=...")
+    return source.options(**values)
+
+
+def require_file(path: str | Path, option: str, expected: str) -> Path:
+    """`path` if it is a file; otherwise FileNotFoundError: what was expected, and how to set it."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: expected {expected}; set it by --config.data.{option}=FILE")
+    return path
+
+
+def fingerprint(source: Source, options: Any) -> str:
+    """A name for one preparation: changes with the options and with the bytes of the files read.
+
+    Paths themselves do not count, so that a moved folder is not prepared again.
+    """
+    files = {role: _file_hash(path) for role, path in sorted(source.files(options).items())}
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
+              if not field.metadata.get("path")}
+    text = json.dumps([source.name, values, files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,189 @@
+"""Block records: requests in ragged columns, and their encoding in blocks for storage.
+
+A record holds a block of up to `BLOCK` requests as flat columns with the length of each request, so
+that reading it is a handful of NumPy views. In memory, a whole split is one `Requests`.
+
+Shapes: R requests, E events in all histories, C candidates of all requests.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tarq_jax.data.schema import ITEM_ID, Field, Schema, check_column, check_columns
+
+BLOCK = 512  # requests a record
+TABLE_BLOCK = 8192  # table rows a record
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Requests in columns; request r owns `history[history_offsets[r]:history_offsets[r + 1]]` etc."""
+
+    user: np.ndarray  # [R] int32, row in the user table; groups metrics
+    history: np.ndarray  # [E] int32 item ids, oldest first
+    history_offsets: np.ndarray  # [R + 1] int64
+    candidates: np.ndarray  # [C] int32 item ids
+    candidate_offsets: np.ndarray  # [R + 1] int64
+    labels: np.ndarray  # [C] float32
+    weights: np.ndarray  # [C] float32
+    context: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [R, ...]
+    event: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [E, ...]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Everything that a model is trained and judged on, in memory."""
+
+    schema: Schema
+    items: Mapping[str, np.ndarray]  # name -> [V, ...]; row 0 is padding, all zeros
+    users: Mapping[str, np.ndarray]  # name -> [U, ...]; row 0 is an unknown user; {} without user fields
+    splits: Mapping[str, Requests]
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # facts about the data, JSON
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each of the ragged rows begins, and the end of the last: [R] -> [R + 1] int64."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def ragged_index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Positions of the windows `[start, start + length)`, one after the other.
+
+    Args:
+      starts: [R] first position of each window.
+      lengths: [R] number of positions of each window.
+
+    Returns:
+      [sum(lengths)] int64 positions.
+    """
+    offsets = offsets_of(lengths)
+    return np.arange(offsets[-1]) + np.repeat(np.asarray(starts, np.int64) - offsets[:-1], lengths)
+
+
+def make_requests(user: np.ndarray, history: np.ndarray, history_lengths: np.ndarray, candidates: np.ndarray,
+                  candidate_lengths: np.ndarray, labels: np.ndarray, *, weights: np.ndarray | None = None,
+                  context: Mapping[str, np.ndarray] | None = None,
+                  event: Mapping[str, np.ndarray] | None = None) -> Requests:
+    """`Requests` from flat columns and lengths, in the stored types; weights are 1 unless given."""
+    labels = np.ascontiguousarray(labels, np.float32)
+    return Requests(
+        user=np.ascontiguousarray(user, np.int32),
+        history=np.ascontiguousarray(history, np.int32),
+        history_offsets=offsets_of(history_lengths),
+        candidates=np.ascontiguousarray(candidates, np.int32),
+        candidate_offsets=offsets_of(candidate_lengths),
+        labels=labels,
+        weights=np.ones_like(labels) if weights is None else np.ascontiguousarray(weights, np.float32),
+        context=dict(context or {}),
+        event=dict(event or {}))
+
+
+def column_fields(schema: Schema) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The columns of a record: name -> (dtype, shape of one value)."""
+    integers = dict.fromkeys(("block", "user", "history", "history_lengths", "candidates",
+                              "candidate_lengths"), (np.dtype(np.int32), ()))
+    floats = dict.fromkeys(("labels", "weights"), (np.dtype(np.float32), ()))
+    fields = {f"{field.side}/{field.name}": (field.dtype, field.shape) for field in schema.fields}
+    return integers | floats | fields
+
+
+def _block(schema: Schema, index: int, columns: Columns) -> Columns:
+    """A full record: the given columns, all others empty."""
+    empty = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in column_fields(schema).items()}
+    return empty | {"block": np.array([index], np.int32)} | columns
+
+
+def _request_columns(schema: Schema, requests: Requests, start: int, stop: int) -> Columns:
+    """The columns of requests `start` to `stop`."""
+    h_offsets, c_offsets = (o[start:stop + 1] for o in (requests.history_offsets, requests.candidate_offsets))
+    events, candidates = slice(h_offsets[0], h_offsets[-1]), slice(c_offsets[0], c_offsets[-1])
+    columns = {
+        "user": requests.user[start:stop],
+        "history": requests.history[events],
+        "history_lengths": np.diff(h_offsets).astype(np.int32),
+        "candidates": requests.candidates[candidates],
+        "candidate_lengths": np.diff(c_offsets).astype(np.int32),
+        "labels": requests.labels[candidates],
+        "weights": requests.weights[candidates],
+    }
+    columns |= {f"context/{f.name}": requests.context[f.name][start:stop] for f in schema.side("context")}
+    return columns | {f"event/{f.name}": requests.event[f.name][events] for f in schema.side("event")}
+
+
+def request_blocks(schema: Schema, requests: Requests, block_size: int = BLOCK) -> Iterator[Columns]:
+    """Splits requests into records; an empty split gives one record without requests."""
+    for index, start in enumerate(range(0, max(len(requests), 1), block_size)):
+        stop = min(start + block_size, len(requests))
+        yield _block(schema, index, _request_columns(schema, requests, start, stop))
+
+
+def table_blocks(schema: Schema, side: str, table: Mapping[str, np.ndarray],
+                 block_size: int = TABLE_BLOCK) -> Iterator[Columns]:
+    """Splits the item or user table into records; a table without fields gives one empty record."""
+    fields = schema.side(side)
+    rows = len(table[fields[0].name]) if fields else 0
+    for index, start in enumerate(range(0, max(rows, 1), block_size)):
+        columns = {f"{side}/{f.name}": table[f.name][start:start + block_size] for f in fields}
+        yield _block(schema, index, columns)
+
+
+def _concatenate(blocks: list[Columns], name: str, schema: Schema) -> np.ndarray:
+    dtype, shape = column_fields(schema)[name]
+    parts = [np.asarray(block[name], dtype).reshape(-1, *shape) for block in blocks]
+    return np.concatenate(parts) if parts else np.zeros((0, *shape), dtype)
+
+
+def _ordered(blocks: Iterable[Columns]) -> list[Columns]:
+    """Blocks in the order in which they were generated, whatever order storage gave them."""
+    return sorted(blocks, key=lambda block: int(np.ravel(block["block"])[0]))
+
+
+def requests_from_blocks(schema: Schema, blocks: Iterable[Columns]) -> Requests:
+    """The inverse of `request_blocks`, for blocks in any order."""
+    blocks = _ordered(blocks)
+    names = ("user", "history", "history_lengths", "candidates", "candidate_lengths", "labels")
+    columns = [_concatenate(blocks, name, schema) for name in names]
+    return make_requests(
+        *columns, weights=_concatenate(blocks, "weights", schema),
+        context={f.name: _concatenate(blocks, f"context/{f.name}", schema) for f in schema.side("context")},
+        event={f.name: _concatenate(blocks, f"event/{f.name}", schema) for f in schema.side("event")})
+
+
+def table_from_blocks(schema: Schema, side: str, blocks: Iterable[Columns]) -> Columns:
+    """The inverse of `table_blocks`, for blocks in any order."""
+    blocks = _ordered(blocks)
+    return {f.name: _concatenate(blocks, f"{side}/{f.name}", schema) for f in schema.side(side)}
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Raises ValueError unless all columns fit the schema: ids in range, numbers finite, item row 0 zero."""
+    schema = dataset.schema
+    check_columns(schema.side("item"), dict(dataset.items), "items")
+    check_columns(schema.side("user"), dict(dataset.users), "users")
+    for name, column in dataset.items.items():
+        if len(column) != schema.num_items:
+            raise ValueError(f"items: field {name!r} has {len(column)} rows, expected {schema.num_items} "
+                             f"(the size of {ITEM_ID!r})")
+        if np.any(column[0]):
+            raise ValueError(f"items: field {name!r} is {column[0]} in row 0, expected zeros (padding)")
+    for split, requests in dataset.splits.items():
+        _check_requests(schema, dataset.users, requests, f"split {split!r}")
+
+
+def _check_requests(schema: Schema, users: Mapping[str, np.ndarray], requests: Requests, where: str) -> None:
+    for name, ids in (("history", requests.history), ("candidates", requests.candidates)):
+        check_column(Field(name, "item", "categorical", schema.num_items), ids, where)
+    rows = min((len(column) for column in users.values()), default=np.iinfo(np.int32).max)
+    check_column(Field("user", "user", "categorical", rows), requests.user, where)
+    check_column(Field("labels", "item", "numeric"), requests.labels, where)
+    check_column(Field("weights", "item", "numeric"), requests.weights, where)
+    check_columns(schema.side("context"), dict(requests.context), where)
+    check_columns(schema.side("event"), dict(requests.event), where)

@@ -1,0 +1,174 @@
+"""Block records: nothing is lost or reordered; tfds stores and restores them without TensorFlow."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tarq_jax.data import (
+    ITEM_ID,
+    Dataset,
+    Field,
+    Requests,
+    Schema,
+    builders,
+    check_dataset,
+    load,
+    load_prepared,
+    synthetic,
+)
+from tarq_jax.data.records import (
+    make_requests,
+    ragged_index,
+    request_blocks,
+    requests_from_blocks,
+    table_blocks,
+    table_from_blocks,
+)
+
+SCHEMA = Schema((
+    Field(ITEM_ID, "item", "categorical", 20), Field("vector", "item", "vector", 3),
+    Field("age", "user", "numeric"), Field("hour", "context", "categorical", 24),
+    Field("place", "context", "vector", 2), Field("feedback", "event", "categorical", 3),
+    Field("dwell", "event", "numeric")))
+SMALL = {"num_items": 50, "num_clusters": 8, "history_length": 5, "num_candidates": 4, "train_requests": 1100,
+         "validation_requests": 7, "test_requests": 0}
+
+
+def random_requests(rng, history_lengths, candidate_lengths) -> Requests:
+    num, events, shown = len(history_lengths), sum(history_lengths), sum(candidate_lengths)
+    return make_requests(
+        rng.integers(0, 9, num), rng.integers(1, 20, events), history_lengths, rng.integers(1, 20, shown),
+        candidate_lengths, rng.integers(0, 2, shown), weights=rng.random(shown),
+        context={"hour": rng.integers(0, 24, num).astype(np.int32),
+                 "place": rng.normal(size=(num, 2)).astype(np.float32)},
+        event={"feedback": rng.integers(0, 3, events).astype(np.int32),
+               "dwell": rng.normal(size=events).astype(np.float32)})
+
+
+def assert_same_requests(actual: Requests, expected: Requests):
+    for field in dataclasses.fields(Requests):
+        left, right = getattr(actual, field.name), getattr(expected, field.name)
+        pairs = [(left, right)] if isinstance(left, np.ndarray) else [(left[n], right[n]) for n in right]
+        for a, b in pairs:
+            assert a.dtype == b.dtype and a.shape == b.shape
+            assert a.tobytes() == b.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), max_size=12),
+       block=st.integers(1, 5), seed=st.integers(0, 2**16))
+def test_blocks_round_trip_bit_exactly_in_any_order(lengths, block, seed):
+    rng = np.random.default_rng(seed)
+    requests = random_requests(rng, [h for h, _ in lengths], [c for _, c in lengths])
+    blocks = list(request_blocks(SCHEMA, requests, block))
+    assert len(blocks) == max(1, -(-len(requests) // block))
+    shuffled = [blocks[i] for i in rng.permutation(len(blocks))]
+    assert_same_requests(requests_from_blocks(SCHEMA, shuffled), requests)
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_tables_round_trip(block):
+    rng = np.random.default_rng(0)
+    table = {ITEM_ID: np.arange(20, dtype=np.int32), "vector": rng.normal(size=(20, 3)).astype(np.float32)}
+    blocks = list(table_blocks(SCHEMA, "item", table, block))[::-1]
+    for name, column in table_from_blocks(SCHEMA, "item", blocks).items():
+        np.testing.assert_array_equal(column, table[name])
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=8))
+def test_ragged_index_is_a_loop_over_windows(windows):
+    expected = [s + i for s, n in windows for i in range(n)]
+    actual = ragged_index(np.array([s for s, _ in windows]), np.array([n for _, n in windows], np.int64))
+    assert actual.tolist() == expected
+
+
+def test_prepared_directory_gives_back_what_was_generated(tmp_path):
+    expected = synthetic.generate(synthetic.SyntheticOptions(**SMALL))
+    first = load("synthetic", data_dir=tmp_path, **SMALL)
+    directory, = tmp_path.glob("tarq_synthetic/*/1.0.0")
+    for dataset in (first, load_prepared(directory)):
+        assert dataset.schema == expected.schema and dataset.info == expected.info
+        assert set(dataset.splits) == {"train", "validation", "test"}
+        for split, requests in dataset.splits.items():
+            assert_same_requests(requests, expected.splits[split])
+        for name, column in expected.items.items():
+            np.testing.assert_array_equal(dataset.items[name], column)
+
+
+def test_other_options_are_prepared_anew_and_equal_ones_are_not(tmp_path, monkeypatch):
+    small = SMALL | {"train_requests": 3}
+    load("synthetic", data_dir=tmp_path, **small)
+    load("synthetic", data_dir=tmp_path, **small, seed=1)
+    assert len(list(tmp_path.glob("tarq_synthetic/*"))) == 2
+    monkeypatch.setattr(builders.TarqSynthetic, "_split_generators", None)  # preparing again would fail
+    load("synthetic", data_dir=tmp_path, **small)
+
+
+def test_interrupted_preparation_leaves_nothing_that_looks_prepared(tmp_path, monkeypatch):
+    def interrupted(schema, requests, block_size=1):
+        yield from list(request_blocks(schema, requests, block_size))[:1]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builders.records, "request_blocks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load("synthetic", data_dir=tmp_path, **SMALL)
+    assert not list(tmp_path.glob("tarq_synthetic/*/1.0.0"))
+    assert len(load("synthetic", data_dir=tmp_path, **SMALL).splits["train"]) == SMALL["train_requests"]
+
+
+def test_unknown_names_and_folders(tmp_path):
+    with pytest.raises(ValueError, match=r"data set is 'netflix', expected one of \['movielens'"):
+        load("netflix", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"no option 'num_item', expected one of \['num_items'"):
+        load("synthetic", data_dir=tmp_path, num_item=3)
+    with pytest.raises(ValueError, match="needs option 'source'"):
+        load("movielens", data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no prepared data set"):
+        load_prepared(tmp_path)
+
+
+def valid_dataset() -> Dataset:
+    rng = np.random.default_rng(0)
+    items = {ITEM_ID: np.arange(20, dtype=np.int32), "vector": np.zeros((20, 3), np.float32)}
+    return Dataset(SCHEMA, items, {"age": np.zeros(9, np.float32)},
+                   {"train": random_requests(rng, [2, 0], [3, 1])})
+
+
+@pytest.mark.parametrize("column, value, text", [
+    ("history", 20, r"split 'train': field 'history' is 20 in row 0, expected an id in \[0, 20\)"),
+    ("candidates", -1, r"split 'train': field 'candidates' is -1 in row 0, expected an id in \[0, 20\)"),
+    ("user", 9, r"split 'train': field 'user' is 9 in row 0, expected an id in \[0, 9\)"),
+    ("weights", np.inf, "split 'train': field 'weights' is inf in row 0, expected a finite number"),
+])
+def test_ids_outside_the_schema_are_refused(column, value, text):
+    dataset = valid_dataset()
+    check_dataset(dataset)
+    getattr(dataset.splits["train"], column)[0] = value
+    with pytest.raises(ValueError, match=text):
+        check_dataset(dataset)
+
+
+def test_item_table_must_fit_the_vocabulary():
+    dataset = valid_dataset()
+    dataset.items["vector"][0] = 1
+    with pytest.raises(ValueError, match="row 0, expected zeros"):
+        check_dataset(dataset)
+    short = {name: column[:5] for name, column in valid_dataset().items.items()}
+    with pytest.raises(ValueError, match="has 5 rows, expected 20"):
+        check_dataset(dataclasses.replace(dataset, items=short))
+
+
+def test_importing_is_light_and_never_imports_tensorflow(tmp_path):
+    code = ("import sys, tarq_jax.data as d; assert 'tensorflow_datasets' not in sys.modules; "
+            f"d.load('synthetic', data_dir={str(tmp_path)!r}, train_requests=2, validation_requests=0, "
+            "test_requests=0); assert 'tensorflow_datasets' in sys.modules; "
+            "assert 'tensorflow' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
