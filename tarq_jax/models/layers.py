@@ -1,0 +1,140 @@
+"""Layers that the models share: feature encoder, multi-layer perceptron, multi-head attention."""
+
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tarq_jax.attention import multi_head_attention
+from tarq_jax.data.schema import Field
+from tarq_jax.types import Features
+
+EMBEDDING_INIT = nn.initializers.normal(stddev=0.05)
+
+
+class FeatureEncoder(nn.Module):
+    """Embeds the fields of one side: the sum of a linear map of each, `[..., D]`.
+
+    Categorical fields are embedded, numeric and vector fields multiplied by a matrix. Without
+    fields the output is the bias alone. Padding (id 0) shares one learned row; masks keep it out.
+
+    Attributes:
+      fields: what to read from the features.
+      width: D.
+    """
+
+    fields: tuple[Field, ...]
+    width: int
+
+    @nn.compact
+    def __call__(self, features: Features, leading: tuple[int, ...]) -> jax.Array:
+        """Features with leading axes `leading` to [*leading, D]."""
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        encoded = jnp.broadcast_to(bias, (*leading, self.width))
+        for field in self.fields:
+            values = features[field.name]
+            chex.assert_shape(values, (*leading, *field.shape))
+            if field.kind == "categorical":
+                embed = nn.Embed(field.size, self.width, embedding_init=EMBEDDING_INIT, name=field.name)
+                encoded += embed(values)
+            else:
+                values = values.reshape(*leading, field.size)
+                encoded += nn.Dense(self.width, use_bias=False, name=field.name)(values)
+        return encoded
+
+
+class MLP(nn.Module):
+    """Dense layers with GELU between them.
+
+    Attributes:
+      hidden: widths of the hidden layers.
+      width: of the output.
+    """
+
+    hidden: Sequence[int]
+    width: int
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., any] to [..., width]."""
+        for size in self.hidden:
+            inputs = nn.gelu(nn.Dense(size)(inputs))
+        return nn.Dense(self.width)(inputs)
+
+
+class MultiHeadAttention(nn.Module):
+    """`MHA(query, key and value)` with its parts apart, so that keys and values can be reused.
+
+    Attributes:
+      num_heads: H; has to divide `width`.
+      width: D.
+    """
+
+    num_heads: int
+    width: int
+
+    def setup(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of the width {self.width}")
+        heads = (self.num_heads, self.width // self.num_heads)
+        self.query_projection = nn.DenseGeneral(heads)
+        self.key_projection = nn.DenseGeneral(heads)
+        self.value_projection = nn.DenseGeneral(heads)
+        self.output_projection = nn.DenseGeneral(self.width, axis=(-2, -1))
+
+    def queries(self, inputs: jax.Array) -> jax.Array:
+        """[..., Q, D] to [..., H, Q, E]."""
+        return jnp.swapaxes(self.query_projection(inputs), -2, -3)
+
+    def keys_values(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[..., N, D] to keys and values [..., H, N, E]."""
+        keys, values = self.key_projection(inputs), self.value_projection(inputs)
+        return jnp.swapaxes(keys, -2, -3), jnp.swapaxes(values, -2, -3)
+
+    def outputs(self, attended: jax.Array) -> jax.Array:
+        """[..., H, Q, E] to [..., Q, D]."""
+        return self.output_projection(jnp.swapaxes(attended, -2, -3))
+
+    def __call__(self, query_inputs: jax.Array, history: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, Q, D] attends over [B, N, D] where mask [B, N]: [B, Q, D]."""
+        keys, values = self.keys_values(history)
+        return self.outputs(multi_head_attention(self.queries(query_inputs), keys, values, mask))
+
+
+class LevelAttention(nn.Module):
+    """`MHA_l` for every level l at once: projections of their own, one batched attention.
+
+    Attributes:
+      num_levels: L.
+      num_heads: H; has to divide `width`.
+      width: D.
+    """
+
+    num_levels: int
+    num_heads: int
+    width: int
+
+    def setup(self):
+        heads = (self.num_heads, self.width // self.num_heads)
+        into = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
+        out_of = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(1, 2), out_axis=3, batch_axis=0)
+        for name in ("query", "key", "value"):
+            setattr(self, f"{name}_kernel", self.param(f"{name}_kernel", into, (self.num_levels, self.width, *heads)))
+        self.value_bias = self.param("value_bias", nn.initializers.zeros, (self.num_levels, self.num_heads, 1, heads[1]))
+        self.output_kernel = self.param("output_kernel", out_of, (self.num_levels, *heads, self.width))
+
+    def queries(self, inputs: jax.Array) -> jax.Array:
+        """[..., L, Q, D] to [..., L, H, Q, E]."""
+        return jnp.einsum("...lqd,ldhe->...lhqe", inputs, self.query_kernel)
+
+    def keys_values(self, history: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, N, D] to keys and values [B, L, H, N, E]."""
+        keys = jnp.einsum("bnd,ldhe->blhne", history, self.key_kernel)
+        values = jnp.einsum("bnd,ldhe->blhne", history, self.value_kernel)
+        return keys, values + self.value_bias
+
+    def outputs(self, attended: jax.Array) -> jax.Array:
+        """[..., L, H, Q, E] to [..., L, Q, D]."""
+        return jnp.einsum("...lhqe,lhed->...lqd", attended, self.output_kernel)

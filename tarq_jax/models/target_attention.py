@@ -1,0 +1,77 @@
+"""Target attention: every candidate attends over the user's history. The teacher of TARQ."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn, struct
+
+from tarq_jax.attention import multi_head_attention
+from tarq_jax.data.schema import Schema
+from tarq_jax.models.layers import MLP, MultiHeadAttention
+from tarq_jax.models.two_tower import HistoryEncoder, TwoTower, TwoTowerOutput
+from tarq_jax.types import Batch
+
+
+@struct.dataclass
+class TargetAttentionOutput:
+    """Logits with what the student learns from."""
+
+    logits: jax.Array  # [B, G]
+    backbone: TwoTowerOutput
+    queries: jax.Array  # [B, H, G, E], projected queries
+    keys: jax.Array  # [B, H, N, E]
+    values: jax.Array  # [B, H, N, E]
+    history: jax.Array  # [B, N, D], H_t
+    attention_output: jax.Array  # [B, G, D], o_ta
+
+
+def interaction_features(attention_output: jax.Array, backbone: TwoTowerOutput) -> jax.Array:
+    """`[o, x_item, o * x_item, v_user * v_item]`: [B, G, D] to [B, G, 4D]."""
+    items = backbone.candidates
+    towers = backbone.user[:, None] * backbone.item
+    return jnp.concatenate([attention_output, items, attention_output * items, towers], axis=-1)
+
+
+class TargetAttention(nn.Module):
+    """Backbone logit plus an MLP of the candidate's attention over the history (DESIGN section 2).
+
+    `H_t = X + MHA(X, X, X)`, `q = MLP(x_item)`, `o_ta = MHA(q, H_t, H_t)`,
+    `logit = MLP([o_ta, x_item, o_ta * x_item, v_user * v_item]) + backbone logit`.
+
+    Attributes:
+      schema: fields of the data.
+      width: D.
+      num_heads: H.
+      hidden: hidden widths of all MLPs.
+    """
+
+    schema: Schema
+    width: int = 32
+    num_heads: int = 2
+    hidden: Sequence[int] = (64,)
+
+    def setup(self):
+        self.backbone = TwoTower(self.schema, self.width, self.num_heads, self.hidden)
+        self.history_encoder = HistoryEncoder(self.num_heads, self.width)
+        self.query_tower = MLP(self.hidden, self.width)
+        self.attention = MultiHeadAttention(self.num_heads, self.width)
+        self.head = MLP(self.hidden, 1)
+
+    def query(self, candidates: jax.Array) -> jax.Array:
+        """Projected queries of item embeddings: [..., G, D] to [..., H, G, E]."""
+        return self.attention.queries(self.query_tower(candidates))
+
+    def __call__(self, batch: Batch) -> TargetAttentionOutput:
+        """Scores every candidate of every request, at a cost of candidates x history."""
+        backbone = self.backbone(batch)
+        history = self.history_encoder(backbone.history, batch.history_mask)
+        queries = self.query(backbone.candidates)
+        keys, values = self.attention.keys_values(history)
+        attended = multi_head_attention(queries, keys, values, batch.history_mask)
+        attention_output = self.attention.outputs(attended)
+        logits = self.head(interaction_features(attention_output, backbone))[..., 0] + backbone.logits
+        return TargetAttentionOutput(
+            logits=logits, backbone=backbone, queries=queries, keys=keys, values=values,
+            history=history, attention_output=attention_output,
+        )

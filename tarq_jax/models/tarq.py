@@ -1,0 +1,148 @@
+"""TARQ: a student that looks target attention up in personalised codebooks (arXiv 2509.16931)."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn, struct
+
+from tarq_jax import quantization
+from tarq_jax.attention import multi_head_attention, personalized_codebook
+from tarq_jax.data.schema import Schema
+from tarq_jax.models.layers import MLP, LevelAttention
+from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
+from tarq_jax.types import Batch, QuantizerOutput
+
+Head = Literal["scalar", "dot", "mlp"]
+
+
+@struct.dataclass
+class TarqOutput:
+    """The student's logits with all that its losses need."""
+
+    logits: jax.Array  # [B, G], student
+    teacher: TargetAttentionOutput
+    latents: jax.Array  # [B, G, D], z
+    quantizer: QuantizerOutput
+    personalized: jax.Array  # [A, L, K, D], of the first A requests, those that the codebook is aligned on
+    attended: jax.Array  # [B, G, L, D], A_l[c_l]
+    attention_output: jax.Array  # [B, G, D], o
+    reconstruction: jax.Array  # [B, G, D], decoder's x_item
+
+
+class Tarq(nn.Module):
+    """Teacher and student in one module; the codewords are an argument, not a parameter.
+
+    `z = encoder(sg(x_item))`, codes `c` by residual quantization, `A_l = MHA_l(C_l, H_t, H_t)`
+    once a request, `o = sum_l A_l[c_l]`, and a head on top (DESIGN section 2).
+
+    Attributes:
+      schema: fields of the data.
+      width: D.
+      num_heads: H.
+      hidden: hidden widths of all MLPs.
+      num_levels: L.
+      head: `scalar` adds `sum_l g_l(A_l, C_l)[c_l]` to the backbone's logit, L scalar look-ups a
+        candidate; `dot` adds `<W o, v_item> / sqrt(D)`; `mlp` adds an MLP of
+        `[o, x_item, o * x_item, v_user * v_item]`.
+      aligned_share: share of a batch's requests, the first ones, that get a whole personalised
+        codebook in training. Only the alignment loss needs it; candidates attend with their own
+        codewords, which is the same and cheaper.
+      stop_teacher_gradient: keep the student's gradients out of the teacher's history encoding
+        and of the item embedding that is quantized. Without, the student drags the teacher down.
+    """
+
+    schema: Schema
+    width: int = 32
+    num_heads: int = 2
+    hidden: Sequence[int] = (64,)
+    num_levels: int = 3
+    head: Head = "mlp"
+    aligned_share: float = 1.0
+    stop_teacher_gradient: bool = True
+
+    def setup(self):
+        if self.head not in get_args(Head):
+            raise ValueError(f"head is {self.head!r}, expected one of {get_args(Head)}")
+        self.teacher = TargetAttention(self.schema, self.width, self.num_heads, self.hidden)
+        self.encoder = MLP(self.hidden, self.width)
+        self.latent_norm = nn.RMSNorm(use_scale=False)
+        self.decoder = MLP(self.hidden, self.width)
+        self.level_attention = LevelAttention(self.num_levels, self.num_heads, self.width)
+        if self.head == "scalar":
+            self.level_scores = [MLP(self.hidden, 1) for _ in range(self.num_levels)]
+        else:
+            self.student_head = nn.Dense(self.width) if self.head == "dot" else MLP(self.hidden, 1)
+
+    def __call__(self, batch: Batch, codewords: jax.Array, quantize: jax.Array | bool = True) -> TarqOutput:
+        """Scores every candidate with the student and with the teacher.
+
+        Args:
+          batch: requests.
+          codewords: [L, K, D].
+          quantize: False hands the decoder the latent as it is, to warm the encoder up before
+            there are codewords worth using.
+        """
+        gate: Callable = jax.lax.stop_gradient if self.stop_teacher_gradient else lambda x: x
+        teacher = self.teacher(batch)
+        latents = self.latents(gate(teacher.backbone.candidates))
+        quantizer = quantization.encode(codewords, latents)
+        keys_values = self.level_attention.keys_values(gate(teacher.history))
+        attended = self._attend(quantizer.chosen, *keys_values, batch.history_mask)
+        num_aligned = max(1, round(self.aligned_share * len(batch.history_mask)))
+        personalized = self._personalize(
+            codewords, *jax.tree.map(lambda x: x[:num_aligned], (*keys_values, batch.history_mask))
+        )
+        attention_output = attended.sum(axis=-2)
+        decoder_inputs = jnp.where(
+            quantize, quantization.straight_through(latents, quantizer.quantized), latents
+        )
+        return TarqOutput(
+            logits=self._student_logits(teacher, attended, quantizer.chosen), teacher=teacher, latents=latents,
+            quantizer=quantizer, personalized=personalized, attended=attended, attention_output=attention_output,
+            reconstruction=self.decoder(decoder_inputs),
+        )
+
+    def latents(self, items: jax.Array) -> jax.Array:
+        """What is quantized: item embeddings [..., D] to [..., D]."""
+        return self.latent_norm(self.encoder(items))
+
+    def candidate_latents(self, batch: Batch) -> jax.Array:
+        """The latents [B, G, D] of a batch's candidates, for fitting a codebook to."""
+        return self.latents(self.teacher.backbone(batch).candidates)
+
+    def personalize(self, codewords: jax.Array, history: jax.Array, mask: jax.Array) -> jax.Array:
+        """`A_l = MHA_l(C_l, H_t, H_t)`: [L, K, D] and [B, N, D] to [B, L, K, D], once a request."""
+        return self._personalize(codewords, *self.level_attention.keys_values(history), mask)
+
+    def _personalize(self, codewords: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+        queries = self.level_attention.queries(codewords)
+        return self.level_attention.outputs(personalized_codebook(queries, keys, values, mask))
+
+    def _attend(self, chosen: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+        """`A_l[c_l]` of the chosen codewords alone: [B, G, L, D] to [B, G, L, D].
+
+        Equals the look-up in the personalised codebook; with fewer candidates than codewords,
+        as in training, it is cheaper.
+        """
+        queries = self.level_attention.queries(jnp.swapaxes(chosen, 1, 2))
+        attended = self.level_attention.outputs(multi_head_attention(queries, keys, values, mask))
+        return jnp.swapaxes(attended, 1, 2)
+
+    def _student_logits(self, teacher: TargetAttentionOutput, attended: jax.Array, chosen: jax.Array) -> jax.Array:
+        backbone = teacher.backbone
+        if self.head == "scalar":
+            added = self.codeword_scores(attended, chosen).sum(axis=-1)
+        elif self.head == "dot":
+            projected = self.student_head(attended.sum(axis=-2))
+            added = jnp.sum(projected * backbone.item, axis=-1) / jnp.sqrt(self.width)
+        else:
+            added = self.student_head(interaction_features(attended.sum(axis=-2), backbone))[..., 0]
+        return backbone.logits + added
+
+    def codeword_scores(self, attended: jax.Array, codewords: jax.Array) -> jax.Array:
+        """`s_l = g_l(A_l, C_l)` of the scalar head: [..., L, D] twice to [..., L]."""
+        inputs = jnp.concatenate([attended, codewords], axis=-1)
+        levels = [score(inputs[..., index, :])[..., 0] for index, score in enumerate(self.level_scores)]
+        return jnp.stack(levels, axis=-1)

@@ -1,0 +1,84 @@
+"""Two-tower backbone: a user vector and an item vector meet in one inner product."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn, struct
+
+from tarq_jax.data.schema import Schema
+from tarq_jax.models.layers import MLP, FeatureEncoder, MultiHeadAttention
+from tarq_jax.types import Batch
+
+
+@struct.dataclass
+class TwoTowerOutput:
+    """Logits with what the other models build on."""
+
+    logits: jax.Array  # [B, G]
+    user: jax.Array  # [B, D], v_user
+    item: jax.Array  # [B, G, D], v_item
+    candidates: jax.Array  # [B, G, D], x_item
+    history: jax.Array  # [B, N, D], X
+
+
+class HistoryEncoder(nn.Module):
+    """`H = X + MHA(X, X, X)`: self-attention over the history, around a residual connection."""
+
+    num_heads: int
+    width: int
+
+    @nn.compact
+    def __call__(self, history: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, N, D] with mask [B, N] to [B, N, D]."""
+        return history + MultiHeadAttention(self.num_heads, self.width)(history, history, mask)
+
+
+class TwoTower(nn.Module):
+    """`logit = <v_user, v_item> / sqrt(D) + bias` (DESIGN section 2).
+
+    `H_u = X + MHA(X, X, X)`, `h_u = MHA(x_user, H_u, H_u)`, `v_user = MLP([x_user; h_u])`,
+    `v_item = MLP(x_item)`.
+
+    Attributes:
+      schema: fields of the data.
+      width: D.
+      num_heads: H.
+      hidden: hidden widths of both towers.
+      num_encoders: history encoders in the user tower; a second one gives a two-tower the
+        sequence encoder and attention that target attention adds, without its interaction.
+    """
+
+    schema: Schema
+    width: int = 32
+    num_heads: int = 2
+    hidden: Sequence[int] = (64,)
+    num_encoders: int = 1
+
+    @nn.compact
+    def __call__(self, batch: Batch) -> TwoTowerOutput:
+        """Scores every candidate of every request."""
+        encode_item = FeatureEncoder(self.schema.side("item"), self.width, name="item_features")
+        candidates = encode_item(batch.candidates, batch.candidate_mask.shape)
+        history = encode_item(batch.history, batch.history_mask.shape)
+        if events := self.schema.side("event"):
+            encode_event = FeatureEncoder(events, self.width, name="event_features")
+            history += encode_event(batch.history, batch.history_mask.shape)
+        user = self._user_vector(batch, history)
+        item = MLP(self.hidden, self.width, name="item_tower")(candidates)
+        bias = self.param("bias", nn.initializers.zeros, ())
+        logits = jnp.einsum("bd,bgd->bg", user, item) / jnp.sqrt(self.width) + bias
+        return TwoTowerOutput(logits=logits, user=user, item=item, candidates=candidates, history=history)
+
+    def _user_vector(self, batch: Batch, history: jax.Array) -> jax.Array:
+        fields = self.schema.side("user", "context")
+        encode_user = FeatureEncoder(fields, self.width, name="user_features")
+        user = encode_user({**batch.user, **batch.context}, batch.user_id.shape)
+        parts = [user]
+        for index in range(self.num_encoders):
+            encoded = HistoryEncoder(self.num_heads, self.width, name=f"history_encoder_{index}")(
+                history, batch.history_mask
+            )
+            attend = MultiHeadAttention(self.num_heads, self.width, name=f"history_attention_{index}")
+            parts.append(attend(user[:, None], encoded, batch.history_mask)[:, 0])
+        return MLP(self.hidden, self.width, name="user_tower")(jnp.concatenate(parts, axis=-1))
