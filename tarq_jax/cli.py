@@ -1,0 +1,87 @@
+"""How commands start and end: one-line errors and the exit codes of DESIGN section 6."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 75
+
+
+class Interrupted(Exception):
+    """Raised after a signal, once everything is saved; calling again goes on."""
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it, SIGINT and SIGTERM only make the function it yields return True."""
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda signum, _: caught.append(signum)) for number in numbers]
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def config_flag() -> flags.FlagHolder:
+    """Defines `--config=FILE[:MODE]`, whose settings `--config.KEY=VALUE` overrides."""
+    config = config_flags.DEFINE_config_file("config", help_string="Experiment, a file in configs/.")
+    flags.mark_flag_as_required("config")
+    return config
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags, runs `main` and exits with the code that fits what happened."""
+    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step they take
+    app.run(lambda _: sys.exit(_exit_code(main)), flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ValueError(f"unexpected argument {rest[1]!r}, expected only flags")
+        return rest
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        wrong_call(error)
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    try:
+        main()
+        return DONE
+    except Interrupted as interrupted:
+        _complain(interrupted)
+        return INTERRUPTED
+    except (ValueError, OSError, FloatingPointError) as error:
+        _complain(error)
+        return FAILED
+
+
+def wrong_call(message: object) -> NoReturn:
+    """Ends the command with one line on stderr and the exit code of a wrong call."""
+    _complain(message)
+    sys.exit(WRONG_CALL)
+
+
+def _complain(error: object) -> None:
+    message = error.args[0] if isinstance(error, KeyError | AttributeError) and error.args else error
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The configuration, once it is valid; a setting that does not hold is a wrong call."""
+    from tarq_jax.config import validate
+
+    try:
+        validate(config)
+    except ValueError as error:
+        wrong_call(error)
+    return config

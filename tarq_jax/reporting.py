@@ -1,0 +1,85 @@
+"""What people see of a run: progress, metrics on disk, tables in the terminal and as JSON."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+Row = Mapping[str, Any]
+
+
+class MetricsWriter:
+    """Writes scalars to `metrics.jsonl` and as TensorBoard events; use as a context manager."""
+
+    def __init__(self, workdir: Path):
+        """Appends to what `workdir` holds already."""
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._lines = (workdir / "metrics.jsonl").open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One JSON line and one event a scalar; a value that is not finite becomes null in JSON."""
+        self._lines.write(json.dumps({"step": step} | _finite(scalars)) + "\n")
+        self._lines.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._events.close()
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with its task's description, a count, the time that remains and a note."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))
+    return Progress(*columns, console=console)
+
+
+# What a terminal has room for; files hold every column.
+COLUMNS = ("model", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration", "gap_recovered", "utilisation",
+           "quantization_error", "attention_error", "parameters", "train_seconds", "examples_per_second")
+
+
+def print_table(rows: Sequence[Row], title: str) -> None:
+    """One line a row, with those of `COLUMNS` that any row has."""
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        justify = "left" if column == "model" else "right"
+        table.add_column(column.replace("_", " "), justify=justify)
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    console.print(table)
+
+
+def write_rows(rows: Sequence[Row], path: str | Path) -> None:
+    """The rows as a JSON list of flat objects; a value that is not finite becomes null."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([_finite(row) for row in rows], indent=1) + "\n")
+
+
+def _finite(row: Row) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()}
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,79 @@
+"""Evaluation of a trained model on a split: ranking quality, and the health of its codebooks."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tarq_jax import metrics
+from tarq_jax.training.objectives import STUDENT, TEACHER, Predictions
+from tarq_jax.types import Batch
+
+Row = dict[str, Any]
+
+
+def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], *, codewords: np.ndarray | None,
+             recall_k: int) -> list[Row]:
+    """Scores every batch and computes all metrics over the real candidates.
+
+    Args:
+      predict: compiled, batch -> predictions.
+      batches: with NumPy leaves, as of `tarq_jax.data.eval_batches`.
+      codewords: [L, K, D], where the model quantizes.
+      recall_k: k of recall@k of the student's order against the teacher's.
+
+    Returns:
+      A row a predictor: `model`, `auc`, `gauc`, `log_loss`, `calibration`; the student's has the
+      codebook's health and its closeness to the teacher besides.
+
+    Raises:
+      ValueError: there is no batch, or a score is not finite.
+    """
+    kept = [(batch, jax.device_get(predict(batch))) for batch in batches]
+    if not kept:
+        raise ValueError("the split to evaluate has no requests, expected at least one")
+    labels, mask, weights = (
+        np.concatenate([getattr(batch, name) for batch, _ in kept])
+        for name in ("labels", "candidate_mask", "weights")
+    )
+    users = np.concatenate([np.broadcast_to(b.user_id[:, None], b.labels.shape) for b, _ in kept])
+    predictions = jax.tree.map(lambda *parts: np.concatenate(parts), *(found for _, found in kept))
+    rows = [
+        {"model": name} | _ranking(labels[mask], logits[mask], users[mask], weights[mask])
+        for name, logits in predictions.logits.items()
+    ]
+    if predictions.diagnostics is not None:
+        rows[0] |= _closeness(predictions, mask, recall_k) | _health(predictions, mask, codewords)
+    return rows
+
+
+def _ranking(labels: np.ndarray, logits: np.ndarray, users: np.ndarray, weights: np.ndarray) -> Row:
+    return {
+        "auc": metrics.auc(labels, logits, weights),
+        "gauc": metrics.grouped_auc(labels, logits, users, weights).value,
+        "log_loss": metrics.log_loss(labels, logits, weights),
+        "calibration": metrics.calibration(labels, logits, weights),
+    }
+
+
+def _closeness(predictions: Predictions, mask: np.ndarray, recall_k: int) -> Row:
+    student, teacher = predictions.logits[STUDENT], predictions.logits[TEACHER]
+    found = predictions.diagnostics
+    return {
+        "attention_error": metrics.relative_error(found.student_output, found.teacher_output, mask),
+        f"recall_at_{recall_k}": metrics.recall_at_k(student, teacher, mask, recall_k),
+        "rank_correlation": metrics.rank_correlation(student, teacher, mask),
+    }
+
+
+def _health(predictions: Predictions, mask: np.ndarray, codewords: np.ndarray) -> Row:
+    """Level by level, counted from 1; `utilisation` is the lowest of all, `quantization_error` the last."""
+    found = predictions.diagnostics
+    health = metrics.codebook_health(codewords, found.latents, found.quantizer, mask)
+    levels = range(1, len(codewords) + 1)
+    summary = {
+        "utilisation": min(health[f"utilisation_{level}"] for level in levels),
+        "quantization_error": health[f"quantization_error_{levels[-1]}"],
+    }
+    return summary | health

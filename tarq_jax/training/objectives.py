@@ -1,0 +1,159 @@
+"""What each model is trained on: `Objective` bundles a module's init, loss and predictions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from tarq_jax import losses
+from tarq_jax.data.schema import Schema
+from tarq_jax.models import Tarq, TargetAttention, TwoTower
+from tarq_jax.models.tarq import TarqOutput
+from tarq_jax.types import Batch, Codebook, QuantizerOutput
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns beside its value."""
+
+    metrics: dict[str, jax.Array]  # scalars
+    quantizer: QuantizerOutput | None  # for the codebook's update
+
+
+class Diagnostics(NamedTuple):
+    """What the health of a codebook is judged by."""
+
+    latents: jax.Array  # [B, G, D]
+    quantizer: QuantizerOutput
+    student_output: jax.Array  # [B, G, D], o
+    teacher_output: jax.Array  # [B, G, D], o_ta
+
+
+class Predictions(NamedTuple):
+    """What evaluation looks at."""
+
+    logits: dict[str, jax.Array]  # name of predictor -> [B, G]
+    diagnostics: Diagnostics | None  # None for models that do not quantize
+
+
+class Objective(NamedTuple):
+    """A model as the training step sees it: three pure functions.
+
+    Attributes:
+      init: (rng, batch, codewords) -> params.
+      loss: (params, codewords, batch, active) -> (loss [], LossOutput). `active` [] bool says
+        whether the codebook is in use yet.
+      predict: (params, codewords, batch) -> Predictions.
+      latents: (params, batch) -> what is quantized, [B, G, D]; None without a codebook.
+    """
+
+    init: Callable[..., Any]
+    loss: Callable[..., tuple[jax.Array, LossOutput]]
+    predict: Callable[..., "Predictions"]
+    latents: Callable[..., jax.Array] | None = None
+
+
+def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
+    """Binary cross-entropy on the module's logits; its predictor is called `name`."""
+
+    def init(rng, batch, codewords):
+        del codewords
+        return module.init(rng, batch)
+
+    def loss(params, codewords, batch, active):
+        del codewords, active
+        logits = module.apply(params, batch).logits
+        value = losses.weighted_mean(losses.binary_cross_entropy(logits, batch.labels), batch.weights)
+        return value, LossOutput({"loss": value}, None)
+
+    def predict(params, codewords, batch):
+        del codewords
+        return Predictions({name: module.apply(params, batch).logits}, None)
+
+    return Objective(init, loss, predict)
+
+
+def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """Every loss of DESIGN section 2 by name, [] each, unweighted."""
+    quantizer, teacher = output.quantizer, output.teacher
+    aligned = len(output.personalized)
+    per_candidate = {
+        "student": losses.binary_cross_entropy(output.logits, batch.labels),
+        "teacher": losses.binary_cross_entropy(teacher.logits, batch.labels),
+        "distillation": losses.distillation(output.logits, teacher.logits),
+        "output_reconstruction": losses.output_reconstruction(
+            output.attention_output, teacher.attention_output
+        ),
+        "alignment": losses.codebook_alignment(
+            output.latents[:aligned], teacher.attention_output[:aligned], codewords, output.personalized,
+            quantizer.chosen[:aligned], output.attended[:aligned],
+        ),
+        "commitment": losses.commitment(output.latents, quantizer.quantized),
+        "codebook": losses.codebook_loss(quantizer.chosen, quantizer.residuals),
+        "reconstruction": losses.squared_error(output.reconstruction, teacher.backbone.candidates),
+    }
+    return {
+        name: losses.weighted_mean(value, batch.weights[: len(value)]) for name, value in per_candidate.items()
+    }
+
+
+STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of the predictors of TARQ
+WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # the losses that train before the codebook is in use
+
+
+def tarq(module: Tarq, loss_weights: Mapping[str, float]) -> Objective:
+    """The weighted sum of `tarq_losses`; predictors `STUDENT` and `TEACHER`.
+
+    Raises:
+      ValueError: at the first loss, if `loss_weights` names a loss that does not exist, or misses one.
+    """
+
+    def init(rng, batch, codewords):
+        return module.init(rng, batch, codewords)
+
+    def loss(params, codewords, batch, active):
+        output = module.apply(params, batch, codewords, active)
+        values = tarq_losses(output, codewords, batch)
+        if set(values) != set(loss_weights):
+            raise ValueError(f"loss_weights names {sorted(loss_weights)}, expected {sorted(values)}")
+        total = jnp.zeros(())
+        for name, value in values.items():
+            on = 1.0 if name in WITHOUT_CODEBOOK else jnp.where(active, 1.0, 0.0)
+            total += loss_weights[name] * on * value
+        metrics = {"loss": total} | {f"loss/{name}": value for name, value in values.items()}
+        return total, LossOutput(metrics, output.quantizer)
+
+    def predict(params, codewords, batch):
+        output = module.apply(params, batch, codewords)
+        diagnostics = Diagnostics(
+            output.latents, output.quantizer, output.attention_output, output.teacher.attention_output
+        )
+        return Predictions({STUDENT: output.logits, TEACHER: output.teacher.logits}, diagnostics)
+
+    def latents(params, batch):
+        return module.apply(params, batch, method=Tarq.candidate_latents)
+
+    return Objective(init, loss, predict, latents)
+
+
+def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema) -> Objective:
+    """The objective that `config.model` describes.
+
+    `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
+    encoder and attention, and hidden layers twice as wide (four times, with TARQ's encoder,
+    decoder and heads in mind).
+    """
+    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads}
+    hidden = tuple(model.hidden)
+    if model.name == "two_tower":
+        return supervised(TwoTower(**common, hidden=hidden), model.name)
+    if model.name == "two_tower_large":
+        return supervised(TwoTower(**common, hidden=tuple(4 * size for size in hidden), num_encoders=2), model.name)
+    if model.name == "target_attention":
+        return supervised(TargetAttention(**common, hidden=hidden), model.name)
+    module = Tarq(
+        **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
+        aligned_share=model.aligned_share, stop_teacher_gradient=model.stop_teacher_gradient,
+    )
+    return tarq(module, dict(loss_weights))

@@ -1,0 +1,24 @@
+"""Training state: everything that a step changes and a checkpoint keeps."""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from tarq_jax.types import Codebook
+
+
+@struct.dataclass
+class TrainState:
+    """A pytree; the codebook stands beside the parameters, not among them."""
+
+    step: jax.Array  # [] int32, steps done
+    params: Any  # the module's variables
+    codebook: Codebook | None  # None for models that do not quantize
+    opt_state: Any  # of the optimizer, over `trainable(state)`
+    rng: jax.Array  # key that every step folds its number into
+
+
+def trainable(params: Any, codebook: Codebook | None) -> dict[str, Any]:
+    """What the optimizer sees: parameters and codewords, in one tree."""
+    return {"params": params, "codewords": None if codebook is None else codebook.codewords}

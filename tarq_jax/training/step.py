@@ -1,0 +1,90 @@
+"""One training step, as a pure function of state and batch. The caller compiles it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tarq_jax import quantization
+from tarq_jax.training.objectives import Objective
+from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.types import Batch, Codebook, QuantizerOutput
+
+# (rng, codebook, quantizer output, where [B, G], step) -> codebook
+CodebookUpdate = Callable[[jax.Array, Codebook, QuantizerOutput, jax.Array, jax.Array], Codebook]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    update_codebook: CodebookUpdate,
+    codebook_start: int = 0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Gradient step on parameters and codewords, then the codebook's own update.
+
+    Args:
+      state: before the step.
+      batch: requests.
+      objective: what to minimise.
+      optimizer: over `trainable`.
+      update_codebook: statistics, EMA and revival, see `codebook_updates`.
+      codebook_start: step from which on the codebook is in use.
+
+    Returns:
+      The state after the step, and metrics, scalars on device.
+    """
+    active = state.step >= codebook_start
+
+    def loss(variables):
+        return objective.loss(variables["params"], variables["codewords"], batch, active)
+
+    variables = trainable(state.params, state.codebook)
+    (_, aux), gradients = jax.value_and_grad(loss, has_aux=True)(variables)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, variables)
+    variables = optax.apply_updates(variables, updates)
+    metrics = aux.metrics | {"gradient_norm": optax.global_norm(gradients)}
+
+    codebook = state.codebook
+    if codebook is not None:
+        codebook = codebook.replace(codewords=variables["codewords"])
+        rng = jax.random.fold_in(state.rng, state.step)
+        where = batch.candidate_mask & active
+        updated = update_codebook(rng, codebook, aux.quantizer, where, state.step)
+        codebook = jax.tree.map(lambda new, old: jnp.where(active, new, old), updated, codebook)
+    state = state.replace(
+        step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
+    )
+    return state, metrics
+
+
+def codebook_updates(
+    *, mode: str, decay: float, revive_every: int, min_usage: float
+) -> CodebookUpdate:
+    """The codebook's update after a gradient step.
+
+    Args:
+      mode: `gradient` leaves the codewords to the optimizer and tracks usage only; `ema` sets
+        them to the running mean of what they quantize.
+      decay: of the running statistics.
+      revive_every: steps between revivals of dead codewords; 0 never revives.
+      min_usage: see `quantization.dead`.
+    """
+
+    def revive(rng, codebook, residuals, where):
+        return quantization.revive(rng, codebook, residuals, where=where, min_usage=min_usage)
+
+    def update(rng, codebook, output, where, step):
+        counts, sums = quantization.assignment_statistics(output, codebook.counts.shape[-1], where)
+        codebook = quantization.update_statistics(codebook, counts, sums, decay=decay)
+        if mode == "ema":
+            codebook = quantization.ema_codewords(codebook)
+        if revive_every:
+            due = (step + 1) % revive_every == 0
+            codebook = jax.lax.cond(due, revive, lambda *args: args[1], rng, codebook, output.residuals, where)
+        return codebook
+
+    return update

@@ -1,0 +1,26 @@
+"""Trains the experiment of a configuration: `python train.py --config=configs/synthetic.py --workdir=DIR`."""
+
+from pathlib import Path
+
+from absl import flags
+
+from tarq_jax import cli, reporting
+
+CONFIG = cli.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go; an unfinished run there goes on.",
+                              required=True)
+JSON = flags.DEFINE_string("json", None, "File to write the rows of the final table to.")
+
+
+def main() -> None:
+    """Flags to configuration to loop."""
+    from tarq_jax.training import loop  # after the flags: importing JAX takes seconds
+
+    rows = loop.run(cli.settings(CONFIG.value), Path(WORKDIR.value))
+    reporting.print_table(rows, title=f"test split, {WORKDIR.value}")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
