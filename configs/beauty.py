@@ -1,0 +1,21 @@
+"""TARQ on Amazon Beauty (5-core): which product came next, among 15 drawn by popularity?
+
+    python train.py --config=configs/beauty.py --workdir=runs/beauty \
+        --config.data.source=DIR/Beauty.txt --config.data.attributes=DIR/Beauty_item2attributes.json
+"""
+
+import ml_collections
+
+from tarq_jax.config import default_config, smoke
+
+
+def get_config(mode: str = "") -> ml_collections.ConfigDict:
+    """The experiment; mode `smoke` shrinks it."""
+    config = default_config()
+    config.baselines = ("two_tower", "target_attention")
+    with config.data.unlocked():
+        config.data.name = "sequences"
+        config.data.source = "data/Beauty.txt"
+        config.data.attributes = "data/Beauty_item2attributes.json"
+        config.data.history_length = 20
+    return smoke(config, num_negatives=3, history_length=8) if mode == "smoke" else config

@@ -1,0 +1,21 @@
+"""TARQ on LastFM: which artist did the user listen to next, among 15 drawn by popularity?
+
+    python train.py --config=configs/lastfm.py --workdir=runs/lastfm \
+        --config.data.source=DIR/LastFM.txt --config.data.attributes=DIR/LastFM_item2attributes.json
+"""
+
+import ml_collections
+
+from tarq_jax.config import default_config, smoke
+
+
+def get_config(mode: str = "") -> ml_collections.ConfigDict:
+    """The experiment; mode `smoke` shrinks it."""
+    config = default_config()
+    config.baselines = ("two_tower", "target_attention")
+    with config.data.unlocked():
+        config.data.name = "sequences"
+        config.data.source = "data/LastFM.txt"
+        config.data.attributes = "data/LastFM_item2attributes.json"
+        config.data.history_length = 50
+    return smoke(config, num_negatives=3, history_length=8) if mode == "smoke" else config

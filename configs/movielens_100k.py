@@ -1,0 +1,25 @@
+"""TARQ on MovieLens-100K: will the user rate this film 4 or better?
+
+A user's ratings in order of time: the first 70% train, the next 10% validate, the last 20% test.
+The history holds films rated strictly before, each with whether it was liked.
+
+    python train.py --config=configs/movielens_100k.py --workdir=runs/movielens_100k \
+        --config.data.source=DIR
+
+DIR is the folder of the data set as GroupLens ships it, or in `.inter/.item/.user` files.
+"""
+
+import ml_collections
+
+from tarq_jax.config import default_config, smoke
+
+
+def get_config(mode: str = "") -> ml_collections.ConfigDict:
+    """The experiment; mode `smoke` shrinks it."""
+    config = default_config()
+    config.baselines = ("two_tower", "target_attention")
+    with config.data.unlocked():
+        config.data.name = "movielens"
+        config.data.source = "data/ml-100k"
+        config.data.history_length = 50
+    return smoke(config, num_candidates=4, history_length=8) if mode == "smoke" else config

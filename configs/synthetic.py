@@ -1,0 +1,31 @@
+"""TARQ on the built-in synthetic task, whose labels come from a softmax attention over the history.
+
+Shows that a student of L=3 levels of K=64 codewords wins back most of what a two-tower model
+loses against full target attention.
+
+    python train.py --config=configs/synthetic.py --workdir=runs/synthetic
+
+Expected: test AUC of about 0.70 for the two-tower, 0.77 for target attention, and at least 0.9 of
+the gap recovered by TARQ, with every codeword in use; 2 to 3 minutes on 2 CPU cores.
+`configs/synthetic.py:smoke` ends in seconds.
+"""
+
+import ml_collections
+
+from tarq_jax.config import default_config, smoke
+
+
+def get_config(mode: str = "") -> ml_collections.ConfigDict:
+    """The experiment; mode `smoke` shrinks it."""
+    config = default_config()
+    config.baselines = ("two_tower", "target_attention")
+    with config.data.unlocked():
+        config.data.name = "synthetic"
+        config.data.num_items = 4000
+        config.data.history_length = 50
+        config.data.sharpness = 8.0
+        config.data.seed = 0
+    if mode == "smoke":
+        return smoke(config, num_items=120, num_clusters=12, history_length=8, num_candidates=4,
+                     train_requests=64, validation_requests=32, test_requests=32)
+    return config

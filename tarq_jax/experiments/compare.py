@@ -1,0 +1,97 @@
+"""Compares models on the same data, budget and seeds, in one table.
+
+    python -m tarq_jax.experiments.compare --config=configs/synthetic.py --seeds=0,1,2 --workdir=runs/compare
+
+Trains two-tower, a two-tower of TARQ's size, target attention and TARQ. Each run is kept under
+`WORKDIR/<model>-<seed>`: calling again goes on where it stopped and trains nothing twice.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from tarq_jax import cli, reporting
+from tarq_jax.config import MODELS
+
+CONFIG = cli.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "Where all runs are kept.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of initialisation and order, one run each a model.")
+JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+
+
+def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Sequence[int], workdir: Path,
+            console: Console | None = None) -> list[dict]:
+    """Trains every model with every seed.
+
+    Args:
+      config: validated; its model's name and seed are replaced.
+      models: names, of `tarq_jax.config.MODELS`.
+      seeds: of initialisation and order of the data; the data set itself stays the same.
+      workdir: where the runs are kept.
+      console: where progress goes.
+
+    Returns:
+      A row a predictor and seed, with `seed` and `gap_recovered` within that seed.
+    """
+    from tarq_jax.training import loop  # after the flags: importing JAX takes seconds
+
+    console = console or Console()
+    dataset = loop.load_data(config)
+    loop.describe_data(dataset, console)
+    rows = []
+    for seed in seeds:
+        of_seed = []
+        for model in models:
+            run = loop.with_model(config, model)
+            run.seed = seed
+            of_seed += loop.train(run, dataset, workdir / f"{model}-{seed}", console).rows
+        rows += [{"seed": seed} | row for row in loop.add_gap_recovered(of_seed)]
+    return rows
+
+
+def summarise(rows: Sequence[dict]) -> list[dict]:
+    """Mean and standard deviation (ddof 1) over seeds, a row a predictor.
+
+    Example:
+      >>> summarise([{"model": "a", "seed": 0, "auc": 0.5}, {"model": "a", "seed": 1, "auc": 0.7}])
+      [{'model': 'a', 'seeds': 2, 'auc': 0.6, 'auc_std': 0.14142135623730948}]
+    """
+    summary = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        runs = [row for row in rows if row["model"] == model]
+        combined = {"model": model, "seeds": len(runs)}
+        for key in (key for key in runs[0] if key not in ("model", "seed")):
+            values = np.array([run[key] for run in runs], dtype=float)
+            combined[key] = float(values.mean())
+            if len(runs) > 1:
+                combined[f"{key}_std"] = float(values.std(ddof=1))
+        summary.append(combined)
+    return summary
+
+
+def main() -> None:
+    """Flags to table."""
+    seeds = _seeds(SEEDS.value)
+    rows = compare(cli.settings(copy.deepcopy(CONFIG.value)), MODELS, seeds, Path(WORKDIR.value))
+    if len(seeds) > 1:
+        reporting.print_table(rows, title="each seed, test split")
+    summary = summarise(rows)
+    reporting.print_table(summary, title=f"mean over seeds {', '.join(map(str, seeds))}, test split")
+    reporting.write_rows(rows + summary, Path(WORKDIR.value) / "results.json")
+    if JSON.value:
+        reporting.write_rows(rows + summary, JSON.value)
+
+
+def _seeds(values: Sequence[str]) -> list[int]:
+    if not values or not all(value.isdecimal() for value in values) or len(set(values)) < len(values):
+        cli.wrong_call(f"--seeds is {','.join(values)!r}, expected different whole numbers like 0,1,2")
+    return [int(value) for value in values]
+
+
+if __name__ == "__main__":
+    cli.run(main)
