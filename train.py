@@ -7,16 +7,18 @@ from absl import flags
 from tarq_jax import cli, reporting
 
 CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go; an unfinished run there goes on.",
-                              required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints and metrics go; an unfinished run there goes on.", required=True
+)
 JSON = flags.DEFINE_string("json", None, "File to write the rows of the final table to.")
 
 
 def main() -> None:
     """Flags to configuration to loop."""
+    config = cli.settings(CONFIG.value)
     from tarq_jax.training import loop  # after the flags: importing JAX takes seconds
 
-    rows = loop.run(cli.settings(CONFIG.value), Path(WORKDIR.value))
+    rows = loop.run(config, Path(WORKDIR.value))
     reporting.print_table(rows, title=f"test split, {WORKDIR.value}")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)

@@ -1,0 +1,45 @@
+"""Target attention at the price of pre-ranking, by residual quantization (TARQ, arXiv 2509.16931).
+
+The names below are the library's core; each is imported when it is first used, so that importing
+the package itself costs nothing. Models, data and training are in the subpackages.
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Batch": "types",
+    "Codebook": "types",
+    "Field": "data.schema",
+    "QuantizerOutput": "types",
+    "Schema": "data.schema",
+    "Tarq": "models",
+    "TargetAttention": "models",
+    "TwoTower": "models",
+    "codebook_alignment": "losses",
+    "decode": "quantization",
+    "ema_codewords": "quantization",
+    "encode": "quantization",
+    "kmeans_codebook": "quantization",
+    "look_up": "attention",
+    "multi_head_attention": "attention",
+    "personalized_codebook": "attention",
+    "revive": "quantization",
+    "straight_through": "quantization",
+    "update_statistics": "quantization",
+}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return [*__all__, "__version__"]

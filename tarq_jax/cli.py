@@ -49,7 +49,11 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if len(rest) > 1:
             raise ValueError(f"unexpected argument {rest[1]!r}, expected only flags")
         return rest
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError) as error:  # a `--config.KEY` that does not exist
+        found = error.args[0]
+        name = found.args[0] if isinstance(found, KeyError) else found
+        wrong_call(f"unknown setting of the configuration: {name}")
+    except (flags.Error, OSError, TypeError, ValueError) as error:
         wrong_call(error)
 
 
@@ -59,6 +63,9 @@ def _exit_code(main: Callable[[], None]) -> int:
         return DONE
     except Interrupted as interrupted:
         _complain(interrupted)
+        return INTERRUPTED
+    except KeyboardInterrupt:  # where `interruptible` does not reach: nothing was trained yet
+        _complain("interrupted; call again to go on")
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         _complain(error)
@@ -72,16 +79,15 @@ def wrong_call(message: object) -> NoReturn:
 
 
 def _complain(error: object) -> None:
-    message = error.args[0] if isinstance(error, KeyError | AttributeError) and error.args else error
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The configuration, once it is valid; a setting that does not hold is a wrong call."""
+    """The configuration, once it is valid; a missing file or a setting that does not hold is a wrong call."""
     from tarq_jax.config import validate
 
     try:
         validate(config)
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # absl loads the file lazily: here is where it may be missing
         wrong_call(error)
     return config

@@ -3,14 +3,16 @@
 A file in `configs/` starts from `default_config()` and changes what its experiment is about.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import ml_collections
 
-from tarq_jax.models.tarq import Head
-
 MODELS = ("two_tower", "two_tower_large", "target_attention", "tarq")
+DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
+REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
+HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -33,8 +35,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.num_levels = 3
     config.model.num_codewords = 64
     config.model.head = "mlp"
+    config.model.decoded = "query"  # what the decoder reconstructs; or "item"
     config.model.aligned_share = 0.25  # share of the requests of a batch that the alignment loss looks at
-    config.model.stop_teacher_gradient = True
+    config.model.student_gradient = "student"  # how far it reaches; or "backbone", or "teacher"
 
     config.codebook = ml_collections.ConfigDict()
     config.codebook.init = "kmeans"  # or "random"
@@ -90,29 +93,32 @@ class Rule(NamedTuple):
 
 
 def _at_least(minimum: float) -> Rule:
-    return Rule(lambda value: value >= minimum, f"at least {minimum}")
+    return Rule(lambda value: minimum <= value < math.inf, f"at least {minimum}")
 
 
 def _one_of(*choices: str) -> Rule:
     return Rule(lambda value: value in choices, f"one of {choices}")
 
 
-POSITIVE = Rule(lambda value: value > 0, "a positive number")
+POSITIVE = Rule(lambda value: 0 < value < math.inf, "a positive number")
 FRACTION = Rule(lambda value: 0 <= value < 1, "a number in [0, 1)")
 
 RULES: Mapping[str, Rule] = {
     "seed": _at_least(0),
     "steps": _at_least(1),
     "batch_size": _at_least(1),
-    "baselines": Rule(lambda value: set(value) <= set(MODELS), f"a tuple of {MODELS}"),
+    "baselines": Rule(lambda value: all(name in MODELS for name in value), f"a tuple of {MODELS}"),
     "model.name": _one_of(*MODELS),
     "model.width": _at_least(1),
     "model.num_heads": _at_least(1),
-    "model.hidden": Rule(lambda value: all(size > 0 for size in value), "positive widths"),
+    "model.hidden": Rule(lambda value: all(isinstance(size, int) and size > 0 for size in value),
+                         "positive widths"),
     "model.num_levels": _at_least(1),
     "model.num_codewords": _at_least(2),
-    "model.head": _one_of(*get_args(Head)),
+    "model.head": _one_of(*HEADS),
     "model.aligned_share": Rule(lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "model.decoded": _one_of(*DECODED),
+    "model.student_gradient": _one_of(*REACHES),
     "codebook.init": _one_of("kmeans", "random"),
     "codebook.start": _at_least(0),
     "codebook.init_latents": _at_least(1),
@@ -120,6 +126,7 @@ RULES: Mapping[str, Rule] = {
     "codebook.decay": FRACTION,
     "codebook.revive_every": _at_least(0),
     "codebook.min_usage": FRACTION,
+    **{f"loss_weights.{name}": _at_least(0) for name in default_config().loss_weights},
     "optimizer.learning_rate": POSITIVE,
     "optimizer.weight_decay": _at_least(0),
     "optimizer.warmup_steps": _at_least(0),
@@ -171,5 +178,6 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping | ml_collections.ConfigDict) else {name: value}
+        nested = isinstance(value, Mapping | ml_collections.ConfigDict)
+        flat |= _flatten(value, f"{name}.") if nested else {name: value}
     return flat

@@ -1,6 +1,7 @@
 """The losses of TARQ, each a pure function that returns one value a candidate.
 
-Reduce with `weighted_mean`. Sources: TARQ (arXiv 2509.16931) and DESIGN section 2.
+Reduce with `weighted_mean`. Sources: TARQ (arXiv 2509.16931) and DESIGN section 2. Shapes that do not
+fit are an AssertionError of chex; nothing is broadcast.
 """
 
 import chex
@@ -11,10 +12,17 @@ import optax
 from tarq_jax.quantization import negative_distances
 
 
-def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of `values` by `weights` of the same shape; 0 if no weight is positive.
+def weighted_mean(values: jax.Array, weights: chex.Array) -> jax.Array:
+    """`sum(w x) / sum(w)`: the mean of `values` by non-negative `weights`; 0 if no weight is positive.
 
     Values of zero weight are left out whatever they are; a NaN of positive weight shows.
+
+    Args:
+      values: any shape.
+      weights: of the same shape.
+
+    Returns:
+      [].
 
     Example:
       >>> float(weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0])))
@@ -26,14 +34,17 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(weighted) / jnp.where(total > 0, total, 1.0)
 
 
-def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def binary_cross_entropy(logits: jax.Array, labels: chex.Array) -> jax.Array:
     """`-y log p - (1 - y) log(1 - p)` with `p = sigmoid(logit)`, elementwise; labels may be soft."""
     chex.assert_equal_shape([logits, labels])
     return optax.losses.sigmoid_binary_cross_entropy(logits, labels)
 
 
 def distillation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """Cross-entropy of the student against the teacher's probability, which takes no gradient."""
+    """`binary_cross_entropy(student, sg(sigmoid(teacher)))`, elementwise (Hinton et al. 2015).
+
+    Smallest, with the teacher's entropy, where student and teacher agree.
+    """
     return binary_cross_entropy(student_logits, jax.lax.stop_gradient(jax.nn.sigmoid(teacher_logits)))
 
 
@@ -92,8 +103,12 @@ def codebook_alignment(
     Returns:
       [B, G], at least 0; 0 where both orders agree at every level.
     """
-    chex.assert_rank([latents, teacher_outputs, codewords, personalized], [3, 3, 3, 4])
-    chex.assert_equal_shape([chosen, attended])
+    chex.assert_rank([latents, codewords], 3)
+    requests, candidates, width = latents.shape
+    chex.assert_shape(codewords, (None, None, width))
+    chex.assert_equal_shape([latents, teacher_outputs])
+    chex.assert_shape(personalized, (requests, *codewords.shape))
+    chex.assert_shape([chosen, attended], (requests, candidates, len(codewords), width))
     latent, output = latents, jax.lax.stop_gradient(teacher_outputs)
     total = jnp.zeros(latents.shape[:-1], latents.dtype)
     for level in range(codewords.shape[0]):

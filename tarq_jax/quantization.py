@@ -5,7 +5,8 @@ Encoding is greedy: `r_1 = z`, `c_l = argmin_k |r_l - C_l[k]|^2`, `r_{l+1} = r_l
 
 Nothing here changes a codebook behind the caller's back: `update_statistics`, `ema_codewords`,
 `revive` and `kmeans_codebook` take what they need and return a new `Codebook`. Given statistics
-summed over a mesh (see `assignment_statistics`), replicas stay equal.
+summed over a mesh (see `assignment_statistics`), replicas stay equal. Shapes that do not fit are an
+AssertionError of chex.
 """
 
 import chex
@@ -53,7 +54,7 @@ def encode(codewords: jax.Array, latents: jax.Array) -> QuantizerOutput:
     chex.assert_rank(codewords, 3)
     chex.assert_equal_shape_suffix([codewords, latents], 1)
     residual, codes, residuals, chosen = latents, [], [], []
-    for level in codewords:
+    for level in jnp.asarray(codewords):
         flat = residual.reshape(-1, residual.shape[-1])
         code = jnp.argmax(negative_distances(flat, level), axis=-1).reshape(residual.shape[:-1])
         residuals.append(residual)
@@ -77,11 +78,19 @@ def decode(codewords: jax.Array, codes: jax.Array) -> jax.Array:
     """
     chex.assert_rank(codewords, 3)
     chex.assert_axis_dimension(codes, -1, codewords.shape[0])
-    return sum(level[codes[..., index]] for index, level in enumerate(codewords))
+    return sum(level[codes[..., index]] for index, level in enumerate(jnp.asarray(codewords)))
 
 
 def straight_through(latents: jax.Array, quantized: jax.Array) -> jax.Array:
-    """The quantized value with the latent's gradient: `z + sg(z_q - z)` (van den Oord et al. 2017)."""
+    """The quantized value with the latent's gradient: `z + sg(z_q - z)` (van den Oord et al. 2017).
+
+    Args:
+      latents: [..., D], `z`.
+      quantized: [..., D], `z_q`.
+
+    Returns:
+      [..., D], equal to `quantized` up to rounding.
+    """
     chex.assert_equal_shape([latents, quantized])
     return latents + jax.lax.stop_gradient(quantized - latents)
 
@@ -89,7 +98,7 @@ def straight_through(latents: jax.Array, quantized: jax.Array) -> jax.Array:
 def random_codebook(
     rng: jax.Array, *, num_levels: int, num_codewords: int, width: int, scale: float = 1.0
 ) -> Codebook:
-    """Codewords drawn from a normal of standard deviation `scale`, with empty statistics."""
+    """Codewords [L, K, D] drawn from a normal of standard deviation `scale`, see `with_codewords`."""
     codewords = scale * jax.random.normal(rng, (num_levels, num_codewords, width))
     return with_codewords(codewords)
 
@@ -114,10 +123,12 @@ def assignment_statistics(
       Counts [L, K] and sums [L, K, D]. Both add up over shards: under `shard_map` or `pmap` sum
       them with `jax.lax.psum`; under `jit` over a mesh they are global already.
     """
+    chex.assert_equal_shape_prefix([output.codes, output.residuals], output.codes.ndim)
     codes = output.codes.reshape(-1, output.codes.shape[-1])
     residuals = output.residuals.reshape(-1, *output.residuals.shape[-2:])
     one_hot = jax.nn.one_hot(codes, num_codewords, dtype=residuals.dtype)
     if where is not None:
+        chex.assert_shape(where, output.codes.shape[:-1])
         one_hot = one_hot * where.reshape(-1, 1, 1)
     return one_hot.sum(axis=0), jnp.einsum("mlk,mld->lkd", one_hot, residuals)
 
@@ -125,11 +136,16 @@ def assignment_statistics(
 def update_statistics(codebook: Codebook, counts: jax.Array, sums: jax.Array, *, decay: float) -> Codebook:
     """Moves the running statistics towards those of one step; the codewords stay as they are.
 
+    `N <- decay N + (1 - decay) n`, and the same for the sums.
+
     Args:
       codebook: with K codewords at each of L levels.
-      counts: [L, K], of `assignment_statistics`.
+      counts: [L, K], `n` of `assignment_statistics`.
       sums: [L, K, D], likewise.
       decay: share of the old statistics that is kept, in [0, 1).
+
+    Returns:
+      The codebook with new counts and sums.
     """
     chex.assert_equal_shape([codebook.counts, counts])
     chex.assert_equal_shape([codebook.sums, sums])
@@ -145,6 +161,13 @@ def ema_codewords(codebook: Codebook, *, smoothing: float = 1e-5) -> Codebook:
     Counts are Laplace-smoothed, `n_k = (N_k + smoothing) / (N + K * smoothing) * N`, so that a
     codeword that is never chosen fades rather than divides by zero (van den Oord et al. 2017,
     appendix A.1). Follows `update_statistics`; together they are the EMA update.
+
+    Args:
+      codebook: with running counts [L, K] and sums [L, K, D].
+      smoothing: in assignments.
+
+    Returns:
+      The codebook with new codewords; its counts and sums stay as they are.
     """
     total = codebook.counts.sum(axis=-1, keepdims=True)
     num_codewords = codebook.counts.shape[-1]
@@ -178,10 +201,15 @@ def revive(
       where: [...] bool, residuals that may be drawn; all of them if None. If none may be drawn
         the codebook is returned unchanged.
       min_usage: a codeword is dead below this share of an even share of its level.
+
+    Returns:
+      The codebook with codewords, counts and sums of the dead ones replaced.
     """
     num_levels, num_codewords, width = codebook.codewords.shape
-    flat = residuals.reshape(-1, num_levels, width)
-    allowed = jnp.ones(flat.shape[0], bool) if where is None else where.reshape(-1)
+    chex.assert_shape(residuals, (..., num_levels, width))
+    where = jnp.ones(residuals.shape[:-2], bool) if where is None else where
+    chex.assert_shape(where, residuals.shape[:-2])
+    flat, allowed = jnp.asarray(residuals).reshape(-1, num_levels, width), where.reshape(-1)
     logits = jnp.where(allowed, 0.0, -jnp.inf)
     picks = jax.random.categorical(rng, logits, shape=(num_levels, num_codewords))
     drawn = jax.vmap(lambda level, pick: flat[pick, level])(jnp.arange(num_levels), picks)
@@ -196,6 +224,8 @@ def revive(
 
 def kmeans(rng: jax.Array, points: jax.Array, *, num_codewords: int, iterations: int = 20) -> jax.Array:
     """Lloyd's algorithm from a k-means++ start; an emptied cluster takes over a random point.
+
+    (Lloyd 1982; Arthur and Vassilvitskii 2007.)
 
     Args:
       rng: key of the start and of the random points.
@@ -212,6 +242,7 @@ def kmeans(rng: jax.Array, points: jax.Array, *, num_codewords: int, iterations:
     chex.assert_rank(points, 2)
     if points.shape[0] < num_codewords:
         raise ValueError(f"points: {points.shape[0]} given, expected at least num_codewords={num_codewords}")
+    points = jnp.asarray(points)
     seed_rng, lloyd_rng = jax.random.split(rng)
 
     def lloyd(centroids, step_rng):
@@ -254,9 +285,12 @@ def kmeans_codebook(
       iterations: of Lloyd at each level.
 
     Returns:
-      Codebook whose counts and sums are those of `latents`, scaled to M / K uses a codeword.
+      Codebook whose counts and sums are those of `latents`: M / K uses a codeword on average.
+
+    Raises:
+      ValueError: with fewer latents than codewords.
     """
-    residual, levels = latents, []
+    residual, levels = jnp.asarray(latents), []
     for level_rng in jax.random.split(rng, num_levels):
         level = kmeans(level_rng, residual, num_codewords=num_codewords, iterations=iterations)
         residual = residual - level[jnp.argmax(negative_distances(residual, level), axis=-1)]

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,11 +24,13 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One JSON line and one event a scalar; a value that is not finite becomes null in JSON."""
-        self._lines.write(json.dumps({"step": step} | _finite(scalars)) + "\n")
+        """One JSON line and one event a scalar; a value that is not finite is null in JSON and no event."""
+        finite = _finite(scalars)
+        self._lines.write(json.dumps({"step": step} | finite) + "\n")
         self._lines.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        for name, value in finite.items():
+            if value is not None:
+                self._events.add_scalar(name, value, step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -46,8 +48,9 @@ def progress_bar(console: Console) -> Progress:
 
 
 # What a terminal has room for; files hold every column.
-COLUMNS = ("model", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration", "gap_recovered", "utilisation",
-           "quantization_error", "attention_error", "parameters", "train_seconds", "examples_per_second")
+COLUMNS = ("model", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration", "gap_recovered",
+           "utilisation", "quantization_error", "attention_error", "parameters", "train_seconds",
+           "examples_per_second")
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:
@@ -58,7 +61,7 @@ def print_table(rows: Sequence[Row], title: str) -> None:
         console = Console(width=200)
     table = Table(title=title, title_justify="left")
     for column in columns:
-        justify = "left" if column == "model" else "right"
+        justify: Literal["left", "right"] = "left" if column == "model" else "right"
         table.add_column(column.replace("_", " "), justify=justify)
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))

@@ -12,33 +12,33 @@ entry is real. Features are dictionaries from field name to array, see `tarq_jax
 
 from collections.abc import Mapping
 
+import chex
 import jax
 from flax import struct
 
-Features = Mapping[str, jax.Array]
+Features = Mapping[str, chex.Array]
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """Requests, each with one history and up to G candidates.
 
     `history` holds the item-side and event-side fields of past events, `candidates` the item-side
-    fields. Padding is id 0 (or 0.0) wherever the mask is False, and carries zero weight.
+    fields. Padding is id 0 (or 0.0) wherever the mask is False, and carries zero weight. Leaves are
+    NumPy arrays as the pipeline makes them, JAX arrays on devices.
     """
 
-    user_id: jax.Array  # [B] int32, groups metrics by user; not a feature
+    user_id: chex.Array  # [B] int32, groups metrics by user; not a feature
     user: Features  # [B, ...] user-side fields
     context: Features  # [B, ...] request-side fields
     history: Features  # [B, N, ...] item-side and event-side fields, oldest first
-    history_mask: jax.Array  # [B, N] bool
+    history_mask: chex.Array  # [B, N] bool
     candidates: Features  # [B, G, ...] item-side fields
-    candidate_mask: jax.Array  # [B, G] bool
-    labels: jax.Array  # [B, G] float32 in {0, 1}
-    weights: jax.Array  # [B, G] float32, importance of a candidate's label, 0 on padding
+    candidate_mask: chex.Array  # [B, G] bool
+    labels: chex.Array  # [B, G] float32 in {0, 1}
+    weights: chex.Array  # [B, G] float32, importance of a candidate's label, 0 on padding
 
 
-@struct.dataclass
-class Codebook:
+class Codebook(struct.PyTreeNode):
     """Codewords of a residual quantizer with their running statistics.
 
     Kept apart from the network's parameters, so that every change to it is an explicit function
@@ -50,8 +50,7 @@ class Codebook:
     sums: jax.Array  # [L, K, D] float32, moving average of the sum of assigned residuals
 
 
-@struct.dataclass
-class QuantizerOutput:
+class QuantizerOutput(struct.PyTreeNode):
     """What residual quantization says of a set of latents with leading axes `...`."""
 
     codes: jax.Array  # [..., L] int32

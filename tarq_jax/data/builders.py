@@ -16,12 +16,14 @@ import tensorflow_datasets as tfds
 from tarq_jax.data import movielens, records, sequences, synthetic
 from tarq_jax.data.options import Source, fingerprint
 from tarq_jax.data.records import Dataset
-from tarq_jax.data.schema import Schema
+from tarq_jax.data.schema import Schema, Side
 
-TABLES = {"items": "item", "users": "user"}  # extra splits, and the side of the schema that each holds
+# Extra splits, and the side of the schema that each holds.
+TABLES: dict[str, Side] = {"items": "item", "users": "user"}
 
 
-class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# tfds has no types, so mypy does not know of this keyword.
+class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Stores what `SOURCE.generate` makes of the options; subclasses only name their source.
 
     The name of the configuration holds a fingerprint of options and files, so that a change of either is
@@ -63,7 +65,7 @@ class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     for split, requests in self.contents.splits.items()}
         return requests | tables
 
-    def _generate_examples(self, blocks: Iterator[records.Columns]):
+    def _generate_examples(self, blocks: Iterator[tuple[int, records.Columns]]):
         return blocks
 
     def _keyed(self, blocks: Iterator[records.Columns]):

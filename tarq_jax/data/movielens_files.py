@@ -99,12 +99,12 @@ def _item_25m(text: str) -> Item:
 
 def _user_100k(text: str) -> User:
     identifier, age, gender, occupation, _ = split_row(text, "|", 5)
-    return User(parse_number(identifier, int), parse_number(age), gender, occupation)
+    return User(parse_number(identifier, int), parse_number(age, float), gender, occupation)
 
 
 def _user_1m(text: str) -> User:
     identifier, gender, age, occupation, _ = split_row(text, "::", 5)
-    return User(parse_number(identifier, int), parse_number(age), gender, occupation)
+    return User(parse_number(identifier, int), parse_number(age, float), gender, occupation)
 
 
 def _header(path: Path, required: dict[str, tuple[str, ...]]) -> tuple[list[int], int]:
@@ -141,7 +141,7 @@ def _atomic_user(path: Path) -> Callable[[str], User]:
     def parse(text: str) -> User:
         parts = split_row(text, "\t", width)
         identifier, age, gender, occupation = (parts[position] for position in positions)
-        return User(parse_number(identifier, int), parse_number(age), gender, occupation)
+        return User(parse_number(identifier, int), parse_number(age, float), gender, occupation)
 
     return parse
 

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,7 +195,7 @@ def item_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[dict[str, 
 
 
 def prefetch(iterator: Iterable[Any], size: int,
-             transfer: Callable[[Any], Any] = lambda element: element) -> Iterator[Any]:
+             transfer: Callable[[Any], Any] = lambda element: element) -> Generator[Any, None, None]:
     """Keeps `size` transferred elements ready, made by a background thread.
 
     The thread starts with the first element asked for and ends with the iterator, or as soon as this one
@@ -208,7 +208,7 @@ def prefetch(iterator: Iterable[Any], size: int,
       transfer: applied to each element in the thread, e.g. `jax.device_put`.
 
     Returns:
-      An iterator over `transfer(element)`.
+      A generator of `transfer(element)`.
 
     Raises:
       ValueError: size is below 1.
@@ -217,7 +217,8 @@ def prefetch(iterator: Iterable[Any], size: int,
     return _consume(iterator, queue.Queue(size), transfer)
 
 
-def _consume(iterator: Iterable[Any], buffer: queue.Queue, transfer: Callable[[Any], Any]) -> Iterator[Any]:
+def _consume(iterator: Iterable[Any], buffer: queue.Queue,
+             transfer: Callable[[Any], Any]) -> Generator[Any, None, None]:
     stop = threading.Event()
     thread = threading.Thread(target=_produce, args=(iterator, buffer, transfer, stop), daemon=True)
     thread.start()
@@ -245,5 +246,5 @@ def _produce(iterator: Iterable[Any], buffer: queue.Queue, transfer: Callable[[A
             if stop.is_set():
                 return
         buffer.put(None)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer must see it
+    except BaseException as error:  # whatever it is, the consumer must see it
         buffer.put((None, error))

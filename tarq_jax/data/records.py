@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tarq_jax.data.schema import ITEM_ID, Field, Schema, check_column, check_columns
+from tarq_jax.data.schema import ITEM_ID, Field, Schema, Side, check_column, check_columns
 
 BLOCK = 512  # requests a record
 TABLE_BLOCK = 8192  # table rows a record
@@ -125,7 +125,7 @@ def request_blocks(schema: Schema, requests: Requests, block_size: int = BLOCK) 
         yield _block(schema, index, _request_columns(schema, requests, start, stop))
 
 
-def table_blocks(schema: Schema, side: str, table: Mapping[str, np.ndarray],
+def table_blocks(schema: Schema, side: Side, table: Mapping[str, np.ndarray],
                  block_size: int = TABLE_BLOCK) -> Iterator[Columns]:
     """Splits the item or user table into records; a table without fields gives one empty record."""
     fields = schema.side(side)
@@ -157,7 +157,7 @@ def requests_from_blocks(schema: Schema, blocks: Iterable[Columns]) -> Requests:
         event={f.name: _concatenate(blocks, f"event/{f.name}", schema) for f in schema.side("event")})
 
 
-def table_from_blocks(schema: Schema, side: str, blocks: Iterable[Columns]) -> Columns:
+def table_from_blocks(schema: Schema, side: Side, blocks: Iterable[Columns]) -> Columns:
     """The inverse of `table_blocks`, for blocks in any order."""
     blocks = _ordered(blocks)
     return {f.name: _concatenate(blocks, f"{side}/{f.name}", schema) for f in schema.side(side)}

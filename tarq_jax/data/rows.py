@@ -77,7 +77,11 @@ def parse_rows(lines: Iterable[str], parse: Callable[[str], T], path: Path,
     Returns:
       The values of good rows, their positions among `lines`, and the report.
     """
-    values, positions, reasons, samples, read = [], [], Counter(), [], 0
+    values: list[T] = []
+    positions: list[int] = []
+    reasons: Counter[str] = Counter()
+    samples: list[dict[str, Any]] = []
+    read = 0
     for read, text in enumerate(lines, start=1):
         try:
             if not text.strip():
@@ -110,7 +114,7 @@ def split_row(text: str, delimiter: str, columns: int) -> list[str]:
     return parts
 
 
-def parse_number(text: str, kind: type = float) -> float:
+def parse_number(text: str, kind: Callable[[str], T]) -> T:
     """A number from text, `kind` being int or float; `BadRow` if it is none."""
     try:
         return kind(text)
@@ -160,7 +164,7 @@ def _parse_block(text: bytes, delimiter: str, columns: int, num_rows: int) -> np
 
 def _parse_block_by_row(text: bytes, delimiter: str, columns: int, path: Path, line: int) -> NumberChunk:
     def parse(row: str) -> list[float]:
-        return [parse_number(part) for part in split_row(row, delimiter, columns)]
+        return [parse_number(part, float) for part in split_row(row, delimiter, columns)]
 
     rows = text.decode("latin-1").removesuffix("\n").split("\n")
     values, positions, report = parse_rows(rows, parse, path, line)

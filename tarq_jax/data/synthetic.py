@@ -70,10 +70,11 @@ def make_world(options: SyntheticOptions) -> World:
     projections = vectors @ rng.standard_normal((DIMENSIONS, PROJECTIONS))
     features = projections + 0.25 * rng.standard_normal((num, PROJECTIONS))
     popularity = 0.5 * rng.standard_normal(num)
-    padded = [np.concatenate([np.zeros_like(a[:1]), a]).astype(np.float32)
-              for a in (vectors, popularity, features)]
+    vectors, popularity, features = (np.concatenate([np.zeros_like(a[:1]), a]).astype(np.float32)
+                                     for a in (vectors, popularity, features))
     counts = np.bincount(cluster, minlength=options.num_clusters)
-    return World(*padded, 1 + np.argsort(cluster, kind="stable"), np.concatenate([[0], np.cumsum(counts)]))
+    return World(vectors, popularity, features, 1 + np.argsort(cluster, kind="stable"),
+                 np.concatenate([[0], np.cumsum(counts)]))
 
 
 def click_logits(world: World, history: np.ndarray, candidates: np.ndarray, sharpness: float) -> np.ndarray:

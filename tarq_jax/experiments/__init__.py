@@ -1,0 +1,1 @@
+"""Experiments of more than one run, as commands."""

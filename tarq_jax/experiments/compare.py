@@ -6,7 +6,6 @@ Trains two-tower, a two-tower of TARQ's size, target attention and TARQ. Each ru
 `WORKDIR/<model>-<seed>`: calling again goes on where it stopped and trains nothing twice.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from tarq_jax.config import MODELS
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "Where all runs are kept.")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of initialisation and order, one run each a model.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"],
+                          "Seeds of initialisation and order, one run each a model.")
+TRAINED = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "A model to train; repeat for more.")
 JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
 
 
@@ -77,7 +78,7 @@ def summarise(rows: Sequence[dict]) -> list[dict]:
 def main() -> None:
     """Flags to table."""
     seeds = _seeds(SEEDS.value)
-    rows = compare(cli.settings(copy.deepcopy(CONFIG.value)), MODELS, seeds, Path(WORKDIR.value))
+    rows = compare(cli.settings(CONFIG.value), TRAINED.value, seeds, Path(WORKDIR.value))
     if len(seeds) > 1:
         reporting.print_table(rows, title="each seed, test split")
     summary = summarise(rows)
@@ -88,9 +89,10 @@ def main() -> None:
 
 
 def _seeds(values: Sequence[str]) -> list[int]:
-    if not values or not all(value.isdecimal() for value in values) or len(set(values)) < len(values):
+    seeds = [int(value) for value in values if value.isdecimal()]
+    if not seeds or len(seeds) < len(values) or len(set(seeds)) < len(seeds):
         cli.wrong_call(f"--seeds is {','.join(values)!r}, expected different whole numbers like 0,1,2")
-    return [int(value) for value in values]
+    return seeds
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def codebook_health(
     """
     codewords = _codewords(codewords)
     levels, size, width = codewords.shape
-    residuals_shape = np.shape(latents)[:-1] + (levels, width)
+    residuals_shape = (*np.shape(latents)[:-1], levels, width)
     _checks.shape_of("output.residuals", output.residuals, residuals_shape, "latents and codewords")
     counts = usage_counts(output.codes, size, mask)
     columns = {

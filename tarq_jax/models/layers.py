@@ -1,5 +1,6 @@
 """Layers that the models share: feature encoder, multi-layer perceptron, multi-head attention."""
 
+import functools
 from collections.abc import Sequence
 
 import chex
@@ -76,6 +77,7 @@ class MultiHeadAttention(nn.Module):
     width: int
 
     def setup(self):
+        """Creates the projections; a ValueError if `num_heads` does not divide `width`."""
         if self.width % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of the width {self.width}")
         heads = (self.num_heads, self.width // self.num_heads)
@@ -97,7 +99,7 @@ class MultiHeadAttention(nn.Module):
         """[..., H, Q, E] to [..., Q, D]."""
         return self.output_projection(jnp.swapaxes(attended, -2, -3))
 
-    def __call__(self, query_inputs: jax.Array, history: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, query_inputs: jax.Array, history: jax.Array, mask: chex.Array) -> jax.Array:
         """[B, Q, D] attends over [B, N, D] where mask [B, N]: [B, Q, D]."""
         keys, values = self.keys_values(history)
         return self.outputs(multi_head_attention(self.queries(query_inputs), keys, values, mask))
@@ -117,13 +119,18 @@ class LevelAttention(nn.Module):
     width: int
 
     def setup(self):
-        heads = (self.num_heads, self.width // self.num_heads)
-        into = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
-        out_of = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(1, 2), out_axis=3, batch_axis=0)
-        for name in ("query", "key", "value"):
-            setattr(self, f"{name}_kernel", self.param(f"{name}_kernel", into, (self.num_levels, self.width, *heads)))
-        self.value_bias = self.param("value_bias", nn.initializers.zeros, (self.num_levels, self.num_heads, 1, heads[1]))
-        self.output_kernel = self.param("output_kernel", out_of, (self.num_levels, *heads, self.width))
+        """Creates the projections; a ValueError if `num_heads` does not divide `width`."""
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of the width {self.width}")
+        levels, heads = self.num_levels, (self.num_heads, self.width // self.num_heads)
+        scaled = functools.partial(
+            nn.initializers.variance_scaling, 1.0, "fan_in", "truncated_normal", batch_axis=0
+        )
+        into, out_of = scaled(in_axis=1, out_axis=(2, 3)), scaled(in_axis=(1, 2), out_axis=3)
+        for name in ("query_kernel", "key_kernel", "value_kernel"):
+            setattr(self, name, self.param(name, into, (levels, self.width, *heads)))
+        self.value_bias = self.param("value_bias", nn.initializers.zeros, (levels, heads[0], 1, heads[1]))
+        self.output_kernel = self.param("output_kernel", out_of, (levels, *heads, self.width))
 
     def queries(self, inputs: jax.Array) -> jax.Array:
         """[..., L, Q, D] to [..., L, H, Q, E]."""

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn, struct
+from flax import linen as nn
+from flax import struct
 
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.data.schema import Schema
@@ -13,8 +14,7 @@ from tarq_jax.models.two_tower import HistoryEncoder, TwoTower, TwoTowerOutput
 from tarq_jax.types import Batch
 
 
-@struct.dataclass
-class TargetAttentionOutput:
+class TargetAttentionOutput(struct.PyTreeNode):
     """Logits with what the student learns from."""
 
     logits: jax.Array  # [B, G]
@@ -52,6 +52,7 @@ class TargetAttention(nn.Module):
     hidden: Sequence[int] = (64,)
 
     def setup(self):
+        """Creates the parts."""
         self.backbone = TwoTower(self.schema, self.width, self.num_heads, self.hidden)
         self.history_encoder = HistoryEncoder(self.num_heads, self.width)
         self.query_tower = MLP(self.hidden, self.width)

@@ -1,24 +1,28 @@
 """TARQ: a student that looks target attention up in personalised codebooks (arXiv 2509.16931)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
-from flax import linen as nn, struct
+from flax import linen as nn
+from flax import struct
 
 from tarq_jax import quantization
 from tarq_jax.attention import multi_head_attention, personalized_codebook
 from tarq_jax.data.schema import Schema
 from tarq_jax.models.layers import MLP, LevelAttention
 from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
+from tarq_jax.models.two_tower import TwoTowerOutput
 from tarq_jax.types import Batch, QuantizerOutput
 
 Head = Literal["scalar", "dot", "mlp"]
+Decoded = Literal["query", "item"]
+Reach = Literal["student", "backbone", "teacher"]
 
 
-@struct.dataclass
-class TarqOutput:
+class TarqOutput(struct.PyTreeNode):
     """The student's logits with all that its losses need."""
 
     logits: jax.Array  # [B, G], student
@@ -28,7 +32,8 @@ class TarqOutput:
     personalized: jax.Array  # [A, L, K, D], of the first A requests, those that the codebook is aligned on
     attended: jax.Array  # [B, G, L, D], A_l[c_l]
     attention_output: jax.Array  # [B, G, D], o
-    reconstruction: jax.Array  # [B, G, D], decoder's x_item
+    reconstruction: jax.Array  # [B, G, D], of the decoder
+    decoder_target: jax.Array  # [B, G, D], what the decoder should have found
 
 
 class Tarq(nn.Module):
@@ -46,11 +51,16 @@ class Tarq(nn.Module):
       head: `scalar` adds `sum_l g_l(A_l, C_l)[c_l]` to the backbone's logit, L scalar look-ups a
         candidate; `dot` adds `<W o, v_item> / sqrt(D)`; `mlp` adds an MLP of
         `[o, x_item, o * x_item, v_user * v_item]`.
+      decoded: what the decoder reconstructs from the quantized latent: the teacher's projected
+        `query`, so that codewords are spent on what attention tells apart (ours), or `item`, the
+        item embedding (DESIGN section 2).
       aligned_share: share of a batch's requests, the first ones, that get a whole personalised
         codebook in training. Only the alignment loss needs it; candidates attend with their own
         codewords, which is the same and cheaper.
-      stop_teacher_gradient: keep the student's gradients out of the teacher's history encoding
-        and of the item embedding that is quantized. Without, the student drags the teacher down.
+      student_gradient: how far the student's gradients reach. `student`: no further than its own
+        parameters, so that the teacher trains as if alone. `backbone`: into the towers and item
+        embeddings under its head too, but not into the teacher's history encoding, nor the item
+        embedding that is quantized. `teacher`: everywhere, which drags the teacher down.
     """
 
     schema: Schema
@@ -59,13 +69,21 @@ class Tarq(nn.Module):
     hidden: Sequence[int] = (64,)
     num_levels: int = 3
     head: Head = "mlp"
+    decoded: Decoded = "query"
     aligned_share: float = 1.0
-    stop_teacher_gradient: bool = True
+    student_gradient: Reach = "student"
 
     def setup(self):
+        """Creates the parts; a ValueError names an unknown `head`, `decoded` or `student_gradient`."""
         if self.head not in get_args(Head):
             raise ValueError(f"head is {self.head!r}, expected one of {get_args(Head)}")
-        self.teacher = TargetAttention(self.schema, self.width, self.num_heads, self.hidden)
+        if self.decoded not in get_args(Decoded):
+            raise ValueError(f"decoded is {self.decoded!r}, expected one of {get_args(Decoded)}")
+        if self.student_gradient not in get_args(Reach):
+            raise ValueError(
+                f"student_gradient is {self.student_gradient!r}, expected one of {get_args(Reach)}"
+            )
+        self.teacher = self.make_teacher()
         self.encoder = MLP(self.hidden, self.width)
         self.latent_norm = nn.RMSNorm(use_scale=False)
         self.decoder = MLP(self.hidden, self.width)
@@ -74,6 +92,10 @@ class Tarq(nn.Module):
             self.level_scores = [MLP(self.hidden, 1) for _ in range(self.num_levels)]
         else:
             self.student_head = nn.Dense(self.width) if self.head == "dot" else MLP(self.hidden, 1)
+
+    def make_teacher(self) -> TargetAttention:
+        """The teacher as a model of its own."""
+        return TargetAttention(self.schema, self.width, self.num_heads, self.hidden, parent=None)
 
     def __call__(self, batch: Batch, codewords: jax.Array, quantize: jax.Array | bool = True) -> TarqOutput:
         """Scores every candidate with the student and with the teacher.
@@ -84,8 +106,11 @@ class Tarq(nn.Module):
           quantize: False hands the decoder the latent as it is, to warm the encoder up before
             there are codewords worth using.
         """
-        gate: Callable = jax.lax.stop_gradient if self.stop_teacher_gradient else lambda x: x
         teacher = self.teacher(batch)
+        gate, gate_backbone = (
+            (lambda tree: tree) if self.student_gradient in reached else jax.lax.stop_gradient
+            for reached in (("teacher",), ("teacher", "backbone"))
+        )
         latents = self.latents(gate(teacher.backbone.candidates))
         quantizer = quantization.encode(codewords, latents)
         keys_values = self.level_attention.keys_values(gate(teacher.history))
@@ -94,15 +119,25 @@ class Tarq(nn.Module):
         personalized = self._personalize(
             codewords, *jax.tree.map(lambda x: x[:num_aligned], (*keys_values, batch.history_mask))
         )
-        attention_output = attended.sum(axis=-2)
         decoder_inputs = jnp.where(
             quantize, quantization.straight_through(latents, quantizer.quantized), latents
         )
         return TarqOutput(
-            logits=self._student_logits(teacher, attended, quantizer.chosen), teacher=teacher, latents=latents,
-            quantizer=quantizer, personalized=personalized, attended=attended, attention_output=attention_output,
+            logits=self._student_logits(gate_backbone(teacher.backbone), attended, quantizer.chosen),
+            teacher=teacher,
+            latents=latents,
+            quantizer=quantizer,
+            personalized=personalized,
+            attended=attended,
+            attention_output=attended.sum(axis=-2),
             reconstruction=self.decoder(decoder_inputs),
+            decoder_target=self._decoder_target(teacher),
         )
+
+    def _decoder_target(self, teacher: TargetAttentionOutput) -> jax.Array:
+        if self.decoded == "item":
+            return teacher.backbone.candidates
+        return jnp.swapaxes(teacher.queries, 1, 2).reshape(teacher.attention_output.shape)
 
     def latents(self, items: jax.Array) -> jax.Array:
         """What is quantized: item embeddings [..., D] to [..., D]."""
@@ -112,15 +147,17 @@ class Tarq(nn.Module):
         """The latents [B, G, D] of a batch's candidates, for fitting a codebook to."""
         return self.latents(self.teacher.backbone(batch).candidates)
 
-    def personalize(self, codewords: jax.Array, history: jax.Array, mask: jax.Array) -> jax.Array:
+    def personalize(self, codewords: jax.Array, history: jax.Array, mask: chex.Array) -> jax.Array:
         """`A_l = MHA_l(C_l, H_t, H_t)`: [L, K, D] and [B, N, D] to [B, L, K, D], once a request."""
         return self._personalize(codewords, *self.level_attention.keys_values(history), mask)
 
-    def _personalize(self, codewords: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    def _personalize(
+        self, codewords: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array
+    ) -> jax.Array:
         queries = self.level_attention.queries(codewords)
         return self.level_attention.outputs(personalized_codebook(queries, keys, values, mask))
 
-    def _attend(self, chosen: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    def _attend(self, chosen: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array) -> jax.Array:
         """`A_l[c_l]` of the chosen codewords alone: [B, G, L, D] to [B, G, L, D].
 
         Equals the look-up in the personalised codebook; with fewer candidates than codewords,
@@ -130,8 +167,7 @@ class Tarq(nn.Module):
         attended = self.level_attention.outputs(multi_head_attention(queries, keys, values, mask))
         return jnp.swapaxes(attended, 1, 2)
 
-    def _student_logits(self, teacher: TargetAttentionOutput, attended: jax.Array, chosen: jax.Array) -> jax.Array:
-        backbone = teacher.backbone
+    def _student_logits(self, backbone: TwoTowerOutput, attended: jax.Array, chosen: jax.Array) -> jax.Array:
         if self.head == "scalar":
             added = self.codeword_scores(attended, chosen).sum(axis=-1)
         elif self.head == "dot":

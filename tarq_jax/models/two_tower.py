@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
-from flax import linen as nn, struct
+from flax import linen as nn
+from flax import struct
 
 from tarq_jax.data.schema import Schema
 from tarq_jax.models.layers import MLP, FeatureEncoder, MultiHeadAttention
 from tarq_jax.types import Batch
 
 
-@struct.dataclass
-class TwoTowerOutput:
+class TwoTowerOutput(struct.PyTreeNode):
     """Logits with what the other models build on."""
 
     logits: jax.Array  # [B, G]
@@ -29,7 +30,7 @@ class HistoryEncoder(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, history: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, history: jax.Array, mask: chex.Array) -> jax.Array:
         """[B, N, D] with mask [B, N] to [B, N, D]."""
         return history + MultiHeadAttention(self.num_heads, self.width)(history, history, mask)
 

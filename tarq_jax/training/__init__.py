@@ -1,0 +1,1 @@
+"""Training: objectives, the step, the loop around it, checkpoints and evaluation."""

@@ -1,13 +1,15 @@
 """Checkpoints by Orbax: training state, with the configuration and schema that gave it a meaning."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
 from tarq_jax.data.schema import Schema
+from tarq_jax.training.meter import NOTHING_COUNTED
 from tarq_jax.training.state import TrainState
 
 KEEP = 2  # checkpoints kept
@@ -22,19 +24,26 @@ def manager(workdir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
 
 
+class Restored(NamedTuple):
+    """What a checkpoint gives back."""
+
+    state: TrainState
+    counted: Sequence[float]  # of `Meter`, over the steps that led there
+
+
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
-         schema: Schema) -> None:
+         schema: Schema, counted: Sequence[float]) -> None:
     """Writes the state under its step, in the background and atomically; a step saved before stays."""
     step = int(state.step)
     if step in checkpoints.all_steps():
         return
-    meta = {"config": config.to_dict(), "schema": schema.to_json()}
+    meta = {"config": config.to_dict(), "schema": schema.to_json(), "counted": list(counted)}
     checkpoints.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
                                                    meta=ocp.args.JsonSave(meta)))
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
-                   schema: Schema) -> TrainState:
+                   schema: Schema) -> Restored:
     """The newest saved state, or `state` itself where nothing was saved.
 
     Args:
@@ -44,19 +53,19 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
       schema: of this run's data.
 
     Returns:
-      A state like `state`.
+      A state like `state`, and what was counted on the way to it.
 
     Raises:
       ValueError: the checkpoint was made with another configuration or schema; names what differs.
     """
     step = checkpoints.latest_step()
     if step is None:
-        return state
+        return Restored(state, NOTHING_COUNTED)
     meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     _check_same(meta, config, schema, checkpoints.directory)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     restored = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-    return restored["state"]
+    return Restored(restored["state"], meta.get("counted", NOTHING_COUNTED))
 
 
 def _check_same(meta: dict[str, Any], config: ml_collections.ConfigDict, schema: Schema, where: Path) -> None:

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 
 from tarq_jax import metrics
-from tarq_jax.training.objectives import STUDENT, TEACHER, Predictions
+from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predictions
 from tarq_jax.types import Batch
 
 Row = dict[str, Any]
 
 
-def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], *, codewords: np.ndarray | None,
-             recall_k: int) -> list[Row]:
+def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], *,
+             codewords: np.ndarray | None, recall_k: int) -> list[Row]:
     """Scores every batch and computes all metrics over the real candidates.
 
     Args:
@@ -28,7 +28,7 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
       codebook's health and its closeness to the teacher besides.
 
     Raises:
-      ValueError: there is no batch, or a score is not finite.
+      ValueError: there is no batch, a score is not finite, or the model quantizes but `codewords` is None.
     """
     kept = [(batch, jax.device_get(predict(batch))) for batch in batches]
     if not kept:
@@ -43,8 +43,10 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
         {"model": name} | _ranking(labels[mask], logits[mask], users[mask], weights[mask])
         for name, logits in predictions.logits.items()
     ]
-    if predictions.diagnostics is not None:
-        rows[0] |= _closeness(predictions, mask, recall_k) | _health(predictions, mask, codewords)
+    if (found := predictions.diagnostics) is not None:
+        if codewords is None:
+            raise ValueError("codewords is None, expected those of the model, which quantizes")
+        rows[0] |= _closeness(predictions.logits, found, mask, recall_k) | _health(found, mask, codewords)
     return rows
 
 
@@ -57,9 +59,8 @@ def _ranking(labels: np.ndarray, logits: np.ndarray, users: np.ndarray, weights:
     }
 
 
-def _closeness(predictions: Predictions, mask: np.ndarray, recall_k: int) -> Row:
-    student, teacher = predictions.logits[STUDENT], predictions.logits[TEACHER]
-    found = predictions.diagnostics
+def _closeness(logits: dict[str, jax.Array], found: Diagnostics, mask: np.ndarray, recall_k: int) -> Row:
+    student, teacher = logits[STUDENT], logits[TEACHER]
     return {
         "attention_error": metrics.relative_error(found.student_output, found.teacher_output, mask),
         f"recall_at_{recall_k}": metrics.recall_at_k(student, teacher, mask, recall_k),
@@ -67,9 +68,8 @@ def _closeness(predictions: Predictions, mask: np.ndarray, recall_k: int) -> Row
     }
 
 
-def _health(predictions: Predictions, mask: np.ndarray, codewords: np.ndarray) -> Row:
+def _health(found: Diagnostics, mask: np.ndarray, codewords: np.ndarray) -> Row:
     """Level by level, counted from 1; `utilisation` is the lowest of all, `quantization_error` the last."""
-    found = predictions.diagnostics
     health = metrics.codebook_health(codewords, found.latents, found.quantizer, mask)
     levels = range(1, len(codewords) + 1)
     summary = {

@@ -85,7 +85,9 @@ def describe_data(dataset: data.Dataset, console: Console) -> None:
         console.print(f"data: {key} = {value}")
 
 
-def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, console: Console) -> Result:
+def train(
+    config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, console: Console
+) -> Result:
     """Trains one model from its newest checkpoint on, and evaluates it on the test split.
 
     The batch and the random numbers of a step depend on the seed and the step alone, so that a run
@@ -109,7 +111,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Pat
         progress_bar(console) as progress,
         interruptible() as interrupted,
     ):
-        state = checkpoint.restore_latest(checkpoints, state, config, dataset.schema)
+        state, counted = checkpoint.restore_latest(checkpoints, state, config, dataset.schema)
         start = int(state.step)
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
         batches = data.prefetch(
@@ -118,7 +120,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Pat
             config.prefetch, functools.partial(_transfer, mesh=mesh),
         )
         step_fn = compile_step(config, objective, optimizer)
-        meter = Meter()
+        meter = Meter(counted)
         for step in range(start, config.steps):
             if step == config.codebook.start and state.codebook is not None:
                 meter.pause()
@@ -132,11 +134,12 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Pat
                 scalars = check_finite(jax.device_get(step_metrics), done) | meter.read()
                 writer.write(done, scalars)
                 progress.update(bar, completed=done, note=_note(scalars))
-            if interrupted() or done % config.checkpoint_every == 0 or done == config.steps:
+            stop = interrupted()
+            if stop or done % config.checkpoint_every == 0 or done == config.steps:
                 meter.pause()
                 check_finite(jax.device_get(step_metrics), done)
-                checkpoint.save(checkpoints, state, config, dataset.schema)
-            if interrupted():
+                checkpoint.save(checkpoints, state, config, dataset.schema, meter.counted)
+            if stop:
                 raise Interrupted(f"interrupted; saved step {done} in {workdir}, call again to go on")
             if config.eval_every and done % config.eval_every == 0 and done < config.steps:
                 meter.pause()
@@ -148,6 +151,8 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Pat
         rows = [row | {"parameters": parameters} | meter.total() for row in rows]
         writer.write(config.steps, _flat_scalars(rows, "test"))
     write_rows(rows, workdir / "results.json")
+    if interrupted():
+        raise Interrupted(f"interrupted; {workdir} is complete, call again to go on with what follows")
     return Result(rows, state)
 
 
@@ -155,7 +160,8 @@ def batch_shapes(dataset: data.Dataset) -> dict[str, int]:
     """N and G: the longest history and the most candidates of any split."""
     longest = {"history_length": "history_offsets", "num_candidates": "candidate_offsets"}
     return {
-        name: max(int(np.diff(getattr(requests, offsets)).max(initial=1)) for requests in dataset.splits.values())
+        name: max(int(np.diff(getattr(requests, offsets)).max(initial=1))
+                  for requests in dataset.splits.values())
         for name, offsets in longest.items()
     }
 
@@ -169,7 +175,8 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         decay_steps=max(config.steps, settings.warmup_steps + 1),
     )
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay))
+    decayed = {"params": True, "codewords": False}  # of `trainable`
+    return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay, mask=decayed))
 
 
 def init_state(
@@ -198,7 +205,7 @@ def compile_step(
     """`train_step` under jit; the state's memory is reused."""
     settings = config.codebook
     update_codebook = codebook_updates(
-        mode=settings.update, decay=settings.decay, revive_every=settings.revive_every,
+        mode=settings["update"], decay=settings.decay, revive_every=settings.revive_every,
         min_usage=settings.min_usage,
     )
     step = functools.partial(
@@ -213,7 +220,7 @@ def initialise_codebook(
     shapes: dict[str, int], mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Fits the codebook to real latents of training candidates; a random one stays as it is."""
-    if config.codebook.init == "random":
+    if config.codebook.init == "random" or objective.latents is None:
         return state
     latents_of = jax.jit(objective.latents)
     found: list[np.ndarray] = []
@@ -233,14 +240,16 @@ def initialise_codebook(
 
 
 def test(
-    config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset, split: str
+    config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset,
+    split: str,
 ) -> list[Row]:
     """Evaluates the state on a split."""
     codewords = trainable(None, state.codebook)["codewords"]
     predict = jax.jit(objective.predict)
     batches = data.eval_batches(dataset, split, batch_size=config.eval_batch_size, **batch_shapes(dataset))
     return evaluate(
-        lambda batch: predict(state.params, codewords, batch), batches, codewords=codewords, recall_k=config.recall_k
+        lambda batch: predict(state.params, codewords, batch), batches,
+        codewords=codewords, recall_k=config.recall_k,
     )
 
 
@@ -265,4 +274,5 @@ def _note(scalars: dict[str, float]) -> str:
 
 
 def _flat_scalars(rows: list[Row], split: str) -> dict[str, float]:
-    return {f"{split}/{row['model']}/{key}": value for row in rows for key, value in row.items() if key != "model"}
+    return {f"{split}/{row['model']}/{key}": value
+            for row in rows for key, value in row.items() if key != "model"}

@@ -1,10 +1,12 @@
 """Measures training speed: candidate examples a second, and the share of time spent waiting for data."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
+
+NOTHING_COUNTED = (0.0, 0.0, 0.0)
 
 
 class Meter:
@@ -13,12 +15,22 @@ class Meter:
     JAX returns before the device is done, so each reading waits for the last step counted.
     """
 
-    def __init__(self):
-        """Starts paused: the first step, which compiles, is not counted."""
-        self._pending = None  # metrics of the last step, to wait for
-        self._since = None  # when counting went on; None while paused
-        self._candidates = self._seconds = self._waited = 0.0
-        self._read = (0.0, 0.0, 0.0)  # the same at the last reading
+    def __init__(self, counted: Sequence[float] = NOTHING_COUNTED):
+        """Starts paused: the first step, which compiles, is not counted.
+
+        Args:
+          counted: what the meter of an earlier part of the run had `counted`.
+        """
+        self._pending: dict[str, jax.Array] | None = None  # metrics of the last step, to wait for
+        self._since: float | None = None  # when counting went on; None while paused
+        self._candidates, self._seconds, self._waited = counted
+        self._read = tuple(counted)  # the same at the last reading
+
+    @property
+    def counted(self) -> tuple[float, float, float]:
+        """Candidates, seconds, and seconds of these that went by waiting for data."""
+        self._settle()
+        return self._candidates, self._seconds, self._waited
 
     def count(self, candidates: int, step_metrics: dict[str, jax.Array]) -> None:
         """Adds one step, or starts counting with it after a pause."""
@@ -44,16 +56,14 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Speed since the last reading."""
-        self._settle()
-        now = (self._candidates, self._seconds, self._waited)
+        now = self.counted
         rates = _rates(*(new - old for new, old in zip(now, self._read, strict=True)))
         self._read = now
         return rates
 
     def total(self) -> dict[str, float]:
         """Speed over all that was counted, and the time it took."""
-        self._settle()
-        return _rates(self._candidates, self._seconds, self._waited) | {"train_seconds": self._seconds}
+        return _rates(*self.counted) | {"train_seconds": self._seconds}
 
     def _settle(self) -> None:
         if self._since is not None:

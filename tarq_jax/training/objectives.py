@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax import linen as nn
 
 from tarq_jax import losses
 from tarq_jax.data.schema import Schema
-from tarq_jax.models import Tarq, TargetAttention, TwoTower
+from tarq_jax.models import TargetAttention, Tarq, TwoTower
 from tarq_jax.models.tarq import TarqOutput
-from tarq_jax.types import Batch, Codebook, QuantizerOutput
+from tarq_jax.types import Batch, QuantizerOutput
 
 
 class LossOutput(NamedTuple):
@@ -56,6 +57,7 @@ class Objective(NamedTuple):
 
 def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
     """Binary cross-entropy on the module's logits; its predictor is called `name`."""
+    forward = nn.apply(type(module).__call__, module)
 
     def init(rng, batch, codewords):
         del codewords
@@ -63,13 +65,13 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
 
     def loss(params, codewords, batch, active):
         del codewords, active
-        logits = module.apply(params, batch).logits
+        logits = forward(params, batch).logits
         value = losses.weighted_mean(losses.binary_cross_entropy(logits, batch.labels), batch.weights)
         return value, LossOutput({"loss": value}, None)
 
     def predict(params, codewords, batch):
         del codewords
-        return Predictions({name: module.apply(params, batch).logits}, None)
+        return Predictions({name: forward(params, batch).logits}, None)
 
     return Objective(init, loss, predict)
 
@@ -91,10 +93,11 @@ def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[
         ),
         "commitment": losses.commitment(output.latents, quantizer.quantized),
         "codebook": losses.codebook_loss(quantizer.chosen, quantizer.residuals),
-        "reconstruction": losses.squared_error(output.reconstruction, teacher.backbone.candidates),
+        "reconstruction": losses.squared_error(output.reconstruction, output.decoder_target),
     }
     return {
-        name: losses.weighted_mean(value, batch.weights[: len(value)]) for name, value in per_candidate.items()
+        name: losses.weighted_mean(value, batch.weights[: len(value)])
+        for name, value in per_candidate.items()
     }
 
 
@@ -108,12 +111,15 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float]) -> Objective:
     Raises:
       ValueError: at the first loss, if `loss_weights` names a loss that does not exist, or misses one.
     """
+    forward = nn.apply(Tarq.__call__, module)
 
     def init(rng, batch, codewords):
-        return module.init(rng, batch, codewords)
+        variables = module.init(rng, batch, codewords)
+        alone = module.make_teacher().init(rng, batch)  # so that it starts as the model of the same seed does
+        return {**variables, "params": {**variables["params"], "teacher": alone["params"]}}
 
     def loss(params, codewords, batch, active):
-        output = module.apply(params, batch, codewords, active)
+        output = forward(params, batch, codewords, active)
         values = tarq_losses(output, codewords, batch)
         if set(values) != set(loss_weights):
             raise ValueError(f"loss_weights names {sorted(loss_weights)}, expected {sorted(values)}")
@@ -125,16 +131,13 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float]) -> Objective:
         return total, LossOutput(metrics, output.quantizer)
 
     def predict(params, codewords, batch):
-        output = module.apply(params, batch, codewords)
+        output = forward(params, batch, codewords)
         diagnostics = Diagnostics(
             output.latents, output.quantizer, output.attention_output, output.teacher.attention_output
         )
         return Predictions({STUDENT: output.logits, TEACHER: output.teacher.logits}, diagnostics)
 
-    def latents(params, batch):
-        return module.apply(params, batch, method=Tarq.candidate_latents)
-
-    return Objective(init, loss, predict, latents)
+    return Objective(init, loss, predict, latents=nn.apply(Tarq.candidate_latents, module))
 
 
 def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema) -> Objective:
@@ -149,11 +152,12 @@ def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], s
     if model.name == "two_tower":
         return supervised(TwoTower(**common, hidden=hidden), model.name)
     if model.name == "two_tower_large":
-        return supervised(TwoTower(**common, hidden=tuple(4 * size for size in hidden), num_encoders=2), model.name)
+        wide = tuple(4 * size for size in hidden)
+        return supervised(TwoTower(**common, hidden=wide, num_encoders=2), model.name)
     if model.name == "target_attention":
         return supervised(TargetAttention(**common, hidden=hidden), model.name)
     module = Tarq(
         **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
-        aligned_share=model.aligned_share, stop_teacher_gradient=model.stop_teacher_gradient,
+        decoded=model.decoded, aligned_share=model.aligned_share, student_gradient=model.student_gradient,
     )
     return tarq(module, dict(loss_weights))

@@ -19,8 +19,8 @@ def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError unless every device gets an equal share of a batch."""
     if batch_size % mesh.shape["data"]:
-        raise ValueError(f"config.batch_size is {batch_size}, expected a multiple of the {mesh.shape['data']} "
-                         f"devices of the mesh")
+        raise ValueError(f"config.batch_size is {batch_size}, expected a multiple of the "
+                         f"{mesh.shape['data']} devices of the mesh")
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:

@@ -8,8 +8,7 @@ from flax import struct
 from tarq_jax.types import Codebook
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """A pytree; the codebook stands beside the parameters, not among them."""
 
     step: jax.Array  # [] int32, steps done

@@ -46,7 +46,7 @@ def train_step(
     (_, aux), gradients = jax.value_and_grad(loss, has_aux=True)(variables)
     updates, opt_state = optimizer.update(gradients, state.opt_state, variables)
     variables = optax.apply_updates(variables, updates)
-    metrics = aux.metrics | {"gradient_norm": optax.global_norm(gradients)}
+    metrics = aux.metrics | {"gradient_norm": optax.tree.norm(gradients)}
 
     codebook = state.codebook
     if codebook is not None:
@@ -54,10 +54,12 @@ def train_step(
         rng = jax.random.fold_in(state.rng, state.step)
         where = batch.candidate_mask & active
         updated = update_codebook(rng, codebook, aux.quantizer, where, state.step)
-        codebook = jax.tree.map(lambda new, old: jnp.where(active, new, old), updated, codebook)
+        codebook = jax.tree.map(lambda new, old: jnp.where(active, new, old), updated, state.codebook)
     state = state.replace(
         step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
     )
+    # Not finite as soon as the state is not, which the loss says only a step later.
+    metrics["parameter_norm"] = optax.tree.norm(trainable(state.params, state.codebook))
     return state, metrics
 
 
@@ -72,7 +74,13 @@ def codebook_updates(
       decay: of the running statistics.
       revive_every: steps between revivals of dead codewords; 0 never revives.
       min_usage: see `quantization.dead`.
+
+    Raises:
+      ValueError: for another mode.
     """
+
+    if mode not in ("gradient", "ema"):
+        raise ValueError(f"mode is {mode!r}, expected 'gradient' or 'ema'")
 
     def revive(rng, codebook, residuals, where):
         return quantization.revive(rng, codebook, residuals, where=where, min_usage=min_usage)
@@ -84,7 +92,9 @@ def codebook_updates(
             codebook = quantization.ema_codewords(codebook)
         if revive_every:
             due = (step + 1) % revive_every == 0
-            codebook = jax.lax.cond(due, revive, lambda *args: args[1], rng, codebook, output.residuals, where)
+            codebook = jax.lax.cond(
+                due, revive, lambda *args: args[1], rng, codebook, output.residuals, where
+            )
         return codebook
 
     return update
