@@ -13,6 +13,10 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     """The experiment; mode `smoke` shrinks it."""
     config = default_config()
     config.baselines = ("two_tower", "target_attention")
+    config.steps = 3000
+    config.model.num_codewords = 256
+    config.codebook.start = 150
+    config.optimizer.weight_decay = 0.1
     with config.data.unlocked():
         config.data.name = "sequences"
         config.data.source = "data/Beauty.txt"

@@ -13,6 +13,8 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     """The experiment; mode `smoke` shrinks it."""
     config = default_config()
     config.baselines = ("two_tower", "target_attention")
+    config.steps = 4000
+    config.optimizer.weight_decay = 0.1
     with config.data.unlocked():
         config.data.name = "sequences"
         config.data.source = "data/LastFM.txt"

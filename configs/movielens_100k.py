@@ -18,6 +18,9 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     """The experiment; mode `smoke` shrinks it."""
     config = default_config()
     config.baselines = ("two_tower", "target_attention")
+    config.steps = 900
+    config.codebook.start = 150
+    config.optimizer.weight_decay = 1.0
     with config.data.unlocked():
         config.data.name = "movielens"
         config.data.source = "data/ml-100k"

@@ -19,6 +19,7 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     """The experiment; mode `smoke` shrinks it."""
     config = default_config()
     config.baselines = ("two_tower", "target_attention")
+    config.optimizer.weight_decay = 0.3
     with config.data.unlocked():
         config.data.name = "synthetic"
         config.data.num_items = 4000
