@@ -1,6 +1,6 @@
 """The synthetic task as the paper has it: alignment at weight 1.0 on all requests, items decoded.
 
-The rest is `configs/synthetic.py`, which weighs alignment by 0.03 and decodes the teacher's query:
+The rest is `configs/synthetic.py`, which weighs alignment by 0.003 and decodes the teacher's query:
 summed over levels alignment is some twenty times the other losses, and at full weight it moves the
 codebooks away from what the student needs. The student's gradients reach the backbone.
 

@@ -53,7 +53,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.loss_weights.teacher = 1.0
     config.loss_weights.distillation = 1.0
     config.loss_weights.output_reconstruction = 1.0
-    config.loss_weights.alignment = 0.03
+    config.loss_weights.alignment = 0.003  # a sum over levels and codewords: large beside the others
     config.loss_weights.commitment = 0.25
     config.loss_weights.codebook = 1.0
     config.loss_weights.reconstruction = 1.0

@@ -3,7 +3,29 @@
 import os
 from pathlib import Path
 
-import pytest
+ROOT = Path(__file__).resolve().parents[1]
+DEVICES = 8
+
+# Before anything imports JAX: a mesh to test on, and programs that are compiled fast, since most run but
+# a few times, and once for all tests and the commands that they start.
+XLA_FLAGS = {"xla_force_host_platform_device_count": DEVICES, "xla_backend_optimization_level": 0}
+for name, value in XLA_FLAGS.items():
+    if name not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import io  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+
+import ml_collections  # noqa: E402
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from tarq_jax.data import Dataset  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +36,83 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}: set TARQ_DATA to the folder of real data sets")
     return folder
+
+
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+def _run(*arguments: object, path: tuple[object, ...] = (), devices: int = 1) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT, ROOT / "tests"))),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"device_count={DEVICES}", f"device_count={devices}")}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Runs Python with the given arguments in the repository: `command("train.py", "--workdir=x")`.
+
+    `path` names folders to import from before all others; `devices` is how many the command sees.
+    """
+    return _run
+
+
+@pytest.fixture(scope="session")
+def wrong_call(tmp_path_factory) -> Callable[..., str]:
+    """Runs a wrong call, which has to end with code 2 and one line, before JAX is imported: that line."""
+    folder = tmp_path_factory.mktemp("without_jax")
+    (folder / "jax.py").write_text("raise ImportError('JAX was imported')")
+
+    def run(*arguments: object) -> str:
+        done = _run(*arguments, path=(folder,))
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        line, = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset() -> Dataset:
+    """The data set of `tiny`, made once."""
+    return tiny.make_dataset()
+
+
+@pytest.fixture
+def tiny_config() -> ml_collections.ConfigDict:
+    """The configuration of `tiny`, to be changed at will."""
+    return tiny.make_config()
+
+
+@pytest.fixture(scope="session")
+def silent() -> Console:
+    """A console that nobody sees."""
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="session")
+def compiled_once() -> Iterator[None]:
+    """Runs of equal settings share objectives and compiled steps: tracing is most of a tiny run's time."""
+    from tarq_jax.training import loop
+
+    build, compile_step = loop.build, loop.compile_step
+    objectives, steps = {}, {}
+
+    def shared_build(model, loss_weights, schema):
+        key = model.to_json(), loss_weights.to_json(), schema
+        if key not in objectives:
+            objectives[key] = build(model, loss_weights, schema)
+        return objectives[key]
+
+    def shared_step(config, objective, optimizer):
+        key = objective, config.codebook.to_json(), config.optimizer.to_json(), config.steps
+        if key not in steps:
+            steps[key] = compile_step(config, objective, optimizer)
+        return steps[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build", shared_build)
+        patch.setattr(loop, "compile_step", shared_step)
+        yield

@@ -144,8 +144,7 @@ def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], s
     """The objective that `config.model` describes.
 
     `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
-    encoder and attention, and hidden layers twice as wide (four times, with TARQ's encoder,
-    decoder and heads in mind).
+    encoder and attention, and hidden layers four times as wide in place of TARQ's further networks.
     """
     common = {"schema": schema, "width": model.width, "num_heads": model.num_heads}
     hidden = tuple(model.hidden)

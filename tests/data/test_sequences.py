@@ -136,7 +136,7 @@ def test_svd_features_keep_the_geometry_of_the_counts():
 
 
 def test_attributes_join_by_original_id(tmp_path):
-    source = write(tmp_path / "s.txt", [[1, 10, 20, 30, 40]] + [[2, 50, 60, 70, 40]])
+    source = write(tmp_path / "s.txt", [[1, 10, 20, 30, 40], [2, 50, 60, 70, 40]])
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"10": [1, 1], "50": [2], "99": [3]}))
     dataset = sequences.generate(SequencesOptions(source, str(path), num_negatives=1, attribute_dims=3))

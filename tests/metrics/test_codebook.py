@@ -166,7 +166,7 @@ def test_codebook_health_of_encode():
     assert health == pytest.approx(metrics.codebook_health(codewords, latents, expected, mask), rel=1e-4)
     counts = metrics.usage_counts(expected.codes, 4, mask)
     assert health["perplexity_2"] == pytest.approx(metrics.perplexity(counts)[1])
-    assert health["dead/3"] == metrics.dead_codewords(counts)[2]
+    assert health["dead_3"] == metrics.dead_codewords(counts)[2]
     assert health["nearest_distance_1"] == pytest.approx(metrics.distance_summary(codewords)["nearest"][0])
 
 

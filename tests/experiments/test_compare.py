@@ -1,0 +1,143 @@
+"""The comparison: every model and seed once, one table, nothing trained twice."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+
+from tarq_jax import metrics
+from tarq_jax.config import MODELS
+from tarq_jax.experiments import compare as comparison
+from tarq_jax.training import loop
+
+RUNS = ("two_tower", "target_attention")
+SEEDS = (0, 1)
+
+# The command itself, with training made up: AUC by model and seed.
+COMMAND = """
+import runpy, sys
+import tiny
+from tarq_jax.config import MODELS
+from tarq_jax.training import loop
+
+def train(config, dataset, workdir, console):
+    auc = 0.6 + 0.05 * MODELS.index(config.model.name) + 0.01 * config.seed
+    print("trains", config.model.name, config.seed, config.steps, workdir.name, file=sys.stderr)
+    return loop.Result([{"model": config.model.name, "auc": auc}], None)
+
+loop.train, loop.load_data = train, lambda config: tiny.make_dataset()
+sys.argv[0] = "compare"
+runpy.run_module("tarq_jax.experiments.compare", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, tiny_dataset, silent, compiled_once):
+    """Rows of a comparison, and where its runs are."""
+    workdir = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load_data", lambda config: tiny_dataset)
+        rows = comparison.compare(tiny.make_config(), RUNS, SEEDS, workdir, silent)
+    return rows, workdir
+
+
+def same(left, right) -> bool:
+    return left == right or (math.isnan(left) and math.isnan(right))
+
+
+def test_a_row_for_each_seed_and_model(compared):
+    rows, workdir = compared
+    assert [(row["seed"], row["model"]) for row in rows] == [(s, m) for s in SEEDS for m in RUNS]
+    assert {path.name for path in workdir.iterdir()} == {f"{m}-{s}" for m in RUNS for s in SEEDS}
+    assert len({row["auc"] for row in rows}) == 4
+    for row in rows:
+        assert {"auc", "gauc", "log_loss", "calibration", "parameters", "train_seconds"} <= row.keys()
+    for two_tower, attention in (rows[:2], rows[2:]):
+        ends = two_tower["auc"], attention["auc"]
+        assert same(two_tower["gap_recovered"], metrics.gap_recovered(ends[0], *ends))
+        assert same(attention["gap_recovered"], metrics.gap_recovered(ends[1], *ends))
+
+
+def test_calling_again_trains_nothing(compared, tiny_config, tiny_dataset, silent, monkeypatch):
+    rows, workdir = compared
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("*/checkpoints/**/*")}
+    assert before
+
+    def compile_step(*_):
+        def step(*_):
+            raise AssertionError("a step was taken")
+        return step
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    again = comparison.compare(tiny_config, RUNS, SEEDS, workdir, silent)
+    np.testing.assert_equal(again, rows)
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("*/checkpoints/**/*")} == before
+
+
+def test_the_configuration_given_stays_as_it_is(tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
+    seen = []
+
+    def train(config, *_):
+        seen.append((config.model.name, config.seed))
+        return loop.Result([{"model": config.model.name, "auc": 0.5}], None)
+
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    monkeypatch.setattr(loop, "train", train)
+    comparison.compare(tiny_config, ("two_tower", "tarq"), (4, 2), tmp_path, silent)
+    assert seen == [("two_tower", 4), ("tarq", 4), ("two_tower", 2), ("tarq", 2)]
+    assert (tiny_config.model.name, tiny_config.seed) == ("tarq", 0)
+
+
+def test_summary_is_mean_and_deviation(compared):
+    rows, _ = compared
+    summary = comparison.summarise(rows)
+    assert [row["model"] for row in summary] == list(RUNS)
+    for row in summary:
+        runs = [r for r in rows if r["model"] == row["model"]]
+        assert row["seeds"] == 2 and "seed" not in row
+        for key in runs[0].keys() - {"model", "seed"}:
+            first, second = (run[key] for run in runs)
+            np.testing.assert_allclose(row[key], (first + second) / 2, rtol=1e-12)
+            np.testing.assert_allclose(row[f"{key}_std"], abs(first - second) / math.sqrt(2), atol=1e-12)
+
+
+def test_one_seed_has_no_deviation():
+    row, = comparison.summarise([{"model": "a", "seed": 3, "auc": 0.5, "utilisation": None}])
+    assert (row["auc"], row["seeds"]) == (0.5, 1) and math.isnan(row["utilisation"])
+    assert not any(key.endswith("_std") for key in row)
+
+
+def test_the_command(command, tmp_path):
+    json_file = tmp_path / "new" / "rows.json"
+    done = command("-c", COMMAND, "--config=configs/synthetic.py:smoke", "--seeds=3,5", "--config.steps=9",
+                   f"--workdir={tmp_path / 'runs'}", f"--json={json_file}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        f"trains {model} {seed} 9 {model}-{seed}" for seed in (3, 5) for model in MODELS]
+    rows = json.loads(json_file.read_text())
+    assert json.loads((tmp_path / "runs" / "results.json").read_text()) == rows
+    assert [(row.get("seed"), row["model"]) for row in rows] == [
+        *((seed, model) for seed in (3, 5) for model in MODELS), *((None, model) for model in MODELS)]
+    tarq = rows[-1]
+    assert tarq["auc"] == pytest.approx(0.79) and tarq["auc_std"] == pytest.approx(0.01 * math.sqrt(2))
+    assert tarq["gap_recovered"] == pytest.approx(1.5)
+    assert "each seed, test split" in done.stdout and "mean over seeds 3, 5" in done.stdout
+    assert "gap recovered" in done.stdout and "0.7900" in done.stdout
+
+
+@pytest.mark.parametrize("seeds", ["x", "0,x", "", "-1", "0,0", "1,01", "1.5"])
+def test_wrong_seeds(wrong_call, tmp_path, seeds):
+    line = wrong_call("-m", "tarq_jax.experiments.compare", "--config=configs/synthetic.py:smoke",
+                      f"--seeds={seeds}", f"--workdir={tmp_path / 'runs'}")
+    assert f"--seeds is {seeds!r}, expected different whole numbers" in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("argument", "named"), [
+    ("--config=configs/nowhere.py", "configs/nowhere.py"), ("--config.steps=0", "config.steps is 0")])
+def test_wrong_configurations(wrong_call, argument, named):
+    arguments = [argument] if "nowhere" in argument else ["--config=configs/synthetic.py:smoke", argument]
+    assert named in wrong_call("-m", "tarq_jax.experiments.compare", *arguments)

@@ -1,0 +1,100 @@
+"""How commands begin and end: exit codes, and one line that says what is wrong."""
+
+import os
+import signal
+
+import pytest
+
+from tarq_jax import cli
+
+SYNTHETIC = "--config=configs/synthetic.py:smoke"
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    ([SYNTHETIC, "--config.foo=1"], ["foo"]),
+    ([SYNTHETIC, "--config.optimiser.learning_rate=1"], ["optimiser", 'Did you mean "optimizer"']),
+    ([SYNTHETIC, "--config.data.num_itens=1"], ["num_itens", "num_items"]),
+    ([SYNTHETIC, "--config.steps=many"], ["config.steps", "many"]),
+    ([SYNTHETIC, "--config.steps=1.5"], ["config.steps", "1.5"]),
+    ([SYNTHETIC, "--config.optimizer.learning_rate=fast"], ["config.optimizer.learning_rate", "fast"]),
+    ([SYNTHETIC, "--config.batch_size=0"], ["config.batch_size is 0", "at least 1"]),
+    ([SYNTHETIC, "--config.model.hidden=wide"], ["config.model.hidden", "wide", "positive widths"]),
+    ([SYNTHETIC, "--config.model.head=mpl"], ["config.model.head", "mpl", "scalar"]),
+    ([SYNTHETIC, "extra"], ["extra"]),
+    ([SYNTHETIC, "--bogus=1"], ["bogus"]),
+    (["--config=configs/nowhere.py"], ["configs/nowhere.py", "No such file"]),
+    ([], ["--config"]),
+], ids=lambda value: value[-1] if value and value[0].startswith("--config=") else None)
+def test_wrong_calls_of_train(wrong_call, tmp_path, arguments, named):
+    line = wrong_call("train.py", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert all(part in line for part in named), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_is_required(wrong_call):
+    assert "--workdir" in wrong_call("train.py", SYNTHETIC)
+
+
+def test_a_config_file_with_a_mistake(wrong_call, tmp_path):
+    """A setting that a file itself gets wrong is told like one on the command line."""
+    file = tmp_path / "experiment.py"
+    file.write_text("from tarq_jax.config import default_config\n\n\ndef get_config(mode=''):\n"
+                    "    config = default_config()\n    config.stepz = 3\n    return config\n")
+    line = wrong_call("train.py", f"--config={file}", f"--workdir={tmp_path}")
+    assert 'Did you mean "steps" instead of "stepz"' in line
+
+
+ENDINGS = {
+    "pass": (cli.DONE, ""),
+    "raise ValueError('a\\n b')": (cli.FAILED, "error: a b\n"),
+    "raise FileNotFoundError('no folder x')": (cli.FAILED, "error: no folder x\n"),
+    "raise FloatingPointError('step 3')": (cli.FAILED, "error: step 3\n"),
+    "raise cli.Interrupted('saved step 3')": (cli.INTERRUPTED, "error: saved step 3\n"),
+    "raise KeyboardInterrupt": (cli.INTERRUPTED, "error: interrupted; call again to go on\n"),
+    "cli.wrong_call('--seeds is x')": (cli.WRONG_CALL, "error: --seeds is x\n"),
+}
+
+
+@pytest.mark.parametrize("body", ENDINGS)
+def test_endings(command, body):
+    done = command("-c", f"from tarq_jax import cli\ndef main(): {body}\ncli.run(main)")
+    assert (done.returncode, done.stdout, done.stderr) == (ENDINGS[body][0], "", ENDINGS[body][1])
+
+
+def test_a_bug_keeps_its_traceback(command):
+    done = command("-c", "from tarq_jax import cli\ndef main(): {}['lost']\ncli.run(main)")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'lost'" in done.stderr
+
+
+def test_exit_codes_are_those_of_the_conventions():
+    assert (cli.DONE, cli.FAILED, cli.WRONG_CALL, cli.INTERRUPTED) == (0, 1, 2, 75)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruptible_only_notes_signals(number):
+    before = signal.getsignal(number)
+    with cli.interruptible() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), number)
+        assert interrupted()
+    assert signal.getsignal(number) is before
+
+
+def test_interruptible_gives_handlers_back_after_an_error():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError), cli.interruptible():
+        raise ValueError
+    assert signal.getsignal(signal.SIGTERM) is before
+    with cli.interruptible() as interrupted:
+        assert not interrupted()
+
+
+def test_missing_data_is_told_with_its_path_and_flag(command, tmp_path):
+    file, source = tmp_path / "experiment.py", tmp_path / "no" / "ml-100k"
+    file.write_text("from tarq_jax.config import default_config, smoke\n\n\ndef get_config(mode=''):\n"
+                    f"    return smoke(default_config(), source={str(source)!r})\n")
+    done = command("train.py", f"--config={file}", f"--workdir={tmp_path / 'run'}",
+                   "--config.data.name=movielens", f"--config.data.data_dir={tmp_path / 'data'}")
+    assert done.returncode == 1
+    line, = done.stderr.splitlines()
+    assert line.startswith("error: ") and str(source) in line and "--config.data.source=" in line

@@ -1,0 +1,151 @@
+"""Every setting is checked, and every message names the setting, its value and what would do."""
+
+import math
+from typing import get_args
+
+import ml_collections
+import pytest
+
+from tarq_jax.config import HEADS, REACHES, RULES, default_config, smoke, validate
+from tarq_jax.models.tarq import Head, Reach
+
+BAD = {
+    "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
+    "model.name": ["tark", ""], "model.width": [0], "model.num_heads": [0],
+    "model.hidden": [(64, 0), ("64",), (-1,)], "model.num_levels": [0], "model.num_codewords": [1],
+    "model.head": ["mpl"], "model.student_gradient": ["all"],
+    "model.aligned_share": [0.0, 1.5, -0.1, math.nan],
+    "codebook.init": ["k-means"], "codebook.start": [-1], "codebook.init_latents": [0],
+    "codebook.update": ["sgd"], "codebook.decay": [1.0, -0.1, math.nan], "codebook.revive_every": [-1],
+    "codebook.min_usage": [1.0, -0.1, math.nan],
+    **{f"loss_weights.{name}": [-1.0, math.nan, math.inf] for name in default_config().loss_weights},
+    "optimizer.learning_rate": [0.0, -1.0, math.nan, math.inf],
+    "optimizer.weight_decay": [-1e-9, math.nan, math.inf], "optimizer.warmup_steps": [-1],
+    "optimizer.clip_norm": [-1.0, math.nan, math.inf],
+    "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0], "recall_k": [0],
+    "prefetch": [0],
+}
+NOT_A_RULE = {"data.name", "data.data_dir"}  # left to the data
+
+
+def flatten(config, prefix="") -> dict:
+    flat = {}
+    for key, value in config.items():
+        is_group = isinstance(value, ml_collections.ConfigDict)
+        flat |= flatten(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
+    return flat
+
+
+def refused(config) -> str:
+    with pytest.raises(ValueError) as caught:
+        validate(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def changed(key, value) -> ml_collections.ConfigDict:
+    """The defaults but for one setting, whatever its type."""
+    config = default_config().unlock()
+    group = config
+    for part in key.split(".")[:-1]:
+        group = group[part]
+    with group.ignore_type():
+        group[key.split(".")[-1]] = value
+    return config
+
+
+def test_defaults_hold():
+    validate(default_config())
+    validate(smoke(default_config()))
+    assert default_config().is_locked
+
+
+def test_every_setting_has_a_rule_and_every_rule_a_bad_value():
+    settings = flatten(default_config())
+    assert RULES.keys() == settings.keys() - NOT_A_RULE
+    assert BAD.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values])
+def test_every_rule_can_fail(key, value):
+    message = refused(changed(key, value))
+    assert message.startswith(f"config.{key} is {value!r}, expected ")
+    assert message.endswith(RULES[key].expected)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("steps", 10.5), ("steps", "10"), ("steps", None), ("steps", True), ("model.name", 3),
+    ("model.hidden", 64),
+    ("optimizer.learning_rate", "fast"), ("data.data_dir", 7),
+    ("baselines", "tarq"), ("loss_weights.student", (1.0,)),
+])
+def test_wrong_types(key, value):
+    message = refused(changed(key, value))
+    kind = type(flatten(default_config())[key]).__name__
+    assert message.startswith(f"config.{key} is {value!r}, expected a {kind} like ")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("optimizer.learning_rate", 1), ("model.hidden", [8, 8]), ("model.hidden", ()),
+    ("loss_weights.alignment", 0), ("loss_weights.alignment", 0.0), ("model.aligned_share", 1.0),
+    ("codebook.decay", 0.0), ("codebook.start", 0), ("codebook.revive_every", 0), ("baselines", ["tarq"]),
+])
+def test_values_at_the_edge(key, value):
+    validate(changed(key, value))
+
+
+@pytest.mark.parametrize("key", ["foo", "optimizer.learningrate", "loss_weights.aligment", "optimiser.beta"])
+def test_unknown_keys(key):
+    config = default_config().unlock()
+    *groups, name = key.split(".")
+    group = config
+    for part in groups:
+        if part not in group:
+            group[part] = ml_collections.ConfigDict()
+        group = group[part]
+    group[name] = 1
+    assert refused(config).startswith(f"config.{key} is not a setting, expected one of ['baselines', ")
+
+
+@pytest.mark.parametrize("key", sorted(flatten(default_config())))
+def test_missing_keys(key):
+    config = default_config().unlock()
+    group = config
+    for part in key.split(".")[:-1]:
+        group = group[part]
+    del group[key.split(".")[-1]]
+    kind = type(flatten(default_config())[key]).__name__
+    assert refused(config) == f"config.{key} is missing, expected a {kind}"
+
+
+def test_options_of_the_data_are_left_to_the_data():
+    config = default_config().unlock()
+    config.data.num_items = "many"
+    validate(config)
+
+
+def test_heads_have_to_divide_the_width():
+    message = refused(changed("model.num_heads", 5))
+    assert message == "config.model.num_heads is 5, expected a divisor of config.model.width, 32"
+
+
+def test_kmeans_needs_a_latent_for_each_codeword():
+    message = refused(changed("codebook.init_latents", 63))
+    assert message == ("config.codebook.init_latents is 63, expected at least config.model.num_codewords, 64")
+
+
+def test_names_are_those_of_the_models():
+    """They are repeated in the configuration, which must not import JAX."""
+    assert get_args(Head) == HEADS
+    assert get_args(Reach) == REACHES
+
+
+def test_smoke_is_small_and_takes_options_of_the_data():
+    config = default_config()
+    assert smoke(config, num_items=9, test_requests=3) is config
+    assert (config.data.num_items, config.data.test_requests) == (9, 3)
+    assert config.steps <= 20 and config.batch_size <= 8 and config.baselines == ()
+    assert config.codebook.start < config.steps and config.checkpoint_every <= config.steps
+    random = default_config()
+    random.codebook.start = 0
+    assert smoke(random).codebook.start == 0

@@ -1,0 +1,50 @@
+"""The package as a user imports it."""
+
+import subprocess
+import sys
+
+import tarq_jax
+
+
+def test_every_public_name_is_there_and_documented():
+    assert tarq_jax.__all__ == sorted(tarq_jax.__all__)
+    for name in tarq_jax.__all__:
+        assert getattr(tarq_jax, name).__doc__, name
+
+
+def test_import_is_light():
+    code = "import sys, tarq_jax; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_imports_point_one_way():
+    """DESIGN section 4: a layer imports only those below it."""
+    from pathlib import Path
+
+    below = {
+        "types": set(),
+        "data": {"types"},
+        "quantization": {"types"},
+        "attention": set(),
+        "losses": {"quantization"},
+        "metrics": {"types"},
+        "models": {"types", "data", "quantization", "attention"},
+        "training": {"types", "data", "quantization", "losses", "metrics", "models", "cli", "reporting"},
+        "experiments": {"training", "config", "cli", "reporting"},
+        "config": set(),
+        "cli": {"config"},
+        "reporting": set(),
+    }
+    root = Path(tarq_jax.__file__).parent
+    for path in root.rglob("*.py"):
+        part = path.relative_to(root).with_suffix("").parts[0]
+        if part == "__init__":
+            continue
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] == ["from"] and words[1].startswith("tarq_jax"):
+                names = [words[1].removeprefix("tarq_jax").strip(".").split(".")[0]]
+                if names == [""]:
+                    names = [name.strip(",()") for name in words[3:]]
+                for name in names:
+                    assert name == part or name in below[part], f"{path.relative_to(root)}: {line}"

@@ -1,0 +1,84 @@
+"""What a run shows and writes: tables, JSON rows, metrics by step."""
+
+import io
+import json
+import math
+
+from rich.console import Console
+
+from tarq_jax import reporting
+
+ROWS = [
+    {"model": "two_tower", "auc": 0.65432, "parameters": 12_345, "train_seconds": 12.6, "hidden_column": 1},
+    {"model": "tarq", "auc": math.nan, "parameters": 7, "train_seconds": 9.87654, "gap_recovered": 0.5,
+     "utilisation": None},
+]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.replace("┃", "│").strip("│\n ").split("│")]
+
+
+def test_table(capsys):
+    reporting.print_table(ROWS, title="test split")
+    title, _, header, _, *rows, _ = capsys.readouterr().out.splitlines()
+    assert title.strip() == "test split"
+    assert cells(header) == ["model", "auc", "gap recovered", "utilisation", "parameters", "train seconds"]
+    assert [cells(row) for row in rows] == [
+        ["two_tower", "0.6543", "-", "-", "12,345", "13"],
+        ["tarq", "-", "0.5000", "-", "7", "9.8765"]]
+
+
+def test_a_wide_table_is_not_cut(capsys):
+    reporting.print_table([dict.fromkeys(reporting.COLUMNS, 0.12345)], title="all")
+    out = capsys.readouterr().out
+    assert "…" not in out and out.count("0.1235") == len(reporting.COLUMNS)
+
+
+def test_rows_as_json(tmp_path):
+    path = tmp_path / "new" / "rows.json"
+    rows = [{"model": "a", "auc": 0.5, "gauc": math.nan, "calibration": math.inf, "seed": 3, "gap": None}]
+    reporting.write_rows(rows, path)
+    assert json.loads(path.read_text(), parse_constant=lambda name: 1 / 0) == [
+        {"model": "a", "auc": 0.5, "gauc": None, "calibration": None, "seed": 3, "gap": None}]
+    reporting.write_rows([], str(path))
+    assert json.loads(path.read_text()) == []
+
+
+def test_metrics_by_step(tmp_path):
+    for steps in ((1, 2), (3,)):  # a run, and the same run resumed
+        with reporting.MetricsWriter(tmp_path / "run") as writer:
+            for step in steps:
+                writer.write(step, {"loss": step / 2, "speed": math.nan})
+                text = (tmp_path / "run" / "metrics.jsonl").read_text()
+                assert text.endswith("\n") and json.loads(text.splitlines()[-1])["step"] == step  # at once
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "loss": step / 2, "speed": None} for step in (1, 2, 3)]
+
+
+def test_metrics_as_tensorboard_events(tmp_path):
+    from tensorboardX import event_file_writer  # noqa: F401 - what wrote them can be imported
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+    with reporting.MetricsWriter(tmp_path) as writer:
+        writer.write(7, {"loss": 0.25, "speed": math.nan})
+    file, = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    data, found = file.read_bytes(), []
+    while data:  # records: length, its checksum, payload, its checksum
+        length = int.from_bytes(data[:8], "little")
+        payload, checksum = data[12:12 + length], data[12 + length:16 + length]
+        assert int.from_bytes(checksum, "little") == masked_crc32c(payload)
+        event = event_pb2.Event.FromString(payload)
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + length:]
+    assert found == [(7, "loss", 0.25)]
+
+
+def test_progress_bar_shows_task_and_note():
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    with reporting.progress_bar(console) as progress:
+        task = progress.add_task("tarq", total=12, note="")
+        progress.update(task, completed=12, note="loss 0.5")
+    shown = console.file.getvalue()
+    assert "tarq" in shown and "12/12" in shown and "loss 0.5" in shown

@@ -1,0 +1,28 @@
+"""The smallest experiment that goes through everything: for tests of the training layer and the commands.
+
+A module of its own, not fixtures alone, because processes that tests start need it too.
+"""
+
+import ml_collections
+
+from tarq_jax.config import default_config, smoke
+from tarq_jax.data import Dataset, SyntheticOptions, synthetic
+
+
+def make_config() -> ml_collections.ConfigDict:
+    """TARQ; its codebook starts at step 3 of 6, epochs are 5 steps, and revival finds codewords to revive."""
+    config = smoke(default_config())
+    config.steps, config.log_every, config.checkpoint_every, config.eval_batch_size = 6, 1, 2, 16
+    config.model.width, config.model.hidden = 4, (4,)
+    config.model.num_levels, config.model.num_codewords = 2, 4
+    config.codebook.start, config.codebook.init_latents = 3, 64
+    config.codebook.revive_every, config.codebook.decay, config.codebook.min_usage = 2, 0.5, 0.6
+    config.recall_k = 2
+    return config
+
+
+def make_dataset() -> Dataset:
+    """A synthetic data set that a step goes through in milliseconds."""
+    return synthetic.generate(SyntheticOptions(
+        num_items=60, num_clusters=8, history_length=5, num_candidates=3, max_interests=5,
+        train_requests=40, validation_requests=16, test_requests=24))

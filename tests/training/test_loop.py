@@ -1,0 +1,265 @@
+"""The loop: what it writes, what it refuses, and that nothing broken is ever saved."""
+
+import dataclasses
+import json
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tarq_jax import data, metrics
+from tarq_jax.training import checkpoint, loop, sharding
+from tarq_jax.training.state import trainable
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def lines_of(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_leaves(finished):
+    workdir, result = finished
+    assert [row["model"] for row in result.rows] == ["tarq", "tarq_teacher"]
+    assert json.loads((workdir / "results.json").read_text()) == [dict(row) for row in result.rows]
+    lines = lines_of(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]
+    for line in lines[:-1]:
+        assert {"loss", "loss/student", "loss/alignment", "gradient_norm", "parameter_norm",
+                "examples_per_second", "input_wait_share"} <= line.keys()
+    assert lines[-1]["test/tarq/auc"] == result.rows[0]["auc"]
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    leaves = jax.tree.leaves(trainable(result.state.params, result.state.codebook))
+    assert {row["parameters"] for row in result.rows} == {sum(leaf.size for leaf in leaves)}
+    assert all(row["train_seconds"] > 0 and row["examples_per_second"] > 0 for row in result.rows)
+
+
+def test_the_student_rests_until_the_codebook_starts(finished):
+    """In the loop too: until step 3 the loss is that of the teacher and the decoder."""
+    early, late = lines_of(finished[0])[:3], lines_of(finished[0])[3:6]
+    for line in early:
+        assert line["loss"] == pytest.approx(line["loss/teacher"] + line["loss/reconstruction"], rel=1e-5)
+    for line in late:
+        assert line["loss"] > line["loss/teacher"] + line["loss/reconstruction"] + line["loss/student"]
+
+
+def test_scores_are_those_of_the_saved_state(finished, tiny_config, tiny_dataset):
+    rows = loop.test(
+        tiny_config, loop.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema),
+        finished[1].state, tiny_dataset, "test")
+    for row, expected in zip(rows, finished[1].rows, strict=True):
+        assert row.items() <= expected.items()
+
+
+def test_evaluation_on_the_way(tiny_config, tiny_dataset, tmp_path, silent, finished, same_bits):
+    tiny_config.eval_every = 4
+    result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    validated = [line["step"] for line in lines_of(tmp_path) if "validation/tarq/auc" in line]
+    assert validated == [4]
+    same_bits(result.state, finished[1].state)
+
+
+@pytest.mark.parametrize("where", ["features", "parameters", "codebook"])
+def test_nothing_that_is_not_finite_is_saved(
+        where, tiny_config, tiny_dataset, tmp_path, silent, finished, monkeypatch):
+    """What is logged is found in its own step, all else when a checkpoint is due, here every second step."""
+    tiny_config.log_every = 1 if where == "features" else 6
+    make, transfer = loop.initialise_codebook, loop._transfer
+    count = iter(range(100))
+
+    def poisoned_transfer(batch, mesh):
+        if where == "features" and next(count) == 4:
+            batch = batch.replace(candidates=batch.candidates | {
+                "features": np.full_like(batch.candidates["features"], np.nan)})
+        return transfer(batch, mesh)
+
+    def poisoned_state(*args):
+        state = make(*args)
+        if where == "parameters":
+            state = state.replace(params=jax.tree.map(lambda x: x * jnp.inf, state.params))
+        elif where == "codebook":
+            broken = state.codebook.replace(codewords=state.codebook.codewords * jnp.nan)
+            state = state.replace(codebook=broken)
+        return state
+
+    monkeypatch.setattr(loop, "_transfer", poisoned_transfer)
+    monkeypatch.setattr(loop, "initialise_codebook", poisoned_state)
+    step, last = (5, 4) if where == "features" else (4, 2)  # the codebook is initialised after step 3
+    with pytest.raises(FloatingPointError) as caught:
+        loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    message = str(caught.value)
+    assert message.startswith(f"step {step}: ") and "'loss': nan" in message and "\n" not in message
+    assert "config.optimizer.learning_rate" in message
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == last
+        restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)
+    values = [leaf for leaf in jax.tree.leaves(restored.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert len(values) > 50 and all(np.isfinite(value).all() for value in values)
+    assert not (tmp_path / "results.json").exists()
+    assert all(math.isfinite(line["loss"]) for line in lines_of(tmp_path))
+
+
+def test_a_state_that_breaks_in_its_last_step_is_not_saved(
+        tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
+    """The loss of that step is that of the state before it, and still finite."""
+    compiled = loop.compile_step
+
+    def breaking_step(*args):
+        def step(state, batch):
+            state, step_metrics = compiled(*args)(state, batch)
+            if int(state.step) == 2:
+                assert np.isfinite(step_metrics["loss"])
+                step_metrics = step_metrics | {"parameter_norm": jnp.asarray(jnp.inf)}
+            return state, step_metrics
+        return step
+
+    monkeypatch.setattr(loop, "compile_step", breaking_step)
+    with pytest.raises(FloatingPointError, match=r"step 2: \{'parameter_norm': inf\}"):
+        loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+
+
+def test_check_finite():
+    assert loop.check_finite({"a": np.float32(1.5)}, 3) == {"a": 1.5}
+    with pytest.raises(FloatingPointError, match=r"step 7: \{'b': nan, 'c': -inf\} not finite"):
+        loop.check_finite({"a": np.float32(0), "b": np.float32("nan"), "c": np.float32("-inf")}, 7)
+
+
+def test_run_trains_baselines_and_tells_the_gap(tiny_config, tiny_dataset, tmp_path, monkeypatch, capsys):
+    """Training is made up: what is tested is the order, the places and the table."""
+    tiny_config.baselines = ("two_tower", "target_attention")
+    aucs = {"two_tower": 0.6, "target_attention": 0.8, "tarq": 0.75}
+    calls = []
+
+    def train(config, dataset, workdir, console):
+        calls.append((config.model.name, os.path.relpath(workdir, tmp_path)))
+        assert dataset is tiny_dataset
+        return loop.Result([{"model": config.model.name, "auc": aucs[config.model.name]}], None)
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    rows = loop.run(tiny_config, tmp_path)
+    assert calls == [("two_tower", "baselines/two_tower"), ("target_attention", "baselines/target_attention"),
+                     ("tarq", ".")]
+    assert [row["gap_recovered"] for row in rows] == pytest.approx([0.0, 1.0, 0.75])
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+    assert "60 items" in capsys.readouterr().out
+    assert tiny_config.model.name == "tarq"
+
+
+def test_gap_needs_both_ends():
+    rows = [{"model": "two_tower", "auc": 0.6}, {"model": "tarq", "auc": 0.7}]
+    assert loop.add_gap_recovered(rows) == rows
+    both = loop.add_gap_recovered([*rows, {"model": "target_attention", "auc": 0.8}])
+    assert [row["gap_recovered"] for row in both] == pytest.approx([0.0, 0.5, 1.0])
+    assert both[1]["gap_recovered"] == metrics.gap_recovered(0.7, 0.6, 0.8)
+
+
+def test_random_codebooks_stay_random(tiny_config, tiny_dataset, finished):
+    tiny_config.codebook.init = "random"
+    objective = loop.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+    state = finished[1].state
+    assert loop.initialise_codebook(tiny_config, objective, state, tiny_dataset, {}, None) is state
+
+
+def test_kmeans_runs_on_real_latents_of_training(tiny_config, tiny_dataset, finished):
+    """Centroids lie where the latents lie, and each latent has one near."""
+    objective = loop.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+    shapes, state = loop.batch_shapes(tiny_dataset), finished[1].state
+    mesh = sharding.data_mesh()
+    state = loop.initialise_codebook(tiny_config, objective, state, tiny_dataset, shapes, mesh)
+    latents = np.concatenate([
+        np.asarray(jax.jit(objective.latents)(state.params, batch))[batch.candidate_mask]
+        for batch in data.eval_batches(tiny_dataset, "train", batch_size=8, **shapes)])
+    first = np.asarray(state.codebook.codewords[0])
+    nearest = np.linalg.norm(latents[:, None] - first, axis=-1)
+    assert nearest.min(axis=0).max() < 1.0 and nearest.min(axis=1).mean() < 0.7 * nearest.mean()
+    assert state.codebook.counts.sum() == pytest.approx(tiny_config.codebook.init_latents * 2, rel=1e-5)
+
+
+def test_batch_shapes_cover_every_split(tiny_dataset):
+    longer = data.synthetic.generate(data.SyntheticOptions(
+        num_items=60, num_clusters=8, history_length=9, num_candidates=5, train_requests=3,
+        validation_requests=0, test_requests=0, max_interests=5)).splits["train"]
+    dataset = data.Dataset(tiny_dataset.schema, tiny_dataset.items, {}, {
+        "train": tiny_dataset.splits["train"], "test": longer})
+    assert loop.batch_shapes(tiny_dataset) == {"history_length": 5, "num_candidates": 3}
+    assert loop.batch_shapes(dataset) == {"history_length": 9, "num_candidates": 5}
+
+
+def updates_of(config, gradient=1.0) -> np.ndarray:
+    """Updates of ten steps of the configured optimizer on one parameter and one codeword of value 1."""
+    optimizer, variables = loop.make_optimizer(config), {"params": jnp.ones(1), "codewords": jnp.ones(1)}
+    state, found = optimizer.init(variables), []
+    for _ in range(10):
+        gradients = jax.tree.map(lambda x: jnp.full_like(x, gradient), variables)
+        updates, state = optimizer.update(gradients, state, variables)
+        found.append([float(updates["params"][0]), float(updates["codewords"][0])])
+    return np.array(found)
+
+
+def test_schedule_warms_up_and_decays(tiny_config):
+    tiny_config.optimizer.learning_rate, tiny_config.steps = 0.1, 10
+    plain = -updates_of(tiny_config)[:, 0]
+    np.testing.assert_allclose(plain, 0.05 * (1 + np.cos(np.pi * np.arange(10) / 10)), rtol=1e-4)
+    tiny_config.optimizer.warmup_steps = 4
+    warm = -updates_of(tiny_config)[:, 0]
+    np.testing.assert_allclose(warm[:5], 0.1 * np.arange(5) / 4, rtol=1e-4, atol=1e-7)
+    assert (np.diff(warm[4:]) < 0).all()
+    tiny_config.optimizer.warmup_steps = 1000  # longer than the run
+    np.testing.assert_allclose(-updates_of(tiny_config)[:, 0], 1e-4 * np.arange(10), rtol=1e-3, atol=1e-7)
+
+
+def test_gradients_are_clipped_where_asked_for(tiny_config):
+    tiny_config.optimizer.clip_norm = 0.5
+    optimizer, zeros = loop.make_optimizer(tiny_config), {"params": jnp.zeros(4), "codewords": None}
+    gradients = {"params": jnp.array([3.0, 4.0, 0.0, 0.0]), "codewords": None}
+    _, state = optimizer.update(gradients, optimizer.init(zeros), zeros)
+    moments = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(moments["params"], 0.1 * np.array([0.3, 0.4, 0, 0]), rtol=1e-5)
+
+
+def test_weight_decay_spares_the_codewords(tiny_config):
+    """A codeword that no gradient reaches stays where it is."""
+    tiny_config.optimizer.weight_decay = 0.5
+    updates = updates_of(tiny_config, gradient=0.0)[: tiny_config.steps]
+    assert (updates[:, 0] < 0).all() and not updates[:, 1].any()
+
+
+def test_prepared_data_with_an_id_out_of_the_vocabulary(tmp_path):
+    options = {"num_items": 60, "num_clusters": 8, "max_interests": 5, "history_length": 4,
+               "num_candidates": 2, "train_requests": 20, "validation_requests": 2, "test_requests": 2}
+    data.load("synthetic", data_dir=tmp_path, **options)
+    metadata, = tmp_path.rglob("metadata.json")
+    text = metadata.read_text()
+    assert '\\"size\\": 61' in text
+    metadata.write_text(text.replace('\\"size\\": 61', '\\"size\\": 31'))
+    with pytest.raises(ValueError, match=r"field 'item_id' is 31 .*expected an id in \[0, 31\)"):
+        data.load("synthetic", data_dir=tmp_path, **options)
+
+
+@pytest.mark.parametrize("column", ["history", "candidates"])
+@pytest.mark.parametrize("bad", [-1, 61])
+def test_requests_with_an_id_out_of_the_vocabulary(tiny_dataset, column, bad):
+    ids = getattr(tiny_dataset.splits["test"], column).copy()
+    ids[5] = bad
+    splits = {"test": dataclasses.replace(tiny_dataset.splits["test"], **{column: ids})}
+    message = rf"split 'test': field '{column}' is {bad} in row 5, expected an id in \[0, 61\)"
+    with pytest.raises(ValueError, match=message):
+        data.check_dataset(dataclasses.replace(tiny_dataset, splits=splits))
+
+
+def test_options_of_the_data_reach_it(tiny_config, tmp_path):
+    with tiny_config.data.unlocked():
+        tiny_config.data.data_dir = str(tmp_path)
+        tiny_config.data.num_itens = 3
+    with pytest.raises(ValueError, match=r"has no option 'num_itens', expected one of .*num_items"):
+        loop.load_data(tiny_config)
+    tiny_config.data.name = "synthetik"
+    with pytest.raises(ValueError, match=r"data set is 'synthetik', expected one of .*'synthetic'"):
+        loop.load_data(tiny_config)

@@ -1,0 +1,172 @@
+"""Objectives: which loss reaches which parameters, when, and by how much."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tarq_jax import data, losses
+from tarq_jax.config import MODELS
+from tarq_jax.models import Tarq
+from tarq_jax.training import loop
+from tarq_jax.training.objectives import STUDENT, TEACHER, WITHOUT_CODEBOOK, build, tarq
+
+STUDENT_ONLY = ("level_attention", "student_head")  # parameters that only the student has
+LOSSES = ("student", "teacher", "distillation", "output_reconstruction", "alignment", "commitment",
+          "codebook", "reconstruction")
+
+
+def random_parameters(init, *arguments):
+    """Parameters of the shapes that `init` gives, none of them zero; nothing to compile."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(init, jax.random.key(0), *arguments)
+    return jax.tree.map(lambda leaf: rng.normal(0.0, 0.5, leaf.shape).astype(leaf.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_dataset):
+    """Parameters, codewords, a batch, and gradients by weights [8] of the losses: (weights, active) -> ..."""
+    module = Tarq(tiny_dataset.schema, width=4, num_heads=2, hidden=(4,), num_levels=2, aligned_share=0.5)
+    batch = next(data.train_batches(
+        tiny_dataset, "train", batch_size=4, seed=0, **loop.batch_shapes(tiny_dataset)))
+    batch = batch.replace(weights=batch.weights * np.linspace(0.5, 2, batch.weights.size).reshape(
+        batch.weights.shape).astype(np.float32))
+    codewords = np.random.default_rng(1).normal(size=(2, 4, 4)).astype(np.float32)
+    variables = random_parameters(module.init, batch, codewords)
+
+    @jax.jit
+    def compiled(weights, active):
+        objective = tarq(module, dict(zip(LOSSES, weights, strict=True)))
+
+        def loss(params, codewords):
+            return objective.loss(params, codewords, batch, active)
+
+        (value, aux), found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables, codewords)
+        return value, aux.metrics, {**found[0]["params"], "codewords": found[1]}
+
+    def gradients(weights, active):
+        return jax.device_get(compiled(np.asarray(weights, np.float32), active))
+
+    return module, variables, codewords, batch, gradients
+
+
+def size(tree) -> float:
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def test_before_its_start_no_loss_reaches_student_or_codebook(parts):
+    gradients = parts[-1]
+    _, _, found = gradients(np.ones(8), False)
+    assert all(size(found[name]) == 0.0 for name in (*STUDENT_ONLY, "codewords"))
+    assert all(size(found[name]) > 0.0 for name in ("teacher", "encoder", "decoder"))
+    value, metrics, _ = gradients(np.ones(8), False)
+    np.testing.assert_allclose(value, sum(metrics[f"loss/{name}"] for name in WITHOUT_CODEBOOK), rtol=1e-5)
+
+
+def test_the_loss_is_the_weighted_sum(parts):
+    weights = np.arange(1.0, 9.0)
+    value, metrics, found = parts[-1](weights, True)
+    assert set(metrics) == {"loss", *(f"loss/{name}" for name in LOSSES)}
+    expected = np.dot(weights, [metrics[f"loss/{name}"] for name in LOSSES])
+    np.testing.assert_allclose([value, metrics["loss"]], expected, rtol=1e-5)
+    assert all(size(found[name]) > 0.0 for name in (*STUDENT_ONLY, "codewords", "teacher"))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_zero_weight_removes_a_loss(parts, name):
+    gradients, alone = parts[-1], np.array([float(loss == name) for loss in LOSSES])
+    _, _, everything = gradients(np.ones(8), True)
+    _, _, without = gradients(1.0 - alone, True)
+    _, _, itself = gradients(alone, True)
+    assert size(itself) > 1e-6
+    together = jax.tree.map(np.add, without, itself)
+    for found, expected in zip(jax.tree.leaves(everything), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted({*LOSSES} - {"teacher"}))
+def test_only_its_own_loss_trains_the_teacher(parts, name):
+    """The student does not drag the teacher. (The default; other reaches are for the model's tests.)"""
+    _, _, found = parts[-1](np.array([float(loss == name) for loss in LOSSES]), True)
+    assert size(found["teacher"]) == 0.0
+
+
+@pytest.mark.parametrize(("weights", "wrong"), [
+    (dict.fromkeys((*LOSSES, "aligment"), 1.0), "aligment"),
+    (dict.fromkeys(LOSSES[1:], 1.0), "expected"),
+    ({}, r"names \[\]"),
+], ids=["unknown", "missing", "none"])
+def test_wrong_names_of_losses(parts, weights, wrong):
+    module, variables, codewords, batch, _ = parts
+    with pytest.raises(ValueError, match=wrong) as caught:
+        jax.eval_shape(lambda: tarq(module, weights).loss(variables, codewords, batch, True))
+    assert all(name in str(caught.value) for name in LOSSES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_build(tiny_config, tiny_dataset, name):
+    """Every model, by its shapes: parameters, loss, names of predictors, latents where it quantizes."""
+    tiny_config.model.name = name
+    objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+    batch = next(data.train_batches(
+        tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset)))
+    codewords = jnp.zeros((2, 4, 4)) if name == "tarq" else None
+    params = jax.eval_shape(objective.init, jax.random.key(0), batch, codewords)
+    value, aux = jax.eval_shape(objective.loss, params, codewords, batch, True)
+    predictions = jax.eval_shape(objective.predict, params, codewords, batch)
+    assert value.shape == () and "loss" in aux.metrics
+    assert list(predictions.logits) == ([STUDENT, TEACHER] if name == "tarq" else [name])
+    assert all(logits.shape == batch.labels.shape for logits in predictions.logits.values())
+    if name == "tarq":
+        assert aux.quantizer.codes.shape == (*batch.labels.shape, 2)
+        latents = jax.eval_shape(objective.latents, params, batch)
+        assert latents.shape == predictions.diagnostics.latents.shape == (*batch.labels.shape, 4)
+    else:
+        assert (aux.quantizer, predictions.diagnostics, objective.latents) == (None, None, None)
+
+
+def test_two_tower_large_is_of_tarqs_size(tiny_config, tiny_dataset):
+    """At the width of the experiments: what TARQ earns above it is not a matter of size."""
+    tiny_config.model.width, tiny_config.model.hidden, tiny_config.model.num_codewords = 32, (64,), 64
+    tiny_config.model.num_levels = 3
+    batch = next(data.train_batches(
+        tiny_dataset, "train", batch_size=1, seed=0, **loop.batch_shapes(tiny_dataset)))
+    sizes = {}
+    for name in MODELS:
+        tiny_config.model.name = name
+        objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+        params = jax.eval_shape(objective.init, jax.random.key(0), batch, jnp.zeros((3, 64, 32)))
+        sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sizes["two_tower"] < sizes["target_attention"] < sizes["tarq"]
+    assert 0.75 < sizes["two_tower_large"] / sizes["tarq"] < 1.5
+
+
+def test_supervised_loss_is_the_weighted_cross_entropy(tiny_config, tiny_dataset):
+    tiny_config.model.name = "two_tower"
+    objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+    batch = next(data.train_batches(
+        tiny_dataset, "train", batch_size=4, seed=0, **loop.batch_shapes(tiny_dataset)))
+    batch = batch.replace(weights=np.arange(12, dtype=np.float32).reshape(4, 3))
+    params = random_parameters(objective.init, batch, None)
+    logits = jax.jit(objective.predict)(params, None, batch).logits["two_tower"]
+    value, aux = jax.jit(objective.loss)(params, None, batch, True)
+    expected = losses.weighted_mean(losses.binary_cross_entropy(logits, batch.labels), batch.weights)
+    np.testing.assert_allclose([value, aux.metrics["loss"]], expected, rtol=1e-6)
+
+
+def test_the_teacher_trains_as_target_attention_alone_does(tiny_config, tiny_dataset):
+    """From the same parameters, as long as the student's gradient stays with the student."""
+    found = {}
+    for name in ("tarq", "target_attention"):
+        tiny_config.model.name = name
+        objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+        optimizer = loop.make_optimizer(tiny_config)
+        state = loop.init_state(tiny_config, objective, optimizer, tiny_dataset)
+        step = loop.compile_step(tiny_config, objective, optimizer)
+        batches = data.train_batches(
+            tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset))
+        for _ in range(6):
+            state, _ = step(state, next(batches))
+        found[name] = state.params["params"]
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5),
+                 found["tarq"]["teacher"], found["target_attention"])

@@ -1,0 +1,206 @@
+"""Interrupted, killed, refused: whatever happens, calling again ends where an undisturbed run ends."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from tarq_jax.cli import Interrupted
+from tarq_jax.config import default_config
+from tarq_jax.data.schema import Field, Schema
+from tarq_jax.training import checkpoint, loop
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+KILLED_AT_5 = """
+import os, pathlib, signal, sys
+import tiny
+from rich.console import Console
+from tarq_jax.training import loop
+
+write = loop.MetricsWriter.write
+
+def write_and_die(self, step, scalars):
+    write(self, step, scalars)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop.MetricsWriter.write = write_and_die
+loop.train(tiny.make_config(), tiny.make_dataset(), pathlib.Path(sys.argv[1]), Console(file=sys.stderr))
+"""
+
+
+def saved_steps(workdir) -> list[int]:
+    with checkpoint.manager(workdir) as checkpoints:
+        return list(checkpoints.all_steps())
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("number", "step"), [
+    (signal.SIGTERM, 2),  # before the codebook starts
+    (signal.SIGINT, 3),  # exactly there: saved with the random codebook, k-means runs on resuming
+    (signal.SIGTERM, 5),  # after it, with live statistics
+    (signal.SIGTERM, 6),  # with nothing left but evaluation
+])
+def test_interrupted_run_ends_in_the_same_bits(
+        number, step, tiny_config, tiny_dataset, tmp_path, silent, send, finished, same_bits, untimed):
+    before = signal.getsignal(number)
+    with send(number, step), pytest.raises(Interrupted) as caught:
+        loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    message = str(caught.value)
+    assert "\n" not in message and f"saved step {step}" in message and str(tmp_path) in message
+    assert signal.getsignal(number) is before
+    assert saved_steps(tmp_path)[-1] == step
+    assert not (tmp_path / "results.json").exists()
+    result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    same_bits(result.state, finished[1].state)
+    assert untimed(result.rows) == untimed(finished[1].rows)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_during_evaluation_is_not_lost(
+        tiny_config, tiny_dataset, tmp_path, silent, finished, monkeypatch):
+    """Or else the next of several models would start to train."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    evaluate = loop.evaluate
+
+    def interrupted_evaluate(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted_evaluate)
+    with pytest.raises(Interrupted, match="call again"):
+        loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+
+
+def test_killed_run_ends_in_the_same_bits(
+        tiny_config, tiny_dataset, tmp_path, silent, command, finished, same_bits, untimed):
+    killed = command("-c", KILLED_AT_5, tmp_path, devices=len(jax.devices()))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert set(saved_steps(tmp_path)) <= {2, 4} and saved_steps(tmp_path)
+    result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    same_bits(result.state, finished[1].state)
+    assert untimed(result.rows) == untimed(finished[1].rows)
+
+
+def test_what_was_saved_while_training_went_on_is_what_was(
+        tiny_config, tiny_dataset, tmp_path, silent, finished, same_bits):
+    """Steps after an asynchronous save reuse the memory of the state that is being saved."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    assert saved_steps(tmp_path) == [4, 6]
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    same_bits(loop.train(tiny_config, tiny_dataset, tmp_path, silent).state, finished[1].state)
+
+
+def test_a_finished_run_trains_nothing(
+        tiny_config, tiny_dataset, tmp_path, silent, finished, same_bits, monkeypatch):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path / "checkpoints")
+
+    def compile_step(*_):
+        def step(*_):
+            raise AssertionError("a step was taken")
+        return step
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    assert result.rows == finished[1].rows  # time and speed too
+    same_bits(result.state, finished[1].state)
+    assert contents(tmp_path / "checkpoints") == before
+
+
+def flat_keys(config, prefix="") -> list[str]:
+    return [name for key, value in config.items() for name in (
+        flat_keys(value, f"{prefix}{key}.") if hasattr(value, "items") else [f"{prefix}{key}"])]
+
+
+def other(value):
+    """Another value of the same type."""
+    return {str: lambda: f"{value}_other", tuple: lambda: (*value, 7), bool: lambda: not value}.get(
+        type(value), lambda: value + 1)()
+
+
+@pytest.fixture(scope="module")
+def opened(finished):
+    with checkpoint.manager(finished[0]) as checkpoints:
+        yield checkpoints
+
+
+@pytest.mark.parametrize("key", flat_keys(default_config()))
+def test_every_setting_is_held_to(key, tiny_config, tiny_dataset, opened, finished, same_bits):
+    saved = tiny_config
+    for part in key.split("."):
+        saved = saved[part]
+    changed = other(saved)
+    tiny_config.update_from_flattened_dict({key: changed})
+    state = finished[1].state
+    if key in checkpoint.FREE_TO_CHANGE:
+        restored = checkpoint.restore_latest(opened, state, tiny_config, tiny_dataset.schema)
+        same_bits(restored.state, state)
+        return
+    with pytest.raises(ValueError) as caught:
+        checkpoint.restore_latest(opened, state, tiny_config, tiny_dataset.schema)
+    message = str(caught.value)
+    values = (list(value) if isinstance(value, tuple) else value for value in (saved, changed))
+    assert f"config.{key}=" in message and all(repr(value) in message for value in values)
+    assert "\n" not in message
+
+
+def test_settings_that_came_or_went(tiny_config, tiny_dataset, opened, finished):
+    with tiny_config.data.unlocked():
+        tiny_config.data.num_items = 7
+    with pytest.raises(ValueError, match=r"config.data.num_items=None.* 7"):
+        checkpoint.restore_latest(opened, finished[1].state, tiny_config, tiny_dataset.schema)
+
+
+def test_a_refused_run_loses_nothing(tiny_config, tiny_dataset, tmp_path, silent, finished):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path)
+    tiny_config.seed = 5
+    with pytest.raises(ValueError, match=r"config.seed=0, this run has 5; use another --workdir"):
+        loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    after = contents(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+    assert {name.split("/")[0] for name in after.keys() - before.keys()} <= {"tensorboard"}
+
+
+def test_another_schema_is_refused(tiny_config, tiny_dataset, opened, finished):
+    fields = tiny_dataset.schema.fields
+    schema = Schema((*fields, Field("colour", "item", "categorical", 3)))
+    with pytest.raises(ValueError, match=r"schema.*colour"):
+        checkpoint.restore_latest(opened, finished[1].state, tiny_config, schema)
+
+
+def test_a_step_saved_before_stays(tiny_config, tiny_dataset, tmp_path, finished, same_bits):
+    state = finished[1].state
+    with checkpoint.manager(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, state, tiny_config, tiny_dataset.schema, (1.0, 2.0, 0.5))
+        checkpoints.wait_until_finished()
+        spoilt = state.replace(codebook=state.codebook.replace(counts=state.codebook.counts * 0))
+        checkpoint.save(checkpoints, spoilt, tiny_config, tiny_dataset.schema, (9.0, 9.0, 9.0))
+        restored = checkpoint.restore_latest(checkpoints, state, tiny_config, tiny_dataset.schema)
+    same_bits(restored.state, state)
+    assert tuple(restored.counted) == (1.0, 2.0, 0.5)
+
+
+def test_a_fresh_workdir_gives_the_state_back(tiny_config, tiny_dataset, tmp_path, finished):
+    state = finished[1].state
+    with checkpoint.manager(tmp_path) as checkpoints:
+        restored = checkpoint.restore_latest(checkpoints, state, tiny_config, tiny_dataset.schema)
+    assert restored.state is state and not any(restored.counted)
+
+
+def test_the_run_went_through_all_that_it_has_to_survive(finished, tiny_dataset):
+    """The reference is worth something: k-means ran, revival moved codewords, statistics live."""
+    state = finished[1].state
+    assert int(state.step) == 6
+    assert np.isfinite(state.codebook.codewords).all() and np.ptp(state.codebook.counts) > 0
+    assert len(tiny_dataset.splits["train"]) // 8 == 5  # the sixth step is in the second epoch
