@@ -13,7 +13,7 @@ BAD = {
     "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
     "model.name": ["tark", ""], "model.width": [0], "model.num_heads": [0],
     "model.hidden": [(64, 0), ("64",), (-1,)], "model.num_levels": [0], "model.num_codewords": [1],
-    "model.head": ["mpl"], "model.student_gradient": ["all"],
+    "model.head": ["mpl"], "model.student_gradient": ["all"], "model.decoded": ["user"],
     "model.aligned_share": [0.0, 1.5, -0.1, math.nan],
     "codebook.init": ["k-means"], "codebook.start": [-1], "codebook.init_latents": [0],
     "codebook.update": ["sgd"], "codebook.decay": [1.0, -0.1, math.nan], "codebook.revive_every": [-1],
