@@ -6,8 +6,8 @@ from typing import get_args
 import ml_collections
 import pytest
 
-from tarq_jax.config import HEADS, REACHES, RULES, default_config, smoke, validate
-from tarq_jax.models.tarq import Head, Reach
+from tarq_jax.config import DECODED, HEADS, REACHES, RULES, default_config, smoke, validate
+from tarq_jax.models.tarq import Decoded, Head, Reach
 
 BAD = {
     "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
@@ -138,6 +138,7 @@ def test_names_are_those_of_the_models():
     """They are repeated in the configuration, which must not import JAX."""
     assert get_args(Head) == HEADS
     assert get_args(Reach) == REACHES
+    assert get_args(Decoded) == DECODED
 
 
 def test_smoke_is_small_and_takes_options_of_the_data():
