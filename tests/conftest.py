@@ -92,6 +92,19 @@ def silent() -> Console:
     return Console(file=io.StringIO())
 
 
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """Trains on one device of the eight, for tests where a mesh only costs time."""
+    import jax
+
+    from tarq_jax.training import sharding
+
+    mesh = sharding.data_mesh(jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "data_mesh", lambda: mesh)
+        yield
+
+
 @pytest.fixture(scope="session")
 def compiled_once() -> Iterator[None]:
     """Runs of equal settings share objectives and compiled steps: tracing is most of a tiny run's time."""

@@ -4,12 +4,11 @@ import importlib
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from tarq_jax.config import default_config, validate
-from tarq_jax.training import loop, sharding
+from tarq_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -85,10 +84,9 @@ def test_defaults_are_not_shared(experiment):
     assert experiment.get_config().steps > shrunk.steps < default_config().steps
 
 
-def test_runs_when_shrunk(experiment, tmp_path_factory, tmp_path, silent, monkeypatch):
+@pytest.mark.usefixtures("one_device")
+def test_runs_when_shrunk(experiment, tmp_path_factory, tmp_path, silent):
     """On made-up data in the form of the real; reading the real is for the tests of the data."""
-    one_device = sharding.data_mesh(jax.devices()[:1])  # as `test_train`, which shares what is compiled here
-    monkeypatch.setattr(sharding, "data_mesh", lambda: one_device)
     config = experiment.get_config("smoke")
     with config.data.unlocked():
         config.data.data_dir = str(tmp_path_factory.getbasetemp() / "prepared")  # shared by the experiments

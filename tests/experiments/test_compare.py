@@ -33,8 +33,11 @@ runpy.run_module("tarq_jax.experiments.compare", run_name="__main__")
 """
 
 
+pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
+
+
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, tiny_dataset, silent, compiled_once):
+def compared(tmp_path_factory, tiny_dataset, silent, compiled_once, one_device):
     """Rows of a comparison, and where its runs are."""
     workdir = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
