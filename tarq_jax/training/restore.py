@@ -1,0 +1,55 @@
+"""A finished run, brought back from its working directory alone: for what comes after training."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+import orbax.checkpoint as ocp
+
+from tarq_jax import data
+from tarq_jax.config import default_config, validate
+from tarq_jax.training import checkpoint, loop
+from tarq_jax.training.objectives import Objective, build
+from tarq_jax.training.state import TrainState
+
+
+class Run(NamedTuple):
+    """What training left behind, ready to be used."""
+
+    config: ml_collections.ConfigDict
+    dataset: data.Dataset
+    objective: Objective
+    state: TrainState  # of the newest checkpoint
+
+
+def load_run(workdir: Path) -> Run:
+    """The run kept in `workdir`, with its data prepared as it was for training.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: what was saved does not fit this version's settings, or the data has changed since.
+    """
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{workdir}: no checkpoints in it, expected the --workdir of a training run")
+    with checkpoint.manager(workdir) as checkpoints:
+        config = saved_config(checkpoints)
+        dataset = loop.load_data(config)
+        objective = build(config.model, config.loss_weights, dataset.schema)
+        fresh = loop.init_state(config, objective, loop.make_optimizer(config), dataset)
+        state = checkpoint.restore_latest(checkpoints, fresh, config, dataset.schema).state
+    return Run(config, dataset, objective, state)
+
+
+def saved_config(checkpoints: ocp.CheckpointManager) -> ml_collections.ConfigDict:
+    """The configuration that the newest checkpoint was made with, over the defaults."""
+    step = checkpoints.latest_step()
+    if step is None:
+        raise FileNotFoundError(f"{checkpoints.directory} is empty, expected a checkpoint of a training run")
+    meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    config = default_config()
+    with config.unlocked():
+        config.data = ml_collections.ConfigDict(meta["config"].pop("data"))
+        config.update(meta["config"])
+    validate(config)
+    return config
