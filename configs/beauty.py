@@ -13,10 +13,12 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     """The experiment; mode `smoke` shrinks it."""
     config = default_config()
     config.baselines = ("two_tower", "target_attention")
-    config.steps = 3000
+    config.steps = 6000
+    config.model.width = 64
     config.model.num_codewords = 256
     config.codebook.start = 150
-    config.optimizer.weight_decay = 0.1
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.weight_decay = 0.3
     with config.data.unlocked():
         config.data.name = "sequences"
         config.data.source = "data/Beauty.txt"

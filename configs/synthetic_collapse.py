@@ -1,6 +1,6 @@
 """The synthetic task with random codebooks, no alignment and no revival: what collapse looks like.
 
-The rest is `configs/synthetic.py`. Most codewords end up unused at the first level, and the
+The rest is `configs/synthetic_order_0.py`. Most codewords end up unused at the first level, and the
 student's attention output is further from the teacher's.
 
     python train.py --config=configs/synthetic_collapse.py --workdir=runs/collapse
@@ -10,13 +10,12 @@ Expected: `utilisation` far below 1 in the final table; about a minute on 2 CPU 
 
 import ml_collections
 
-from configs import synthetic
+from configs import synthetic_order_0
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
     """The experiment; mode `smoke` shrinks it."""
-    config = synthetic.get_config(mode)
-    config.baselines = ()
+    config = synthetic_order_0.get_config(mode)
     config.codebook.init = "random"
     config.codebook.start = 0
     config.codebook.revive_every = 0

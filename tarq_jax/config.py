@@ -32,6 +32,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.width = 32
     config.model.num_heads = 2
     config.model.hidden = (64,)
+    config.model.order = 1  # look-ups with a first-order correction; or 0, look-ups alone
     config.model.num_levels = 3
     config.model.num_codewords = 64
     config.model.head = "mlp"
@@ -43,7 +44,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.codebook.init = "kmeans"  # or "random"
     config.codebook.start = 300  # step at which the codebook is initialised and put to use
     config.codebook.init_latents = 16384  # real latents that k-means runs on
-    config.codebook.update = "gradient"  # or "ema"
+    config.codebook.learning = "ema"  # or "gradient"
     config.codebook.decay = 0.99  # of the running statistics
     config.codebook.revive_every = 100  # steps; 0 never
     config.codebook.min_usage = 0.05  # dead below this share of an even share
@@ -96,7 +97,7 @@ def _at_least(minimum: float) -> Rule:
     return Rule(lambda value: minimum <= value < math.inf, f"at least {minimum}")
 
 
-def _one_of(*choices: str) -> Rule:
+def _one_of(*choices: str | int) -> Rule:
     return Rule(lambda value: value in choices, f"one of {choices}")
 
 
@@ -115,6 +116,7 @@ RULES: Mapping[str, Rule] = {
                          "positive widths"),
     "model.num_levels": _at_least(1),
     "model.num_codewords": _at_least(2),
+    "model.order": _one_of(0, 1),
     "model.head": _one_of(*HEADS),
     "model.aligned_share": Rule(lambda value: 0 < value <= 1, "a number in (0, 1]"),
     "model.decoded": _one_of(*DECODED),
@@ -122,7 +124,7 @@ RULES: Mapping[str, Rule] = {
     "codebook.init": _one_of("kmeans", "random"),
     "codebook.start": _at_least(0),
     "codebook.init_latents": _at_least(1),
-    "codebook.update": _one_of("gradient", "ema"),
+    "codebook.learning": _one_of("gradient", "ema"),
     "codebook.decay": FRACTION,
     "codebook.revive_every": _at_least(0),
     "codebook.min_usage": FRACTION,
@@ -163,6 +165,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["model.width"] % settings["model.num_heads"]:
         raise ValueError(f"config.model.num_heads is {settings['model.num_heads']}, expected a divisor of "
                          f"config.model.width, {settings['model.width']}")
+    if settings["model.order"] == 1 and settings["model.num_levels"] < 2:
+        raise ValueError(f"config.model.num_levels is {settings['model.num_levels']}, expected at least 2 "
+                         f"with config.model.order=1: levels 2 and up quantize what level 1 leaves over")
     if settings["codebook.init_latents"] < settings["model.num_codewords"]:
         raise ValueError(f"config.codebook.init_latents is {settings['codebook.init_latents']}, expected at "
                          f"least config.model.num_codewords, {settings['model.num_codewords']}")

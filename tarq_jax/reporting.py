@@ -49,8 +49,8 @@ def progress_bar(console: Console) -> Progress:
 
 # What a terminal has room for; files hold every column.
 COLUMNS = ("model", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration", "gap_recovered",
-           "utilisation", "quantization_error", "attention_error", "parameters", "train_seconds",
-           "examples_per_second")
+           "auc_difference", "fine_tuned", "utilisation", "quantization_error", "correction_error",
+           "attention_error", "parameters", "train_seconds", "examples_per_second")
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:

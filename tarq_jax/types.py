@@ -57,3 +57,10 @@ class QuantizerOutput(struct.PyTreeNode):
     quantized: jax.Array  # [..., D], sum over levels of the chosen codewords
     residuals: jax.Array  # [..., L, D], what each level was given to quantize (r_1 = latent)
     chosen: jax.Array  # [..., L, D], the codeword that each level chose
+
+
+class Expansion(struct.PyTreeNode):
+    """Attention over a user's history around each codeword, to first order, see `tarq_jax.expansion`."""
+
+    means: jax.Array  # [B, H, K, E], attention output at the codeword
+    jacobians: jax.Array  # [B, H, K, E, E], derivative of the output (first E) by the query (second E)

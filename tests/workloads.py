@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh
 
 from tarq_jax.data.schema import Field, Schema
-from tarq_jax.models import TargetAttention, Tarq, TwoTower
+from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.types import Batch, Codebook
 
 DEVICES = 8  # virtual CPU devices that `conftest` asks for
@@ -38,6 +38,8 @@ MODELS = {
     "two_tower_large": TwoTower(**SIZES, num_encoders=2),
     "target_attention": TargetAttention(**SIZES),
     **{f"tarq_{head}": Tarq(**SIZES, num_levels=LEVELS, head=head) for head in HEADS_OF_TARQ},
+    "order_1_scalar": FirstOrderTarq(**SIZES, num_levels=LEVELS, head="scalar"),
+    "order_1_mlp": FirstOrderTarq(**SIZES, num_levels=LEVELS, head="mlp"),
 }
 
 

@@ -99,6 +99,12 @@ class MultiHeadAttention(nn.Module):
         """[..., H, Q, E] to [..., Q, D]."""
         return self.output_projection(jnp.swapaxes(attended, -2, -3))
 
+    def frozen_outputs(self, attended: jax.Array) -> jax.Array:
+        """As `outputs`, but no gradient reaches the projection."""
+        variables = jax.lax.stop_gradient(self.output_projection.variables)
+        projection = self.output_projection.clone(parent=None)
+        return nn.apply(nn.DenseGeneral.__call__, projection)(variables, jnp.swapaxes(attended, -2, -3))
+
     def __call__(self, query_inputs: jax.Array, history: jax.Array, mask: chex.Array) -> jax.Array:
         """[B, Q, D] attends over [B, N, D] where mask [B, N]: [B, Q, D]."""
         keys, values = self.keys_values(history)

@@ -8,10 +8,10 @@ from flax import linen as nn
 from flax import struct
 
 from tarq_jax.attention import multi_head_attention
-from tarq_jax.data.schema import Schema
+from tarq_jax.data.schema import ITEM_ID, Schema
 from tarq_jax.models.layers import MLP, MultiHeadAttention
 from tarq_jax.models.two_tower import HistoryEncoder, TwoTower, TwoTowerOutput
-from tarq_jax.types import Batch
+from tarq_jax.types import Batch, Features
 
 
 class TargetAttentionOutput(struct.PyTreeNode):
@@ -63,6 +63,16 @@ class TargetAttention(nn.Module):
         """Projected queries of item embeddings: [..., G, D] to [..., H, G, E]."""
         return self.attention.queries(self.query_tower(candidates))
 
+    def item_queries(self, items: Features) -> jax.Array:
+        """Projected queries of items by their features alone: name -> [M, ...] to [H, M, E]."""
+        return self.query(self.backbone.item_features(items, items[ITEM_ID].shape))
+
+    def score(self, attended: jax.Array, backbone: TwoTowerOutput) -> tuple[jax.Array, jax.Array]:
+        """Logits [B, G], and the attention output [B, G, D], from what the heads attended, [B, H, G, E]."""
+        attention_output = self.attention.outputs(attended)
+        added = self.head(interaction_features(attention_output, backbone))[..., 0]
+        return backbone.logits + added, attention_output
+
     def __call__(self, batch: Batch) -> TargetAttentionOutput:
         """Scores every candidate of every request, at a cost of candidates x history."""
         backbone = self.backbone(batch)
@@ -70,8 +80,7 @@ class TargetAttention(nn.Module):
         queries = self.query(backbone.candidates)
         keys, values = self.attention.keys_values(history)
         attended = multi_head_attention(queries, keys, values, batch.history_mask)
-        attention_output = self.attention.outputs(attended)
-        logits = self.head(interaction_features(attention_output, backbone))[..., 0] + backbone.logits
+        logits, attention_output = self.score(attended, backbone)
         return TargetAttentionOutput(
             logits=logits, backbone=backbone, queries=queries, keys=keys, values=values,
             history=history, attention_output=attention_output,

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import struct
 
 from tarq_jax import quantization
-from tarq_jax.attention import multi_head_attention, personalized_codebook
+from tarq_jax.attention import attention_weights, multi_head_attention, personalized_codebook
 from tarq_jax.data.schema import Schema
 from tarq_jax.models.layers import MLP, LevelAttention
 from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
@@ -34,6 +34,18 @@ class TarqOutput(struct.PyTreeNode):
     attention_output: jax.Array  # [B, G, D], o
     reconstruction: jax.Array  # [B, G, D], of the decoder
     decoder_target: jax.Array  # [B, G, D], what the decoder should have found
+
+
+class AttentionWeights(struct.PyTreeNode):
+    """What a candidate attends to, as the student has it and as the teacher has it."""
+
+    student: jax.Array  # [B, G, N]
+    teacher: jax.Array  # [B, G, N]
+
+
+def flat_queries(teacher: TargetAttentionOutput) -> jax.Array:
+    """The teacher's projected queries with their heads side by side, [B, G, D]."""
+    return jnp.swapaxes(teacher.queries, 1, 2).reshape(teacher.attention_output.shape)
 
 
 class Tarq(nn.Module):
@@ -84,14 +96,17 @@ class Tarq(nn.Module):
                 f"student_gradient is {self.student_gradient!r}, expected one of {get_args(Reach)}"
             )
         self.teacher = self.make_teacher()
-        self.encoder = MLP(self.hidden, self.width)
-        self.latent_norm = nn.RMSNorm(use_scale=False)
-        self.decoder = MLP(self.hidden, self.width)
-        self.level_attention = LevelAttention(self.num_levels, self.num_heads, self.width)
+        self._setup_approximation()
         if self.head == "scalar":
             self.level_scores = [MLP(self.hidden, 1) for _ in range(self.num_levels)]
         else:
             self.student_head = nn.Dense(self.width) if self.head == "dot" else MLP(self.hidden, 1)
+
+    def _setup_approximation(self):
+        self.encoder = MLP(self.hidden, self.width)
+        self.latent_norm = nn.RMSNorm(use_scale=False)
+        self.decoder = MLP(self.hidden, self.width)
+        self.level_attention = LevelAttention(self.num_levels, self.num_heads, self.width)
 
     def make_teacher(self) -> TargetAttention:
         """The teacher as a model of its own."""
@@ -111,17 +126,13 @@ class Tarq(nn.Module):
             (lambda tree: tree) if self.student_gradient in reached else jax.lax.stop_gradient
             for reached in (("teacher",), ("teacher", "backbone"))
         )
-        latents = self.latents(gate(teacher.backbone.candidates))
+        seen = gate(teacher)
+        latents = self.latents(seen)
         quantizer = quantization.encode(codewords, latents)
-        keys_values = self.level_attention.keys_values(gate(teacher.history))
-        attended = self._attend(quantizer.chosen, *keys_values, batch.history_mask)
         num_aligned = max(1, round(self.aligned_share * len(batch.history_mask)))
-        personalized = self._personalize(
-            codewords, *jax.tree.map(lambda x: x[:num_aligned], (*keys_values, batch.history_mask))
-        )
-        decoder_inputs = jnp.where(
-            quantize, quantization.straight_through(latents, quantizer.quantized), latents
-        )
+        attended, personalized = self.attend(codewords, quantizer, seen, batch.history_mask, num_aligned)
+        passed = jnp.where(quantize, quantization.straight_through(latents, quantizer.quantized), latents)
+        reconstruction, target = self.decode(passed, teacher)
         return TarqOutput(
             logits=self._student_logits(gate_backbone(teacher.backbone), attended, quantizer.chosen),
             teacher=teacher,
@@ -130,22 +141,34 @@ class Tarq(nn.Module):
             personalized=personalized,
             attended=attended,
             attention_output=attended.sum(axis=-2),
-            reconstruction=self.decoder(decoder_inputs),
-            decoder_target=self._decoder_target(teacher),
+            reconstruction=reconstruction,
+            decoder_target=target,
         )
 
-    def _decoder_target(self, teacher: TargetAttentionOutput) -> jax.Array:
-        if self.decoded == "item":
-            return teacher.backbone.candidates
-        return jnp.swapaxes(teacher.queries, 1, 2).reshape(teacher.attention_output.shape)
-
-    def latents(self, items: jax.Array) -> jax.Array:
-        """What is quantized: item embeddings [..., D] to [..., D]."""
-        return self.latent_norm(self.encoder(items))
+    def latents(self, teacher: TargetAttentionOutput) -> jax.Array:
+        """What is quantized: normalised encodings of the item embeddings, [B, G, D]."""
+        return self.latent_norm(self.encoder(teacher.backbone.candidates))
 
     def candidate_latents(self, batch: Batch) -> jax.Array:
         """The latents [B, G, D] of a batch's candidates, for fitting a codebook to."""
-        return self.latents(self.teacher.backbone(batch).candidates)
+        return self.latents(self.teacher(batch))
+
+    def attend(
+        self, codewords: jax.Array, quantizer: QuantizerOutput, teacher: TargetAttentionOutput,
+        mask: chex.Array, num_aligned: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each candidate's entries `A_l[c_l]` [B, G, L, D], and `A_l` [A, L, K, D] of the first A requests.
+
+        The candidates attend with their own codewords. That equals the look-up in the personalised
+        codebook; with fewer candidates than codewords, as in training, it is cheaper.
+        """
+        keys, values = self.level_attention.keys_values(teacher.history)
+        queries = self.level_attention.queries(jnp.swapaxes(quantizer.chosen, 1, 2))
+        attended = self.level_attention.outputs(multi_head_attention(queries, keys, values, mask))
+        first = slice(num_aligned)
+        return jnp.swapaxes(attended, 1, 2), self._personalize(
+            codewords, keys[first], values[first], mask[first]
+        )
 
     def personalize(self, codewords: jax.Array, history: jax.Array, mask: chex.Array) -> jax.Array:
         """`A_l = MHA_l(C_l, H_t, H_t)`: [L, K, D] and [B, N, D] to [B, L, K, D], once a request."""
@@ -157,15 +180,22 @@ class Tarq(nn.Module):
         queries = self.level_attention.queries(codewords)
         return self.level_attention.outputs(personalized_codebook(queries, keys, values, mask))
 
-    def _attend(self, chosen: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array) -> jax.Array:
-        """`A_l[c_l]` of the chosen codewords alone: [B, G, L, D] to [B, G, L, D].
-
-        Equals the look-up in the personalised codebook; with fewer candidates than codewords,
-        as in training, it is cheaper.
-        """
+    def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
+        """Weights level by level, both sides averaged over heads: the student's heads are its own."""
+        teacher = self.teacher(batch)
+        mask = batch.history_mask[:, None, None]
+        exact = attention_weights(teacher.queries, teacher.keys, mask).mean(axis=1)
+        chosen = quantization.encode(codewords, self.latents(teacher)).chosen
         queries = self.level_attention.queries(jnp.swapaxes(chosen, 1, 2))
-        attended = self.level_attention.outputs(multi_head_attention(queries, keys, values, mask))
-        return jnp.swapaxes(attended, 1, 2)
+        keys, _ = self.level_attention.keys_values(teacher.history)
+        student = attention_weights(queries, keys, mask[:, None]).mean(axis=2)
+        return {f"level {index + 1}": AttentionWeights(student[:, index], exact)
+                for index in range(self.num_levels)}
+
+    def decode(self, passed: jax.Array, teacher: TargetAttentionOutput) -> tuple[jax.Array, jax.Array]:
+        """What the decoder makes of the quantized latents [B, G, D], and what it should find."""
+        target = teacher.backbone.candidates if self.decoded == "item" else flat_queries(teacher)
+        return self.decoder(passed), target
 
     def _student_logits(self, backbone: TwoTowerOutput, attended: jax.Array, chosen: jax.Array) -> jax.Array:
         if self.head == "scalar":

@@ -56,30 +56,33 @@ class TwoTower(nn.Module):
     hidden: Sequence[int] = (64,)
     num_encoders: int = 1
 
-    @nn.compact
+    def setup(self):
+        """Creates the parts."""
+        event, user = self.schema.side("event"), self.schema.side("user", "context")
+        self.item_features = FeatureEncoder(self.schema.side("item"), self.width)
+        self.event_features = FeatureEncoder(event, self.width) if event else None
+        self.user_features = FeatureEncoder(user, self.width)
+        sizes, encoders = (self.num_heads, self.width), range(self.num_encoders)
+        self.history_encoder = [HistoryEncoder(*sizes) for _ in encoders]
+        self.history_attention = [MultiHeadAttention(*sizes) for _ in encoders]
+        self.user_tower = MLP(self.hidden, self.width)
+        self.item_tower = MLP(self.hidden, self.width)
+        self.bias = self.param("bias", nn.initializers.zeros, ())
+
     def __call__(self, batch: Batch) -> TwoTowerOutput:
         """Scores every candidate of every request."""
-        encode_item = FeatureEncoder(self.schema.side("item"), self.width, name="item_features")
-        candidates = encode_item(batch.candidates, batch.candidate_mask.shape)
-        history = encode_item(batch.history, batch.history_mask.shape)
-        if events := self.schema.side("event"):
-            encode_event = FeatureEncoder(events, self.width, name="event_features")
-            history += encode_event(batch.history, batch.history_mask.shape)
+        candidates = self.item_features(batch.candidates, batch.candidate_mask.shape)
+        history = self.item_features(batch.history, batch.history_mask.shape)
+        if self.event_features is not None:
+            history += self.event_features(batch.history, batch.history_mask.shape)
         user = self._user_vector(batch, history)
-        item = MLP(self.hidden, self.width, name="item_tower")(candidates)
-        bias = self.param("bias", nn.initializers.zeros, ())
-        logits = jnp.einsum("bd,bgd->bg", user, item) / jnp.sqrt(self.width) + bias
+        item = self.item_tower(candidates)
+        logits = jnp.einsum("bd,bgd->bg", user, item) / jnp.sqrt(self.width) + self.bias
         return TwoTowerOutput(logits=logits, user=user, item=item, candidates=candidates, history=history)
 
     def _user_vector(self, batch: Batch, history: jax.Array) -> jax.Array:
-        fields = self.schema.side("user", "context")
-        encode_user = FeatureEncoder(fields, self.width, name="user_features")
-        user = encode_user({**batch.user, **batch.context}, batch.user_id.shape)
-        parts = [user]
-        for index in range(self.num_encoders):
-            encoded = HistoryEncoder(self.num_heads, self.width, name=f"history_encoder_{index}")(
-                history, batch.history_mask
-            )
-            attend = MultiHeadAttention(self.num_heads, self.width, name=f"history_attention_{index}")
-            parts.append(attend(user[:, None], encoded, batch.history_mask)[:, 0])
-        return MLP(self.hidden, self.width, name="user_tower")(jnp.concatenate(parts, axis=-1))
+        parts = [self.user_features({**batch.user, **batch.context}, batch.user_id.shape)]
+        for encode, attend in zip(self.history_encoder, self.history_attention, strict=True):
+            encoded = encode(history, batch.history_mask)
+            parts.append(attend(parts[0][:, None], encoded, batch.history_mask)[:, 0])
+        return self.user_tower(jnp.concatenate(parts, axis=-1))

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
+from tarq_jax.config import default_config
 from tarq_jax.data.schema import Schema
 from tarq_jax.training.meter import NOTHING_COUNTED
 from tarq_jax.training.state import TrainState
@@ -72,7 +73,8 @@ def _check_same(meta: dict[str, Any], config: ml_collections.ConfigDict, schema:
     if meta["schema"] != schema.to_json():
         raise ValueError(f"{where}: saved with schema {meta['schema']}, but the data has {schema.to_json()}; "
                          f"use another --workdir")
-    saved, current = (_settings(values) for values in (meta["config"], config.to_dict()))
+    defaults = _settings(default_config().to_dict() | {"data": {}})  # for settings newer than the checkpoint
+    saved, current = defaults | _settings(meta["config"]), _settings(config.to_dict())
     for key in sorted(saved.keys() | current.keys()):
         if saved.get(key) != current.get(key):
             raise ValueError(f"{where}: saved with config.{key}={saved.get(key)!r}, this run has "

@@ -205,7 +205,7 @@ def compile_step(
     """`train_step` under jit; the state's memory is reused."""
     settings = config.codebook
     update_codebook = codebook_updates(
-        mode=settings["update"], decay=settings.decay, revive_every=settings.revive_every,
+        mode=settings.learning, decay=settings.decay, revive_every=settings.revive_every,
         min_usage=settings.min_usage,
     )
     step = functools.partial(

@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from tarq_jax import losses
 from tarq_jax.data.schema import Schema
-from tarq_jax.models import TargetAttention, Tarq, TwoTower
-from tarq_jax.models.tarq import TarqOutput
+from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.models.tarq import AttentionWeights, TarqOutput
 from tarq_jax.types import Batch, QuantizerOutput
 
 
@@ -47,12 +47,15 @@ class Objective(NamedTuple):
         whether the codebook is in use yet.
       predict: (params, codewords, batch) -> Predictions.
       latents: (params, batch) -> what is quantized, [B, G, D]; None without a codebook.
+      attention: (params, codewords, batch) -> by head or level, what student and teacher attend to;
+        None without a codebook.
     """
 
     init: Callable[..., Any]
     loss: Callable[..., tuple[jax.Array, LossOutput]]
     predict: Callable[..., "Predictions"]
     latents: Callable[..., jax.Array] | None = None
+    attention: Callable[..., dict[str, AttentionWeights]] | None = None
 
 
 def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
@@ -79,7 +82,7 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
 def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Every loss of DESIGN section 2 by name, [] each, unweighted."""
     quantizer, teacher = output.quantizer, output.teacher
-    aligned = len(output.personalized)
+    aligned, levels = output.personalized.shape[:2]
     per_candidate = {
         "student": losses.binary_cross_entropy(output.logits, batch.labels),
         "teacher": losses.binary_cross_entropy(teacher.logits, batch.labels),
@@ -88,8 +91,9 @@ def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[
             output.attention_output, teacher.attention_output
         ),
         "alignment": losses.codebook_alignment(
-            output.latents[:aligned], teacher.attention_output[:aligned], codewords, output.personalized,
-            quantizer.chosen[:aligned], output.attended[:aligned],
+            output.latents[:aligned], teacher.attention_output[:aligned], codewords[:levels],
+            output.personalized, quantizer.chosen[:aligned, :, :levels],
+            output.attended[:aligned, :, :levels],
         ),
         "commitment": losses.commitment(output.latents, quantizer.quantized),
         "codebook": losses.codebook_loss(quantizer.chosen, quantizer.residuals),
@@ -101,6 +105,7 @@ def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[
     }
 
 
+TARQ_OF_ORDER = {0: Tarq, 1: FirstOrderTarq}
 STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of the predictors of TARQ
 WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # the losses that train before the codebook is in use
 
@@ -111,7 +116,7 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float]) -> Objective:
     Raises:
       ValueError: at the first loss, if `loss_weights` names a loss that does not exist, or misses one.
     """
-    forward = nn.apply(Tarq.__call__, module)
+    forward = nn.apply(type(module).__call__, module)
 
     def init(rng, batch, codewords):
         variables = module.init(rng, batch, codewords)
@@ -137,7 +142,12 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float]) -> Objective:
         )
         return Predictions({STUDENT: output.logits, TEACHER: output.teacher.logits}, diagnostics)
 
-    return Objective(init, loss, predict, latents=nn.apply(Tarq.candidate_latents, module))
+    def attention(params, codewords, batch):
+        return nn.apply(type(module).attention_weights, module)(params, batch, codewords)
+
+    return Objective(
+        init, loss, predict, latents=nn.apply(type(module).candidate_latents, module), attention=attention
+    )
 
 
 def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema) -> Objective:
@@ -155,7 +165,7 @@ def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], s
         return supervised(TwoTower(**common, hidden=wide, num_encoders=2), model.name)
     if model.name == "target_attention":
         return supervised(TargetAttention(**common, hidden=hidden), model.name)
-    module = Tarq(
+    module = TARQ_OF_ORDER[model.order](
         **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
         decoded=model.decoded, aligned_share=model.aligned_share, student_gradient=model.student_gradient,
     )

@@ -269,7 +269,7 @@ def test_reconstruction_trains_the_encoder_straight_through(batch):
     """The encoder's gradient is that of a decoder that is given the quantized value as a latent."""
     model = workloads.compiled("tarq_mlp")
     output = model(batch)
-    params, candidates = model.params["params"], output.teacher.backbone.candidates
+    params = model.params["params"]
 
     def loss(quantized):
         decoded = model.module.apply(model.params, quantized, method=lambda module, x: module.decoder(x))
@@ -279,7 +279,7 @@ def test_reconstruction_trains_the_encoder_straight_through(batch):
 
     def latents(encoder):
         variables = {"params": {**params, "encoder": encoder}}
-        return model.module.apply(variables, candidates, method="latents")
+        return model.module.apply(variables, output.teacher, method="latents")
 
     expected = jax.vjp(latents, params["encoder"])[1](to_latents)[0]
     actual = gradients("mlp", "student")["reconstruction"][0]["params"]["encoder"]

@@ -178,7 +178,7 @@ def test_jit_equals_eager(mode):
 @pytest.mark.parametrize("mode", ["gradient", "ema"])
 def test_the_configuration_reaches_the_step(mode, tiny_config):
     settings = tiny_config.codebook
-    settings["update"] = mode
+    settings.learning = mode
     settings.decay, settings.min_usage, settings.revive_every, settings.start = DECAY, MIN_USAGE, 2, 1
     configured = loop.compile_step(tiny_config, OBJECTIVE, OPTIMIZER)
     by_hand = make_step(mode, revive_every=2, start=1)

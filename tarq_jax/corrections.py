@@ -1,0 +1,92 @@
+"""What the Jacobian of an order-1 codebook multiplies: the residual of an item's query, or better (ours).
+
+The tangent `J_c (q - c)` overshoots where the query lies far from its codeword, the more so the sharper
+the attention is. Two remedies, both free at serving time, as an item's correction is computed offline:
+`damping` shortens long residuals; `fit_corrections` replaces each by the least-squares solution over
+calibration histories, the secant that fits them best.
+
+Axis letters are those of `tarq_jax.types`; M items, in P blocks of S that share a codeword.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tarq_jax.attention import multi_head_attention
+from tarq_jax.expansion import Blocks, expand
+
+
+def damping(residuals: jax.Array, *, radius: float | jax.Array) -> jax.Array:
+    """Factor that shortens long residuals: `1 / (1 + (|r| / radius)^2)`.
+
+    Residuals much shorter than `radius` keep their length; none comes out longer than `radius / 2`.
+
+    Args:
+      residuals: [..., E], one head each.
+      radius: in the units of the query, broadcastable to [..., 1]; infinity damps nothing.
+
+    Returns:
+      [..., 1], to multiply the residuals, or the levels that they are the sum of, with.
+
+    Example:
+      >>> damping(jnp.array([[3.0, 4.0]]), radius=5.0).tolist()
+      [[0.5]]
+    """
+    return 1.0 / (1.0 + jnp.sum(residuals**2, axis=-1, keepdims=True) / jnp.square(radius))
+
+
+def correction_statistics(
+    codewords: jax.Array, blocks: Blocks, queries: jax.Array, keys: jax.Array, values: jax.Array,
+    mask: chex.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Normal equations of every item's correction, summed over the given requests.
+
+    For an item with query q and codeword c, over requests b: `sum_b J_bc^T J_bc` and
+    `sum_b J_bc^T (o_b(q) - m_bc)`. Add them up over calibration batches.
+
+    Args:
+      codewords: [H, K, E], of level 1.
+      blocks: of `group_by_code`, over the items' codes of level 1.
+      queries: [H, P, S, E], projected queries of the items, in the order of `blocks.items`.
+      keys: [B, H, N, E].
+      values: [B, H, N, E].
+      mask: [B, N] bool.
+
+    Returns:
+      [H, K, E, E] and [H, P, S, E].
+    """
+    heads, *in_blocks, width = queries.shape
+    chex.assert_shape(queries, (keys.shape[1], *blocks.items.shape, keys.shape[-1]))
+    expansion = expand(codewords, keys, values, mask)
+    flat = jnp.broadcast_to(queries.reshape(heads, -1, width), (len(keys), heads, blocks.items.size, width))
+    exact = multi_head_attention(flat, keys, values, mask).reshape(len(keys), heads, *in_blocks, width)
+    missing = exact - expansion.means[:, :, blocks.codes][..., None, :]
+    normal = jnp.einsum("bhkef,bhkeg->hkfg", expansion.jacobians, expansion.jacobians)
+    moments = jnp.einsum("bhpef,bhpse->hpsf", expansion.jacobians[:, :, blocks.codes], missing)
+    return normal, moments
+
+
+def fit_corrections(
+    normal: jax.Array, moments: jax.Array, blocks: Blocks, residuals: jax.Array, *, ridge: float = 0.01
+) -> jax.Array:
+    """Corrections that minimise the squared error of the attention output over the calibration requests.
+
+    `argmin_x sum_b |o_b(q) - m_bc - J_bc x|^2 + ridge * t |x - r|^2`, t the mean eigenvalue of the
+    normal matrix; directions in which the requests say little stay as the residual r has them.
+
+    Args:
+      normal: [H, K, E, E], of `correction_statistics`, summed.
+      moments: [H, P, S, E], likewise.
+      blocks: of `group_by_code`.
+      residuals: [H, P, S, E], `q - c`.
+      ridge: relative to the normal matrix.
+
+    Returns:
+      [H, P, S, E].
+    """
+    chex.assert_equal_shape([moments, residuals])
+    width = residuals.shape[-1]
+    strength = ridge * jnp.trace(normal, axis1=-2, axis2=-1) / width + jnp.finfo(normal.dtype).tiny
+    inverse = jnp.linalg.inv(normal + strength[..., None, None] * jnp.eye(width))
+    pulled = moments + strength[:, blocks.codes, None, None] * residuals
+    return jnp.einsum("hpfg,hpsg->hpsf", inverse[:, blocks.codes], pulled)

@@ -1,0 +1,153 @@
+"""Order-1 personalised codebooks: attention around a codeword, to first order in the query (ours).
+
+Attention output is a smooth function of its query. Expanded around a codeword c,
+`o(q) ~ m_c + J_c (q - c)`, with `a = softmax(<c, k_n> / sqrt(E))` over the history,
+
+    m_c = sum_n a_n v_n,    J_c = (sum_n a_n v_n k_n^T - m_c mk_c^T) / sqrt(E),    mk_c = sum_n a_n k_n
+
+head by head (DESIGN section 2). A candidate costs a product of [E, E] a head, whatever the length of the
+history; where its query is a codeword the result is exact. The residual `q - c` is quantized in turn by the
+levels of a codebook that follow the first, so that an item stays L codes.
+
+Shapes that do not fit are an AssertionError of chex; an empty history expands to zero.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarq_jax.attention import attention_weights
+from tarq_jax.types import Expansion
+
+
+def expand(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array) -> Expansion:
+    """Expands every codeword over each user's history; once a request, whatever the number of candidates.
+
+    Args:
+      queries: [H, K, E], projected codewords, the same for all requests.
+      keys: [B, H, N, E].
+      values: [B, H, N, E].
+      mask: [B, N] bool.
+
+    Returns:
+      Expansion with means [B, H, K, E] and jacobians [B, H, K, E, E].
+
+    Example:
+      >>> keys = values = jnp.array([[[[0.0], [2.0]]]])
+      >>> expansion = expand(jnp.zeros((1, 1, 1)), keys, values, jnp.ones((1, 2), bool))
+      >>> float(expansion.means.squeeze()), float(expansion.jacobians.squeeze())  # mean, variance of 0 and 2
+      (1.0, 1.0)
+    """
+    chex.assert_rank([queries, keys], [3, 4])
+    chex.assert_equal_shape([keys, values])
+    requests, heads, positions, width = keys.shape
+    chex.assert_shape(queries, (heads, None, width))
+    chex.assert_shape(mask, (requests, positions))
+    weights = attention_weights(queries[None], keys, mask[:, None, None])
+    products = (values[..., :, None] * keys[..., None, :]).reshape(requests, heads, positions, width**2)
+    means, mean_keys = weights @ values, weights @ keys
+    second = (weights @ products).reshape(*means.shape, width)
+    covariance = second - means[..., :, None] * mean_keys[..., None, :]
+    return Expansion(means=means, jacobians=covariance / jnp.sqrt(width))
+
+
+def look_up_expansion(expansion: Expansion, codes: jax.Array, residuals: jax.Array) -> jax.Array:
+    """`m_c + J_c (q - c)` for every candidate, by gathering; plain, and the reference of the faster ways.
+
+    Args:
+      expansion: of `expand`.
+      codes: [B, G] int, of the first level.
+      residuals: [B, H, G, E], `q - c`, quantized or exact.
+
+    Returns:
+      [B, H, G, E], attention output head by head.
+    """
+    requests, heads, _, width = expansion.means.shape
+    chex.assert_shape(codes, (requests, None))
+    chex.assert_shape(residuals, (requests, heads, codes.shape[1], width))
+    codes = codes[:, None, :, None]
+    means = jnp.take_along_axis(expansion.means, codes, axis=2)
+    jacobians = jnp.take_along_axis(expansion.jacobians, codes[..., None], axis=2)
+    return means + jnp.einsum("bhgef,bhgf->bhge", jacobians, residuals)
+
+
+class Blocks(NamedTuple):
+    """Items grouped by first code into blocks of S that share one; the last of a group is padded."""
+
+    items: np.ndarray  # [P, S] int32, index of the item; 0 on padding
+    codes: np.ndarray  # [P] int32, the code that a block shares
+    positions: np.ndarray  # [M] int32, where each item lies in the flattened blocks
+
+
+def group_by_code(codes: chex.Array, *, block: int = 32) -> Blocks:
+    """The order of an index in which `look_up_blocks` reads it; made once, on the host.
+
+    Args:
+      codes: [M] int, of the first level.
+      block: S.
+
+    Example:
+      >>> blocks = group_by_code(np.array([1, 0, 1, 1]), block=2)
+      >>> blocks.items.tolist(), blocks.codes.tolist(), blocks.positions.tolist()
+      ([[1, 0], [0, 2], [3, 0]], [0, 1, 1], [2, 0, 3, 4])
+    """
+    codes = np.asarray(codes)
+    chex.assert_rank(codes, 1)
+    order = np.argsort(codes, kind="stable")
+    present, starts, counts = np.unique(codes[order], return_index=True, return_counts=True)
+    blocks_of = -(-counts // block)
+    first_block = np.cumsum(blocks_of) - blocks_of
+    rank = np.arange(len(codes)) - np.repeat(starts, counts)
+    slots = np.repeat(first_block, counts) * block + rank
+    items = np.zeros(int(blocks_of.sum()) * block, np.int32)
+    items[slots] = order
+    positions = np.empty(len(codes), np.int32)
+    positions[order] = slots
+    return Blocks(items.reshape(-1, block), np.repeat(present, blocks_of).astype(np.int32), positions)
+
+
+def look_up_blocks(expansion: Expansion, blocks: Blocks, residuals: jax.Array) -> jax.Array:
+    """As `look_up_expansion`, for one set of items that all requests score: a batched matrix product.
+
+    Args:
+      expansion: of `expand`.
+      blocks: of `group_by_code`.
+      residuals: [H, P, S, E], of the items in the order of `blocks.items`.
+
+    Returns:
+      [B, H, P, S, E]; `reshape` and take `blocks.positions` for the order of the items.
+    """
+    chex.assert_rank([expansion.means, residuals], 4)
+    chex.assert_shape(residuals, (expansion.means.shape[1], *blocks.items.shape, expansion.means.shape[-1]))
+    means = expansion.means[:, :, blocks.codes]
+    jacobians = expansion.jacobians[:, :, blocks.codes]
+    return means[..., None, :] + jnp.einsum("bhpef,hpsf->bhpse", jacobians, residuals)
+
+
+def first_order(
+    attend: Callable[[jax.Array], jax.Array], centres: jax.Array, residuals: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What the look-up gives, without forming a Jacobian: for training, where candidates are few.
+
+    `J_c r` is the derivative of attention at c in the direction r, for several r at a time.
+
+    Args:
+      attend: queries [B, H, G, E] to whatever is expanded.
+      centres: [B, H, G, E], the codeword of each candidate.
+      residuals: [R, B, H, G, E].
+
+    Returns:
+      `attend(centres)`, and its changes along the residuals with R in front.
+
+    Example:
+      >>> value, changes = first_order(jnp.square, jnp.array([3.0]), jnp.array([[1.0], [2.0]]))
+      >>> value.tolist(), changes.tolist()
+      ([9.0], [[6.0], [12.0]])
+    """
+    chex.assert_equal_shape_suffix([centres, residuals], centres.ndim)
+    value, push = jax.linearize(attend, centres)
+    return value, jax.vmap(push)(residuals)

@@ -1,0 +1,147 @@
+"""Serves a trained target-attention model as TARQ, with nothing retrained, and says what that costs.
+
+    python -m tarq_jax.experiments.convert --checkpoint=runs/compare/target_attention-0 --codewords=64
+
+`--codewords` and `--order` take lists, one row a combination. Order 1 corrects each look-up by a first
+derivative; its corrections are kept exactly (`--levels=0`) or in further levels of 256 codewords, one byte
+an item each. `--fine_tune=300` then trains codewords and head for 300 steps.
+"""
+
+import functools
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+from tarq_jax import cli, reporting
+from tarq_jax.metrics import gap_recovered
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Working directory of a finished run of target attention.", required=True)
+CODEWORDS = flags.DEFINE_list("codewords", ["64"], "Codewords of level 1.")
+ORDER = flags.DEFINE_list("order", ["1"], "0 looks attention up, 1 corrects it by its first derivative.")
+LEVELS = flags.DEFINE_list("levels", ["0"], "Further levels, of 256 codewords; 0 keeps corrections exactly.")
+CORRECTION = flags.DEFINE_enum(
+    "correction", "fitted", ["plain", "damped", "fitted"], "How an item's correction is found.")
+CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections see.")
+FINE_TUNE = flags.DEFINE_integer("fine_tune", 0, "Steps that then train codewords and head; 0 for none.")
+SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.")
+TWO_TOWER = flags.DEFINE_string(
+    "two_tower", None, "Working directory of a two-tower run on the same data, for the share of the gap.")
+JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+
+
+class Setting(NamedTuple):
+    """One row of the table."""
+
+    codewords: int  # K of level 1
+    order: int
+    levels: int  # further ones; 0 keeps corrections exactly
+
+
+def settings() -> list[Setting]:
+    """All combinations that the flags ask for; order 0 has no further levels."""
+    parsed = [_whole_numbers(flag, least) for flag, least in ((CODEWORDS, 2), (ORDER, 0), (LEVELS, 0))]
+    if not set(parsed[1]) <= {0, 1}:
+        cli.wrong_call(f"--order is {','.join(ORDER.value)!r}, expected 0, 1 or 0,1")
+    found = [Setting(k, order, levels if order else 0) for k, order, levels in itertools.product(*parsed)]
+    return list(dict.fromkeys(found))
+
+
+def convert(checkpoint: Path, wanted: Sequence[Setting], console: Console) -> list[dict[str, Any]]:
+    """A row for the model as it is, then one for each setting, and one more where it was fine-tuned."""
+    from tarq_jax.training import conversion as training  # after the flags: importing JAX takes seconds
+
+    model, config = load_model(checkpoint)
+    evaluate = functools.partial(
+        training.evaluate_index, model, recall_k=config.recall_k, batch_size=config.eval_batch_size)
+    rows: list[dict[str, Any]] = []
+    for setting in track(wanted, "converting", console=console):
+        index, facts = make_index(model, setting)
+        converted, exact = evaluate(index)
+        rows = rows or [exact | {"model": "target attention"}]
+        rows.append(_described(converted, exact, setting, facts))
+        if FINE_TUNE.value:
+            tuned, index = training.fine_tune(model, index, steps=FINE_TUNE.value, seed=SEED.value)
+            converted, exact = evaluate(index, tuned)
+            rows.append(_described(converted, exact, setting, facts) | {"fine_tuned": FINE_TUNE.value})
+    return _with_gap(rows)
+
+
+def load_model(checkpoint: Path) -> tuple[Any, ml_collections.ConfigDict]:
+    """The trained model of a run of target attention, and the run's configuration."""
+    from tarq_jax.models import TargetAttention
+    from tarq_jax.models.parts import target_attention_parts
+    from tarq_jax.training import conversion as training
+    from tarq_jax.training.restore import load_run
+
+    run = load_run(checkpoint)
+    if run.config.model.name != "target_attention":
+        raise ValueError(f"{checkpoint}: a run of {run.config.model.name!r}, expected 'target_attention'")
+    sizes = run.config.model.width, run.config.model.num_heads, tuple(run.config.model.hidden)
+    parts = target_attention_parts(TargetAttention(run.dataset.schema, *sizes))
+    return training.trained_model(parts, run.state.params, run.dataset), run.config
+
+
+def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:
+    """The index of a setting, and how much of the corrections its further levels leave unexplained."""
+    import jax
+
+    from tarq_jax import conversion
+    from tarq_jax.training import conversion as training
+
+    rng = jax.random.key(SEED.value)
+    index = conversion.quantize_queries(
+        rng, model.queries, num_codewords=setting.codewords, weights=training.candidate_counts(model.dataset))
+    if not setting.order:
+        return index, {}
+    calibration = training.calibration(model, requests=CALIBRATION.value, seed=SEED.value)
+    corrections = conversion.CORRECTIONS[CORRECTION.value](index, model.queries, calibration)
+    if not setting.levels:
+        return conversion.with_corrections(index, corrections), {"correction_error": 0.0}
+    index = conversion.with_quantized_corrections(
+        jax.random.fold_in(rng, 1), index, corrections, num_levels=setting.levels)
+    return index, {"correction_error": conversion.relative_error(index, corrections)}
+
+
+def _described(converted: dict, exact: dict, setting: Setting, facts: dict) -> dict[str, Any]:
+    name = f"order {setting.order}, K={setting.codewords}"
+    if setting.order:
+        name += f", {setting.levels} further levels" if setting.levels else ", exact corrections"
+    difference = {"auc_difference": converted["auc"] - exact["auc"]}
+    return converted | {"model": name} | setting._asdict() | difference | facts
+
+
+def _with_gap(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if TWO_TOWER.value is None:
+        return rows
+    path = Path(TWO_TOWER.value) / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--two_tower: {path} does not exist, expected a finished two-tower run")
+    two_tower = json.loads(path.read_text())[0]["auc"]
+    return [row | {"gap_recovered": gap_recovered(row["auc"], two_tower, rows[0]["auc"])} for row in rows]
+
+
+def _whole_numbers(flag: flags.FlagHolder, least: int) -> list[int]:
+    if not flag.value or not all(value.isdecimal() and int(value) >= least for value in flag.value):
+        given = ",".join(flag.value)
+        cli.wrong_call(f"--{flag.name} is {given!r}, expected whole numbers of at least {least}")
+    return [int(value) for value in flag.value]
+
+
+def main() -> None:
+    """Flags to table."""
+    rows = convert(Path(CHECKPOINT.value), settings(), Console())
+    reporting.print_table(rows, title=f"test split, {CHECKPOINT.value} converted")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,80 @@
+"""TARQ of order 1: the student expands the teacher's own attention around its codewords (ours)."""
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tarq_jax import quantization
+from tarq_jax.attention import attention_weights, multi_head_attention
+from tarq_jax.corrections import damping
+from tarq_jax.expansion import first_order
+from tarq_jax.models.target_attention import TargetAttentionOutput
+from tarq_jax.models.tarq import AttentionWeights, Tarq, flat_queries
+from tarq_jax.types import Batch, QuantizerOutput
+
+
+class FirstOrderTarq(Tarq):
+    """As `Tarq`, with projected queries as latents and the teacher's keys and values as history.
+
+    Level 1 is the point of expansion, levels 2 to L quantize the residual that the Jacobian
+    multiplies: `o = W (m_c + J_c sum_{l>1} C_l[c_l])`, see `tarq_jax.expansion`. The head is all
+    that the student has to learn. There is neither encoder nor decoder: what is decoded is the
+    latent itself, and `decoded` does not matter.
+    """
+
+    def _setup_approximation(self):
+        """A radius a head, in the units of its queries; everything else is the teacher's."""
+        if self.num_levels < 2:
+            raise ValueError(f"num_levels is {self.num_levels}, expected at least 2 for order 1")
+        self.log_radius = self.param("log_radius", nn.initializers.constant(2.0), (self.num_heads, 1, 1))
+
+    def latents(self, teacher: TargetAttentionOutput) -> jax.Array:
+        """What is quantized: the teacher's projected queries, [B, G, D]."""
+        return flat_queries(teacher)
+
+    def attend(
+        self, codewords: jax.Array, quantizer: QuantizerOutput, teacher: TargetAttentionOutput,
+        mask: chex.Array, num_aligned: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What each level adds to the output, [B, G, L, D], and `W m_c` [A, 1, K, D] of the first A requests.
+
+        Further levels have no personalised codebook of their own: what they add depends on the first.
+        """
+        frozen = self.student_gradient != "teacher"
+        project = self.teacher.attention.frozen_outputs if frozen else self.teacher.attention.outputs
+
+        def attend(queries, rows=slice(None)):
+            keys, values = teacher.keys[rows], teacher.values[rows]
+            return project(multi_head_attention(queries, keys, values, mask[rows]))
+
+        mean, changes = first_order(attend, *self._centre_and_residuals(quantizer))
+        level_1 = jnp.swapaxes(codewords[0].reshape(-1, *teacher.keys.shape[1::2]), 0, 1)  # [H, K, E]
+        aligned = jnp.broadcast_to(level_1, (num_aligned, *level_1.shape))
+        personalized = attend(aligned, slice(num_aligned))[:, None]
+        return jnp.stack([mean, *changes], axis=2), personalized
+
+    def _centre_and_residuals(self, quantizer: QuantizerOutput) -> tuple[jax.Array, jax.Array]:
+        """The codeword of level 1, [B, H, G, E], and those of further levels, damped, [L - 1, B, H, G, E]."""
+        heads = (self.num_heads, self.width // self.num_heads)
+        chosen = quantizer.chosen.reshape(*quantizer.chosen.shape[:-1], *heads)
+        chosen = jnp.moveaxis(chosen, (2, 3), (0, 2))
+        centre, residuals = chosen[0], chosen[1:]
+        return centre, residuals * damping(residuals.sum(axis=0), radius=jnp.exp(self.log_radius))
+
+    def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
+        """Weights head by head; to first order they still sum to one, but may be negative."""
+        teacher = self.teacher(batch)
+        quantizer = quantization.encode(codewords, self.latents(teacher))
+        mask = batch.history_mask[:, None, None]
+        value, changes = first_order(
+            lambda queries: attention_weights(queries, teacher.keys, mask),
+            *self._centre_and_residuals(quantizer),
+        )
+        pairs = (value + changes.sum(axis=0), attention_weights(teacher.queries, teacher.keys, mask))
+        return {f"head {index + 1}": AttentionWeights(*(weights[:, index] for weights in pairs))
+                for index in range(self.num_heads)}
+
+    def decode(self, passed: jax.Array, teacher: TargetAttentionOutput) -> tuple[jax.Array, jax.Array]:
+        """The quantized latents as they are, beside the latents [B, G, D]."""
+        return passed, self.latents(teacher)

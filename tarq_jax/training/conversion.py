@@ -1,0 +1,191 @@
+"""Converting a trained run: its items' queries, calibration on its training data, evaluation, fine-tuning."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tarq_jax import conversion, data, losses
+from tarq_jax.attention import multi_head_attention
+from tarq_jax.conversion import ItemIndex, KeysValues
+from tarq_jax.data import ITEM_ID
+from tarq_jax.models.parts import AttentionParts
+from tarq_jax.training import loop
+from tarq_jax.training.evaluate import Row, evaluate
+from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predictions
+from tarq_jax.types import Batch, QuantizerOutput
+
+ITEM_BATCH = 4096  # items whose queries are projected at a time
+CALIBRATION_BATCH = 8  # requests that all items attend over at a time
+
+
+class TrainedModel(NamedTuple):
+    """What is converted: a model in parts, with its data."""
+
+    parts: AttentionParts
+    params: Any
+    dataset: data.Dataset
+    queries: jax.Array  # [V, H, E], projected queries of all items
+
+
+def trained_model(parts: AttentionParts, params: Any, dataset: data.Dataset) -> TrainedModel:
+    """Projects the queries of all items once; row 0, padding, is zero."""
+    compute = jax.jit(parts.item_queries)
+    found = [np.swapaxes(compute(params, features), 0, 1)[mask]
+             for features, mask in data.item_batches(dataset, ITEM_BATCH)]
+    queries = np.concatenate([np.zeros_like(found[0][:1]), *found])
+    return TrainedModel(parts, params, dataset, jnp.asarray(queries))
+
+
+def candidate_counts(dataset: data.Dataset, split: str = "train") -> np.ndarray:
+    """How often each item is a candidate, [V]; 0 for padding."""
+    counts = np.bincount(dataset.splits[split].candidates, minlength=dataset.schema.num_items)
+    return np.where(np.arange(len(counts)) > 0, counts, 0).astype(np.float32)
+
+
+def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterator[KeysValues]:
+    """Keys, values and masks of training requests, a few at a time."""
+    compute = jax.jit(model.parts.keys_values)
+    size = min(CALIBRATION_BATCH, requests)
+    batches = data.train_batches(
+        model.dataset, "train", batch_size=size, seed=seed, **loop.batch_shapes(model.dataset))
+    for batch in itertools.islice(batches, requests // size):
+        yield *compute(model.params, batch), batch.history_mask
+
+
+def exact_and_approximate(
+    model: TrainedModel, index: ItemIndex, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Attention output of a batch's candidates, [B, H, G, E] twice: the model's own, and the index's."""
+    items, mask = batch.candidates[ITEM_ID], batch.history_mask
+    keys, values = model.parts.keys_values(model.params, batch)
+    queries = jnp.swapaxes(model.queries[items], 1, 2)
+    exact = multi_head_attention(queries, keys, values, mask)
+    return exact, conversion.attend(index, items, keys, values, mask)
+
+
+def evaluate_index(
+    model: TrainedModel, index: ItemIndex, tuned: Any = None, *, recall_k: int, split: str = "test",
+    batch_size: int = 128,
+) -> list[Row]:
+    """Rows of the converted model and of the exact one, on the same requests.
+
+    Args:
+      model: that was converted.
+      index: of its items.
+      tuned: parameters of the head after `fine_tune`; those of the model if None.
+      recall_k: see `tarq_jax.training.evaluate`.
+      split: of the data.
+      batch_size: requests at a time.
+
+    Returns:
+      Two rows; the health in the first is that of level 1, in the space of queries.
+    """
+
+    @jax.jit
+    def predict(batch):
+        context = model.parts.context(model.params, batch)
+        exact, found = exact_and_approximate(model, index, batch)
+        logits = {
+            STUDENT: model.parts.head(model.params if tuned is None else tuned, context, found),
+            TEACHER: model.parts.head(model.params, context, exact),
+        }
+        items = batch.candidates[ITEM_ID]
+        latents, centres = (
+            heads.reshape(*items.shape, -1) for heads in (model.queries[items], index.chosen(items)[0]))
+        level_1 = QuantizerOutput(
+            codes=index.codes[items][..., :1], quantized=centres, residuals=latents[..., None, :],
+            chosen=centres[..., None, :])
+        return Predictions(logits, Diagnostics(latents, level_1, _flat(found), _flat(exact)))
+
+    shapes = loop.batch_shapes(model.dataset)
+    batches = data.eval_batches(model.dataset, split, batch_size=batch_size, **shapes)
+    codewords = np.asarray(index.levels[0]).reshape(1, len(index.levels[0]), -1)
+    return evaluate(predict, batches, codewords=codewords, recall_k=recall_k)
+
+
+def fine_tune(
+    model: TrainedModel, index: ItemIndex, *, steps: int, batch_size: int = 64, num_random: int = 48,
+    learning_rate: float = 3e-4, level_rate: float = 1e-2, seed: int = 0,
+    progress: Callable[[int], None] = lambda step: None,
+) -> tuple[Any, ItemIndex]:
+    """Trains codewords, corrections and head for a few hundred steps; codes, keys and values stay.
+
+    Distils the exact model's probabilities on each request's candidates and on random items. Labels
+    are not used: the model has seen them, and a head fitted to them again fits them too well.
+
+    Args:
+      model: that was converted.
+      index: of its items.
+      steps: of Adam, under a cosine schedule.
+      batch_size: requests a step.
+      num_random: items drawn for each request, beside its candidates.
+      learning_rate: of the head.
+      level_rate: of the levels, relative to the size of their entries.
+      seed: of the order of the data and of the random items.
+      progress: called with the step now and then.
+
+    Returns:
+      Parameters of the head (the whole tree, of which only what the head reads has changed), and the
+      index with new levels.
+
+    Raises:
+      FloatingPointError: the loss is not finite; names the step.
+    """
+    rates = {"params": learning_rate, "levels": level_rate}
+    optimizer = optax.multi_transform(
+        {name: optax.adam(optax.cosine_decay_schedule(rate, steps)) for name, rate in rates.items()},
+        {name: name for name in rates},
+    )
+    sizes = jax.tree.map(lambda level: jnp.sqrt(jnp.mean(level**2)), index.levels)
+
+    def loss(variables, batch):
+        exact, found = exact_and_approximate(model, index.replace(levels=variables["levels"]), batch)
+        context = model.parts.context(model.params, batch)
+        logits = model.parts.head(variables["params"], context, found)
+        target = model.parts.head(model.params, context, exact)
+        return losses.weighted_mean(losses.distillation(logits, target), batch.weights)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(variables, opt_state, batch):
+        value, gradients = jax.value_and_grad(loss)(variables, batch)
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        updates["levels"] = jax.tree.map(jnp.multiply, updates["levels"], sizes)
+        return optax.apply_updates(variables, updates), opt_state, value
+
+    batches = data.train_batches(
+        model.dataset, "train", batch_size=batch_size, seed=seed, **loop.batch_shapes(model.dataset))
+    rng = np.random.default_rng(seed)
+    variables = jax.tree.map(jnp.copy, {"params": model.params, "levels": index.levels})
+    opt_state = optimizer.init(variables)
+    for step, batch in enumerate(itertools.islice(batches, steps), start=1):
+        batch = with_random_candidates(rng, batch, model.dataset, num_random)
+        variables, opt_state, value = update(variables, opt_state, batch)
+        if step % 50 == 0 or step == steps:
+            loop.check_finite({"loss": np.asarray(value)}, step)
+            progress(step)
+    return variables["params"], index.replace(levels=variables["levels"])
+
+
+def with_random_candidates(
+    rng: np.random.Generator, batch: Batch, dataset: data.Dataset, num_random: int
+) -> Batch:
+    """The batch with further candidates of weight 1, drawn evenly from all items; their labels are 0."""
+    ids = rng.integers(1, dataset.schema.num_items, (len(batch.user_id), num_random))
+    drawn = {field.name: dataset.items[field.name][ids] for field in dataset.schema.side("item")}
+    further = {"candidate_mask": np.ones(ids.shape, bool), "labels": np.zeros(ids.shape, np.float32),
+               "weights": np.ones(ids.shape, np.float32), "candidates": drawn}
+    return batch.replace(**{
+        name: jax.tree.map(lambda own, new: np.concatenate([own, new], axis=1), getattr(batch, name), values)
+        for name, values in further.items()
+    })
+
+
+def _flat(heads: jax.Array) -> jax.Array:
+    """[B, H, G, E] to [B, G, H * E]."""
+    return jnp.swapaxes(heads, 1, 2).reshape(heads.shape[0], heads.shape[2], -1)
