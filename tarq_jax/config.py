@@ -47,7 +47,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.codebook.learning = "ema"  # or "gradient"
     config.codebook.decay = 0.99  # of the running statistics
     config.codebook.revive_every = 100  # steps; 0 never
-    config.codebook.min_usage = 0.05  # dead below this share of an even share
+    config.codebook.dead = "count"  # or "age"
+    config.codebook.min_usage = 0.05  # by count: dead below this share of an even share
+    config.codebook.max_age = 1000  # by age: dead once unused for more steps than this
 
     config.loss_weights = ml_collections.ConfigDict()
     config.loss_weights.student = 1.0
@@ -127,7 +129,9 @@ RULES: Mapping[str, Rule] = {
     "codebook.learning": _one_of("gradient", "ema"),
     "codebook.decay": FRACTION,
     "codebook.revive_every": _at_least(0),
+    "codebook.dead": _one_of("count", "age"),
     "codebook.min_usage": FRACTION,
+    "codebook.max_age": _at_least(1),
     **{f"loss_weights.{name}": _at_least(0) for name in default_config().loss_weights},
     "optimizer.learning_rate": POSITIVE,
     "optimizer.weight_decay": _at_least(0),

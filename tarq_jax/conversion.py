@@ -55,7 +55,7 @@ def quantize_queries(
     chex.assert_rank(queries, 3)
     flat = queries.reshape(len(queries), -1)
     fit = jax.jit(functools.partial(quantization.kmeans, num_codewords=num_codewords))
-    codewords = fit(rng, flat)  # TODO weights
+    codewords = fit(rng, flat, weights=weights)
     codes = quantization.encode(codewords[None], flat).codes
     return ItemIndex(levels=(codewords.reshape(-1, *queries.shape[1:]),), codes=codes)
 

@@ -10,13 +10,15 @@ All containers are frozen pytrees: `replace` returns a new one. Masks are boolea
 entry is real. Features are dictionaries from field name to array, see `tarq_jax.data.schema`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import chex
 import jax
 from flax import struct
 
 Features = Mapping[str, chex.Array]
+# Something a level: one array [L, K, ...], or L arrays [K_l, ...] where levels differ in size.
+Levels = jax.Array | Sequence[jax.Array]
 
 
 class Batch(struct.PyTreeNode):
@@ -41,13 +43,15 @@ class Batch(struct.PyTreeNode):
 class Codebook(struct.PyTreeNode):
     """Codewords of a residual quantizer with their running statistics.
 
-    Kept apart from the network's parameters, so that every change to it is an explicit function
+    Leaves are arrays [L, K, ...], or tuples of L arrays [K_l, ...] where levels differ in size. Kept
+    apart from the network's parameters, so that every change to it is an explicit function
     `codebook -> codebook` in `tarq_jax.quantization`.
     """
 
-    codewords: jax.Array  # [L, K, D] float32
-    counts: jax.Array  # [L, K] float32, exponential moving average of assignments per step
-    sums: jax.Array  # [L, K, D] float32, moving average of the sum of assigned residuals
+    codewords: Levels  # [L, K, D] float32
+    counts: Levels  # [L, K] float32, exponential moving average of assignments per step
+    sums: Levels  # [L, K, D] float32, moving average of the sum of assigned residuals
+    ages: Levels  # [L, K] float32, steps since a codeword was last chosen
 
 
 class QuantizerOutput(struct.PyTreeNode):

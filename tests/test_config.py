@@ -18,6 +18,7 @@ BAD = {
     "codebook.init": ["k-means"], "codebook.start": [-1], "codebook.init_latents": [0],
     "codebook.learning": ["sgd"], "codebook.decay": [1.0, -0.1, math.nan],
     "codebook.revive_every": [-1], "model.order": [2, -1],
+    "codebook.dead": ["never"], "codebook.max_age": [0],
     "codebook.min_usage": [1.0, -0.1, math.nan],
     **{f"loss_weights.{name}": [-1.0, math.nan, math.inf] for name in default_config().loss_weights},
     "optimizer.learning_rate": [0.0, -1.0, math.nan, math.inf],

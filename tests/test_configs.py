@@ -53,7 +53,7 @@ WRITERS = {"movielens": write_movielens, "sequences": write_sequences, "syntheti
 
 
 def test_there_are_experiments():
-    assert {"synthetic", "synthetic_collapse", "movielens_100k", "lastfm", "beauty"} <= set(NAMES)
+    assert {"synthetic", "synthetic_order_0", "movielens_100k", "lastfm", "beauty"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("mode", ["", "smoke"])
@@ -65,10 +65,10 @@ def test_is_valid(experiment, mode):
     if mode == "smoke":
         full = experiment.get_config()
         assert config.steps <= 20 < full.steps and not config.baselines
-        for name in ("name", "student_gradient", "head", "num_levels"):  # it is the same experiment
+        for name in ("name", "order", "student_gradient", "head", "num_levels"):  # it is the same experiment
             assert config.model[name] == full.model[name]
         assert config.loss_weights.to_dict() == full.loss_weights.to_dict()
-        for name in ("init", "update", "decay"):
+        for name in ("init", "learning", "decay"):
             assert config.codebook[name] == full.codebook[name]
 
 

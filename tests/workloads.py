@@ -107,6 +107,7 @@ def make_codebook(seed: int, levels: int, codewords: int, width: int) -> Codeboo
         codewords=rng.normal(size=shape).astype(np.float32),
         counts=rng.uniform(0.5, 3.0, shape[:2]).astype(np.float32),
         sums=rng.normal(size=shape).astype(np.float32),
+        ages=rng.integers(0, 9, shape[:2]).astype(np.float32),
     )
 
 

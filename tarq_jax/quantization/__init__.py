@@ -4,17 +4,28 @@ Encoding is greedy: `r_1 = z`, `c_l = argmin_k |r_l - C_l[k]|^2`, `r_{l+1} = r_l
 `z_q = sum_l C_l[c_l]` (TARQ, arXiv 2509.16931; RQ-VAE, arXiv 2203.01941).
 
 Nothing here changes a codebook behind the caller's back: `update_statistics`, `ema_codewords`,
-`revive` and `kmeans_codebook` take what they need and return a new `Codebook`. Given statistics
+`revive` and `fit_codebook` take what they need and return a new `Codebook`. Given statistics
 summed over a mesh (see `assignment_statistics`), replicas stay equal. Shapes that do not fit are an
 AssertionError of chex.
 """
 
-from tarq_jax.quantization.encoding import decode, encode, negative_distances
-from tarq_jax.quantization.fitting import kmeans, kmeans_codebook
-from tarq_jax.quantization.gradients import straight_through
+from tarq_jax.quantization.encoding import (
+    as_levels,
+    balanced,
+    beam_encode,
+    decode,
+    encode,
+    nearest,
+    nearest_by_cosine,
+    negative_distances,
+    with_codes,
+)
+from tarq_jax.quantization.fitting import fit_codebook, fitted, kmeans, kmeans_codebook, refine
+from tarq_jax.quantization.gradients import rotate, straight_through
 from tarq_jax.quantization.updates import (
     assignment_statistics,
-    dead,
+    dead_by_age,
+    dead_by_count,
     ema_codewords,
     random_codebook,
     revive,
@@ -23,17 +34,28 @@ from tarq_jax.quantization.updates import (
 )
 
 __all__ = [
+    "as_levels",
     "assignment_statistics",
-    "dead",
+    "balanced",
+    "beam_encode",
+    "dead_by_age",
+    "dead_by_count",
     "decode",
     "ema_codewords",
     "encode",
+    "fit_codebook",
+    "fitted",
     "kmeans",
     "kmeans_codebook",
+    "nearest",
+    "nearest_by_cosine",
     "negative_distances",
     "random_codebook",
+    "refine",
     "revive",
+    "rotate",
     "straight_through",
     "update_statistics",
+    "with_codes",
     "with_codewords",
 ]

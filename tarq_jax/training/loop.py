@@ -199,6 +199,12 @@ def init_state(
     )
 
 
+DEAD = {
+    "count": lambda settings: functools.partial(quantization.dead_by_count, min_usage=settings.min_usage),
+    "age": lambda settings: functools.partial(quantization.dead_by_age, max_age=settings.max_age),
+}
+
+
 def compile_step(
     config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -206,7 +212,7 @@ def compile_step(
     settings = config.codebook
     update_codebook = codebook_updates(
         mode=settings.learning, decay=settings.decay, revive_every=settings.revive_every,
-        min_usage=settings.min_usage,
+        dead=DEAD[settings.dead](settings),
     )
     step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, update_codebook=update_codebook,

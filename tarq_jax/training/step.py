@@ -9,7 +9,7 @@ import optax
 from tarq_jax import quantization
 from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState, trainable
-from tarq_jax.types import Batch, Codebook, QuantizerOutput
+from tarq_jax.types import Batch, Codebook, Levels, QuantizerOutput
 
 # (rng, codebook, quantizer output, where [B, G], step) -> codebook
 CodebookUpdate = Callable[[jax.Array, Codebook, QuantizerOutput, jax.Array, jax.Array], Codebook]
@@ -64,7 +64,7 @@ def train_step(
 
 
 def codebook_updates(
-    *, mode: str, decay: float, revive_every: int, min_usage: float
+    *, mode: str, decay: float, revive_every: int, dead: Callable[[Codebook], Levels]
 ) -> CodebookUpdate:
     """The codebook's update after a gradient step.
 
@@ -73,7 +73,7 @@ def codebook_updates(
         them to the running mean of what they quantize.
       decay: of the running statistics.
       revive_every: steps between revivals of dead codewords; 0 never revives.
-      min_usage: see `quantization.dead`.
+      dead: which codewords to revive, see `quantization.dead_by_count` and `dead_by_age`.
 
     Raises:
       ValueError: for another mode.
@@ -83,10 +83,10 @@ def codebook_updates(
         raise ValueError(f"mode is {mode!r}, expected 'gradient' or 'ema'")
 
     def revive(rng, codebook, residuals, where):
-        return quantization.revive(rng, codebook, residuals, where=where, min_usage=min_usage)
+        return quantization.revive(rng, codebook, residuals, dead(codebook), where=where)
 
     def update(rng, codebook, output, where, step):
-        counts, sums = quantization.assignment_statistics(output, codebook.counts.shape[-1], where)
+        counts, sums = quantization.assignment_statistics(output, codebook.codewords, where)
         codebook = quantization.update_statistics(codebook, counts, sums, decay=decay)
         if mode == "ema":
             codebook = quantization.ema_codewords(codebook)

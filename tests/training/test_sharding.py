@@ -29,8 +29,9 @@ def train(initial, dataset, devices, steps=5):
     """States and metrics of some steps over the codebook's start, on a mesh of the given devices."""
     config, objective, optimizer, state = initial
     mesh, settings = sharding.data_mesh(devices), config.codebook
-    update_codebook = codebook_updates(mode="gradient", decay=settings.decay, min_usage=settings.min_usage,
-                                       revive_every=settings.revive_every)
+    update_codebook = codebook_updates(
+        mode="gradient", decay=settings.decay, revive_every=settings.revive_every,
+        dead=functools.partial(quantization.dead_by_count, min_usage=settings.min_usage))
     step = jax.jit(functools.partial(
         train_step, objective=objective, optimizer=optimizer, update_codebook=update_codebook,
         codebook_start=settings.start))
@@ -75,7 +76,8 @@ def test_those_steps_used_and_revived_the_codebook(initial, on_eight):
     start = initial[3].codebook
     first, *later = [state.codebook for state, _ in on_eight]
     np.testing.assert_array_equal(first.codewords, start.codewords)  # step 2: not in use yet
-    dead = [np.asarray(quantization.dead(book, min_usage=initial[0].codebook.min_usage)) for book in later]
+    min_usage = initial[0].codebook.min_usage
+    dead = [np.asarray(quantization.dead_by_count(book, min_usage=min_usage)) for book in later]
     assert any(mask.any() for mask in dead)
     jumps = [np.abs(np.asarray(b.codewords) - np.asarray(a.codewords)).max()
              for a, b in zip([first, *later], later, strict=False)]

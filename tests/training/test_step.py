@@ -17,6 +17,7 @@ from tarq_jax.types import Batch, Codebook
 
 REQUESTS, CANDIDATES, WIDTH, LEVELS, CODEWORDS = 6, 5, 3, 2, 4
 DECAY, MIN_USAGE = 0.9, 0.5
+DEAD = functools.partial(quantization.dead_by_count, min_usage=MIN_USAGE)
 
 
 def make_batch(seed: int) -> Batch:
@@ -58,13 +59,14 @@ def make_state(step: int = 0, optimizer=OPTIMIZER, codebook: bool = True, counts
     book = Codebook(
         codewords=jnp.asarray(rng.normal(size=(*shape, WIDTH)), jnp.float32),
         counts=jnp.asarray(rng.uniform(1, 3, shape) if counts is None else counts, jnp.float32),
-        sums=jnp.asarray(rng.normal(size=(*shape, WIDTH)), jnp.float32)) if codebook else None
+        sums=jnp.asarray(rng.normal(size=(*shape, WIDTH)), jnp.float32),
+        ages=jnp.zeros(shape)) if codebook else None
     return TrainState(step=jnp.asarray(step, jnp.int32), params=params, codebook=book,
                       opt_state=optimizer.init(trainable(params, book)), rng=jax.random.key(3))
 
 
 def make_step(mode="gradient", revive_every=0, start=0, optimizer=OPTIMIZER):
-    update = codebook_updates(mode=mode, decay=DECAY, revive_every=revive_every, min_usage=MIN_USAGE)
+    update = codebook_updates(mode=mode, decay=DECAY, revive_every=revive_every, dead=DEAD)
     return functools.partial(train_step, objective=OBJECTIVE, optimizer=optimizer, update_codebook=update,
                              codebook_start=start)
 
@@ -193,7 +195,7 @@ def test_the_configuration_reaches_the_step(mode, tiny_config):
 @pytest.mark.parametrize("mode", ["sgd", "", None, dict().update])
 def test_unknown_modes(mode):
     with pytest.raises(ValueError, match=r"mode is .*, expected 'gradient' or 'ema'"):
-        codebook_updates(mode=mode, decay=0.9, revive_every=0, min_usage=0.1)
+        codebook_updates(mode=mode, decay=0.9, revive_every=0, dead=DEAD)
 
 
 def test_a_model_without_codebook():

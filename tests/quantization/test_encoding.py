@@ -1,0 +1,242 @@
+"""Encoding: a brute-force reference, assignments, beam search, levels that differ in size."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tarq_jax import quantization
+from tarq_jax.quantization import encoding
+from tarq_jax.types import QuantizerOutput
+
+SHAPES = [(1, 1, 3, (4,)), (1, 5, 1, (2, 3)), (2, 2, 3, (1,)), (3, 5, 2, ()), (3, 4, 3, (2, 1, 5))]
+examples = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 2**31 - 2)
+
+# compiled once here: the library leaves that to its callers
+encode = jax.jit(quantization.encode)
+encode_by_cosine = jax.jit(functools.partial(quantization.encode, assign=quantization.nearest_by_cosine))
+beam_encode = jax.jit(quantization.beam_encode, static_argnames="beam")
+
+
+@st.composite
+def problems(draw):
+    """Codewords [L, K, D] and latents [..., D] of small integers: exact in float32, rich in ties."""
+    levels, size, width, leading = draw(st.sampled_from(SHAPES))
+    small = st.integers(-6, 6).map(float)
+    codewords = draw(hnp.arrays(np.float32, (levels, size, width), elements=small))
+    return codewords, draw(hnp.arrays(np.float32, (*leading, width), elements=small))
+
+
+def brute_force(codewords, latents):
+    """Greedy residual quantization, one latent, one level and one codeword at a time."""
+    leading = latents.shape[:-1]
+    codes = np.zeros((*leading, len(codewords)), np.int32)
+    residuals = np.zeros((*leading, len(codewords), latents.shape[-1]))
+    chosen = np.zeros_like(residuals)
+    for index in np.ndindex(leading):
+        residual = latents[index].astype(np.float64)
+        for number, level in enumerate(codewords):
+            distances = [np.sum((residual - codeword) ** 2) for codeword in level]
+            codes[(*index, number)] = best = int(np.argmin(distances))
+            residuals[(*index, number)], chosen[(*index, number)] = residual, level[best]
+            residual = residual - level[best]
+    return QuantizerOutput(codes, chosen.sum(axis=-2), residuals, chosen)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """Codewords [3, 4, 5], latents [6, 5, 5] and what `encode` makes of them."""
+    codewords, latents = normal(0, 3, 4, 5), normal(1, 6, 5, 5)
+    return codewords, latents, encode(codewords, latents)
+
+
+# Encode and decode
+
+
+@examples
+@given(problems())
+def test_encode_equals_brute_force(problem):
+    codewords, latents = problem
+    output, expected = encode(codewords, latents), brute_force(codewords, latents)
+    assert output.codes.dtype == jnp.int32
+    jax.tree.map(np.testing.assert_array_equal, output, expected)
+
+
+def test_encode_real_numbers_equals_brute_force(quantized):
+    codewords, latents, output = quantized
+    expected = brute_force(codewords, latents)
+    np.testing.assert_array_equal(output.codes, expected.codes)
+    for name in ("quantized", "residuals", "chosen"):
+        np.testing.assert_allclose(getattr(output, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+def test_output_is_consistent(quantized):
+    codewords, latents, output = quantized
+    np.testing.assert_array_equal(quantization.decode(codewords, output.codes), output.quantized)
+    np.testing.assert_array_equal(output.residuals[..., 0, :], latents)
+    np.testing.assert_array_equal(
+        output.residuals[..., 1:, :], output.residuals[..., :-1, :] - output.chosen[..., :-1, :]
+    )
+    np.testing.assert_allclose(output.chosen.sum(axis=-2), output.quantized, rtol=1e-6, atol=1e-6)
+    left = output.residuals[..., -1, :] - output.chosen[..., -1, :]
+    np.testing.assert_allclose(left, latents - output.quantized, rtol=1e-5, atol=1e-6)
+
+
+def test_jit_and_vmap_equal_eager(quantized):
+    codewords, latents, output = quantized
+    eager = quantization.encode(codewords, latents)
+    batched = jax.vmap(quantization.encode, in_axes=(None, 0))(codewords, latents)
+    loop = [quantization.encode(codewords, row) for row in latents]
+    for other in (eager, batched, jax.tree.map(lambda *rows: np.stack(rows), *loop)):
+        np.testing.assert_array_equal(output.codes, other.codes)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), output, other)
+
+
+def test_sums_of_far_codewords_are_reconstructed():
+    codewords = np.array([64.0, 8.0, 1.0], np.float32)[:, None, None] * np.array([[-1, 0], [1, 0], [0, 1]])
+    codes = np.stack(np.meshgrid(*[np.arange(3)] * 3, indexing="ij"), axis=-1)
+    latents = quantization.decode(codewords, codes)
+    output = quantization.encode(codewords, latents)
+    np.testing.assert_array_equal(output.codes, codes)
+    np.testing.assert_array_equal(output.quantized, latents)
+
+
+def test_negative_distances_up_to_a_constant_of_each_point():
+    points, codewords = normal(0, 2, 4, 3), normal(1, 2, 5, 3)
+    expected = -np.sum((points[:, :, None] - codewords[:, None]) ** 2, axis=-1)
+    constant = np.sum(points**2, axis=-1, keepdims=True)
+    actual = quantization.negative_distances(points, codewords) - constant
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: quantization.encode(np.zeros((4, 5)), np.zeros((6, 5))),
+    lambda: quantization.encode(np.zeros((3, 4, 5)), np.zeros((6, 1))),
+    lambda: quantization.decode(np.zeros((3, 4, 5)), np.zeros((6, 2), int)),
+    lambda: quantization.encode((np.zeros((4, 5)), np.zeros((4, 6))), np.zeros((6, 5))),
+    lambda: quantization.beam_encode(np.zeros((4, 5)), np.zeros((6, 5)), beam=2),
+    lambda: quantization.with_codes(np.zeros((3, 4, 5)), np.zeros((6, 5)), np.zeros((6, 2), int)),
+])
+def test_shapes_that_do_not_fit_are_refused(call):
+    with pytest.raises(AssertionError):
+        call()
+
+
+# Assignments
+
+
+def test_cosine_equals_numpy():
+    points = normal(0, 40, 3)
+    codewords = normal(1, 7, 3) * np.linspace(0.1, 9, 7, dtype=np.float32)[:, None]
+    cosine = points @ codewords.T / np.linalg.norm(codewords, axis=1)  # times the length of the point
+    np.testing.assert_array_equal(quantization.nearest_by_cosine(points, codewords), cosine.argmax(axis=1))
+    by_cosine = encode_by_cosine(codewords[None], points)
+    np.testing.assert_array_equal(by_cosine.codes[:, 0], cosine.argmax(axis=1))
+    assert (by_cosine.codes != encode(codewords[None], points).codes).any()
+
+
+def test_cosine_of_nothing_is_defined():
+    codewords = np.array([[-1.0, 0.0], [0.0, 0.0], [0.0, -1.0]], np.float32)
+    np.testing.assert_array_equal(quantization.nearest_by_cosine(np.ones((1, 2)), codewords), [1])
+    np.testing.assert_array_equal(quantization.nearest_by_cosine(np.zeros((1, 2)), codewords), [0])
+
+
+def test_balanced_evens_out_usage():
+    """Nine tenths of the points lie at one codeword; each codeword takes its share all the same."""
+    rng = np.random.default_rng(0)
+    codewords = 4.0 * np.eye(5, dtype=np.float32)
+    points = codewords[np.where(rng.random(500) < 0.9, 0, rng.integers(0, 5, 500))] + normal(1, 500, 5)
+    greedy = np.bincount(quantization.nearest(points, codewords), minlength=5)
+    even = np.bincount(jax.jit(quantization.balanced)(points, codewords), minlength=5)
+    assert greedy.max() > 400 and greedy.min() < 30
+    assert even.max() < 140 and even.min() > 60
+
+
+def test_balanced_keeps_an_even_assignment():
+    codewords = 10.0 * np.eye(4, dtype=np.float32)
+    points = np.repeat(codewords, 6, axis=0) + normal(0, 24, 4)
+    np.testing.assert_array_equal(quantization.balanced(points, codewords), np.repeat(np.arange(4), 6))
+
+
+@pytest.mark.parametrize("points", [np.zeros((6, 3)), np.full((6, 3), 1e4), 1e-20 * np.ones((6, 3))])
+def test_balanced_is_defined_at_extremes(points):
+    codes = quantization.balanced(points.astype(np.float32), normal(0, 4, 3))
+    assert codes.shape == (6,) and (0 <= codes).all() and (codes < 4).all()
+
+
+def test_argmax_takes_the_first_of_equals():
+    scores = np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-np.inf, -np.inf, -5.0], [np.nan] * 3], np.float32)
+    np.testing.assert_array_equal(encoding.argmax(scores), [1, 0, 2, 2])
+
+
+# Beam search
+
+
+def squared_errors(output, latents):
+    return np.sum((latents - np.asarray(output.quantized)) ** 2, axis=-1)
+
+
+def test_beam_of_one_is_greedy(quantized):
+    codewords, latents, output = quantized
+    jax.tree.map(np.testing.assert_array_equal, quantization.beam_encode(codewords, latents, beam=1), output)
+
+
+def test_full_beam_finds_the_optimum(quantized):
+    codewords, latents, _ = quantized
+    found = beam_encode(codewords, latents, beam=16)
+    every = np.stack(np.meshgrid(*[np.arange(4)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    sums = np.asarray(quantization.decode(codewords, every))
+    errors = np.sum((latents[..., None, :] - sums) ** 2, axis=-1)
+    np.testing.assert_allclose(squared_errors(found, latents), errors.min(axis=-1), rtol=1e-4)
+    np.testing.assert_array_equal(found.codes, every[errors.argmin(axis=-1)])
+
+
+@examples
+@given(seeds)
+def test_beam_is_never_worse_than_greedy(seed):
+    codewords, latents = normal(seed, 3, 4, 5), 2.0 * normal(seed + 1, 6, 5, 5)
+    greedy, found = encode(codewords, latents), beam_encode(codewords, latents, beam=3)
+    assert (squared_errors(found, latents) <= squared_errors(greedy, latents) + 1e-5).all()
+    np.testing.assert_array_equal(quantization.decode(codewords, found.codes), found.quantized)
+
+
+def test_beam_lowers_the_error(quantized):
+    codewords, latents, greedy = quantized
+    assert squared_errors(beam_encode(codewords, latents, beam=16), latents).sum() < 0.98 * squared_errors(
+        greedy, latents).sum()
+
+
+def test_beam_below_one_is_refused(quantized):
+    with pytest.raises(ValueError, match="beam is 0, expected at least 1"):
+        quantization.beam_encode(*quantized[:2], beam=0)
+
+
+# Levels that differ in size
+
+
+@pytest.mark.parametrize("encoder", [encode, functools.partial(beam_encode, beam=3)])
+def test_levels_of_equal_size_may_come_one_by_one(quantized, encoder):
+    codewords, latents, _ = quantized
+    one_by_one = encoder(tuple(codewords), latents)
+    jax.tree.map(np.testing.assert_array_equal, one_by_one, encoder(codewords, latents))
+
+
+def test_uneven_levels_equal_brute_force():
+    levels, latents = (normal(0, 6, 5), normal(1, 2, 5), normal(2, 3, 5)), normal(3, 8, 5)
+    output, expected = quantization.encode(levels, latents), brute_force(levels, latents)
+    np.testing.assert_array_equal(output.codes, expected.codes)
+    np.testing.assert_allclose(output.quantized, expected.quantized, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(quantization.decode(levels, output.codes), output.quantized)
+    found = quantization.beam_encode(levels, latents, beam=12)
+    assert (found.codes < np.array([6, 2, 3])).all()
+    assert squared_errors(found, latents).sum() <= squared_errors(output, latents).sum()

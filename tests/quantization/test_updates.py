@@ -1,0 +1,326 @@
+"""Updates of codebooks: statistics, EMA, dead codewords and their revival, over the mesh too."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import workloads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tarq_jax import quantization
+from tarq_jax.types import Codebook
+
+examples = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 2**31 - 1)
+NONE_DEAD = np.zeros((3, 4), bool)
+
+# compiled once here: the library leaves that to its callers
+encode = jax.jit(quantization.encode)
+revive = jax.jit(quantization.revive)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """Codewords [3, 4, 5], latents [6, 5, 5] and what `encode` makes of them."""
+    codewords, latents = normal(0, 3, 4, 5), normal(1, 6, 5, 5)
+    return codewords, latents, encode(codewords, latents)
+
+# Statistics
+
+
+def test_assignment_statistics_closed_form(quantized):
+    codewords, _, output = quantized
+    codes, residuals = np.asarray(output.codes), np.asarray(output.residuals)
+    mask = np.random.default_rng(3).random((6, 5)) < 0.6
+    for where in (None, mask):
+        counts, sums = quantization.assignment_statistics(output, codewords, where)
+        kept = np.ones((6, 5), bool) if where is None else where
+        assert counts.shape == (3, 4) and sums.shape == (3, 4, 5)
+        for level in range(3):
+            for code in range(4):
+                chose = kept & (codes[..., level] == code)
+                assert counts[level, code] == chose.sum()
+                np.testing.assert_allclose(
+                    sums[level, code], residuals[chose, level].sum(axis=0), rtol=1e-5, atol=1e-5
+                )
+
+
+def test_assignment_statistics_add_up_over_splits(quantized):
+    codewords, _, output = quantized
+    mask = np.random.default_rng(4).random((6, 5)) < 0.6
+    whole = quantization.assignment_statistics(output, codewords, mask)
+    parts = [
+        quantization.assignment_statistics(jax.tree.map(lambda x, s=s: x[s], output), codewords, mask[s])
+        for s in (slice(0, 2), slice(2, 6))
+    ]
+    for total, first, second in zip(whole, *parts, strict=True):
+        np.testing.assert_allclose(total, first + second, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_refuse_a_mask_of_another_shape(quantized):
+    codewords, _, output = quantized
+    codebook = quantization.with_codewords(codewords)
+    for mask in (np.ones(1, bool), np.ones(6, bool), np.ones(30, bool)):
+        with pytest.raises(AssertionError):
+            quantization.assignment_statistics(output, codewords, mask)
+        with pytest.raises(AssertionError):
+            quantization.revive(jax.random.key(0), codebook, output.residuals, NONE_DEAD, where=mask)
+    with pytest.raises(AssertionError):
+        quantization.revive(jax.random.key(0), codebook, np.swapaxes(output.residuals, -1, -2), NONE_DEAD)
+
+
+def ema_step(codebook, latents, where, sum_over_mesh=lambda statistics: statistics):
+    """One EMA update from real latents."""
+    output = quantization.encode(codebook.codewords, latents)
+    statistics = quantization.assignment_statistics(output, codebook.codewords, where)
+    codebook = quantization.update_statistics(codebook, *sum_over_mesh(statistics), decay=0.8)
+    return quantization.ema_codewords(codebook)
+
+
+def test_sharded_statistics_equal_the_whole(quantized):
+    """Replicas that see an eighth of the latents each arrive at the codebook of all latents."""
+    codewords = quantized[0]
+    latents, where = normal(5, 16, 5), np.random.default_rng(5).random(16) < 0.7
+    codebook = quantization.with_codewords(codewords)
+    expected = ema_step(codebook, latents, where)
+
+    mesh, data, everywhere = workloads.mesh(), PartitionSpec("data"), PartitionSpec()
+    psum = functools.partial(jax.lax.psum, axis_name="data")
+    mapped = jax.shard_map(
+        lambda *args: jax.tree.map(lambda x: x[None], ema_step(*args, sum_over_mesh=psum)),
+        mesh=mesh, in_specs=(everywhere, data, data), out_specs=data,
+    )
+    replicas = jax.jit(mapped)(codebook, latents, where)
+    sharded = jax.device_put((latents, where), NamedSharding(mesh, data))
+    compiled = jax.jit(ema_step, out_shardings=NamedSharding(mesh, everywhere))(codebook, *sharded)
+    for name in ("codewords", "counts", "sums", "ages"):
+        one, copies = getattr(expected, name), np.asarray(getattr(replicas, name))
+        np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))
+        np.testing.assert_allclose(copies[0], one, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(getattr(compiled, name), one, rtol=1e-5, atol=1e-5)
+        assert len(getattr(compiled, name).sharding.device_set) == workloads.DEVICES
+
+
+# Running statistics
+
+
+def test_random_codebook():
+    codebook = quantization.random_codebook(
+        jax.random.key(0), num_levels=2, num_codewords=64, width=32, scale=3.0
+    )
+    assert codebook.codewords.shape == codebook.sums.shape == (2, 64, 32)
+    assert float(codebook.codewords.std()) == pytest.approx(3.0, rel=0.05)
+    np.testing.assert_array_equal(codebook.counts, np.ones((2, 64)))
+    np.testing.assert_allclose(quantization.ema_codewords(codebook).codewords, codebook.codewords, rtol=1e-5)
+    assert not quantization.dead_by_count(codebook, min_usage=0.9).any()
+
+
+def test_update_statistics_closed_form():
+    codebook, step = workloads.make_codebook(0, 2, 3, 4), workloads.make_codebook(1, 2, 3, 4)
+    updated = quantization.update_statistics(codebook, step.counts, step.sums, decay=0.75)
+    np.testing.assert_array_equal(updated.codewords, codebook.codewords)
+    np.testing.assert_allclose(updated.counts, 0.75 * codebook.counts + 0.25 * step.counts, rtol=1e-6)
+    np.testing.assert_allclose(updated.sums, 0.75 * codebook.sums + 0.25 * step.sums, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        quantization.update_statistics(codebook, step.counts[:1], step.sums, decay=0.75)
+    with pytest.raises(AssertionError):
+        quantization.update_statistics(codebook, step.counts, step.sums[:, :1], decay=0.75)
+
+
+def test_ema_codewords_closed_form():
+    codebook = workloads.make_codebook(0, 2, 3, 4)
+    for smoothing in (1e-5, 0.5):
+        updated = quantization.ema_codewords(codebook, smoothing=smoothing)
+        for level in range(2):
+            total = codebook.counts[level].sum()
+            smoothed = (codebook.counts[level] + smoothing) / (total + 3 * smoothing) * total
+            expected = codebook.sums[level] / smoothed[:, None]
+            np.testing.assert_allclose(updated.codewords[level], expected, rtol=1e-5)
+        np.testing.assert_array_equal(updated.counts, codebook.counts)
+        np.testing.assert_array_equal(updated.sums, codebook.sums)
+
+
+@pytest.mark.parametrize("counts", [[3.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+def test_never_used_codewords_stay_finite(counts):
+    counts = np.array([counts], np.float32)
+    sums = np.repeat(2.0 * counts[..., None], 2, axis=-1)
+    codebook = Codebook(codewords=np.ones_like(sums), counts=counts, sums=sums, ages=0.0 * counts)
+    codewords = np.asarray(quantization.ema_codewords(codebook).codewords)
+    expected = np.where(counts[..., None] > 0, 2.0, 0.0)
+    np.testing.assert_allclose(codewords, np.broadcast_to(expected, codewords.shape), rtol=1e-4)
+
+
+def test_ema_converges_to_cluster_means():
+    centres = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]], np.float32)
+    points = (centres[:, None] + 0.5 * normal(6, 3, 20, 2)).astype(np.float32)
+    codebook = quantization.with_codewords((centres + normal(7, 3, 2))[None])
+    where = np.arange(20) < np.array([20, 15, 5])[:, None]
+    step = jax.jit(ema_step)
+    for _ in range(80):
+        codebook = step(codebook, points, where)
+    means = np.stack([cluster[kept].mean(axis=0) for cluster, kept in zip(points, where, strict=True)])
+    np.testing.assert_allclose(codebook.codewords[0], means, atol=1e-3)
+    np.testing.assert_allclose(codebook.counts[0], where.sum(axis=1), rtol=1e-5)
+
+
+# Revival
+
+
+def test_dead_is_relative_to_an_even_share():
+    counts = np.array([[10.0, 0.4, 0.6, 1.0], [0.1, 0.1, 0.1, 0.1]], np.float32)  # even shares 3 and 0.1
+    codebook = workloads.make_codebook(0, 2, 4, 5).replace(counts=counts)
+    expected = [[False, True, False, False], [False] * 4]
+    np.testing.assert_array_equal(quantization.dead_by_count(codebook, min_usage=0.2), expected)
+
+
+@pytest.fixture(scope="module")
+def half_dead(quantized):
+    """A codebook [3, 4, 5] of which some codewords are dead, residuals [6, 5, 3, 5], dead [3, 4]."""
+    counts = np.full((3, 4), 5.0, np.float32)
+    dead = np.array([[True, False, False, True], [False] * 4, [False, True, False, False]])
+    codebook = workloads.make_codebook(8, 3, 4, 5).replace(counts=np.where(dead, np.float32(0.01), counts))
+    return codebook, quantized[2].residuals, dead
+
+
+@examples
+@given(seeds)
+def test_revive_moves_the_dead_onto_residuals_of_their_level(half_dead, seed):
+    codebook, residuals, dead = half_dead
+    where = np.random.default_rng(seed).random((6, 5)) < 0.2
+    where[:2, 0] = True
+    revived = revive(jax.random.key(seed), codebook, residuals, dead, where=where)
+    for name in ("codewords", "counts", "sums", "ages"):
+        np.testing.assert_array_equal(getattr(revived, name)[~dead], getattr(codebook, name)[~dead])
+    for level, code in np.argwhere(dead):
+        allowed = np.asarray(residuals)[where, level]
+        assert (allowed == np.asarray(revived.codewords)[level, code]).all(axis=-1).any()
+    even = codebook.counts.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(revived.counts)[dead], np.broadcast_to(even, dead.shape)[dead])
+    assert not quantization.dead_by_count(revived, min_usage=0.05).any()
+    means = quantization.ema_codewords(revived).codewords
+    np.testing.assert_allclose(np.asarray(means)[dead], np.asarray(revived.codewords)[dead], rtol=1e-4)
+
+
+def test_revive_draws_without_replacement_what_is_served_worst(half_dead):
+    """No two dead codewords of a level take the same residual; far ones are drawn more often."""
+    codebook, residuals, dead = half_dead
+    where = np.ones((6, 5), bool)
+    keys = map(jax.random.key, range(300))
+    drawn = np.stack([revive(key, codebook, residuals, dead, where=where).codewords for key in keys])
+    points = np.asarray(residuals)[..., 0, :].reshape(-1, 5)
+    hits = (drawn[:, 0, dead[0], None] == points).all(axis=-1)  # [300, 2, 30]
+    assert hits.any(axis=-1).all() and hits.sum(axis=1).max() == 1
+    living = np.asarray(codebook.codewords)[0, ~dead[0]]
+    distance = np.sum((points[:, None] - living) ** 2, axis=-1).min(axis=-1)
+    share = hits[:, 0].mean(axis=0)
+    np.testing.assert_allclose(share, distance / distance.sum(), atol=0.07)
+    assert share[distance > np.median(distance)].sum() > 0.6
+
+
+def test_revive_leaves_codewords_for_which_nothing_is_left(half_dead):
+    codebook, residuals, _ = half_dead
+    dead, where = np.ones((3, 4), bool), np.zeros((6, 5), bool)
+    where[2, 1] = where[4, 4] = True
+    revived = revive(jax.random.key(0), codebook, residuals, dead, where=where)
+    moved = (np.asarray(revived.codewords) != codebook.codewords).any(axis=-1)
+    np.testing.assert_array_equal(moved, [[True, True, False, False]] * 3)
+    np.testing.assert_array_equal(np.asarray(revived.counts)[~moved], codebook.counts[~moved])
+
+
+def test_revive_without_anything_allowed_changes_nothing(half_dead):
+    codebook, residuals, _ = half_dead
+    where = np.zeros((6, 5), bool)
+    poisoned = np.full_like(residuals, np.nan)
+    unchanged = revive(jax.random.key(0), codebook, poisoned, half_dead[2], where=where)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, codebook)
+
+
+def test_revive_ignores_what_is_not_allowed(half_dead):
+    codebook, residuals, dead = half_dead
+    where = np.random.default_rng(0).random((6, 5)) < 0.5
+    poisoned = np.where(where[..., None, None], residuals, np.nan)
+    expected = revive(jax.random.key(0), codebook, residuals, dead, where=where)
+    found = revive(jax.random.key(0), codebook, poisoned, dead, where=where)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_revive_without_dead_changes_nothing(half_dead):
+    codebook, residuals, _ = half_dead
+    unchanged = revive(jax.random.key(0), codebook, residuals, NONE_DEAD, where=np.ones((6, 5), bool))
+    jax.tree.map(np.testing.assert_array_equal, unchanged, codebook)
+
+
+def test_revive_gives_the_same_on_every_device(half_dead):
+    """Replicas that draw from residuals sharded over the mesh arrive at the codebook of one device."""
+    codebook, residuals, dead = half_dead
+    residuals = np.concatenate([np.asarray(residuals).reshape(30, 3, 5)] * 4)[:112]
+    expected = revive(jax.random.key(3), codebook, residuals, dead)
+    mesh = workloads.mesh()
+    sharded = jax.device_put(residuals, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    found = jax.jit(quantization.revive, out_shardings=everywhere)(jax.random.key(3), codebook, sharded, dead)
+    for name in ("codewords", "counts", "sums", "ages"):
+        leaf = getattr(found, name)
+        np.testing.assert_allclose(leaf, getattr(expected, name), rtol=1e-5, atol=1e-6)
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == workloads.DEVICES and all((copy == copies[0]).all() for copy in copies)
+
+
+# Ages
+
+
+def test_ages_count_steps_without_use(quantized):
+    codewords = quantized[0]
+    codebook = quantization.with_codewords(codewords)
+    used = np.array([[1, 0, 0, 0], [0, 2, 0, 0], [1, 1, 1, 1]], np.float32)
+    for _ in range(3):
+        codebook = quantization.update_statistics(codebook, used, np.zeros_like(codewords), decay=0.9)
+    np.testing.assert_array_equal(codebook.ages, np.where(used > 0, 0.0, 3.0))
+    np.testing.assert_array_equal(quantization.dead_by_age(codebook, max_age=2), used == 0)
+    assert not np.any(quantization.dead_by_age(codebook, max_age=3))
+    revived = revive(jax.random.key(0), codebook, quantized[2].residuals, used == 0)
+    assert not np.any(revived.ages)
+
+
+# Levels that differ in size
+
+
+def test_uneven_levels_equal_even_ones(quantized):
+    """Given level by level, every update gives the same, level by level."""
+    codewords, _, output = quantized
+    results = []
+    for levels in (codewords, tuple(codewords)):
+        codebook = quantization.with_codewords(levels)
+        counts, sums = quantization.assignment_statistics(output, levels)
+        codebook = quantization.update_statistics(codebook, counts, sums, decay=0.5)
+        codebook = quantization.ema_codewords(codebook)
+        dead = quantization.dead_by_count(codebook, min_usage=0.9)
+        results.append(quantization.revive(jax.random.key(0), codebook, output.residuals, dead))
+    even, uneven = results
+    for name in ("codewords", "counts", "sums", "ages"):
+        assert isinstance(getattr(uneven, name), tuple)
+        np.testing.assert_array_equal(np.stack(getattr(uneven, name)), getattr(even, name))
+
+
+def test_random_levels_of_given_sizes():
+    codebook = quantization.random_codebook(jax.random.key(0), num_levels=3, num_codewords=(4, 2, 7), width=5)
+    assert [level.shape for level in codebook.codewords] == [(4, 5), (2, 5), (7, 5)]
+    assert [level.shape for level in codebook.ages] == [(4,), (2,), (7,)]
+    with pytest.raises(ValueError, match=r"num_codewords is \(4, 2\), expected .* 3 levels"):
+        quantization.random_codebook(jax.random.key(0), num_levels=3, num_codewords=(4, 2), width=5)
+
+
+def test_statistics_ignore_what_is_not_counted(quantized):
+    codewords, _, output = quantized
+    mask = np.random.default_rng(6).random((6, 5)) < 0.5
+    poisoned = output.replace(residuals=np.where(mask[..., None, None], output.residuals, np.nan))
+    expected = quantization.assignment_statistics(output, codewords, mask)
+    found = quantization.assignment_statistics(poisoned, codewords, mask)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
