@@ -48,9 +48,10 @@ def progress_bar(console: Console) -> Progress:
 
 
 # What a terminal has room for; files hold every column.
-COLUMNS = ("model", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration", "gap_recovered",
-           "auc_difference", "fine_tuned", "utilisation", "quantization_error", "correction_error",
-           "attention_error", "parameters", "train_seconds", "examples_per_second")
+COLUMNS = ("latents", "model", "beam", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss",
+           "calibration", "gap_recovered", "auc_difference", "fine_tuned", "utilisation",
+           "quantization_error", "correction_error", "attention_error", "parameters", "train_seconds",
+           "examples_per_second", "encode_seconds", "ratio", "fit_seconds", "compile_seconds", "temporary_mb")
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:

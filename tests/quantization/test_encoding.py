@@ -216,6 +216,25 @@ def test_beam_lowers_the_error(quantized):
         greedy, latents).sum()
 
 
+@pytest.mark.parametrize("block", [1, 7, 30, 64])
+def test_beam_in_blocks_is_the_same(quantized, block):
+    codewords, latents, _ = quantized
+    whole = quantization.beam_encode(codewords, latents, beam=3)
+    found = quantization.beam_encode(codewords, latents, beam=3, block=block)
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+
+
+@examples
+@given(seeds)
+def test_top_equals_sorting(seed):
+    """Many groups, fewer than asked for, and ties."""
+    scores = np.round(3.0 * normal(seed, 5, 203))
+    values, found = encoding._top(scores, 4)
+    np.testing.assert_array_equal(values, -np.sort(-scores, axis=1)[:, :4])
+    np.testing.assert_array_equal(np.take_along_axis(scores, np.asarray(found), axis=1), values)
+    assert all(len(set(row)) == 4 for row in np.asarray(found).tolist())
+
+
 def test_beam_below_one_is_refused(quantized):
     with pytest.raises(ValueError, match="beam is 0, expected at least 1"):
         quantization.beam_encode(*quantized[:2], beam=0)

@@ -1,0 +1,166 @@
+"""Residual quantization against faiss and vector-quantize-pytorch, on the same latents in one run.
+
+    pip install -e '.[bench]' && python -m benchmarks.quantization --json=benchmarks/results/quantization.json
+
+Each library fits its own codebooks (L=3, K=256) to the same latents, then encodes them. Errors are
+`sum |z - z_q|^2 / sum |z - mean|^2`; seconds are medians, compilation left out and told beside them.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.timing import measure
+from tarq_jax import cli, quantization, reporting
+
+SIZES = flags.DEFINE_list("latents", ["10000", "100000"], "Numbers of latents.")
+THREADS = flags.DEFINE_integer("threads", 2, "Threads of the peers; JAX takes all cores that it is given.")
+JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+
+LEVELS, CODEWORDS, WIDTH = 3, 256, 64
+EPOCHS, BATCH = 3, 2000  # of vector-quantize-pytorch's moving averages
+
+
+class Quantizer(NamedTuple):
+    """A fitted quantizer of any library."""
+
+    name: str
+    beam: int
+    fit_seconds: float
+    compile_seconds: float
+    encode: Callable[[], Any]  # the latents' codes
+    error: Callable[[], float]
+    memory: float  # of encoding, temporary, in MB; nan where a library does not tell
+
+
+def make_latents(num: int, seed: int = 0) -> np.ndarray:
+    """Clusters of different sizes, with noise that is wide along few directions: [num, 64] float32."""
+    rng = np.random.default_rng(seed)
+    clusters = 200
+    share = rng.dirichlet(np.full(clusters, 2.0))
+    centres = rng.normal(size=(clusters, WIDTH))
+    scales = 1.5 * np.exp(-np.arange(WIDTH) / 16)
+    rotation = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
+    noise = (rng.normal(size=(num, WIDTH)) * scales) @ rotation
+    return (centres[rng.choice(clusters, num, p=share)] + noise).astype(np.float32)
+
+
+def relative_error(latents: np.ndarray, quantized: np.ndarray) -> float:
+    """Share of the variance that is left."""
+    return float(np.square(latents - quantized).sum() / np.square(latents - latents.mean(axis=0)).sum())
+
+
+def ours(latents: np.ndarray, beam: int, refined: bool) -> Quantizer:
+    """tarq_jax: k-means level by level, refined by least squares over all levels or not."""
+    encode = functools.partial(quantization.beam_encode, beam=beam, block=256)
+    fit = quantization.kmeans_codebook
+    if refined:
+        fit = functools.partial(quantization.fit_codebook, encode=encode)
+    fit = jax.jit(functools.partial(fit, num_levels=LEVELS, num_codewords=CODEWORDS))
+    points = jnp.asarray(latents)
+    start = time.perf_counter()
+    codewords = jax.block_until_ready(fit(jax.random.key(0), points)).codewords
+    fit_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    codes_of = jax.jit(lambda points: encode(codewords, points).codes).lower(points).compile()
+    compile_seconds = time.perf_counter() - start
+    memory = codes_of.memory_analysis()
+    return Quantizer(
+        f"tarq_jax, {'refined' if refined else 'k-means'}", beam, fit_seconds, compile_seconds,
+        lambda: codes_of(points),
+        lambda: relative_error(latents, np.asarray(quantization.decode(codewords, codes_of(points)))),
+        memory.temp_size_in_bytes / 2**20 if memory else float("nan"),
+    )
+
+
+def faiss_residual(latents: np.ndarray, beam: int, lut: bool) -> Quantizer:
+    """faiss `ResidualQuantizer`, as it trains by default, with the same beam in training and encoding."""
+    import faiss
+
+    faiss.omp_set_num_threads(THREADS.value)
+    quantizer = faiss.ResidualQuantizer(WIDTH, LEVELS, 8)
+    quantizer.max_beam_size = beam
+    quantizer.use_beam_LUT = int(lut)
+    start = time.perf_counter()
+    quantizer.train(latents)
+    fit_seconds = time.perf_counter() - start
+    return Quantizer(
+        f"faiss{', LUT' if lut else ''}", beam, fit_seconds, 0.0, lambda: quantizer.compute_codes(latents),
+        lambda: relative_error(latents, quantizer.decode(quantizer.compute_codes(latents))), float("nan"),
+    )
+
+
+def torch_residual(latents: np.ndarray, beam: int) -> Quantizer:
+    """vector-quantize-pytorch `ResidualVQ`: k-means on a first large batch, then moving averages."""
+    import torch
+    from vector_quantize_pytorch import ResidualVQ
+
+    torch.set_num_threads(THREADS.value)
+    torch.manual_seed(0)
+    module = ResidualVQ(
+        dim=WIDTH, num_quantizers=LEVELS, codebook_size=CODEWORDS, kmeans_init=True, kmeans_iters=20,
+        decay=0.9, threshold_ema_dead_code=2, beam_size=beam if beam > 1 else None)
+    points = torch.from_numpy(latents)
+    start = time.perf_counter()
+    module.train()
+    module(points[None, :10 * BATCH])
+    for epoch in range(EPOCHS):
+        order = torch.randperm(len(points), generator=torch.Generator().manual_seed(epoch))
+        for first in range(0, len(points), BATCH):
+            module(points[None, order[first:first + BATCH]])
+    fit_seconds = time.perf_counter() - start
+    module.eval()
+
+    @torch.no_grad()
+    def encode():
+        return module(points[None])
+
+    return Quantizer("vector-quantize-pytorch", beam, fit_seconds, 0.0, lambda: encode()[1].numpy(),
+                     lambda: relative_error(latents, encode()[0][0].numpy()), float("nan"))
+
+
+def quantizers(latents: np.ndarray) -> Iterator[Callable[[], Quantizer]]:
+    """Everything that is compared, fitted when called."""
+    for beam in (1, 5):
+        for refined in (False, True):
+            yield functools.partial(ours, latents, beam, refined)
+        for lut in (False, True):
+            yield functools.partial(faiss_residual, latents, beam, lut)
+        yield functools.partial(torch_residual, latents, beam)
+
+
+def compare(num: int, console: Console) -> list[dict[str, Any]]:
+    """A row a quantizer and beam, with its time over that of the refined one of ours."""
+    latents = make_latents(num)
+    rows: list[dict[str, Any]] = []
+    for make in track(list(quantizers(latents)), f"{num:,} latents", console=console):
+        found = make()
+        timing = measure(found.encode, repeats=3)
+        rows.append({
+            "latents": num, "model": found.name, "beam": found.beam, "quantization_error": found.error(),
+            "encode_seconds": timing.median, "encode_spread": timing.spread,
+            "fit_seconds": found.fit_seconds, "compile_seconds": found.compile_seconds,
+            "temporary_mb": found.memory,
+        })
+    own = {row["beam"]: row["encode_seconds"] for row in rows if row["model"].endswith("refined")}
+    return [row | {"ratio": row["encode_seconds"] / own[row["beam"]]} for row in rows]
+
+
+def main() -> None:
+    """Flags to table."""
+    rows = [row for num in SIZES.value for row in compare(int(num), Console())]
+    reporting.print_table(rows, title=f"L={LEVELS}, K={CODEWORDS}, D={WIDTH}, {THREADS.value} threads")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
