@@ -48,10 +48,13 @@ def progress_bar(console: Console) -> Progress:
 
 
 # What a terminal has room for; files hold every column.
-COLUMNS = ("latents", "model", "beam", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss",
-           "calibration", "gap_recovered", "auc_difference", "fine_tuned", "utilisation",
-           "quantization_error", "correction_error", "attention_error", "parameters", "train_seconds",
-           "examples_per_second", "encode_seconds", "ratio", "fit_seconds", "compile_seconds", "temporary_mb")
+COLUMNS = (
+    "level", "latents", "model", "beam", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration",
+    "gap_recovered", "auc_difference", "fine_tuned", "utilisation", "perplexity", "dead",
+    "quantization_error", "nearest_distance", "correction_error", "attention_error", "parameters",
+    "train_seconds", "examples_per_second", "encode_seconds", "ratio", "fit_seconds", "compile_seconds",
+    "temporary_mb",
+)
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from tarq_jax import quantization
+from tarq_jax.training.health import codebook_metrics
 from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.types import Batch, Codebook, Levels, QuantizerOutput
@@ -55,6 +56,7 @@ def train_step(
         where = batch.candidate_mask & active
         updated = update_codebook(rng, codebook, aux.quantizer, where, state.step)
         codebook = jax.tree.map(lambda new, old: jnp.where(active, new, old), updated, state.codebook)
+        metrics |= codebook_metrics(codebook, aux.quantizer, where)
     state = state.replace(
         step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
     )

@@ -1,0 +1,193 @@
+"""Health of a run's codebooks: one page, the figures beside it, and what is wrong in words.
+
+    python -m tarq_jax.experiments.health --run=runs/synthetic
+
+Writes RUN/health/index.html, which opens without a network, and PNG files.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from tarq_jax import cli, reporting
+
+RUN = flags.DEFINE_string("run", None, "Working directory of a TARQ run.", required=True)
+OUT = flags.DEFINE_string("out", None, "Where the page goes; RUN/health if not given.")
+SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split that is looked at.")
+REQUESTS = flags.DEFINE_integer("requests", 2000, "Requests of the split that are looked at.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+
+CURVES = {"utilisation of a batch": "utilisation", "perplexity": "perplexity", "dead codewords": "dead",
+          "quantization error": "quantization_error"}
+BUCKETS = 4  # of history lengths
+
+
+class Observed(NamedTuple):
+    """What a run's student and teacher do on a split, over its real candidates."""
+
+    latents: np.ndarray  # [M, D]
+    output: Any  # QuantizerOutput with leading axis M
+    codewords: np.ndarray  # [L, K, D]
+    squared_error: np.ndarray  # [M], of the attention output
+    squared_norm: np.ndarray  # [M], of the teacher's
+    lengths: np.ndarray  # [M], of the history
+    weights: dict[str, np.ndarray]  # by head or level: total variation of the attention weights, [M]
+
+
+def observe(run: Any, split: str, requests: int) -> Observed:
+    """Goes through the first `requests` requests of a split."""
+    import jax
+
+    from tarq_jax import data
+    from tarq_jax.training import loop
+
+    if run.objective.attention is None:
+        raise ValueError(f"a run of {run.config.model.name!r} has no codebook, expected one of 'tarq'")
+    codewords, size = run.state.codebook.codewords, run.config.eval_batch_size
+
+    @jax.jit
+    def look(batch):
+        found = run.objective.predict(run.state.params, codewords, batch).diagnostics
+        weights = run.objective.attention(run.state.params, codewords, batch)
+        variation = {
+            name: 0.5 * abs(pair.student - pair.teacher).sum(axis=-1) for name, pair in weights.items()}
+        error = ((found.student_output - found.teacher_output) ** 2).sum(axis=-1)
+        return found.latents, found.quantizer, error, (found.teacher_output**2).sum(axis=-1), variation
+
+    parts = []
+    batches = data.eval_batches(run.dataset, split, batch_size=size, **loop.batch_shapes(run.dataset))
+    for _, batch in zip(range(-(-requests // size)), batches, strict=False):
+        real = batch.candidate_mask
+        lengths = np.broadcast_to(batch.history_mask.sum(axis=1)[:, None], real.shape)
+        parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], (*look(batch), lengths)))
+    if not parts:
+        raise ValueError(f"split {split!r} has no requests, expected at least one")
+    latents, output, error, norm, variation, lengths = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    return Observed(latents, output, np.asarray(codewords), error, norm, lengths, variation)
+
+
+def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
+    """A row a level: its health, and the verdict on it."""
+    from tarq_jax import metrics
+    from tarq_jax.metrics import diagnosis
+
+    health = metrics.codebook_health(observed.codewords, observed.latents, observed.output)
+    distinct = len(np.unique(np.round(observed.latents, 5), axis=0))
+    rows: list[dict[str, Any]] = []
+    for level in range(1, len(observed.codewords) + 1):
+        row = {name: health[f"{name}_{level}"] for name in (
+            "utilisation", "perplexity", "dead", "quantization_error", "nearest_distance")}
+        before = rows[-1]["quantization_error"] if rows else 1.0
+        verdict = diagnosis.diagnose_level(diagnosis.Level(
+            level, observed.codewords.shape[1], row["utilisation"], row["perplexity"], int(row["dead"]),
+            row["quantization_error"], before, distinct, config.codebook.init, config.codebook.revive_every))
+        rows.append({"level": level, **row, "verdict": " ".join(verdict)})
+    return rows
+
+
+def attention_errors(observed: Observed) -> tuple[float, dict[str, float], dict[str, dict[str, float]]]:
+    """Relative error over all and by history length; total variation of the weights by head and length."""
+    edges = np.unique(np.quantile(observed.lengths, np.linspace(0, 1, BUCKETS + 1)).astype(int))
+    lower = edges[:-1] if len(edges) > 1 else edges
+    bucket = np.searchsorted(lower, observed.lengths, side="right") - 1
+    upper = [*(lower[1:] - 1), edges[-1]]
+    names = [f"{low} to {high}" if low < high else str(low) for low, high in zip(lower, upper, strict=True)]
+    by_length: dict[str, float] = {}
+    by_head: dict[str, dict[str, float]] = {head: {} for head in observed.weights}
+    for index, name in enumerate(names):
+        inside = bucket == index
+        by_length[name] = _relative(observed.squared_error[inside], observed.squared_norm[inside])
+        for head, variation in observed.weights.items():
+            by_head[head][name] = float(variation[inside].mean())
+    return _relative(observed.squared_error, observed.squared_norm), by_length, by_head
+
+
+def _relative(error: np.ndarray, norm: np.ndarray) -> float:
+    return float(np.sqrt(error.sum() / norm.sum())) if norm.sum() > 0 else 0.0
+
+
+def training_curves(
+    workdir: Path, num_levels: int, start: int
+) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
+    """Steps from `start` on, and by quantity and level what `metrics.jsonl` has, if it is there."""
+    path = workdir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = [line for line in lines if "codebook/perplexity_1" in line and line["step"] > start]
+    curves = {
+        title: {f"level {level}": [line[f"codebook/{name}_{level}"] for line in lines]
+                for level in range(1, num_levels + 1)}
+        for title, name in CURVES.items()
+    }
+    return [line["step"] for line in lines], curves
+
+
+def sections(run: Any, observed: Observed, rows: Sequence[dict[str, Any]], workdir: Path) -> dict[str, Any]:
+    """The parts of the page, by the names of their figures."""
+    from tarq_jax import metrics
+    from tarq_jax.experiments import plots
+    from tarq_jax.experiments.page import Section
+    from tarq_jax.metrics import diagnosis
+
+    counts = metrics.usage_counts(observed.output.codes, observed.codewords.shape[1])
+    error, by_length, by_head = attention_errors(observed)
+    verdicts = [row["verdict"] for row in rows]
+    verdicts += diagnosis.diagnose_attention(error, by_length, run.config.model.order)
+    table = [{key: value for key, value in row.items() if key != "verdict"} for row in rows]
+    shown = np.random.default_rng(0).permutation(len(observed.latents))[:3000]
+    parts = {"summary": Section("In words", verdicts, table)}
+    steps, curves = training_curves(workdir, len(rows), run.config.codebook.start)
+    if steps:
+        parts["training"] = Section(
+            "Over training", image=plots.png(plots.curves(steps, curves)),
+            caption="Utilisation is of one batch; perplexity and dead codewords are of running counts. "
+                    "A level that collapses loses perplexity long before it loses utilisation.")
+    return parts | {
+        "usage": Section("Use of codewords", image=plots.png(plots.usage(counts)),
+                         caption="Share of uses on the split, the most used first; dashed is even use."),
+        "distances": Section(
+            "Distances between codewords",
+            image=plots.png(plots.distances(metrics.pairwise_distances(observed.codewords))),
+            caption="Pairs near zero are codewords that do the same work."),
+        "projection": Section(
+            "Codewords among latents",
+            image=plots.png(plots.projection(observed.latents[shown], observed.codewords[0], counts[0])),
+            caption="Level 1 on the two main axes of the latents; the larger, the more used."),
+        "attention": Section(
+            "Attention against full attention",
+            image=plots.png(plots.bars({
+                "output, relative error by history length": {"all heads": by_length},
+                "weights, total variation by history length": by_head})),
+            caption="Zero is full attention; of the weights, one is no overlap at all."),
+    }
+
+
+def main() -> None:
+    """Flags to page and table."""
+    from tarq_jax.experiments.page import render
+    from tarq_jax.training.restore import load_run  # after the flags: importing JAX takes seconds
+
+    workdir = Path(RUN.value)
+    run = load_run(workdir)
+    observed = observe(run, SPLIT.value, REQUESTS.value)
+    rows = level_rows(observed, run.config)
+    parts = sections(run, observed, rows, workdir)
+    out = Path(OUT.value or workdir / "health")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, section in parts.items():
+        if section.image:
+            (out / f"{name}.png").write_bytes(section.image)
+    (out / "index.html").write_text(render(f"Codebook health of {workdir}", list(parts.values())))
+    reporting.print_table(rows, title=f"{SPLIT.value} split, {workdir}")
+    for sentence in parts["summary"].sentences:
+        print(sentence)
+    print(f"page: {out / 'index.html'}")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

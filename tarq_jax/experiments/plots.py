@@ -1,0 +1,96 @@
+"""Figures of reports: functions from arrays to a matplotlib figure; nothing is kept between them."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def _panels(count: int, width: float = 3.6, height: float = 2.8) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def curves(steps: Sequence[int], by_panel: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """A panel a quantity, a line a level, over training steps."""
+    figure, axes = _panels(len(by_panel))
+    for axis, (title, lines) in zip(axes, by_panel.items(), strict=True):
+        for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
+            axis.plot(steps, values, color=colour, label=name)
+        axis.set(title=title, xlabel="step")
+        axis.set_ylim(bottom=0)
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def usage(counts: Iterable[np.ndarray]) -> Figure:
+    """Share of uses of each codeword, the most used first, a panel a level; dashed is even use."""
+    counts = list(counts)
+    figure, axes = _panels(len(counts))
+    for index, (axis, level) in enumerate(zip(axes, counts, strict=True)):
+        share = np.sort(level)[::-1] / max(level.sum(), 1)
+        axis.bar(np.arange(len(share)), share, width=1.0, color=COLOURS[0])
+        axis.axhline(1 / len(share), color="black", linestyle="--", linewidth=1)
+        axis.set(title=f"level {index + 1}", xlabel="codeword, by use")
+    axes[0].set_ylabel("share of uses")
+    return figure
+
+
+def distances(by_level: Iterable[np.ndarray]) -> Figure:
+    """Histogram of the distances between different codewords, a panel a level."""
+    by_level = list(by_level)
+    figure, axes = _panels(len(by_level))
+    for index, (axis, matrix) in enumerate(zip(axes, by_level, strict=True)):
+        axis.hist(matrix[np.triu_indices(len(matrix), 1)], bins=30, color=COLOURS[0])
+        axis.set(title=f"level {index + 1}", xlabel="distance")
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel("pairs")
+    return figure
+
+
+def projection(latents: np.ndarray, codewords: np.ndarray, counts: np.ndarray) -> Figure:
+    """Codewords [K, D], as large as their use, over latents [M, D], on the latents' two main axes."""
+    figure, (axis,) = _panels(1, width=5.5, height=4.5)
+    centre = latents.mean(axis=0)
+    basis = np.linalg.svd(latents - centre, full_matrices=False)[2][:2].T
+    points, placed = (latents - centre) @ basis, (codewords - centre) @ basis
+    axis.scatter(points[:, 0], points[:, 1], s=4, color="#bbbbbb", linewidths=0, label="latents")
+    sizes = 15 + 200 * counts / max(counts.max(), 1)
+    across, up = placed.T
+    axis.scatter(across, up, s=sizes, color=COLOURS[0], alpha=0.75, linewidths=0, label="codewords")
+    unused = counts == 0
+    if unused.any():
+        axis.scatter(across[unused], up[unused], s=45, marker="x", color=COLOURS[1], label="never used")
+    axis.set(xlabel="first axis", ylabel="second axis")
+    axis.legend(frameon=False)
+    return figure
+
+
+def bars(by_panel: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """A panel a quantity, groups along the axis, a colour a series: panel -> series -> group -> value."""
+    figure, axes = _panels(len(by_panel), width=5.0)
+    for axis, (title, series) in zip(axes, by_panel.items(), strict=True):
+        groups = list(next(iter(series.values())))
+        width = 0.8 / len(series)
+        for index, (name, values) in enumerate(series.items()):
+            places = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
+            axis.bar(places, [values[group] for group in groups], width, color=COLOURS[index % 6], label=name)
+        axis.set_xticks(np.arange(len(groups)), groups)
+        axis.set(title=title)
+        if len(series) > 1:
+            axis.legend(frameon=False)
+    return figure

@@ -1,0 +1,92 @@
+"""What is wrong with a codebook, in words, and which setting helps: a table of rules on measurements."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Level(NamedTuple):
+    """Measurements of one level, on an evaluation set, and of the run as a whole."""
+
+    level: int  # from 1
+    size: int  # K
+    utilisation: float  # share of codewords in use
+    perplexity: float
+    dead: int
+    quantization_error: float  # share of the latents' energy left after this level
+    error_before: float  # the same before this level; 1 for the first
+    distinct_items: int  # different latents that were quantized
+    init: str  # config.codebook.init
+    revive_every: int  # config.codebook.revive_every
+
+
+class Rule(NamedTuple):
+    """A finding, and what helps."""
+
+    holds: Callable[[Level], bool]
+    finding: str
+    remedy: str
+
+
+LEVEL_RULES = (
+    Rule(lambda m: m.distinct_items <= 1,
+         "all latents are the same: the encoder or the query tower has collapsed, not the codebook",
+         "lower config.optimizer.weight_decay, or see whether target attention helps on this data at all"),
+    Rule(lambda m: 1 < m.distinct_items < m.size,
+         "only {distinct_items} different latents for {size} codewords",
+         "lower config.model.num_codewords"),
+    Rule(lambda m: m.utilisation < 0.98 and m.init == "random" and m.distinct_items >= m.size,
+         "{dead} of {size} codewords are never used, and the level began at random",
+         "set config.codebook.init=kmeans with config.codebook.start after a warm-up"),
+    Rule(lambda m: m.utilisation < 0.98 and not m.revive_every and m.distinct_items >= m.size,
+         "{dead} of {size} codewords are never used, and none is revived",
+         "set config.codebook.revive_every, to 100 say"),
+    Rule(lambda m: (m.utilisation < 0.98 and m.init != "random" and m.revive_every > 0
+                    and m.distinct_items >= m.size),
+         "{dead} of {size} codewords are never used in spite of revival",
+         "raise config.codebook.min_usage, or revive by age with config.codebook.dead=age"),
+    Rule(lambda m: m.utilisation >= 0.98 and m.perplexity < 0.5 * m.size,
+         "every codeword is used, but so unevenly that {perplexity:.0f} would do the work of {size}",
+         "raise config.codebook.init_latents, or lower config.model.num_codewords"),
+    Rule(lambda m: m.level > 1 and m.quantization_error > 0.95 * m.error_before and m.error_before > 1e-4,
+         "the level leaves {quantization_error:.1%} of the energy where {error_before:.1%} came in",
+         "lower config.model.num_levels, or set config.codebook.learning=ema"),
+)
+
+
+def diagnose_level(measured: Level) -> list[str]:
+    """A sentence for each rule that holds; one that says the level is healthy where none does.
+
+    Example:
+      >>> level = Level(1, 64, 0.25, 9.0, 48, 0.5, 1.0, 900, "random", 0)
+      >>> for sentence in diagnose_level(level): print(sentence)
+      Level 1: 48 of 64 codewords are never used, and the level began at random. What helps: set
+      config.codebook.init=kmeans with config.codebook.start after a warm-up.
+      Level 1: 48 of 64 codewords are never used, and none is revived. What helps: set
+      config.codebook.revive_every, to 100 say.
+    """
+    values = measured._asdict()
+    found = [f"Level {measured.level}: {rule.finding.format(**values)}. What helps: {rule.remedy}."
+             for rule in LEVEL_RULES if rule.holds(measured)]
+    return found or [
+        f"Level {measured.level} is healthy: {measured.utilisation:.0%} of {measured.size} codewords in use, "
+        f"perplexity {measured.perplexity:.0f}, {measured.quantization_error:.1%} of the energy left."]
+
+
+def diagnose_attention(error: float, errors_by_length: Mapping[str, float], order: int) -> list[str]:
+    """Sentences on the attention output's relative error, over all and by history length.
+
+    Args:
+      error: over all requests.
+      errors_by_length: from a bucket's name to its error, short histories first.
+      order: of the student.
+    """
+    sentences = [f"The attention output is {error:.1%} off that of full attention."]
+    if error > 0.25:
+        sentences.append("That is far: set config.model.order=1." if order == 0 else
+                         "That is far: raise config.model.num_codewords.")
+    known = [value for value in errors_by_length.values() if value == value]
+    if len(known) > 1 and known[-1] > 1.5 * known[0]:
+        sentences.append(
+            f"It grows with the history, from {known[0]:.1%} to {known[-1]:.1%}: long histories make "
+            "attention sharper, which takes more codewords.")
+    return sentences

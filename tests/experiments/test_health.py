@@ -1,0 +1,112 @@
+"""The health report of a real, tiny run: its page, its numbers, and calls that cannot be done."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+
+from tarq_jax.experiments import health, page
+from tarq_jax.training import loop
+from tarq_jax.training.restore import load_run
+
+pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
+FIGURES = {"attention", "distances", "projection", "training", "usage"}
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["order_0", "order_1"])
+def order(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def workdir(order, tmp_path_factory, tiny_dataset, silent, compiled_once, one_device):
+    config = tiny.make_config()
+    config.model.order = order
+    folder = tmp_path_factory.mktemp("run")
+    loop.train(config, tiny_dataset, folder, silent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(workdir, tiny_dataset):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load_data", lambda config: tiny_dataset)
+        return load_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def observed(run):
+    return health.observe(run, "test", 100)
+
+
+def test_rows_are_the_health_of_the_split(run, observed):
+    rows = health.level_rows(observed, run.config)
+    assert [row["level"] for row in rows] == [1, 2]
+    evaluated = loop.test(run.config, run.objective, run.state, run.dataset, "test")[0]
+    for row in rows:
+        for name in ("utilisation", "perplexity", "dead", "quantization_error"):
+            assert row[name] == pytest.approx(evaluated[f"{name}_{row['level']}"], rel=1e-4)
+        assert row["verdict"].startswith(f"Level {row['level']}")
+
+
+def test_attention_errors(run, observed, order):
+    error, by_length, by_head = health.attention_errors(observed)
+    evaluated = loop.test(run.config, run.objective, run.state, run.dataset, "test")[0]
+    assert error == pytest.approx(evaluated["attention_error"], rel=1e-4)
+    assert list(by_head) == [f"{'head' if order else 'level'} {index}" for index in (1, 2)]
+    assert all(set(lengths) == set(by_length) for lengths in by_head.values())
+    assert all(0.0 <= value for lengths in by_head.values() for value in lengths.values())
+
+
+def test_page_is_self_contained(run, observed, workdir):
+    rows = health.level_rows(observed, run.config)
+    parts = health.sections(run, observed, rows, workdir)
+    assert {name for name, section in parts.items() if section.image} == FIGURES
+    assert all(section.image.startswith(b"\x89PNG") for name, section in parts.items() if name in FIGURES)
+    text = page.render("Health of <run>", list(parts.values()))
+    assert "Health of &lt;run&gt;" in text and rows[0]["verdict"].replace("'", "&#x27;") in text
+    assert text.count("data:image/png;base64,") == len(FIGURES)
+    assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_curves_begin_where_the_codebook_does(run, workdir):
+    steps, curves = health.training_curves(workdir, 2, run.config.codebook.start)
+    assert steps == [4, 5, 6]
+    assert all(len(values) == 3 for levels in curves.values() for values in levels.values())
+    assert health.training_curves(workdir / "nowhere", 2, 0)[0] == []
+
+
+def test_lengths_fall_into_buckets():
+    lengths = np.repeat([1, 2, 8, 9, 30], 4)
+    ones = np.ones(20)
+    found = health.Observed(None, None, None, ones * lengths, ones, lengths, {"head 1": 0.1 * ones})
+    error, by_length, by_head = health.attention_errors(found)
+    assert error == pytest.approx(np.sqrt(10.0))
+    assert list(by_length) == ["1", "2 to 7", "8", "9 to 30"]
+    np.testing.assert_allclose(list(by_length.values()), np.sqrt([1.0, 2.0, 8.0, 19.5]))
+    assert by_head == {"head 1": dict.fromkeys(by_length, pytest.approx(0.1))}
+
+
+def test_a_model_without_codebook_is_refused(tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
+    tiny_config.model.name = "two_tower"
+    loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    with pytest.raises(ValueError, match="'two_tower' has no codebook, expected one of 'tarq'"):
+        health.observe(load_run(tmp_path), "test", 10)
+
+
+def test_command(command, tmp_path):
+    data_dir = f"--config.data.data_dir={tmp_path}/data"
+    done = command("train.py", "--config=configs/synthetic.py:smoke", f"--workdir={tmp_path}/run", data_dir)
+    assert done.returncode == 0, done.stderr
+    report = ("-m", "tarq_jax.experiments.health")
+    done = command(*report, f"--run={tmp_path}/run", f"--json={tmp_path}/rows.json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "health" / "index.html").is_file()
+    assert {path.stem for path in (tmp_path / "run" / "health").glob("*.png")} == FIGURES
+    assert [row["level"] for row in json.loads((tmp_path / "rows.json").read_text())] == [1, 2, 3]
+    missing = command(*report, f"--run={tmp_path}/nowhere")
+    assert missing.returncode == 1 and "no checkpoints in it" in missing.stderr
+    assert len(missing.stderr.splitlines()) == 1
