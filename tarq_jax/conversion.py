@@ -107,7 +107,7 @@ def with_corrections(index: ItemIndex, corrections: jax.Array) -> ItemIndex:
     """An index of order 1 that keeps every item's correction [V, H, E] as it is."""
     own = jnp.arange(len(corrections), dtype=jnp.int32)
     return ItemIndex(
-        levels=(index.levels[0], corrections), codes=jnp.stack([index.codes[:, 0], own], axis=1)
+        levels=(index.levels[0], jnp.asarray(corrections)), codes=jnp.stack([index.codes[:, 0], own], axis=1)
     )
 
 

@@ -1,0 +1,131 @@
+"""Converting a target-attention model: its parts, calibration, evaluation, fine-tuning."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from tarq_jax import conversion as indexing
+from tarq_jax import data, losses
+from tarq_jax.models import TargetAttention
+from tarq_jax.models.parts import target_attention_parts
+from tarq_jax.training import conversion, loop
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_dataset):
+    return next(data.eval_batches(tiny_dataset, "test", batch_size=8, **loop.batch_shapes(tiny_dataset)))
+
+
+@pytest.fixture(scope="module")
+def module(tiny_dataset):
+    return TargetAttention(tiny_dataset.schema, width=4, num_heads=2, hidden=(4,))
+
+
+@pytest.fixture(scope="module")
+def model(module, tiny_dataset, batch):
+    """Random parameters, large enough that attention is not even."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), batch)
+    params = jax.tree.map(lambda leaf: rng.normal(0.0, 0.8, leaf.shape).astype(leaf.dtype), shapes)
+    return conversion.trained_model(target_attention_parts(module), params, tiny_dataset)
+
+
+@pytest.fixture(scope="module")
+def coarse(model):
+    return indexing.quantize_queries(jax.random.key(0), model.queries, num_codewords=4)
+
+
+def test_parts_are_the_model(module, model, batch):
+    """Queries of the items, keys, values and head give the model's own logits."""
+    output = jax.jit(module.apply)(model.params, batch)
+    items = batch.candidates[data.ITEM_ID]
+    real = np.broadcast_to(batch.candidate_mask[:, None, :, None], output.queries.shape)
+    queries = np.swapaxes(np.asarray(model.queries)[items], 1, 2)
+    np.testing.assert_allclose(queries[real], np.asarray(output.queries)[real], rtol=1e-4, atol=1e-5)
+    exact, _ = conversion.exact_and_approximate(
+        model, indexing.with_corrections(*_nothing(model)), batch)
+    logits = model.parts.head(model.params, model.parts.context(model.params, batch), exact)
+    np.testing.assert_allclose(
+        np.asarray(logits)[batch.candidate_mask], np.asarray(output.logits)[batch.candidate_mask],
+        rtol=1e-4, atol=1e-5)
+
+
+def _nothing(model):
+    """An index whose codewords are the queries themselves, and corrections of zero."""
+    codes = np.arange(len(model.queries))[:, None]
+    return indexing.ItemIndex(levels=(model.queries,), codes=codes), np.zeros_like(model.queries)
+
+
+def test_an_exact_index_scores_like_the_model(model):
+    index = indexing.with_corrections(*_nothing(model))
+    converted, exact = conversion.evaluate_index(model, index, recall_k=2, batch_size=16)
+    assert converted["auc"] == pytest.approx(exact["auc"], abs=1e-6)
+    assert converted["attention_error"] < 1e-5 and converted["recall_at_2"] == 1.0
+    assert converted["quantization_error"] < 1e-10
+
+
+def test_evaluation_tells_what_is_lost(model, coarse):
+    calibration = list(conversion.calibration(model, requests=16))
+    corrections = indexing.fitted_corrections(coarse, model.queries, calibration)
+    order_0, exact = conversion.evaluate_index(model, coarse, recall_k=2, batch_size=16)
+    order_1, _ = conversion.evaluate_index(
+        model, indexing.with_corrections(coarse, corrections), recall_k=2, batch_size=16)
+    assert 0.0 < order_1["attention_error"] < order_0["attention_error"] < 1.0
+    assert order_0["utilisation"] == 1.0 and 0.0 < order_0["quantization_error"] < 1.0
+    assert order_1["model"] != exact["model"]
+
+
+def test_counts_of_candidates(tiny_dataset):
+    counts = conversion.candidate_counts(tiny_dataset)
+    assert counts.shape == (tiny_dataset.schema.num_items,) and counts[0] == 0
+    assert counts.sum() == (tiny_dataset.splits["train"].candidates > 0).sum()
+
+
+def test_calibration_is_of_training_requests(model):
+    sizes = [len(mask) for _, _, mask in conversion.calibration(model, requests=20)]
+    assert sizes == [8, 8]
+    keys, values, mask = next(conversion.calibration(model, requests=3))
+    assert keys.shape == values.shape == (3, 2, mask.shape[1], 2)
+
+
+def test_random_candidates(tiny_dataset, batch):
+    rng = np.random.default_rng(0)
+    wider = conversion.with_random_candidates(rng, batch, tiny_dataset, 5)
+    own = batch.labels.shape[1]
+    for name in ("labels", "weights", "candidate_mask"):
+        assert getattr(wider, name).shape == (8, own + 5)
+        np.testing.assert_array_equal(getattr(wider, name)[:, :own], getattr(batch, name))
+    ids = wider.candidates[data.ITEM_ID]
+    assert wider.candidate_mask[:, own:].all() and (ids[:, own:] > 0).all()
+    for name, column in wider.candidates.items():
+        np.testing.assert_array_equal(column[:, own:], tiny_dataset.items[name][ids[:, own:]])
+
+
+def test_fine_tuning_brings_the_student_nearer(model, coarse):
+    """The distillation loss falls; codes, keys and values stay; only what the head reads has moved."""
+    steps = []
+    tuned, index = conversion.fine_tune(
+        model, coarse, steps=60, batch_size=16, num_random=8, level_rate=0.03, learning_rate=0.01,
+        progress=steps.append)
+    assert steps == [50, 60]
+    np.testing.assert_array_equal(index.codes, coarse.codes)
+    assert not np.array_equal(index.levels[0], coarse.levels[0])
+    moved = {name for name, leaf in tuned["params"].items() if any(
+        not np.array_equal(new, old) for new, old in
+        zip(jax.tree.leaves(leaf), jax.tree.leaves(model.params["params"][name]), strict=True))}
+    assert moved == {"head", "attention"}  # of the attention, its output projection
+
+    def divergence(params, index):
+        total = 0.0
+        batches = data.eval_batches(model.dataset, "test", batch_size=8, **loop.batch_shapes(model.dataset))
+        for batch in itertools.islice(batches, 3):
+            context = model.parts.context(model.params, batch)
+            exact, found = conversion.exact_and_approximate(model, index, batch)
+            total += losses.weighted_mean(losses.distillation(
+                model.parts.head(params, context, found), model.parts.head(model.params, context, exact)),
+                batch.weights)
+        return float(total)
+
+    assert divergence(tuned, index) < divergence(model.params, coarse)
