@@ -10,7 +10,7 @@ CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints and metrics go; an unfinished run there goes on.", required=True
 )
-JSON = flags.DEFINE_string("json", None, "File to write the rows of the final table to.")
+JSON = cli.json_flag()
 
 
 def main() -> None:

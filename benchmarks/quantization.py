@@ -23,7 +23,7 @@ from tarq_jax import cli, quantization, reporting
 
 SIZES = flags.DEFINE_list("latents", ["10000", "100000"], "Numbers of latents.")
 THREADS = flags.DEFINE_integer("threads", 2, "Threads of the peers; JAX takes all cores that it is given.")
-JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+JSON = cli.json_flag()
 
 LEVELS, CODEWORDS, WIDTH = 3, 256, 64
 EPOCHS, BATCH = 3, 2000  # of vector-quantize-pytorch's moving averages

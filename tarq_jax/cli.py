@@ -37,6 +37,13 @@ def config_flag() -> flags.FlagHolder:
     return config
 
 
+def json_flag() -> flags.Flag:
+    """Defines `--json=FILE`, once however many commands a process imports."""
+    if "json" not in flags.FLAGS:
+        flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+    return flags.FLAGS["json"]
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses flags, runs `main` and exits with the code that fits what happened."""
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step they take

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -62,7 +63,7 @@ def print_table(rows: Sequence[Row], title: str) -> None:
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=500)
     table = Table(title=title, title_justify="left")
     for column in columns:
         justify: Literal["left", "right"] = "left" if column == "model" else "right"
@@ -70,6 +71,26 @@ def print_table(rows: Sequence[Row], title: str) -> None:
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     console.print(table)
+
+
+def summarise(rows: Sequence[dict]) -> list[dict]:
+    """Mean and standard deviation (ddof 1) over seeds, a row a predictor.
+
+    Example:
+      >>> summarise([{"model": "a", "seed": 0, "auc": 0.5}, {"model": "a", "seed": 1, "auc": 0.7}])
+      [{'model': 'a', 'seeds': 2, 'auc': 0.6, 'auc_std': 0.14142135623730948}]
+    """
+    summary = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        runs = [row for row in rows if row["model"] == model]
+        combined = {"model": model, "seeds": len(runs)}
+        for key in (key for key in runs[0] if key not in ("model", "seed")):
+            values = np.array([run[key] for run in runs], dtype=float)
+            combined[key] = float(values.mean())
+            if len(runs) > 1:
+                combined[f"{key}_std"] = float(values.std(ddof=1))
+        summary.append(combined)
+    return summary
 
 
 def write_rows(rows: Sequence[Row], path: str | Path) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
-import numpy as np
 from absl import flags
 from rich.console import Console
 
@@ -22,7 +21,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "Where all runs are kep
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"],
                           "Seeds of initialisation and order, one run each a model.")
 TRAINED = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "A model to train; repeat for more.")
-JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+JSON = cli.json_flag()
 
 
 def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Sequence[int], workdir: Path,
@@ -55,33 +54,13 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
     return rows
 
 
-def summarise(rows: Sequence[dict]) -> list[dict]:
-    """Mean and standard deviation (ddof 1) over seeds, a row a predictor.
-
-    Example:
-      >>> summarise([{"model": "a", "seed": 0, "auc": 0.5}, {"model": "a", "seed": 1, "auc": 0.7}])
-      [{'model': 'a', 'seeds': 2, 'auc': 0.6, 'auc_std': 0.14142135623730948}]
-    """
-    summary = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        runs = [row for row in rows if row["model"] == model]
-        combined = {"model": model, "seeds": len(runs)}
-        for key in (key for key in runs[0] if key not in ("model", "seed")):
-            values = np.array([run[key] for run in runs], dtype=float)
-            combined[key] = float(values.mean())
-            if len(runs) > 1:
-                combined[f"{key}_std"] = float(values.std(ddof=1))
-        summary.append(combined)
-    return summary
-
-
 def main() -> None:
     """Flags to table."""
     seeds = _seeds(SEEDS.value)
     rows = compare(cli.settings(CONFIG.value), TRAINED.value, seeds, Path(WORKDIR.value))
     if len(seeds) > 1:
         reporting.print_table(rows, title="each seed, test split")
-    summary = summarise(rows)
+    summary = reporting.summarise(rows)
     reporting.print_table(summary, title=f"mean over seeds {', '.join(map(str, seeds))}, test split")
     reporting.write_rows(rows + summary, Path(WORKDIR.value) / "results.json")
     if JSON.value:

@@ -22,8 +22,9 @@ from rich.progress import track
 from tarq_jax import cli, reporting
 from tarq_jax.metrics import gap_recovered
 
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Working directory of a finished run of target attention.", required=True)
+CHECKPOINTS = flags.DEFINE_multi_string(
+    "checkpoint", None, "Working directory of a finished run of target attention; repeat for more seeds.",
+    required=True)
 CODEWORDS = flags.DEFINE_list("codewords", ["64"], "Codewords of level 1.")
 ORDER = flags.DEFINE_list("order", ["1"], "0 looks attention up, 1 corrects it by its first derivative.")
 LEVELS = flags.DEFINE_list("levels", ["0"], "Further levels, of 256 codewords; 0 keeps corrections exactly.")
@@ -32,9 +33,10 @@ CORRECTION = flags.DEFINE_enum(
 CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections see.")
 FINE_TUNE = flags.DEFINE_integer("fine_tune", 0, "Steps that then train codewords and head; 0 for none.")
 SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.")
-TWO_TOWER = flags.DEFINE_string(
-    "two_tower", None, "Working directory of a two-tower run on the same data, for the share of the gap.")
-JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+TWO_TOWERS = flags.DEFINE_multi_string(
+    "two_tower", [], "Two-tower run for the share of the gap, one for each checkpoint, in their order.")
+PLOT = flags.DEFINE_string("plot", None, "PNG file for the attention error by codewords and order.")
+JSON = cli.json_flag()
 
 
 class Setting(NamedTuple):
@@ -54,8 +56,11 @@ def settings() -> list[Setting]:
     return list(dict.fromkeys(found))
 
 
-def convert(checkpoint: Path, wanted: Sequence[Setting], console: Console) -> list[dict[str, Any]]:
+def convert(
+    checkpoint: Path, two_tower: Path | None, wanted: Sequence[Setting], console: Console
+) -> list[dict[str, Any]]:
     """A row for the model as it is, then one for each setting, and one more where it was fine-tuned."""
+    floor = None if two_tower is None else _auc_of(two_tower)
     from tarq_jax.training import conversion as training  # after the flags: importing JAX takes seconds
 
     model, config = load_model(checkpoint)
@@ -70,8 +75,11 @@ def convert(checkpoint: Path, wanted: Sequence[Setting], console: Console) -> li
         if FINE_TUNE.value:
             tuned, index = training.fine_tune(model, index, steps=FINE_TUNE.value, seed=SEED.value)
             converted, exact = evaluate(index, tuned)
-            rows.append(_described(converted, exact, setting, facts) | {"fine_tuned": FINE_TUNE.value})
-    return _with_gap(rows)
+            row = _described(converted, exact, setting, facts) | {"fine_tuned": FINE_TUNE.value}
+            rows.append(row | {"model": f"{row['model']}, fine-tuned"})
+    if floor is not None:
+        rows = [row | {"gap_recovered": gap_recovered(row["auc"], floor, rows[0]["auc"])} for row in rows]
+    return [{"seed": config.seed} | row for row in rows]
 
 
 def load_model(checkpoint: Path) -> tuple[Any, ml_collections.ConfigDict]:
@@ -118,14 +126,11 @@ def _described(converted: dict, exact: dict, setting: Setting, facts: dict) -> d
     return converted | {"model": name} | setting._asdict() | difference | facts
 
 
-def _with_gap(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if TWO_TOWER.value is None:
-        return rows
-    path = Path(TWO_TOWER.value) / "results.json"
+def _auc_of(two_tower: Path) -> float:
+    path = two_tower / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"--two_tower: {path} does not exist, expected a finished two-tower run")
-    two_tower = json.loads(path.read_text())[0]["auc"]
-    return [row | {"gap_recovered": gap_recovered(row["auc"], two_tower, rows[0]["auc"])} for row in rows]
+    return json.loads(path.read_text())[0]["auc"]
 
 
 def _whole_numbers(flag: flags.FlagHolder, least: int) -> list[int]:
@@ -135,12 +140,32 @@ def _whole_numbers(flag: flags.FlagHolder, least: int) -> list[int]:
     return [int(value) for value in flag.value]
 
 
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Attention error by codewords of level 1, a line an order and number of further levels."""
+    from tarq_jax.experiments import plots
+
+    lines: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if "order" in row and "fine_tuned" not in row:
+            name = row["model"].replace(f"K={row['codewords']:.0f}", "").replace(", , ", ", ").strip(", ")
+            lines.setdefault(name, {})[int(row["codewords"])] = row["attention_error"]
+    path.write_bytes(plots.png(plots.errors_by_size(lines)))
+
+
 def main() -> None:
     """Flags to table."""
-    rows = convert(Path(CHECKPOINT.value), settings(), Console())
-    reporting.print_table(rows, title=f"test split, {CHECKPOINT.value} converted")
+    if TWO_TOWERS.value and len(TWO_TOWERS.value) != len(CHECKPOINTS.value):
+        cli.wrong_call(f"--two_tower is given {len(TWO_TOWERS.value)} times, expected once for each of "
+                       f"{len(CHECKPOINTS.value)} --checkpoint")
+    wanted, console, rows = settings(), Console(), []
+    for checkpoint, two_tower in itertools.zip_longest(CHECKPOINTS.value, TWO_TOWERS.value):
+        rows += convert(Path(checkpoint), Path(two_tower) if two_tower else None, wanted, console)
+    summary = reporting.summarise(rows) if len(CHECKPOINTS.value) > 1 else []
+    reporting.print_table(summary or rows, title=f"test split, {len(CHECKPOINTS.value)} converted")
+    if PLOT.value:
+        plot(summary or rows, Path(PLOT.value))
     if JSON.value:
-        reporting.write_rows(rows, JSON.value)
+        reporting.write_rows(rows + summary, JSON.value)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ RUN = flags.DEFINE_string("run", None, "Working directory of a TARQ run.", requi
 OUT = flags.DEFINE_string("out", None, "Where the page goes; RUN/health if not given.")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split that is looked at.")
 REQUESTS = flags.DEFINE_integer("requests", 2000, "Requests of the split that are looked at.", lower_bound=1)
-JSON = flags.DEFINE_string("json", None, "File to write the rows of the table to.")
+JSON = cli.json_flag()
 
 CURVES = {"utilisation of a batch": "utilisation", "perplexity": "perplexity", "dead codewords": "dead",
           "quantization error": "quantization_error"}

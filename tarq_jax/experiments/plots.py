@@ -80,6 +80,20 @@ def projection(latents: np.ndarray, codewords: np.ndarray, counts: np.ndarray) -
     return figure
 
 
+def errors_by_size(lines: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Relative error over the number of codewords, both on logarithmic axes, a line a name."""
+    figure, (axis,) = _panels(1, width=6.0, height=4.0)
+    for colour, (name, errors) in zip(COLOURS, lines.items(), strict=False):
+        sizes = sorted(errors)
+        axis.plot(sizes, [errors[size] for size in sizes], marker="o", color=colour, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="codewords of level 1",
+             ylabel="relative error of the attention output")
+    sizes = sorted({size for errors in lines.values() for size in errors})
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.legend(frameon=False)
+    return figure
+
+
 def bars(by_panel: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
     """A panel a quantity, groups along the axis, a colour a series: panel -> series -> group -> value."""
     figure, axes = _panels(len(by_panel), width=5.0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tarq_jax import metrics
+from tarq_jax import metrics, reporting
 from tarq_jax.config import MODELS
 from tarq_jax.experiments import compare as comparison
 from tarq_jax.training import loop
@@ -96,7 +96,7 @@ def test_the_configuration_given_stays_as_it_is(tiny_config, tiny_dataset, tmp_p
 
 def test_summary_is_mean_and_deviation(compared):
     rows, _ = compared
-    summary = comparison.summarise(rows)
+    summary = reporting.summarise(rows)
     assert [row["model"] for row in summary] == list(RUNS)
     for row in summary:
         runs = [r for r in rows if r["model"] == row["model"]]
@@ -108,7 +108,7 @@ def test_summary_is_mean_and_deviation(compared):
 
 
 def test_one_seed_has_no_deviation():
-    row, = comparison.summarise([{"model": "a", "seed": 3, "auc": 0.5, "utilisation": None}])
+    row, = reporting.summarise([{"model": "a", "seed": 3, "auc": 0.5, "utilisation": None}])
     assert (row["auc"], row["seeds"]) == (0.5, 1) and math.isnan(row["utilisation"])
     assert not any(key.endswith("_std") for key in row)
 

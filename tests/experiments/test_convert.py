@@ -21,12 +21,14 @@ def runs(command, tmp_path_factory):
 def test_rows(command, runs):
     done = command(
         *CONVERT, f"--checkpoint={runs}/target_attention", f"--two_tower={runs}/two_tower", "--codewords=4,8",
-        "--order=0,1", "--levels=0", "--calibration=16", "--fine_tune=2", f"--json={runs}/rows.json")
+        "--order=0,1", "--levels=0", "--calibration=16", "--fine_tune=2", f"--json={runs}/rows.json",
+        f"--plot={runs}/errors.png")
     assert done.returncode == 0, done.stderr
     exact, *rows = json.loads((runs / "rows.json").read_text())
     assert exact["model"] == "target attention" and exact["gap_recovered"] in (None, 1.0)
     assert [(row["codewords"], row["order"], row.get("fine_tuned", 0)) for row in rows] == [
         (k, order, steps) for k in (4, 8) for order in (0, 1) for steps in (0, 2)]
+    assert (runs / "errors.png").read_bytes().startswith(b"\x89PNG")
     for row in rows:
         assert row["auc_difference"] == pytest.approx(row["auc"] - exact["auc"])
     plain = {(row["codewords"], row["order"]): row["attention_error"]
