@@ -38,6 +38,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.head = "mlp"
     config.model.decoded = "query"  # what the decoder reconstructs; or "item"
     config.model.aligned_share = 0.25  # share of the requests of a batch that the alignment loss looks at
+    config.model.assign = "nearest"  # of codes in training; or "cosine", or "balanced"
+    config.model.pass_through = "straight_through"  # gradient through quantization; or "rotation"
     config.model.student_gradient = "student"  # how far it reaches; or "backbone", or "teacher"
 
     config.codebook = ml_collections.ConfigDict()
@@ -122,6 +124,8 @@ RULES: Mapping[str, Rule] = {
     "model.head": _one_of(*HEADS),
     "model.aligned_share": Rule(lambda value: 0 < value <= 1, "a number in (0, 1]"),
     "model.decoded": _one_of(*DECODED),
+    "model.assign": _one_of("nearest", "cosine", "balanced"),
+    "model.pass_through": _one_of("straight_through", "rotation"),
     "model.student_gradient": _one_of(*REACHES),
     "codebook.init": _one_of("kmeans", "random"),
     "codebook.start": _at_least(0),

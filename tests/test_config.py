@@ -15,6 +15,7 @@ BAD = {
     "model.hidden": [(64, 0), ("64",), (-1,)], "model.num_levels": [0], "model.num_codewords": [1],
     "model.head": ["mpl"], "model.student_gradient": ["all"], "model.decoded": ["user"],
     "model.aligned_share": [0.0, 1.5, -0.1, math.nan],
+    "model.assign": ["even"], "model.pass_through": ["ste"],
     "codebook.init": ["k-means"], "codebook.start": [-1], "codebook.init_latents": [0],
     "codebook.learning": ["sgd"], "codebook.decay": [1.0, -0.1, math.nan],
     "codebook.revive_every": [-1], "model.order": [2, -1],

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tarq_jax import quantization
 from tarq_jax.attention import attention_weights, multi_head_attention
 from tarq_jax.corrections import damping
 from tarq_jax.expansion import first_order
@@ -65,7 +64,7 @@ class FirstOrderTarq(Tarq):
     def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
         """Weights head by head; to first order they still sum to one, but may be negative."""
         teacher = self.teacher(batch)
-        quantizer = quantization.encode(codewords, self.latents(teacher))
+        quantizer = self.encode(codewords, self.latents(teacher))
         mask = batch.history_mask[:, None, None]
         value, changes = first_order(
             lambda queries: attention_weights(queries, teacher.keys, mask),

@@ -1,6 +1,6 @@
 """TARQ: a student that looks target attention up in personalised codebooks (arXiv 2509.16931)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import chex
@@ -73,6 +73,9 @@ class Tarq(nn.Module):
         parameters, so that the teacher trains as if alone. `backbone`: into the towers and item
         embeddings under its head too, but not into the teacher's history encoding, nor the item
         embedding that is quantized. `teacher`: everywhere, which drags the teacher down.
+      encode: (codewords, latents) -> QuantizerOutput, e.g. with another `assign`.
+      pass_through: (latents, quantized) -> the quantized value with a gradient for the latent,
+        `quantization.straight_through` or `quantization.rotate`.
     """
 
     schema: Schema
@@ -84,6 +87,8 @@ class Tarq(nn.Module):
     decoded: Decoded = "query"
     aligned_share: float = 1.0
     student_gradient: Reach = "student"
+    encode: Callable[[jax.Array, jax.Array], QuantizerOutput] = quantization.encode
+    pass_through: Callable[[jax.Array, jax.Array], jax.Array] = quantization.straight_through
 
     def setup(self):
         """Creates the parts; a ValueError names an unknown `head`, `decoded` or `student_gradient`."""
@@ -128,10 +133,10 @@ class Tarq(nn.Module):
         )
         seen = gate(teacher)
         latents = self.latents(seen)
-        quantizer = quantization.encode(codewords, latents)
+        quantizer = self.encode(codewords, latents)
         num_aligned = max(1, round(self.aligned_share * len(batch.history_mask)))
         attended, personalized = self.attend(codewords, quantizer, seen, batch.history_mask, num_aligned)
-        passed = jnp.where(quantize, quantization.straight_through(latents, quantizer.quantized), latents)
+        passed = jnp.where(quantize, self.pass_through(latents, quantizer.quantized), latents)
         reconstruction, target = self.decode(passed, teacher)
         return TarqOutput(
             logits=self._student_logits(gate_backbone(teacher.backbone), attended, quantizer.chosen),
@@ -185,7 +190,7 @@ class Tarq(nn.Module):
         teacher = self.teacher(batch)
         mask = batch.history_mask[:, None, None]
         exact = attention_weights(teacher.queries, teacher.keys, mask).mean(axis=1)
-        chosen = quantization.encode(codewords, self.latents(teacher)).chosen
+        chosen = self.encode(codewords, self.latents(teacher)).chosen
         queries = self.level_attention.queries(jnp.swapaxes(chosen, 1, 2))
         keys, _ = self.level_attention.keys_values(teacher.history)
         student = attention_weights(queries, keys, mask[:, None]).mean(axis=2)

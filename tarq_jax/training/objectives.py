@@ -1,5 +1,6 @@
 """What each model is trained on: `Objective` bundles a module's init, loss and predictions."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from tarq_jax import losses
+from tarq_jax import losses, quantization
 from tarq_jax.data.schema import Schema
 from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
@@ -106,17 +107,31 @@ def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[
 
 
 TARQ_OF_ORDER = {0: Tarq, 1: FirstOrderTarq}
+ASSIGN = {
+    "nearest": quantization.nearest,
+    "cosine": quantization.nearest_by_cosine,
+    "balanced": quantization.balanced,
+}
+SERVED_ASSIGN = ASSIGN | {"balanced": quantization.nearest}  # a code must not depend on the batch
+PASS_THROUGH = {"straight_through": quantization.straight_through, "rotation": quantization.rotate}
 STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of the predictors of TARQ
 WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # the losses that train before the codebook is in use
 
 
-def tarq(module: Tarq, loss_weights: Mapping[str, float]) -> Objective:
+def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = None) -> Objective:
     """The weighted sum of `tarq_losses`; predictors `STUDENT` and `TEACHER`.
+
+    Args:
+      module: what trains.
+      loss_weights: of every loss.
+      served: what predicts with the same parameters; `module` if None. Differs where training
+        assigns codes by batch.
 
     Raises:
       ValueError: at the first loss, if `loss_weights` names a loss that does not exist, or misses one.
     """
-    forward = nn.apply(type(module).__call__, module)
+    served = module if served is None else served
+    forward, forward_served = (nn.apply(type(part).__call__, part) for part in (module, served))
 
     def init(rng, batch, codewords):
         variables = module.init(rng, batch, codewords)
@@ -136,14 +151,14 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float]) -> Objective:
         return total, LossOutput(metrics, output.quantizer)
 
     def predict(params, codewords, batch):
-        output = forward(params, batch, codewords)
+        output = forward_served(params, batch, codewords)
         diagnostics = Diagnostics(
             output.latents, output.quantizer, output.attention_output, output.teacher.attention_output
         )
         return Predictions({STUDENT: output.logits, TEACHER: output.teacher.logits}, diagnostics)
 
     def attention(params, codewords, batch):
-        return nn.apply(type(module).attention_weights, module)(params, batch, codewords)
+        return nn.apply(type(served).attention_weights, served)(params, batch, codewords)
 
     return Objective(
         init, loss, predict, latents=nn.apply(type(module).candidate_latents, module), attention=attention
@@ -168,5 +183,8 @@ def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], s
     module = TARQ_OF_ORDER[model.order](
         **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
         decoded=model.decoded, aligned_share=model.aligned_share, student_gradient=model.student_gradient,
+        encode=functools.partial(quantization.encode, assign=ASSIGN[model.assign]),
+        pass_through=PASS_THROUGH[model.pass_through],
     )
-    return tarq(module, dict(loss_weights))
+    served = module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
+    return tarq(module, dict(loss_weights), served)

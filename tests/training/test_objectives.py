@@ -125,6 +125,47 @@ def test_build(tiny_config, tiny_dataset, name):
         assert (aux.quantizer, predictions.diagnostics, objective.latents) == (None, None, None)
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_quantization_settings_reach_the_model(tiny_config, tiny_dataset, order):
+    """Cosine serves as it trains; balanced codes depend on the batch, and serve as the nearest."""
+    tiny_config.model.order = order
+    batch = next(data.train_batches(
+        tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset)))
+    codewords = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    codewords *= np.array([0.3, 1.0, 2.0, 3.0], np.float32)[:, None]
+    trained, served = {}, {}
+    for assign in ("nearest", "cosine", "balanced"):
+        tiny_config.model.assign = assign
+        objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+        params = random_parameters(objective.init, batch, codewords)
+        trained[assign] = np.asarray(objective.loss(params, codewords, batch, True)[1].quantizer.codes)
+        served[assign] = np.asarray(
+            objective.predict(params, codewords, batch).diagnostics.quantizer.codes)
+    np.testing.assert_array_equal(trained["nearest"], served["nearest"])
+    np.testing.assert_array_equal(trained["cosine"], served["cosine"])
+    np.testing.assert_array_equal(served["balanced"], served["nearest"])
+    assert not np.array_equal(trained["balanced"], trained["nearest"])
+    assert not np.array_equal(trained["cosine"], trained["nearest"])
+
+
+def test_rotation_reaches_the_encoder(tiny_config, tiny_dataset):
+    """Another gradient of the reconstruction, the same value."""
+    tiny_config.model.order = 0
+    batch = next(data.train_batches(
+        tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset)))
+    codewords = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    found = []
+    for pass_through in ("straight_through", "rotation"):
+        tiny_config.model.pass_through = pass_through
+        objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+        params = random_parameters(objective.init, batch, codewords)
+        value, gradient = jax.value_and_grad(
+            lambda p, loss=objective.loss: loss(p, codewords, batch, True)[0])(params)
+        found.append((float(value), gradient["params"]["encoder"]["Dense_0"]["kernel"]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert size(found[0][1] - found[1][1]) > 1e-4
+
+
 def test_two_tower_large_is_of_tarqs_size(tiny_config, tiny_dataset):
     """At the width of the experiments: what TARQ earns above it is not a matter of size."""
     tiny_config.model.width, tiny_config.model.hidden, tiny_config.model.num_codewords = 32, (64,), 64
