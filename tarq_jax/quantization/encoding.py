@@ -57,6 +57,7 @@ def nearest(points: jax.Array, codewords: jax.Array) -> jax.Array:
 
 def _half_scores(points: jax.Array, codewords: jax.Array) -> jax.Array:
     """Half of `negative_distances`, with `-|c|^2 / 2` as one more column of the product: a pass less."""
+    points = jnp.asarray(points)
     ones = jnp.ones((*points.shape[:-1], 1), points.dtype)
     offsets = -0.5 * jnp.sum(codewords**2, axis=-1, keepdims=True)
     return jnp.concatenate([points, ones], axis=-1) @ jnp.concatenate([codewords, offsets], axis=-1).T
@@ -114,7 +115,7 @@ def encode(codewords: Levels, latents: jax.Array, *, assign: Assign = nearest) -
       >>> output.codes.tolist(), output.quantized.tolist()
       ([[1, 0]], [[3.0]])
     """
-    residual, codes = latents, []
+    residual, codes = jnp.asarray(latents), []
     levels = as_levels(codewords, latents)
     residuals, chosen = [], []
     for level in levels:
