@@ -22,13 +22,11 @@ from tarq_jax.quantization.encoding import (
 )
 from tarq_jax.quantization.fitting import fit_codebook, fitted, kmeans, kmeans_codebook, refine
 from tarq_jax.quantization.gradients import rotate, straight_through
+from tarq_jax.quantization.revival import dead_by_age, dead_by_count, revive
 from tarq_jax.quantization.updates import (
     assignment_statistics,
-    dead_by_age,
-    dead_by_count,
     ema_codewords,
     random_codebook,
-    revive,
     update_statistics,
     with_codewords,
 )

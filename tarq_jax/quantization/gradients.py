@@ -6,45 +6,53 @@ import jax.numpy as jnp
 
 
 def straight_through(latents: jax.Array, quantized: jax.Array) -> jax.Array:
-    """The quantized value with the latent's gradient: `z + sg(z_q - z)` (van den Oord et al. 2017).
+    """The quantized value with the latent's gradient: `sg(z_q) + z - sg(z)` (van den Oord et al. 2017).
 
     Args:
       latents: [..., D], `z`.
       quantized: [..., D], `z_q`.
 
     Returns:
-      [..., D], equal to `quantized` up to rounding.
+      [..., D], equal to `quantized` to the bit.
+
+    Example:
+      >>> jax.vjp(straight_through, jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0]))[0].tolist()
+      [0.0, 2.0]
     """
     chex.assert_equal_shape([latents, quantized])
-    return latents + jax.lax.stop_gradient(quantized - latents)
+    return jax.lax.stop_gradient(quantized) + (latents - jax.lax.stop_gradient(latents))
 
 
 def rotate(latents: jax.Array, quantized: jax.Array) -> jax.Array:
-    """The quantized value as a rotation and rescaling of the latent, which are held constant.
+    """The quantized value with the gradient of the rotation and rescaling that take the latent to it.
 
     `z_q = s R z` with `s = |z_q| / |z|` and `R` the rotation in the plane of both that takes one
     direction to the other: `R = I - 2 r r^T + 2 q e^T`, e and q the unit vectors, `r` that of `e + q`
-    (rotation trick, Fifty et al. 2024, arXiv 2410.06424). The gradient keeps its angle to the codeword,
-    where `straight_through` moves it in parallel.
+    (rotation trick, Fifty et al. 2024, arXiv 2410.06424). `s` and `R` are held constant. The gradient
+    keeps its angle to the codeword, where `straight_through` moves it in parallel.
 
     Args:
       latents: [..., D], `z`.
       quantized: [..., D], `z_q`.
 
     Returns:
-      [..., D], equal to `quantized` up to rounding. Where no rotation is defined, a zero vector or
-      opposite directions, it falls back to `straight_through`.
+      [..., D], equal to `quantized` to the bit. Where no rotation is defined, a zero vector or opposite
+      directions, the gradient is that of `straight_through`.
+
+    Example:
+      >>> _, to_latent = jax.vjp(lambda z: rotate(z, jnp.array([0.0, 2.0])), jnp.array([1.0, 0.0]))
+      >>> to_latent(jnp.array([0.0, 1.0]))[0].round(3).tolist()  # from codeword to latent, doubled
+      [2.0, 0.0]
     """
     chex.assert_equal_shape([latents, quantized])
-    fixed, quantized = jax.lax.stop_gradient((latents, quantized))
-    lengths, target_lengths = _norm(fixed), _norm(quantized)
-    unit, target = _divide(fixed, lengths), _divide(quantized, target_lengths)
+    fixed, target = jax.lax.stop_gradient((latents, quantized))
+    length, target_length = _norm(fixed), _norm(target)
+    unit, target = _divide(fixed, length), _divide(target, target_length)
     middle = unit + target
-    defined = (lengths > 0) & (target_lengths > 0) & (_norm(middle) > 1e-3)
+    defined = (length > 0) & (target_length > 0) & (_norm(middle) > 1e-3)
     middle = _divide(middle, _norm(middle))
     rotated = latents - 2.0 * middle * _inner(middle, latents) + 2.0 * target * _inner(unit, latents)
-    scaled = _divide(target_lengths, lengths) * rotated
-    return jnp.where(defined, scaled, straight_through(latents, quantized))
+    return straight_through(jnp.where(defined, _divide(target_length, length) * rotated, latents), quantized)
 
 
 def _inner(one: jax.Array, other: jax.Array) -> jax.Array:

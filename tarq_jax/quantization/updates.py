@@ -1,10 +1,11 @@
-"""Updates of a `Codebook` during training: statistics, EMA, revival of dead codewords.
+"""Updates of a `Codebook` during training: running statistics and EMA.
 
 Each is written for a level and mapped over all: leaves are arrays [L, K, ...], or tuples of L arrays
 [K_l, ...] where levels differ in size (`Levels`).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -17,9 +18,25 @@ from tarq_jax.types import Codebook, Levels, QuantizerOutput
 def random_codebook(
     rng: jax.Array, *, num_levels: int, num_codewords: int | Sequence[int], width: int, scale: float = 1.0
 ) -> Codebook:
-    """Codewords drawn from a normal of standard deviation `scale`, see `with_codewords`.
+    """Codewords drawn from a normal distribution of mean 0, with the statistics of `with_codewords`.
 
-    `num_codewords` is K of every level, or a K for each.
+    Args:
+      rng: key of the draw.
+      num_levels: L.
+      num_codewords: K of every level, or a K for each.
+      width: D.
+      scale: standard deviation of an entry.
+
+    Returns:
+      Codebook of leaves [L, K, ...], or tuples of [K_l, ...] where `num_codewords` has one for each.
+
+    Raises:
+      ValueError: not as many sizes as levels.
+
+    Example:
+      >>> codebook = random_codebook(jax.random.key(0), num_levels=2, num_codewords=(8, 3), width=5)
+      >>> [level.shape for level in codebook.codewords]
+      [(8, 5), (3, 5)]
     """
     sizes = sizes_of_levels(num_levels, num_codewords)
     rngs = jax.random.split(rng, num_levels)
@@ -28,8 +45,9 @@ def random_codebook(
 
 
 def with_codewords(codewords: Levels) -> Codebook:
-    """A codebook of the given codewords, with statistics as if each had been used once, just now."""
+    """A codebook of the codewords [L, K, D], with statistics as if each had been used once, just now."""
     as_levels(codewords)
+    codewords = jax.tree.map(jnp.asarray, codewords)
     counts = jax.tree.map(lambda level: jnp.ones(level.shape[:-1]), codewords)
     return Codebook(
         codewords=codewords, counts=counts, sums=jax.tree.map(jnp.copy, codewords),
@@ -39,16 +57,16 @@ def with_codewords(codewords: Levels) -> Codebook:
 
 def sizes_of_levels(num_levels: int, num_codewords: int | Sequence[int]) -> tuple[int, ...]:
     """K of each level; a ValueError unless there is one for each."""
-    sizes = (num_codewords,) * num_levels if isinstance(num_codewords, int) else tuple(num_codewords)
+    sizes = tuple(num_codewords) if isinstance(num_codewords, Sequence) else (num_codewords,) * num_levels
     if len(sizes) != num_levels:
         raise ValueError(f"num_codewords is {num_codewords}, expected one number or one for each of "
                          f"{num_levels} levels")
     return sizes
 
 
-def like_levels(num_codewords: int | Sequence[int], levels: Sequence[jax.Array]) -> Levels:
-    """The levels stacked if `num_codewords` is one number, as a tuple if it is one for each."""
-    return jnp.stack(levels) if isinstance(num_codewords, int) else tuple(levels)
+def like_levels(like: Any, levels: Sequence[jax.Array]) -> Levels:
+    """The levels as a tuple if `like`, sizes or levels, has one for each; stacked to [L, ...] if not."""
+    return tuple(levels) if isinstance(like, Sequence) else jnp.stack(levels)
 
 
 def assignment_statistics(
@@ -64,22 +82,38 @@ def assignment_statistics(
     Returns:
       Counts [L, K] and sums [L, K, D], or tuples of levels. Both add up over shards: under
       `shard_map` or `pmap` sum them with `jax.lax.psum`; under `jit` over a mesh they are global.
+
+    Example:
+      >>> from tarq_jax.quantization import encode
+      >>> codewords = jnp.array([[[0.0], [4.0]]])
+      >>> output = encode(codewords, jnp.array([[3.0], [5.0], [1.0]]))
+      >>> counts, sums = assignment_statistics(output, codewords)
+      >>> counts.tolist(), sums.tolist()
+      ([[1.0, 2.0]], [[[1.0], [8.0]]])
     """
     chex.assert_equal_shape_prefix([output.codes, output.residuals], output.codes.ndim)
-    where = jnp.ones(output.codes.shape[:-1], bool) if where is None else jnp.asarray(where)
-    chex.assert_shape(where, output.codes.shape[:-1])
-    codes = output.codes.reshape(-1, output.codes.shape[-1])
-    residuals = output.residuals.reshape(-1, *output.residuals.shape[-2:])
-    residuals = jnp.where(where.reshape(-1, 1, 1), residuals, 0.0)
-    counts, sums = [], []
-    for index, level in enumerate(codewords):
-        one_hot = jax.nn.one_hot(codes[:, index], len(level), dtype=residuals.dtype)
-        one_hot = jnp.where(where.reshape(-1, 1), one_hot, 0.0)
-        counts.append(one_hot.sum(axis=0))
-        sums.append(one_hot.T @ residuals[:, index])
-    if isinstance(codewords, tuple):
-        return tuple(counts), tuple(sums)
-    return jnp.stack(counts), jnp.stack(sums)
+    chex.assert_axis_dimension(output.codes, -1, len(codewords))
+    where = all_or(where, output.codes.shape[:-1])
+    codes = jnp.where(where[..., None], output.codes, -1).reshape(-1, len(codewords))  # no codeword
+    residuals = jnp.where(where[..., None, None], output.residuals, 0.0)
+    residuals = residuals.reshape(-1, *residuals.shape[-2:])
+    counts, sums = zip(*(
+        _level_statistics(codes[:, index], residuals[:, index], len(level))
+        for index, level in enumerate(codewords)), strict=True)
+    return like_levels(codewords, counts), like_levels(codewords, sums)
+
+
+def _level_statistics(codes: jax.Array, residuals: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Counts [K] and sums [K, D] of one level's codes [M] and residuals [M, D], as a matrix product."""
+    one_hot = jax.nn.one_hot(codes, size, dtype=residuals.dtype)
+    return one_hot.sum(axis=0), jnp.matmul(one_hot.T, residuals, precision="highest")
+
+
+def all_or(where: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    """The mask, which has to be of this shape; all True if None."""
+    where = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
+    chex.assert_shape(where, shape)
+    return where
 
 
 def update_statistics(codebook: Codebook, counts: Levels, sums: Levels, *, decay: float) -> Codebook:
@@ -96,6 +130,12 @@ def update_statistics(codebook: Codebook, counts: Levels, sums: Levels, *, decay
 
     Returns:
       The codebook with new counts, sums and ages.
+
+    Example:
+      >>> codebook = with_codewords(jnp.array([[[0.0], [4.0]]]))
+      >>> updated = update_statistics(codebook, jnp.array([[3.0, 0.0]]), jnp.zeros((1, 2, 1)), decay=0.5)
+      >>> updated.counts.tolist(), updated.ages.tolist()
+      ([[2.0, 0.5]], [[0.0, 1.0]])
     """
     chex.assert_trees_all_equal_shapes(codebook.counts, counts)
     chex.assert_trees_all_equal_shapes(codebook.sums, sums)
@@ -123,6 +163,12 @@ def ema_codewords(codebook: Codebook, *, smoothing: float = 1e-5) -> Codebook:
 
     Returns:
       The codebook with new codewords; everything else stays as it is.
+
+    Example:
+      >>> codebook = with_codewords(jnp.array([[[0.0], [4.0]]]))
+      >>> moved = update_statistics(codebook, jnp.ones((1, 2)), jnp.array([[[2.0], [4.0]]]), decay=0.5)
+      >>> ema_codewords(moved).codewords.round(3).tolist()
+      [[[1.0], [4.0]]]
     """
 
     def means(counts, sums):
@@ -131,75 +177,3 @@ def ema_codewords(codebook: Codebook, *, smoothing: float = 1e-5) -> Codebook:
         return sums / jnp.maximum(smoothed, 1e-12)[..., None]
 
     return codebook.replace(codewords=jax.tree.map(means, codebook.counts, codebook.sums))
-
-
-def dead_by_count(codebook: Codebook, *, min_usage: float) -> Levels:
-    """[L, K] bool: codewords whose running count is under `min_usage` of an even share of their level."""
-    return jax.tree.map(
-        lambda counts: counts < min_usage * counts.mean(axis=-1, keepdims=True), codebook.counts)
-
-
-def dead_by_age(codebook: Codebook, *, max_age: float) -> Levels:
-    """[L, K] bool: codewords that no step has used for more than `max_age` steps."""
-    return jax.tree.map(lambda ages: ages > max_age, codebook.ages)
-
-
-def revive(
-    rng: jax.Array,
-    codebook: Codebook,
-    residuals: jax.Array,
-    dead: Levels,
-    *,
-    where: jax.Array | None = None,
-) -> Codebook:
-    """Moves each dead codeword onto a residual drawn from those its level has to quantize (ours).
-
-    Residuals are drawn without replacement, the more likely the worse their level serves them: by
-    squared distance to the nearest living codeword, as k-means++ does. A revived codeword starts with
-    an even share of the level's count, so that it has time to win assignments before it can be found
-    dead again.
-
-    Args:
-      rng: key of the draw.
-      codebook: with running statistics.
-      residuals: [..., L, D], of an encoder on real latents.
-      dead: [L, K] bool, of `dead_by_count` or `dead_by_age`.
-      where: [...] bool, residuals that may be drawn; all of them if None. Codewords for which none
-        is left stay as they are.
-
-    Returns:
-      The codebook with codewords, counts, sums and ages of the dead ones replaced.
-    """
-    levels = as_levels(codebook.codewords)
-    chex.assert_shape(residuals, (..., len(levels), levels[0].shape[-1]))
-    where = jnp.ones(residuals.shape[:-2], bool) if where is None else jnp.asarray(where)
-    chex.assert_shape(where, residuals.shape[:-2])
-    points = jnp.asarray(residuals).reshape(-1, *residuals.shape[-2:])
-    revived = [
-        _revive_level(jax.random.fold_in(rng, index), *leaves, points[:, index], where.reshape(-1))
-        for index, leaves in enumerate(zip(
-            levels, codebook.counts, codebook.sums, codebook.ages, dead, strict=True))
-    ]
-    even = not isinstance(codebook.codewords, tuple)
-    fields = (jnp.stack(leaves) if even else leaves for leaves in zip(*revived, strict=True))
-    return Codebook(*fields)
-
-
-def _revive_level(rng, codewords, counts, sums, ages, dead, points, allowed):
-    """`revive` for codewords [K, D] and points [M, D]: its new codewords, counts, sums and ages."""
-    num_drawn = min(len(codewords), len(points))
-    points = jnp.where(allowed[:, None], points, 0.0)  # what the others hold must not show, NaN least of all
-    distances = jnp.sum(points**2, axis=-1, keepdims=True) - 2.0 * points @ codewords.T
-    distances = jnp.where(dead, jnp.inf, distances + jnp.sum(codewords**2, axis=-1))
-    nearest = jnp.min(distances, axis=-1)
-    nearest = jnp.where(jnp.isfinite(nearest), jnp.maximum(nearest, 1e-12), 1.0)  # all are dead: evenly
-    keys = jnp.where(allowed, jnp.log(nearest) + jax.random.gumbel(rng, nearest.shape), -jnp.inf)
-    best, drawn = jax.lax.top_k(keys, num_drawn)  # Gumbel's trick: a draw without replacement
-    rank = jnp.cumsum(dead) - 1  # the first dead codeword takes the first drawn point, and so on
-    replaced = dead & (rank < num_drawn) & jnp.isfinite(best[jnp.clip(rank, 0, num_drawn - 1)])
-    new = points[drawn[jnp.clip(rank, 0, num_drawn - 1)]]
-    share = jnp.where(replaced, counts.mean(), counts)
-    return (
-        jnp.where(replaced[:, None], new, codewords), share,
-        jnp.where(replaced[:, None], new * share[:, None], sums), jnp.where(replaced, 0.0, ages),
-    )

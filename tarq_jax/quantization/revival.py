@@ -1,0 +1,123 @@
+"""Dead codewords of a `Codebook`, and their revival on what is served badly."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tarq_jax.quantization.encoding import as_levels
+from tarq_jax.quantization.updates import all_or, like_levels
+from tarq_jax.types import Codebook, Levels
+
+
+def dead_by_count(codebook: Codebook, *, min_usage: float) -> Levels:
+    """[L, K] bool: codewords whose running count is under `min_usage` of an even share of their level.
+
+    Example:
+      >>> from tarq_jax import quantization
+      >>> codebook = quantization.with_codewords(jnp.zeros((1, 2, 3))).replace(counts=jnp.array([[9.0, 1.0]]))
+      >>> dead_by_count(codebook, min_usage=0.5).tolist()
+      [[False, True]]
+    """
+    return jax.tree.map(
+        lambda counts: counts < min_usage * counts.mean(axis=-1, keepdims=True), codebook.counts)
+
+
+def dead_by_age(codebook: Codebook, *, max_age: float) -> Levels:
+    """[L, K] bool: codewords that no step has used for more than `max_age` steps.
+
+    Example:
+      >>> from tarq_jax import quantization
+      >>> codebook = quantization.with_codewords(jnp.zeros((1, 2, 3))).replace(ages=jnp.array([[0.0, 11.0]]))
+      >>> dead_by_age(codebook, max_age=10).tolist()
+      [[False, True]]
+    """
+    return jax.tree.map(lambda ages: ages > max_age, codebook.ages)
+
+
+def revive(
+    rng: jax.Array,
+    codebook: Codebook,
+    residuals: jax.Array,
+    dead: Levels,
+    *,
+    where: jax.Array | None = None,
+) -> Codebook:
+    """Moves each dead codeword onto a residual of those that its level has to quantize (ours).
+
+    Residuals are drawn one after the other, by squared distance to the nearest codeword that is alive
+    or revived by then (the k-means++ rule, Arthur and Vassilvitskii 2007): what is served badly is
+    likely, what a codeword stands on already is not drawn, and no two codewords meet. A revived codeword
+    is of age 0 and starts with an even share of the level's count, so that it has time to win
+    assignments before it can be found dead again.
+
+    Args:
+      rng: key of the draw.
+      codebook: with running statistics.
+      residuals: [..., L, D], of an encoder on real latents. Under `shard_map` or `pmap`, those of all
+        shards (`jax.lax.all_gather`), or replicas diverge; under `jit` over a mesh they are global.
+      dead: [L, K] bool, of `dead_by_count` or `dead_by_age`.
+      where: [...] bool, residuals that may be drawn; all of them if None. Codewords for which none
+        is left stay as they are.
+
+    Returns:
+      The codebook with codewords, counts, sums and ages of the revived ones replaced.
+
+    Example:
+      >>> from tarq_jax import quantization
+      >>> codebook = quantization.with_codewords(jnp.array([[[1.0], [2.0], [9.0]]]))
+      >>> dead, residuals = jnp.array([[False, False, True]]), jnp.array([[[1.0]], [[2.0]], [[5.0]]])
+      >>> revive(jax.random.key(0), codebook, residuals, dead).codewords.tolist()
+      [[[1.0], [2.0], [5.0]]]
+    """
+    levels = as_levels(codebook.codewords)
+    chex.assert_shape(residuals, (..., len(levels), levels[0].shape[-1]))
+    chex.assert_trees_all_equal_shapes(codebook.counts, dead)
+    where = all_or(where, residuals.shape[:-2])
+    points = jnp.where(where[..., None, None], residuals, 0.0).reshape(-1, *residuals.shape[-2:])
+    drawn, moved = zip(*(
+        _draw(jax.random.fold_in(rng, index), level, is_dead, points[:, index], where.reshape(-1))
+        for index, (level, is_dead) in enumerate(zip(levels, dead, strict=True))), strict=True)
+    return _start_anew(
+        codebook, like_levels(codebook.codewords, drawn), like_levels(codebook.codewords, moved))
+
+
+def _draw(
+    rng: jax.Array, codewords: jax.Array, dead: jax.Array, points: jax.Array, allowed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One level of `revive`: codewords [K, D] after drawing from points [M, D], and which moved, [K]."""
+
+    def squared_distances(codeword):
+        return jnp.sum((points - codeword) ** 2, axis=-1)
+
+    def serve(nearest, codeword_and_dead):
+        codeword, is_dead = codeword_and_dead
+        return jnp.where(is_dead, nearest, jnp.minimum(nearest, squared_distances(codeword))), None
+
+    def replace(nearest, inputs):
+        key, codeword, is_dead = inputs
+        mass = jnp.where(allowed, nearest, 0.0)
+        moves = is_dead & jnp.any(mass > 0)
+        codeword = jnp.where(moves, points[jax.random.categorical(key, jnp.log(mass))], codeword)
+        served = jnp.minimum(nearest, squared_distances(codeword))
+        return jnp.where(moves, served, nearest), (codeword, moves)
+
+    unserved = jnp.full(len(points), jnp.finfo(points.dtype).max)  # all alike where none is alive
+    nearest, _ = jax.lax.scan(serve, unserved, (codewords, dead))
+    _, drawn = jax.lax.scan(replace, nearest, (jax.random.split(rng, len(codewords)), codewords, dead))
+    return drawn
+
+
+def _start_anew(codebook: Codebook, codewords: Levels, moved: Levels) -> Codebook:
+    """The codebook with these codewords, and where one has moved the statistics of a fresh one."""
+
+    def share(counts, moved):
+        return jnp.where(moved, counts.mean(axis=-1, keepdims=True), counts)
+
+    counts = jax.tree.map(share, codebook.counts, moved)
+    return Codebook(
+        codewords=codewords, counts=counts,
+        sums=jax.tree.map(
+            lambda sums, level, n, moved: jnp.where(moved[..., None], n[..., None] * level, sums),
+            codebook.sums, codewords, counts, moved),
+        ages=jax.tree.map(lambda ages, moved: jnp.where(moved, 0.0, ages), codebook.ages, moved),
+    )
