@@ -67,12 +67,15 @@ def correction_statistics(
 
 
 def fit_corrections(
-    normal: jax.Array, moments: jax.Array, blocks: Blocks, residuals: jax.Array, *, ridge: float = 0.01
+    normal: jax.Array, moments: jax.Array, blocks: Blocks, residuals: jax.Array, *, ridge: float = 0.01,
+    reach: float = 2.0,
 ) -> jax.Array:
     """Corrections that minimise the squared error of the attention output over the calibration requests.
 
     `argmin_x sum_b |o_b(q) - m_bc - J_bc x|^2 + ridge * t |x - r|^2`, t the mean eigenvalue of the
-    normal matrix; directions in which the requests say little stay as the residual r has them.
+    normal matrix; directions in which the requests say little stay as the residual r has them. Where a
+    codeword's attention is saturated in all of them its Jacobians vanish, and the x that fits them best
+    is without bounds: it is shortened to `reach` residuals, or another request would be thrown far off.
 
     Args:
       normal: [H, K, E, E], of `correction_statistics`, summed.
@@ -80,13 +83,17 @@ def fit_corrections(
       blocks: of `group_by_code`.
       residuals: [H, P, S, E], `q - c`.
       ridge: relative to the normal matrix.
+      reach: longest correction, in lengths of its residual.
 
     Returns:
       [H, P, S, E].
     """
     chex.assert_equal_shape([moments, residuals])
     width = residuals.shape[-1]
-    strength = ridge * jnp.trace(normal, axis1=-2, axis2=-1) / width + jnp.finfo(normal.dtype).tiny
-    inverse = jnp.linalg.inv(normal + strength[..., None, None] * jnp.eye(width))
-    pulled = moments + strength[:, blocks.codes, None, None] * residuals
-    return jnp.einsum("hpfg,hpsg->hpsf", inverse[:, blocks.codes], pulled)
+    size = jnp.trace(normal, axis1=-2, axis2=-1) / width
+    size = jnp.where(size > 0, size, 1.0)  # nothing was seen: the residual stays
+    inverse = jnp.linalg.inv(normal / size[..., None, None] + ridge * jnp.eye(width))
+    pulled = moments / size[:, blocks.codes, None, None] + ridge * residuals
+    fitted = jnp.einsum("hpfg,hpsg->hpsf", inverse[:, blocks.codes], pulled)
+    length, longest = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (fitted, reach * residuals))
+    return fitted * jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0)

@@ -77,7 +77,8 @@ def test_fit_equals_least_squares(problem, statistics):
     """Item by item, by NumPy's solver on the stacked requests."""
     codewords, blocks, queries, (keys, values, mask) = problem
     residuals = queries - codewords[:, blocks.codes][:, :, None]
-    fitted = items(blocks, corrections.fit_corrections(*statistics, blocks, residuals, ridge=1e-6))
+    fitted = items(blocks, corrections.fit_corrections(
+        *statistics, blocks, residuals, ridge=1e-6, reach=np.inf))
     expanded = jax.tree.map(np.asarray, expansion.expand(codewords, keys, values, mask))
     item_queries, codes = items(blocks, queries), np.repeat(blocks.codes, 4)[blocks.positions]
     for m in range(M):
@@ -110,8 +111,20 @@ def test_nothing_to_learn_keeps_the_residual(problem):
     codewords, blocks, queries, (keys, values, mask) = problem
     found = corrections.correction_statistics(codewords, blocks, queries, keys, values, np.zeros_like(mask))
     residuals = queries - codewords[:, blocks.codes][:, :, None]
-    fitted = np.asarray(corrections.fit_corrections(*found, blocks, residuals))
-    assert np.isfinite(fitted).all()
+    close(corrections.fit_corrections(*found, blocks, residuals), residuals)
+
+
+def test_saturated_attention_leaves_corrections_bounded(problem):
+    """Jacobians all but vanish where one event takes all the weight: the best fit would be endless."""
+    codewords, blocks, queries, (keys, values, mask) = problem
+    keys = np.where(np.arange(keys.shape[2])[:, None] == 0, 20 * np.sign(codewords.mean(axis=1))[:, None], keys)
+    found = corrections.correction_statistics(codewords, blocks, queries, keys, values, mask)
+    residuals = queries - codewords[:, blocks.codes][:, :, None]
+    lengths = np.linalg.norm(residuals, axis=-1)
+    endless = corrections.fit_corrections(*found, blocks, residuals, reach=np.inf)
+    assert (np.linalg.norm(endless, axis=-1) > 2 * lengths).any()
+    fitted = corrections.fit_corrections(*found, blocks, residuals)
+    assert (np.linalg.norm(fitted, axis=-1) <= 2 * lengths * 1.0001).all()
 
 
 def test_shapes_that_do_not_fit_are_refused(problem, statistics):
