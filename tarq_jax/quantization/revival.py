@@ -89,10 +89,6 @@ def _draw(
     def squared_distances(codeword):
         return jnp.sum((points - codeword) ** 2, axis=-1)
 
-    def serve(nearest, codeword_and_dead):
-        codeword, is_dead = codeword_and_dead
-        return jnp.where(is_dead, nearest, jnp.minimum(nearest, squared_distances(codeword))), None
-
     def replace(nearest, inputs):
         key, codeword, is_dead = inputs
         mass = jnp.where(allowed, nearest, 0.0)
@@ -101,8 +97,8 @@ def _draw(
         served = jnp.minimum(nearest, squared_distances(codeword))
         return jnp.where(moves, served, nearest), (codeword, moves)
 
-    unserved = jnp.full(len(points), jnp.finfo(points.dtype).max)  # all alike where none is alive
-    nearest, _ = jax.lax.scan(serve, unserved, (codewords, dead))
+    far = jnp.finfo(points.dtype).max  # the same for all where no codeword is alive
+    nearest = jnp.min(jnp.where(dead[:, None], far, jax.vmap(squared_distances)(codewords)), axis=0)
     _, drawn = jax.lax.scan(replace, nearest, (jax.random.split(rng, len(codewords)), codewords, dead))
     return drawn
 

@@ -1,6 +1,7 @@
 """Fitting codebooks: k-means with its start, weights and precision; least squares over all levels."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarq_jax import quantization
+from tarq_jax.quantization import fitting
 
 examples = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
@@ -124,6 +126,57 @@ def test_kmeans_counts_points_by_weight():
     np.testing.assert_allclose(centroids, means, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e30])
+def test_kmeans_takes_weights_of_any_scale(scale):
+    points, weights = normal(0, 40, 2), normal(1, 40) ** 2
+    expected = kmeans(jax.random.key(0), points, num_codewords=5, weights=weights)
+    found = kmeans(jax.random.key(0), points, num_codewords=5, weights=np.float32(scale) * weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kmeans_ignores_what_points_of_no_weight_hold():
+    points, weights = normal(0, 40, 2), (np.arange(40) % 3 > 0).astype(np.float32)
+    expected = kmeans(jax.random.key(0), points, num_codewords=5, weights=weights)
+    poisoned = np.where(weights[:, None] > 0, points, np.nan)
+    found = kmeans(jax.random.key(0), poisoned, num_codewords=5, weights=weights)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_kmeans_starts_on_different_points_of_weight():
+    """Without an iteration the centroids are the start: as many points, wherever there are so many."""
+    points, weights = normal(0, 40, 2), (np.arange(40) < 6).astype(np.float32)
+    start = np.asarray(kmeans(
+        jax.random.key(0), points, num_codewords=5, weights=weights, iterations=0))
+    distance = np.linalg.norm(points[:6, None] - start, axis=-1)
+    np.testing.assert_allclose(distance.min(axis=0), 0.0, atol=1e-5)
+    assert len(set(distance.argmin(axis=0))) == 5
+
+
+def test_kmeans_finds_all_of_many_clusters():
+    """Greedy draws rarely miss a cluster, where single ones would in every run."""
+    rng = np.random.default_rng(0)
+    centres = 20.0 * rng.normal(size=(30, 4))
+    points = (centres[np.arange(600) % 30] + rng.normal(size=(600, 4))).astype(np.float32)
+    missed = []
+    for seed in range(5):
+        centroids = np.asarray(kmeans(jax.random.key(seed), points, num_codewords=30))
+        missed.append(np.sum(np.linalg.norm(centres[:, None] - centroids, axis=-1).min(axis=1) > 3.0))
+    assert sum(missed) <= 1
+
+
+def test_empty_clusters_take_over_what_is_served_worst():
+    points = np.array([[0.0], [1.0], [2.0], [50.0], [90.0]], np.float32)
+    centroids = np.array([[1.0], [1000.0], [1001.0]], np.float32)
+    moved = fitting._lloyd(points, np.ones(5, np.float32), centroids)
+    np.testing.assert_allclose(moved, [[np.mean(points)], [90.0], [50.0]])
+
+
+def test_one_codeword_is_the_mean():
+    points = normal(0, 40, 2)
+    np.testing.assert_allclose(
+        kmeans(jax.random.key(0), points, num_codewords=1), [points.mean(axis=0)], rtol=1e-4, atol=1e-6)
+
+
 def test_kmeans_far_from_the_origin_loses_no_precision():
     points = normal(0, 40, 2)
     near = kmeans(jax.random.key(0), points, num_codewords=5)
@@ -135,6 +188,16 @@ def test_kmeans_codebook_of_given_sizes(fitted):
     codebook = kmeans_codebook(jax.random.key(0), fitted[0], num_levels=2, num_codewords=(8, 3))
     assert [level.shape for level in codebook.codewords] == [(8, 6), (3, 6)]
     assert all(level.sum() == 400 for level in codebook.counts)
+
+
+def test_statistics_of_more_than_a_block():
+    codewords, latents = normal(0, 2, 4, 3), normal(1, fitting.BLOCK + 100, 3)
+    codebook = jax.jit(quantization.fitted)(codewords, latents)
+    counts, sums = quantization.assignment_statistics(encode(codewords, latents), codewords)
+    np.testing.assert_array_equal(codebook.counts, counts)
+    np.testing.assert_allclose(codebook.sums, sums, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(codebook.codewords, codewords)
+    assert not np.any(codebook.ages)
 
 
 # Least squares over all levels
@@ -166,17 +229,38 @@ def test_refine_keeps_codewords_that_are_not_used(fitted):
     np.testing.assert_array_equal(np.stack(uneven), refined)
 
 
+def test_refine_of_many_latents_stays_well_conditioned():
+    """Few codewords, used a hundred thousand times each, where a fixed ridge is lost in rounding."""
+    codewords, latents = normal(0, 3, 4, 2), np.tile(normal(1, 2000, 2), (200, 1))
+    codes = np.asarray(encode(codewords, latents).codes)
+    design = np.concatenate([np.eye(4)[codes[:2000, level]] for level in range(3)], axis=1)
+    expected = latents[:2000] - design @ np.linalg.lstsq(design, latents[:2000], rcond=None)[0]
+    refined = jax.jit(quantization.refine)(codewords, latents, codes)
+    found = latents[:2000] - np.asarray(quantization.decode(refined, codes[:2000]))
+    assert np.mean(found**2) == pytest.approx(np.mean(expected**2), rel=1e-3)
+
+
 @pytest.mark.parametrize("encoder", [
     quantization.encode, functools.partial(quantization.beam_encode, beam=4)], ids=["greedy", "beam"])
-def test_fit_codebook_improves_on_kmeans(fitted, encoder):
+def test_more_rounds_never_raise_the_error(fitted, encoder):
     latents, start = fitted
-    fit = functools.partial(
-        quantization.fit_codebook, num_levels=2, num_codewords=16, rounds=4, encode=encoder)
-    codebook = jax.jit(fit)(jax.random.key(0), latents)
-    found = mean_error(encoder(codebook.codewords, latents), latents)
-    assert found < 0.99 * mean_error(encoder(start.codewords, latents), latents)
-    counts, _ = quantization.assignment_statistics(encoder(codebook.codewords, latents), codebook.codewords)
+    fit = functools.partial(quantization.fit_codebook, num_levels=2, num_codewords=16, encode=encoder)
+    errors = [mean_error(encoder(start.codewords, latents), latents)]
+    for rounds in (0, 1, 2, 4):
+        codebook = jax.jit(functools.partial(fit, rounds=rounds))(jax.random.key(0), latents)
+        output = encoder(codebook.codewords, latents)
+        errors.append(mean_error(output, latents))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)  # no round is k-means
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
+    assert errors[-1] < 0.99 * errors[0]
+    counts, _ = quantization.assignment_statistics(output, codebook.codewords)
     np.testing.assert_array_equal(codebook.counts, counts)
+
+
+def test_fit_codebook_of_given_sizes(fitted):
+    codebook = quantization.fit_codebook(
+        jax.random.key(0), fitted[0], num_levels=2, num_codewords=(8, 3), rounds=1)
+    assert [level.shape for level in codebook.codewords] == [(8, 6), (3, 6)]
 
 
 @pytest.mark.parametrize("call", [

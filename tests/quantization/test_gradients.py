@@ -7,6 +7,7 @@ import pytest
 
 from tarq_jax import quantization
 
+TRICKS = [quantization.straight_through, quantization.rotate]
 encode = jax.jit(quantization.encode)
 
 
@@ -23,8 +24,8 @@ def quantized():
 
 def test_straight_through_value_and_gradient(quantized):
     codewords, latents, output = quantized
-    passed = quantization.straight_through(latents, output.quantized)
-    np.testing.assert_allclose(passed, output.quantized, rtol=1e-6, atol=1e-6)
+    passed = jax.jit(quantization.straight_through)(latents, output.quantized)
+    np.testing.assert_array_equal(passed, output.quantized)
     upstream = normal(2, *latents.shape)
 
     def value(codewords, latents):
@@ -58,7 +59,7 @@ def test_rotation_equals_its_matrix(quantized):
     _, latents, output = quantized
     upstream = normal(3, *latents.shape)
     value, back = jax.vjp(lambda z: quantization.rotate(z, output.quantized), latents)
-    np.testing.assert_allclose(value, output.quantized, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(value, output.quantized)
     gradient = np.asarray(back(upstream)[0])
     for index in np.ndindex(latents.shape[:-1]):
         z, target = (np.asarray(x[index], np.float64) for x in (latents, output.quantized))
@@ -72,7 +73,7 @@ def test_rotation_equals_its_matrix(quantized):
 def test_rotation_is_the_identity_where_nothing_is_lost():
     latents, upstream = normal(0, 4, 3), normal(1, 4, 3)
     value, back = jax.vjp(lambda z: quantization.rotate(z, latents), latents)
-    np.testing.assert_allclose(value, latents, rtol=1e-5)
+    np.testing.assert_array_equal(value, latents)
     np.testing.assert_allclose(back(upstream)[0], upstream, rtol=1e-5)
 
 
@@ -98,7 +99,37 @@ def test_rotation_falls_back_where_none_is_defined(latent, target):
     np.testing.assert_array_equal(back(np.ones((1, 2), np.float32))[0], [[1.0, 1.0]])
 
 
-@pytest.mark.parametrize("trick", [quantization.straight_through, quantization.rotate])
+def test_rotation_takes_the_latent_to_the_codeword(quantized):
+    """Linear in the latent: its derivative along the latent is the codeword."""
+    _, latents, output = quantized
+    _, along = jax.jvp(lambda z: quantization.rotate(z, output.quantized), (latents,), (latents,))
+    np.testing.assert_allclose(along, output.quantized, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
+def test_lengths_that_differ_by_far_keep_the_value(trick, scale):
+    latents, target = np.float32(scale) * normal(0, 8, 3), normal(1, 8, 3)
+    value, back = jax.vjp(lambda z: trick(z, target), latents)
+    np.testing.assert_array_equal(value, target)
+    assert np.isfinite(back(normal(2, 8, 3))[0]).all()
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_leading_axes_are_only_a_shape(trick):
+    latents, target, upstream = normal(0, 6, 4), normal(1, 6, 4), normal(2, 6, 4)
+
+    def gradient(*shape):
+        return jax.vjp(lambda z: trick(z, target.reshape(shape)), latents.reshape(shape))[1](
+            upstream.reshape(shape))[0]
+
+    np.testing.assert_allclose(gradient(2, 3, 4).reshape(6, 4), gradient(6, 4), rtol=1e-6)
+    alone = [jax.vjp(lambda z, q=q: trick(z, q), z)[1](g)[0]
+             for z, q, g in zip(latents, target, upstream, strict=True)]
+    np.testing.assert_allclose(np.stack(alone), gradient(6, 4), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trick", TRICKS)
 def test_shapes_that_do_not_fit_are_refused(trick):
     with pytest.raises(AssertionError):
         trick(np.zeros((6, 5)), np.zeros((1, 5)))

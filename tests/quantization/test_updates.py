@@ -1,4 +1,4 @@
-"""Updates of codebooks: statistics, EMA, dead codewords and their revival, over the mesh too."""
+"""Updates of codebooks: statistics and EMA, over the mesh too."""
 
 import functools
 
@@ -6,20 +6,12 @@ import jax
 import numpy as np
 import pytest
 import workloads
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tarq_jax import quantization
 from tarq_jax.types import Codebook
 
-examples = settings(max_examples=25, deadline=None)
-seeds = st.integers(0, 2**31 - 1)
-NONE_DEAD = np.zeros((3, 4), bool)
-
-# compiled once here: the library leaves that to its callers
-encode = jax.jit(quantization.encode)
-revive = jax.jit(quantization.revive)
+encode = jax.jit(quantization.encode)  # compiled once here: the library leaves that to its callers
 
 
 def normal(seed, *shape):
@@ -31,6 +23,7 @@ def quantized():
     """Codewords [3, 4, 5], latents [6, 5, 5] and what `encode` makes of them."""
     codewords, latents = normal(0, 3, 4, 5), normal(1, 6, 5, 5)
     return codewords, latents, encode(codewords, latents)
+
 
 # Statistics
 
@@ -66,14 +59,20 @@ def test_assignment_statistics_add_up_over_splits(quantized):
 
 def test_statistics_refuse_a_mask_of_another_shape(quantized):
     codewords, _, output = quantized
-    codebook = quantization.with_codewords(codewords)
     for mask in (np.ones(1, bool), np.ones(6, bool), np.ones(30, bool)):
         with pytest.raises(AssertionError):
             quantization.assignment_statistics(output, codewords, mask)
-        with pytest.raises(AssertionError):
-            quantization.revive(jax.random.key(0), codebook, output.residuals, NONE_DEAD, where=mask)
     with pytest.raises(AssertionError):
-        quantization.revive(jax.random.key(0), codebook, np.swapaxes(output.residuals, -1, -2), NONE_DEAD)
+        quantization.assignment_statistics(output, codewords[:2])
+
+
+def test_statistics_ignore_what_is_not_counted(quantized):
+    codewords, _, output = quantized
+    mask = np.random.default_rng(6).random((6, 5)) < 0.5
+    poisoned = output.replace(residuals=np.where(mask[..., None, None], output.residuals, np.nan))
+    expected = quantization.assignment_statistics(output, codewords, mask)
+    found = quantization.assignment_statistics(poisoned, codewords, mask)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def ema_step(codebook, latents, where, sum_over_mesh=lambda statistics: statistics):
@@ -170,123 +169,20 @@ def test_ema_converges_to_cluster_means():
     np.testing.assert_allclose(codebook.counts[0], where.sum(axis=1), rtol=1e-5)
 
 
-# Revival
-
-
-def test_dead_is_relative_to_an_even_share():
-    counts = np.array([[10.0, 0.4, 0.6, 1.0], [0.1, 0.1, 0.1, 0.1]], np.float32)  # even shares 3 and 0.1
-    codebook = workloads.make_codebook(0, 2, 4, 5).replace(counts=counts)
-    expected = [[False, True, False, False], [False] * 4]
-    np.testing.assert_array_equal(quantization.dead_by_count(codebook, min_usage=0.2), expected)
-
-
-@pytest.fixture(scope="module")
-def half_dead(quantized):
-    """A codebook [3, 4, 5] of which some codewords are dead, residuals [6, 5, 3, 5], dead [3, 4]."""
-    counts = np.full((3, 4), 5.0, np.float32)
-    dead = np.array([[True, False, False, True], [False] * 4, [False, True, False, False]])
-    codebook = workloads.make_codebook(8, 3, 4, 5).replace(counts=np.where(dead, np.float32(0.01), counts))
-    return codebook, quantized[2].residuals, dead
-
-
-@examples
-@given(seeds)
-def test_revive_moves_the_dead_onto_residuals_of_their_level(half_dead, seed):
-    codebook, residuals, dead = half_dead
-    where = np.random.default_rng(seed).random((6, 5)) < 0.2
-    where[:2, 0] = True
-    revived = revive(jax.random.key(seed), codebook, residuals, dead, where=where)
-    for name in ("codewords", "counts", "sums", "ages"):
-        np.testing.assert_array_equal(getattr(revived, name)[~dead], getattr(codebook, name)[~dead])
-    for level, code in np.argwhere(dead):
-        allowed = np.asarray(residuals)[where, level]
-        assert (allowed == np.asarray(revived.codewords)[level, code]).all(axis=-1).any()
-    even = codebook.counts.mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(np.asarray(revived.counts)[dead], np.broadcast_to(even, dead.shape)[dead])
-    assert not quantization.dead_by_count(revived, min_usage=0.05).any()
-    means = quantization.ema_codewords(revived).codewords
-    np.testing.assert_allclose(np.asarray(means)[dead], np.asarray(revived.codewords)[dead], rtol=1e-4)
-
-
-def test_revive_draws_without_replacement_what_is_served_worst(half_dead):
-    """No two dead codewords of a level take the same residual; far ones are drawn more often."""
-    codebook, residuals, dead = half_dead
-    where = np.ones((6, 5), bool)
-    keys = map(jax.random.key, range(300))
-    drawn = np.stack([revive(key, codebook, residuals, dead, where=where).codewords for key in keys])
-    points = np.asarray(residuals)[..., 0, :].reshape(-1, 5)
-    hits = (drawn[:, 0, dead[0], None] == points).all(axis=-1)  # [300, 2, 30]
-    assert hits.any(axis=-1).all() and hits.sum(axis=1).max() == 1
-    living = np.asarray(codebook.codewords)[0, ~dead[0]]
-    distance = np.sum((points[:, None] - living) ** 2, axis=-1).min(axis=-1)
-    share = hits[:, 0].mean(axis=0)
-    np.testing.assert_allclose(share, distance / distance.sum(), atol=0.07)
-    assert share[distance > np.median(distance)].sum() > 0.6
-
-
-def test_revive_leaves_codewords_for_which_nothing_is_left(half_dead):
-    codebook, residuals, _ = half_dead
-    dead, where = np.ones((3, 4), bool), np.zeros((6, 5), bool)
-    where[2, 1] = where[4, 4] = True
-    revived = revive(jax.random.key(0), codebook, residuals, dead, where=where)
-    moved = (np.asarray(revived.codewords) != codebook.codewords).any(axis=-1)
-    np.testing.assert_array_equal(moved, [[True, True, False, False]] * 3)
-    np.testing.assert_array_equal(np.asarray(revived.counts)[~moved], codebook.counts[~moved])
-
-
-def test_revive_without_anything_allowed_changes_nothing(half_dead):
-    codebook, residuals, _ = half_dead
-    where = np.zeros((6, 5), bool)
-    poisoned = np.full_like(residuals, np.nan)
-    unchanged = revive(jax.random.key(0), codebook, poisoned, half_dead[2], where=where)
-    jax.tree.map(np.testing.assert_array_equal, unchanged, codebook)
-
-
-def test_revive_ignores_what_is_not_allowed(half_dead):
-    codebook, residuals, dead = half_dead
-    where = np.random.default_rng(0).random((6, 5)) < 0.5
-    poisoned = np.where(where[..., None, None], residuals, np.nan)
-    expected = revive(jax.random.key(0), codebook, residuals, dead, where=where)
-    found = revive(jax.random.key(0), codebook, poisoned, dead, where=where)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-def test_revive_without_dead_changes_nothing(half_dead):
-    codebook, residuals, _ = half_dead
-    unchanged = revive(jax.random.key(0), codebook, residuals, NONE_DEAD, where=np.ones((6, 5), bool))
-    jax.tree.map(np.testing.assert_array_equal, unchanged, codebook)
-
-
-def test_revive_gives_the_same_on_every_device(half_dead):
-    """Replicas that draw from residuals sharded over the mesh arrive at the codebook of one device."""
-    codebook, residuals, dead = half_dead
-    residuals = np.concatenate([np.asarray(residuals).reshape(30, 3, 5)] * 4)[:112]
-    expected = revive(jax.random.key(3), codebook, residuals, dead)
-    mesh = workloads.mesh()
-    sharded = jax.device_put(residuals, NamedSharding(mesh, PartitionSpec("data")))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    found = jax.jit(quantization.revive, out_shardings=everywhere)(jax.random.key(3), codebook, sharded, dead)
-    for name in ("codewords", "counts", "sums", "ages"):
-        leaf = getattr(found, name)
-        np.testing.assert_allclose(leaf, getattr(expected, name), rtol=1e-5, atol=1e-6)
-        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-        assert len(copies) == workloads.DEVICES and all((copy == copies[0]).all() for copy in copies)
-
-
 # Ages
 
 
 def test_ages_count_steps_without_use(quantized):
     codewords = quantized[0]
     codebook = quantization.with_codewords(codewords)
+    assert not np.any(codebook.ages)
     used = np.array([[1, 0, 0, 0], [0, 2, 0, 0], [1, 1, 1, 1]], np.float32)
     for _ in range(3):
         codebook = quantization.update_statistics(codebook, used, np.zeros_like(codewords), decay=0.9)
     np.testing.assert_array_equal(codebook.ages, np.where(used > 0, 0.0, 3.0))
-    np.testing.assert_array_equal(quantization.dead_by_age(codebook, max_age=2), used == 0)
-    assert not np.any(quantization.dead_by_age(codebook, max_age=3))
-    revived = revive(jax.random.key(0), codebook, quantized[2].residuals, used == 0)
-    assert not np.any(revived.ages)
+    others = np.float32(used == 0)
+    codebook = quantization.update_statistics(codebook, others, np.zeros_like(codewords), decay=0.9)
+    np.testing.assert_array_equal(codebook.ages, np.float32(used > 0))
 
 
 # Levels that differ in size
@@ -315,12 +211,3 @@ def test_random_levels_of_given_sizes():
     assert [level.shape for level in codebook.ages] == [(4,), (2,), (7,)]
     with pytest.raises(ValueError, match=r"num_codewords is \(4, 2\), expected .* 3 levels"):
         quantization.random_codebook(jax.random.key(0), num_levels=3, num_codewords=(4, 2), width=5)
-
-
-def test_statistics_ignore_what_is_not_counted(quantized):
-    codewords, _, output = quantized
-    mask = np.random.default_rng(6).random((6, 5)) < 0.5
-    poisoned = output.replace(residuals=np.where(mask[..., None, None], output.residuals, np.nan))
-    expected = quantization.assignment_statistics(output, codewords, mask)
-    found = quantization.assignment_statistics(poisoned, codewords, mask)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
