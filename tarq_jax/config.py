@@ -47,8 +47,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.codebook.start = 300  # step at which the codebook is initialised and put to use
     config.codebook.init_latents = 16384  # real latents that k-means runs on
     config.codebook.learning = "ema"  # or "gradient"
-    config.codebook.decay = 0.99  # of the running statistics
-    config.codebook.revive_every = 100  # steps; 0 never
+    config.codebook.decay = 0.95  # of the running statistics; the nearer to 1, the later the dead are found
+    config.codebook.revive_every = 20  # steps; 0 never
     config.codebook.dead = "count"  # or "age"
     config.codebook.min_usage = 0.05  # by count: dead below this share of an even share
     config.codebook.max_age = 1000  # by age: dead once unused for more steps than this

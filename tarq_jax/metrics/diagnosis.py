@@ -39,11 +39,11 @@ LEVEL_RULES = (
          "set config.codebook.init=kmeans with config.codebook.start after a warm-up"),
     Rule(lambda m: m.utilisation < 0.98 and not m.revive_every and m.distinct_items >= m.size,
          "{dead} of {size} codewords are never used, and none is revived",
-         "set config.codebook.revive_every, to 100 say"),
+         "set config.codebook.revive_every, to 20 say"),
     Rule(lambda m: (m.utilisation < 0.98 and m.init != "random" and m.revive_every > 0
                     and m.distinct_items >= m.size),
          "{dead} of {size} codewords are never used in spite of revival",
-         "raise config.codebook.min_usage, or revive by age with config.codebook.dead=age"),
+         "lower config.codebook.revive_every and config.codebook.decay, or raise config.codebook.min_usage"),
     Rule(lambda m: m.utilisation >= 0.98 and m.perplexity < 0.5 * m.size,
          "every codeword is used, but so unevenly that {perplexity:.0f} would do the work of {size}",
          "raise config.codebook.init_latents, or lower config.model.num_codewords"),
@@ -62,7 +62,7 @@ def diagnose_level(measured: Level) -> list[str]:
       Level 1: 48 of 64 codewords are never used, and the level began at random. What helps: set
       config.codebook.init=kmeans with config.codebook.start after a warm-up.
       Level 1: 48 of 64 codewords are never used, and none is revived. What helps: set
-      config.codebook.revive_every, to 100 say.
+      config.codebook.revive_every, to 20 say.
     """
     values = measured._asdict()
     found = [f"Level {measured.level}: {rule.finding.format(**values)}. What helps: {rule.remedy}."
