@@ -117,7 +117,8 @@ def test_nothing_to_learn_keeps_the_residual(problem):
 def test_saturated_attention_leaves_corrections_bounded(problem):
     """Jacobians all but vanish where one event takes all the weight: the best fit would be endless."""
     codewords, blocks, queries, (keys, values, mask) = problem
-    keys = np.where(np.arange(keys.shape[2])[:, None] == 0, 20 * np.sign(codewords.mean(axis=1))[:, None], keys)
+    loud = 20 * np.sign(codewords.mean(axis=1))[:, None]  # [H, 1, E]
+    keys = np.where(np.arange(keys.shape[2])[:, None] == 0, loud, keys)
     found = corrections.correction_statistics(codewords, blocks, queries, keys, values, mask)
     residuals = queries - codewords[:, blocks.codes][:, :, None]
     lengths = np.linalg.norm(residuals, axis=-1)
