@@ -52,12 +52,19 @@ def argmax(scores: jax.Array) -> jax.Array:
 
 def nearest(points: jax.Array, codewords: jax.Array) -> jax.Array:
     """The codeword at the smallest Euclidean distance: [M, D] and [K, D] to [M]."""
-    return argmax(_half_scores(points, codewords))
+    return argmax(_half_scores(*_centred(points, codewords)))
+
+
+def _centred(points: jax.Array, codewords: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both about the first codeword, so that products keep their precision far from the origin.
+
+    Differences of near numbers are exact in floating point, which those to a mean are not.
+    """
+    return points - codewords[0], codewords - codewords[0]
 
 
 def _half_scores(points: jax.Array, codewords: jax.Array) -> jax.Array:
     """Half of `negative_distances`, with `-|c|^2 / 2` as one more column of the product: a pass less."""
-    points = jnp.asarray(points)
     ones = jnp.ones((*points.shape[:-1], 1), points.dtype)
     offsets = -0.5 * jnp.sum(codewords**2, axis=-1, keepdims=True)
     return jnp.concatenate([points, ones], axis=-1) @ jnp.concatenate([codewords, offsets], axis=-1).T
@@ -220,6 +227,8 @@ def _in_blocks(function: Callable[[jax.Array], jax.Array], points: jax.Array, bl
 def _beam_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) -> jax.Array:
     """Codes [M, L] of the best path that a beam finds, for latents [M, D]."""
     num = len(latents)
+    latents, first = _centred(latents, levels[0])
+    levels = (first, *levels[1:])
     scores, residuals = jnp.zeros((num, 1)), latents[:, None]  # scores are half of minus the squared error
     codes = jnp.zeros((num, 1, 0), jnp.int32)
     for index, level in enumerate(levels):

@@ -119,6 +119,18 @@ def test_negative_distances_up_to_a_constant_of_each_point():
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("encoder", [encode, jax.jit(functools.partial(quantization.beam_encode, beam=3))],
+                         ids=["greedy", "beam"])
+def test_codes_do_not_depend_on_the_distance_from_the_origin(encoder):
+    """Entries are multiples of 1/16 that float32 holds exactly at 2^18, but whose squares it does not."""
+    rng = np.random.default_rng(11)
+    latents, level_1, level_2 = (rng.integers(-64, 64, (size, 3)) / 16 for size in (200, 8, 8))
+    near = encoder(np.stack([level_1, level_2 / 4]).astype(np.float32), latents.astype(np.float32))
+    far = encoder(np.stack([level_1 + 2.0**18, level_2 / 4]).astype(np.float32),
+                  (latents + 2.0**18).astype(np.float32))
+    np.testing.assert_array_equal(far.codes, near.codes)
+
+
 @pytest.mark.parametrize("call", [
     lambda: quantization.encode(np.zeros((4, 5)), np.zeros((6, 5))),
     lambda: quantization.encode(np.zeros((3, 4, 5)), np.zeros((6, 1))),
