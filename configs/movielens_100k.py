@@ -23,7 +23,7 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.baselines = ("two_tower", "target_attention")
     config.steps = 900
     config.codebook.start = 150
-    config.optimizer.weight_decay = 1.0
+    config.optimizer.weight_decay = 0.3
     with config.data.unlocked():
         config.data.name = "movielens"
         config.data.source = "data/ml-100k"
