@@ -10,6 +10,7 @@ CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints and metrics go; an unfinished run there goes on.", required=True
 )
+RESUME = flags.DEFINE_bool("resume", True, "Go on from what the workdir holds; --noresume refuses to.")
 JSON = cli.json_flag()
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     config = cli.settings(CONFIG.value)
     from tarq_jax.training import loop  # after the flags: importing JAX takes seconds
 
-    rows = loop.run(config, Path(WORKDIR.value))
+    rows = loop.run(config, Path(WORKDIR.value), resume=RESUME.value)
     reporting.print_table(rows, title=f"test split, {WORKDIR.value}")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)

@@ -12,6 +12,7 @@ import ml_collections
 MODELS = ("two_tower", "two_tower_large", "target_attention", "tarq")
 DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
 REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
+BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that checkpoints are chosen by, and their sign
 HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported
 
 
@@ -73,6 +74,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval_every = 0  # 0 evaluates once, at the end
     config.eval_batch_size = 128
     config.checkpoint_every = 500
+    config.checkpoints_kept = 2  # the newest
+    config.best_metric = ""  # of the validation split: "auc", "gauc" or "log_loss" keeps and tests the best
     config.recall_k = 4  # recall@k of the student's order against the teacher's
     config.prefetch = 4  # batches made ahead
     return config.lock()
@@ -145,6 +148,8 @@ RULES: Mapping[str, Rule] = {
     "eval_every": _at_least(0),
     "eval_batch_size": _at_least(1),
     "checkpoint_every": _at_least(1),
+    "checkpoints_kept": _at_least(1),
+    "best_metric": _one_of("", *BEST),
     "recall_k": _at_least(1),
     "prefetch": _at_least(1),
 }
@@ -176,6 +181,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["model.order"] == 1 and settings["model.num_levels"] < 2:
         raise ValueError(f"config.model.num_levels is {settings['model.num_levels']}, expected at least 2 "
                          f"with config.model.order=1: levels 2 and up quantize what level 1 leaves over")
+    if settings["best_metric"] and not settings["eval_every"]:
+        raise ValueError(f"config.eval_every is 0, expected at least 1 with config.best_metric="
+                         f"{settings['best_metric']!r}: the best checkpoint is one of those evaluated")
     if settings["codebook.init_latents"] < settings["model.num_codewords"]:
         raise ValueError(f"config.codebook.init_latents is {settings['codebook.init_latents']}, expected at "
                          f"least config.model.num_codewords, {settings['model.num_codewords']}")

@@ -7,7 +7,6 @@ further levels. Everything else (keys, values, head) stays the model's own.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import chex
 import jax
@@ -18,7 +17,7 @@ from flax import struct
 from tarq_jax import quantization
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.corrections import correction_statistics, damping, fit_corrections
-from tarq_jax.expansion import expand, first_order, group_by_code
+from tarq_jax.expansion import first_order, group_by_code
 
 KeysValues = tuple[jax.Array, jax.Array, chex.Array]  # keys, values [B, H, N, E] and mask [B, N]
 Corrections = Callable[..., jax.Array]  # (index, queries, calibration) -> [V, H, E]
@@ -37,8 +36,7 @@ class ItemIndex(struct.PyTreeNode):
 
 
 def quantize_queries(
-    rng: jax.Array, queries: jax.Array, *, num_codewords: int, weights: chex.Array | None = None,
-    metric: jax.Array | None = None,
+    rng: jax.Array, queries: jax.Array, *, num_codewords: int, weights: chex.Array | None = None
 ) -> ItemIndex:
     """Codes of order 0: k-means on the items' queries, all heads together.
 
@@ -47,8 +45,6 @@ def quantize_queries(
       queries: [V, H, E], projected queries of all items.
       num_codewords: K, at most V.
       weights: [V], how often an item is a candidate; even if None.
-      metric: [H, E, E], symmetric and positive, what queries are compared by, see `query_metric`;
-        Euclidean if None.
 
     Returns:
       An index of one level.
@@ -57,52 +53,11 @@ def quantize_queries(
       ValueError: with fewer items than codewords.
     """
     chex.assert_rank(queries, 3)
-    heads, width = queries.shape[1:]
-    metric = jnp.broadcast_to(jnp.eye(width), (heads, width, width)) if metric is None else metric
-    root = jnp.linalg.cholesky(metric)  # |q - c|_M = |(q - c) root|
-    flat = jnp.einsum("vhe,hef->vhf", queries, root).reshape(len(queries), -1)
+    flat = queries.reshape(len(queries), -1)
     fit = jax.jit(functools.partial(quantization.kmeans, num_codewords=num_codewords))
     codewords = fit(rng, flat, weights=weights)
     codes = quantization.encode(codewords[None], flat).codes
-    level = jnp.einsum("khf,hfe->khe", codewords.reshape(-1, heads, width), jnp.linalg.inv(root))
-    return ItemIndex(levels=(level,), codes=codes)
-
-
-def query_metric(
-    index: ItemIndex, calibration: Iterable[KeysValues], *, weights: chex.Array | None = None,
-    ridge: float = 1e-3,
-) -> jax.Array:
-    """What a difference of queries does to attention: the mean of `J^T J` over codewords and requests (ours).
-
-    To first order `|o(q) - o(c)|^2 = (q - c)^T J^T J (q - c)`: directions that no history tells apart
-    need no codewords.
-
-    Args:
-      index: that says where queries lie, of any metric.
-      calibration: requests.
-      weights: [V], how often an item is a candidate; even if None.
-      ridge: added to the diagonal, relative to its mean.
-
-    Returns:
-      [H, E, E], symmetric and positive, of trace E.
-
-    Raises:
-      ValueError: there is no calibration request.
-    """
-    codewords = jnp.moveaxis(index.levels[0], 1, 0)
-    weights = jnp.ones(len(index.codes)) if weights is None else weights
-    uses = jax.ops.segment_sum(jnp.asarray(weights), index.codes[:, 0], codewords.shape[1])
-
-    @jax.jit
-    def measure(*history):
-        jacobians = expand(codewords, *history).jacobians
-        return jnp.einsum("k,bhkef,bhkeg->hfg", uses / uses.sum(), jacobians, jacobians)
-
-    total = _summed(measure(*history) for history in calibration)
-    width = total.shape[-1]
-    size = jnp.trace(total, axis1=1, axis2=2)[:, None, None] / width
-    size = jnp.where(size > 0, size, 1.0)  # no history tells any queries apart
-    return (total / size + ridge * jnp.eye(width)) / (1.0 + ridge)
+    return ItemIndex(levels=(codewords.reshape(-1, *queries.shape[1:]),), codes=codes)
 
 
 def plain_corrections(index: ItemIndex, queries: jax.Array, calibration: Iterable[KeysValues]) -> jax.Array:
@@ -133,20 +88,16 @@ def fitted_corrections(
     grouped = jnp.moveaxis(queries[blocks.items], 2, 0)  # [H, P, S, E]
     codewords = jnp.moveaxis(index.levels[0], 1, 0)
     measure = jax.jit(functools.partial(correction_statistics, codewords, blocks, grouped))
-    total = _summed(measure(*history) for history in calibration)
+    total = None
+    for keys, values, mask in calibration:
+        found = measure(keys, values, mask)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    if total is None:
+        raise ValueError("calibration has no requests, expected at least one")
     residuals = jnp.moveaxis(plain_corrections(index, queries, ())[blocks.items], 2, 0)
     fitted = jax.jit(functools.partial(fit_corrections, ridge=ridge))(*total, blocks, residuals)
     heads, width = fitted.shape[0], fitted.shape[-1]
     return jnp.swapaxes(fitted.reshape(heads, -1, width)[:, blocks.positions], 0, 1)
-
-
-def _summed(statistics: Iterable[Any]) -> Any:
-    """The sum of pytrees; a ValueError where there is none."""
-    found = iter(statistics)
-    total = next(found, None)
-    if total is None:
-        raise ValueError("calibration has no requests, expected at least one")
-    return functools.reduce(functools.partial(jax.tree.map, jnp.add), found, total)
 
 
 CORRECTIONS = {"plain": plain_corrections, "damped": damped_corrections, "fitted": fitted_corrections}

@@ -25,8 +25,8 @@ BAD = {
     "optimizer.learning_rate": [0.0, -1.0, math.nan, math.inf],
     "optimizer.weight_decay": [-1e-9, math.nan, math.inf], "optimizer.warmup_steps": [-1],
     "optimizer.clip_norm": [-1.0, math.nan, math.inf],
-    "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0], "recall_k": [0],
-    "prefetch": [0],
+    "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0],
+    "checkpoints_kept": [0], "best_metric": ["accuracy"], "recall_k": [0], "prefetch": [0],
 }
 NOT_A_RULE = {"data.name", "data.data_dir"}  # left to the data
 

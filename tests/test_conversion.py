@@ -60,55 +60,6 @@ def test_as_many_codewords_as_items_is_exact(queries, history):
     assert error(whole, queries, history) < 1e-4
 
 
-def test_metric_is_the_mean_squared_jacobian(index, history):
-    """Request by request and codeword by codeword, by automatic differentiation."""
-    codewords, uses = np.asarray(index.levels[0]), np.bincount(np.asarray(index.codes)[:, 0], minlength=6)
-
-    def output(query, h, b):
-        keys, values, mask = (x[b:b + 1] for x in history)
-        query = query[None, None, None]
-        return multi_head_attention(query, keys[:, h:h + 1], values[:, h:h + 1], mask)[0, 0, 0]
-
-    jacobian = jax.jit(jax.vmap(jax.jacobian(output), in_axes=(0, None, None)), static_argnums=(1, 2))
-    expected = np.zeros((H, E, E))
-    for h, b in np.ndindex(H, B):
-        slopes = np.asarray(jacobian(codewords[:, h], h, b))
-        expected[h] += np.einsum("k,kef,keg->fg", uses / V, slopes, slopes)
-    expected *= E / np.trace(expected, axis1=1, axis2=2)[:, None, None]
-    found = conversion.query_metric(index, [history], ridge=0.0)
-    close(found, expected, rtol=1e-3, atol=1e-4)
-    close(conversion.query_metric(index, [history], weights=np.full(V, 3.0), ridge=0.0), found)
-    halves = [tuple(x[rows] for x in history) for rows in (slice(0, 4), slice(4, B))]
-    close(conversion.query_metric(index, halves, ridge=0.0), found, rtol=1e-3)
-
-
-def test_codes_are_of_the_nearest_codeword_in_the_metric(queries, index, history):
-    metric = np.asarray(conversion.query_metric(index, [history]))
-    found = conversion.quantize_queries(jax.random.key(0), queries, num_codewords=6, metric=metric)
-    differences = queries[:, None] - np.asarray(found.levels[0])
-    distances = np.einsum("vkhe,hef,vkhf->vk", differences, metric, differences)
-    np.testing.assert_array_equal(found.codes[:, 0], distances.argmin(axis=1))
-
-
-def test_metric_ignores_what_no_history_tells_apart(queries, history):
-    """Keys are 0 in one coordinate, in which queries differ most: Euclidean codewords are wasted on it."""
-    keys, *rest = history
-    silent = keys * np.array([1.0, 1.0, 1.0, 0.0], np.float32), *rest
-    stretched = queries * np.array([1.0, 1.0, 1.0, 5.0], np.float32)
-    euclidean = conversion.quantize_queries(jax.random.key(0), stretched, num_codewords=6)
-    metric = conversion.query_metric(euclidean, [silent])
-    assert (np.asarray(metric)[:, 3, 3] < 0.01).all()
-    informed = conversion.quantize_queries(jax.random.key(0), stretched, num_codewords=6, metric=metric)
-    assert error(informed, stretched, silent) < 0.8 * error(euclidean, stretched, silent)
-
-
-def test_metric_without_anything_to_learn_is_euclidean(index, history):
-    keys, values, mask = history
-    close(conversion.query_metric(index, [(keys, values, np.zeros_like(mask))]), [np.eye(E) / 1001] * H)
-    with pytest.raises(ValueError, match="calibration has no requests"):
-        conversion.query_metric(index, [])
-
-
 @pytest.mark.parametrize("name", conversion.CORRECTIONS)
 def test_corrections_lower_the_error(name, index, queries, history):
     corrections = conversion.CORRECTIONS[name](index, queries, [history])

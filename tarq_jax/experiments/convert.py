@@ -30,10 +30,7 @@ ORDER = flags.DEFINE_list("order", ["1"], "0 looks attention up, 1 corrects it b
 LEVELS = flags.DEFINE_list("levels", ["0"], "Further levels, of 256 codewords; 0 keeps corrections exactly.")
 CORRECTION = flags.DEFINE_enum(
     "correction", "fitted", ["plain", "damped", "fitted"], "How an item's correction is found.")
-METRIC = flags.DEFINE_enum(
-    "metric", "attention", ["euclidean", "attention"], "What queries are compared by in level 1.")
-CALIBRATION = flags.DEFINE_integer(
-    "calibration", 512, "Training requests that metric and fitted corrections see.")
+CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections see.")
 FINE_TUNE = flags.DEFINE_integer("fine_tune", 0, "Steps that then train codewords and head; 0 for none.")
 SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.")
 TWO_TOWERS = flags.DEFINE_multi_string(
@@ -108,17 +105,12 @@ def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:
     from tarq_jax.training import conversion as training
 
     rng = jax.random.key(SEED.value)
-    calibration = functools.partial(
-        training.calibration, model, requests=CALIBRATION.value, seed=SEED.value)
-    weights = training.candidate_counts(model.dataset)
-    quantize = functools.partial(
-        conversion.quantize_queries, rng, model.queries, num_codewords=setting.codewords, weights=weights)
-    index = quantize()
-    if METRIC.value == "attention":
-        index = quantize(metric=conversion.query_metric(index, calibration(), weights=weights))
+    index = conversion.quantize_queries(
+        rng, model.queries, num_codewords=setting.codewords, weights=training.candidate_counts(model.dataset))
     if not setting.order:
         return index, {}
-    corrections = conversion.CORRECTIONS[CORRECTION.value](index, model.queries, calibration())
+    calibration = training.calibration(model, requests=CALIBRATION.value, seed=SEED.value)
+    corrections = conversion.CORRECTIONS[CORRECTION.value](index, model.queries, calibration)
     if not setting.levels:
         return conversion.with_corrections(index, corrections), {"correction_error": 0.0}
     index = conversion.with_quantized_corrections(

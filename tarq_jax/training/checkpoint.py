@@ -1,27 +1,48 @@
-"""Checkpoints by Orbax: training state, with the configuration and schema that gave it a meaning."""
+"""Checkpoints by Orbax: training state, with the configuration and schema that gave it a meaning.
 
-from collections.abc import Sequence
+Saving happens in the background and atomically. A checkpoint holds parameters, optimizer, codebooks with
+their statistics, the random key and the step, from which the position in the data follows.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tarq_jax.config import default_config
+from tarq_jax.config import BEST, default_config
 from tarq_jax.data.schema import Schema
 from tarq_jax.training.meter import NOTHING_COUNTED
 from tarq_jax.training.state import TrainState
 
-KEEP = 2  # checkpoints kept
 # Settings that may differ between the run that saved a checkpoint and the one that goes on from it.
 FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-                  "recall_k", "prefetch")
+                  "checkpoints_kept", "best_metric", "recall_k", "prefetch")
 
 
-def manager(workdir: Path) -> ocp.CheckpointManager:
-    """Opens `workdir/checkpoints`; close it to wait for what is being written."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, create=True)
+def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:
+    """Opens `workdir/checkpoints`; close it to wait for what is being written.
+
+    Args:
+      workdir: of the run.
+      kept: newest checkpoints that are kept.
+      best_metric: a key of `tarq_jax.config.BEST`, by which the best checkpoint is kept besides; none
+        if empty.
+    """
+    def goodness(metrics):
+        return BEST[best_metric] * metrics[best_metric]
+
+    policies = [preservation_policy.LatestN(kept)]
+    if best_metric:
+        policies.append(preservation_policy.BestN(
+            n=1, get_metric_fn=goodness, keep_checkpoints_without_metrics=False))
+    options = ocp.CheckpointManagerOptions(
+        create=True, best_fn=goodness if best_metric else None,  # without it Orbax drops the metrics
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies))
     return ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
 
 
@@ -30,55 +51,122 @@ class Restored(NamedTuple):
 
     state: TrainState
     counted: Sequence[float]  # of `Meter`, over the steps that led there
+    damaged: Sequence[str] = ()  # newer checkpoints that could not be read, a sentence each
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
-         schema: Schema, counted: Sequence[float]) -> None:
-    """Writes the state under its step, in the background and atomically; a step saved before stays."""
+         schema: Schema, counted: Sequence[float], metrics: Mapping[str, float] | None = None) -> None:
+    """Writes the state under its step, in the background and atomically; a step saved before stays.
+
+    Args:
+      checkpoints: of `manager`.
+      state: to save.
+      config: of the run.
+      schema: of the run's data.
+      counted: of `Meter`.
+      metrics: of the validation split, where the state was evaluated; the best checkpoint is told by it.
+    """
     step = int(state.step)
     if step in checkpoints.all_steps():
         return
     meta = {"config": config.to_dict(), "schema": schema.to_json(), "counted": list(counted)}
-    checkpoints.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
-                                                   meta=ocp.args.JsonSave(meta)))
+    checkpoints.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
                    schema: Schema) -> Restored:
-    """The newest saved state, or `state` itself where nothing was saved.
+    """The newest saved state that can be read, or `state` itself where nothing was saved.
+
+    Checkpoints that are damaged are moved to `damaged/` beside `checkpoints/`, once an older one was read.
 
     Args:
       checkpoints: of `manager`.
-      state: what a fresh run starts from; gives shapes, types and shardings.
+      state: what a fresh run starts from; gives shapes, types and shardings, which may be of another
+        mesh than those that were saved.
       config: of this run.
       schema: of this run's data.
 
     Returns:
-      A state like `state`, and what was counted on the way to it.
+      A state like `state`, what was counted on the way to it, and what was found damaged.
 
     Raises:
-      ValueError: the checkpoint was made with another configuration or schema; names what differs.
+      ValueError: the checkpoint was made with another configuration or schema, and names what differs; or
+        none of several can be read.
     """
-    step = checkpoints.latest_step()
-    if step is None:
-        return Restored(state, NOTHING_COUNTED)
-    meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    _check_same(meta, config, schema, checkpoints.directory)
+    damaged: dict[int, str] = {}
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            meta = read_meta(checkpoints, step)
+            if (difference := _difference(meta, config, schema)) is None:
+                restored = restore_step(checkpoints, step, state)
+        except Exception as error:  # whatever Orbax, JSON or the file system make of damaged files
+            reason = " ".join(str(error).split())[:200]
+            damaged[step] = f"Checkpoint {step} is damaged ({type(error).__name__}: {reason})."
+            continue
+        if difference is not None:
+            raise ValueError(f"{checkpoints.directory}: {difference}")
+        _move_away(checkpoints, damaged)
+        return Restored(restored, meta.get("counted", NOTHING_COUNTED), list(damaged.values()))
+    if damaged:
+        raise ValueError(f"{checkpoints.directory}: none of {len(damaged)} checkpoints can be read, expected "
+                         f"one at least. {' '.join(damaged.values())}")
+    return Restored(state, NOTHING_COUNTED)
+
+
+def restore_step(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
+    """The state saved at a step, in the shapes, types and shardings of `state`."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    restored = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-    return Restored(restored["state"], meta.get("counted", NOTHING_COUNTED))
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    return checkpoints.restore(step, args=arguments)["state"]
 
 
-def _check_same(meta: dict[str, Any], config: ml_collections.ConfigDict, schema: Schema, where: Path) -> None:
+def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What was saved beside the state of a step: `config`, `schema`, `counted`."""
+    return checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
+    """`read_meta` of the newest checkpoint where it can be read; None where there is none."""
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            return read_meta(checkpoints, step)
+        except Exception:  # damaged, see `restore_latest`
+            continue
+    return None
+
+
+def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | None:
+    """The step whose validation metrics were best, the earliest of equals; None where none were saved."""
+    measured = {step: checkpoints.metrics(step) for step in sorted(checkpoints.all_steps())}
+    found = {step: BEST[best_metric] * metrics[best_metric] for step, metrics in measured.items() if metrics}
+    return max(found, key=lambda step: found[step], default=None)
+
+
+def _move_away(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
+    """Makes room for the steps to be saved again, and keeps what is left of them."""
+    folder = checkpoints.directory.parent / "damaged"
+    for step in damaged:
+        target = folder / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        shutil.move(checkpoints.directory / str(step), target)
+    if damaged:
+        checkpoints.reload()
+
+
+def _difference(meta: dict[str, Any], config: ml_collections.ConfigDict, schema: Schema) -> str | None:
+    """How a checkpoint's run differs from this one, in words; None where it does not."""
     if meta["schema"] != schema.to_json():
-        raise ValueError(f"{where}: saved with schema {meta['schema']}, but the data has {schema.to_json()}; "
-                         f"use another --workdir")
+        return (f"saved with schema {meta['schema']}, but the data has {schema.to_json()}; use another "
+                f"--workdir")
     defaults = _settings(default_config().to_dict() | {"data": {}})  # for settings newer than the checkpoint
     saved, current = defaults | _settings(meta["config"]), _settings(config.to_dict())
     for key in sorted(saved.keys() | current.keys()):
         if saved.get(key) != current.get(key):
-            raise ValueError(f"{where}: saved with config.{key}={saved.get(key)!r}, this run has "
-                             f"{current.get(key)!r}; use another --workdir or the saved setting")
+            return (f"saved with config.{key}={saved.get(key)!r}, this run has {current.get(key)!r}; use "
+                    f"another --workdir or the saved setting")
+    return None
 
 
 def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from rich.console import Console
 
 from tarq_jax import data, metrics, quantization
 from tarq_jax.cli import Interrupted, interruptible
+from tarq_jax.config import BEST
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
 from tarq_jax.training import checkpoint, sharding
 from tarq_jax.training.evaluate import Row, evaluate
@@ -32,13 +34,14 @@ class Result(NamedTuple):
     state: TrainState
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path) -> list[Row]:
+def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True) -> list[Row]:
     """Trains the baselines of the configuration, then its model, and makes one table of all.
 
     Args:
       config: validated.
       workdir: where the model's checkpoints, metrics and `results.json` go; baselines get
         `workdir/baselines/<name>`.
+      resume: go on from what is saved there; if not, a workdir that holds checkpoints is refused.
 
     Returns:
       Rows of the table, with `gap_recovered` where both ends of the gap were trained.
@@ -48,8 +51,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> list[Row]:
     describe_data(dataset, console)
     rows: list[Row] = []
     for name in config.baselines:
-        rows += train(with_model(config, name), dataset, workdir / "baselines" / name, console).rows
-    rows += train(config, dataset, workdir, console).rows
+        folder = workdir / "baselines" / name
+        rows += train(with_model(config, name), dataset, folder, console, resume=resume).rows
+    rows += train(config, dataset, workdir, console, resume=resume).rows
     rows = add_gap_recovered(rows)
     write_rows(rows, workdir / "results.json")
     return rows
@@ -86,7 +90,8 @@ def describe_data(dataset: data.Dataset, console: Console) -> None:
 
 
 def train(
-    config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, console: Console
+    config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, console: Console, *,
+    resume: bool = True,
 ) -> Result:
     """Trains one model from its newest checkpoint on, and evaluates it on the test split.
 
@@ -96,7 +101,7 @@ def train(
     Raises:
       FloatingPointError: the loss is not finite; names the step. Nothing is saved from then on.
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
-      ValueError: a setting does not fit the data or the checkpoint.
+      ValueError: a setting does not fit the data or the checkpoint; or there is one, and `resume` is not set.
     """
     mesh = sharding.data_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
@@ -106,13 +111,19 @@ def train(
     state = sharding.replicate(init_state(config, objective, optimizer, dataset), mesh)
 
     with (
-        checkpoint.manager(workdir) as checkpoints,
+        checkpoint.manager(
+            workdir, kept=config.checkpoints_kept, best_metric=config.best_metric) as checkpoints,
         MetricsWriter(workdir) as writer,
         progress_bar(console) as progress,
         interruptible() as interrupted,
     ):
-        state, counted = checkpoint.restore_latest(checkpoints, state, config, dataset.schema)
+        if not resume and checkpoints.latest_step() is not None:
+            raise ValueError(f"{workdir} holds a checkpoint of step {checkpoints.latest_step()}, expected "
+                             f"none with --noresume; use another --workdir")
+        state, counted, damaged = checkpoint.restore_latest(checkpoints, state, config, dataset.schema)
         start = int(state.step)
+        for sentence in damaged:
+            console.print(f"{sentence} Going on from step {start}.")
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
         batches = data.prefetch(
             data.train_batches(dataset, "train", batch_size=config.batch_size, seed=config.seed,
@@ -134,18 +145,23 @@ def train(
                 scalars = check_finite(jax.device_get(step_metrics), done) | meter.read()
                 writer.write(done, scalars)
                 progress.update(bar, completed=done, note=_note(scalars))
-            stop = interrupted()
-            if stop or done % config.checkpoint_every == 0 or done == config.steps:
+            stop, validated = interrupted(), None
+            measured = _due(config.eval_every, done) and bool(config.best_metric or not stop)
+            saved = stop or _due(config.checkpoint_every, done) or done == config.steps
+            if measured or saved:
                 meter.pause()
                 check_finite(jax.device_get(step_metrics), done)
-                checkpoint.save(checkpoints, state, config, dataset.schema, meter.counted)
-            if stop:
-                raise Interrupted(f"interrupted; saved step {done} in {workdir}, call again to go on")
-            if config.eval_every and done % config.eval_every == 0 and done < config.steps:
-                meter.pause()
+            if measured:
                 rows = test(config, objective, state, dataset, "validation")
                 writer.write(done, _flat_scalars(rows, "validation"))
+                validated = {name: rows[0][name] for name in BEST}
+            if saved or (measured and config.best_metric):
+                checkpoint.save(checkpoints, state, config, dataset.schema, meter.counted, validated)
+            if stop:
+                raise Interrupted(f"interrupted; saved step {done} in {workdir}, call again to go on")
         batches.close()
+        if config.best_metric:
+            state = best_state(checkpoints, config.best_metric, state, console)
         rows = test(config, objective, state, dataset, "test")
         parameters = sum(leaf.size for leaf in jax.tree.leaves(trainable(state.params, state.codebook)))
         rows = [row | {"parameters": parameters} | meter.total() for row in rows]
@@ -154,6 +170,18 @@ def train(
     if interrupted():
         raise Interrupted(f"interrupted; {workdir} is complete, call again to go on with what follows")
     return Result(rows, state)
+
+
+def best_state(
+    checkpoints: ocp.CheckpointManager, best_metric: str, state: TrainState, console: Console
+) -> TrainState:
+    """The state that was best on the validation split; the last one where none was evaluated."""
+    checkpoints.wait_until_finished()
+    step = checkpoint.best_step(checkpoints, best_metric)
+    if step is None:
+        return state
+    console.print(f"testing step {step}, the best by {best_metric} of the validation split")
+    return checkpoint.restore_step(checkpoints, step, state)
 
 
 def batch_shapes(dataset: data.Dataset) -> dict[str, int]:
@@ -273,6 +301,10 @@ def check_finite(scalars: dict[str, np.ndarray], step: int) -> dict[str, float]:
 def _transfer(batch: Batch, mesh: jax.sharding.Mesh) -> tuple[Batch, int]:
     """A batch on the devices of the mesh, and how many real candidates it holds."""
     return sharding.shard_batch(batch, mesh), int(batch.candidate_mask.sum())
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _note(scalars: dict[str, float]) -> str:

@@ -19,7 +19,7 @@ class Run(NamedTuple):
     config: ml_collections.ConfigDict
     dataset: data.Dataset
     objective: Objective
-    state: TrainState  # of the newest checkpoint
+    state: TrainState  # of the newest checkpoint, or of the best where the run kept that
 
 
 def load_run(workdir: Path) -> Run:
@@ -38,18 +38,19 @@ def load_run(workdir: Path) -> Run:
         objective = build(config.model, config.loss_weights, dataset.schema)
         fresh = loop.init_state(config, objective, loop.make_optimizer(config), dataset)
         state = checkpoint.restore_latest(checkpoints, fresh, config, dataset.schema).state
+        if config.best_metric and (best := checkpoint.best_step(checkpoints, config.best_metric)) is not None:
+            state = checkpoint.restore_step(checkpoints, best, state)
     return Run(config, dataset, objective, state)
 
 
 def saved_config(checkpoints: ocp.CheckpointManager) -> ml_collections.ConfigDict:
     """The configuration that the newest checkpoint was made with, over the defaults."""
-    step = checkpoints.latest_step()
-    if step is None:
+    saved = checkpoint.newest_meta(checkpoints)
+    if saved is None:
         raise FileNotFoundError(f"{checkpoints.directory} is empty, expected a checkpoint of a training run")
-    meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     config = default_config()
     with config.unlocked():
-        config.data = ml_collections.ConfigDict(meta["config"].pop("data"))
-        config.update(meta["config"])
+        config.data = ml_collections.ConfigDict(saved["config"].pop("data"))
+        config.update(saved["config"])
     validate(config)
     return config

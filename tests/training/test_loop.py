@@ -136,7 +136,8 @@ def test_run_trains_baselines_and_tells_the_gap(tiny_config, tiny_dataset, tmp_p
     aucs = {"two_tower": 0.6, "target_attention": 0.8, "tarq": 0.75}
     calls = []
 
-    def train(config, dataset, workdir, console):
+    def train(config, dataset, workdir, console, resume):
+        assert resume
         calls.append((config.model.name, os.path.relpath(workdir, tmp_path)))
         assert dataset is tiny_dataset
         return loop.Result([{"model": config.model.name, "auc": aucs[config.model.name]}], None)

@@ -157,8 +157,8 @@ def test_every_setting_is_held_to(key, tiny_config, tiny_dataset, opened, finish
 def test_only_these_may_change():
     """Whatever else changes makes another experiment of it."""
     assert set(checkpoint.FREE_TO_CHANGE) <= {
-        "steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every", "recall_k",
-        "prefetch"}
+        "steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
+        "checkpoints_kept", "best_metric", "recall_k", "prefetch"}
 
 
 def test_settings_that_came_or_went(tiny_config, tiny_dataset, opened, finished):

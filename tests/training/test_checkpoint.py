@@ -1,0 +1,113 @@
+"""Checkpoints: which are kept, which is best, and what happens to damaged ones."""
+
+import json
+import shutil
+
+import pytest
+
+from tarq_jax.config import BEST
+from tarq_jax.training import checkpoint, loop
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, with checkpoints of steps 4 and 6."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def truncate(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scribble(folder):
+    for path in (folder / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\x5a" * path.stat().st_size)
+
+
+DAMAGES = {
+    "emptied": lambda folder: [shutil.rmtree(part) for part in folder.iterdir() if part.is_dir()],
+    "state is gone": lambda folder: shutil.rmtree(folder / "state"),
+    "meta is gone": lambda folder: shutil.rmtree(folder / "meta"),
+    "meta is no JSON": lambda folder: (folder / "meta" / "metadata").write_text("{"),
+    "truncated": truncate,
+    "overwritten": scribble,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+        damage, copied, tiny_config, tiny_dataset, finished, same_bits):
+    """It ends in the same bits, says what was damaged, and keeps what is left of it."""
+    damage(copied / "checkpoints" / "6")
+    with checkpoint.manager(copied) as checkpoints:
+        restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)
+        assert list(checkpoints.all_steps()) == [4]
+    assert int(restored.state.step) == 4
+    sentence, = restored.damaged
+    assert sentence.startswith("Checkpoint 6 is damaged (")
+    assert (copied / "damaged" / "6").is_dir()
+
+
+def test_a_run_goes_on_from_before_the_damage(
+        copied, tiny_config, tiny_dataset, finished, silent, same_bits):
+    truncate(copied / "checkpoints" / "6")
+    result = loop.train(tiny_config, tiny_dataset, copied, silent)
+    same_bits(result.state, finished[1].state)
+    assert "Checkpoint 6 is damaged" in silent.file.getvalue()
+    assert "Going on from step 4" in silent.file.getvalue()
+
+
+def test_where_all_are_damaged_nothing_is_trained(copied, tiny_config, tiny_dataset, silent):
+    for step in (4, 6):
+        truncate(copied / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match="none of 2 checkpoints can be read, expected one at least"):
+        loop.train(tiny_config, tiny_dataset, copied, silent)
+    assert not (copied / "damaged").exists()
+
+
+def test_a_fresh_start_is_refused_where_something_is_saved(copied, tiny_config, tiny_dataset, silent):
+    with pytest.raises(ValueError, match="holds a checkpoint of step 6, expected none with --noresume"):
+        loop.train(tiny_config, tiny_dataset, copied, silent, resume=False)
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_the_newest_are_kept(kept, tiny_config, tiny_dataset, finished, tmp_path):
+    with checkpoint.manager(tmp_path, kept=kept) as checkpoints:
+        for step in range(1, 6):
+            state = finished[1].state.replace(step=finished[1].state.step * 0 + step)
+            checkpoint.save(checkpoints, state, tiny_config, tiny_dataset.schema, (0.0, 0.0, 0.0))
+        checkpoints.wait_until_finished()
+        assert list(checkpoints.all_steps()) == list(range(6 - kept, 6))
+
+
+@pytest.mark.parametrize(("name", "best"), [("auc", 2), ("log_loss", 3)])
+def test_the_best_is_kept_besides(name, best, tiny_config, tiny_dataset, finished, tmp_path):
+    values = {1: 0.5, 2: 0.9, 3: 0.2, 4: 0.9, 5: 0.4, 6: 0.6}
+    with checkpoint.manager(tmp_path, kept=1, best_metric=name) as checkpoints:
+        for step, value in values.items():
+            state = finished[1].state.replace(step=finished[1].state.step * 0 + step)
+            checkpoint.save(checkpoints, state, tiny_config, tiny_dataset.schema, (0.0, 0.0, 0.0),
+                            None if step == 1 else dict.fromkeys(BEST, value))
+        checkpoints.wait_until_finished()
+        kept = checkpoint.best_step(checkpoints, name)
+        assert set(checkpoints.all_steps()) == {kept, 6}
+    assert values[kept] == values[best]
+
+
+def test_the_best_is_tested(tiny_config, tiny_dataset, tmp_path, silent, same_bits):
+    tiny_config.eval_every, tiny_config.best_metric, tiny_config.checkpoints_kept = 1, "auc", 1
+    result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["validation/tarq/auc"] for line in lines if "validation/tarq/auc" in line}
+    assert sorted(measured) == [1, 2, 3, 4, 5, 6]
+    assert measured[int(result.state.step)] == max(measured.values())
+    assert f"testing step {int(result.state.step)}, the best by auc" in silent.file.getvalue()
+    with checkpoint.manager(tmp_path, kept=1, best_metric="auc") as checkpoints:
+        assert int(result.state.step) in checkpoints.all_steps()
+        assert 6 in checkpoints.all_steps()
