@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ from flax import linen as nn
 
 from tarq_jax import losses, quantization
 from tarq_jax.data.schema import Schema
-from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.models import Compute, FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
 from tarq_jax.types import Batch, QuantizerOutput
+
+Tree = TypeVar("Tree")
 
 
 class LossOutput(NamedTuple):
@@ -57,6 +59,14 @@ class Objective(NamedTuple):
     predict: Callable[..., "Predictions"]
     latents: Callable[..., jax.Array] | None = None
     attention: Callable[..., dict[str, AttentionWeights]] | None = None
+
+
+def in_float32(output: Tree) -> Tree:
+    """A model's output as losses and metrics read it, whatever type its networks compute in."""
+    def convert(leaf):
+        return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(convert, output)
 
 
 def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
@@ -139,7 +149,7 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
         return {**variables, "params": {**variables["params"], "teacher": alone["params"]}}
 
     def loss(params, codewords, batch, active):
-        output = forward(params, batch, codewords, active)
+        output = in_float32(forward(params, batch, codewords, active))
         values = tarq_losses(output, codewords, batch)
         if set(values) != set(loss_weights):
             raise ValueError(f"loss_weights names {sorted(loss_weights)}, expected {sorted(values)}")
@@ -151,7 +161,7 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
         return total, LossOutput(metrics, output.quantizer)
 
     def predict(params, codewords, batch):
-        output = forward_served(params, batch, codewords)
+        output = in_float32(forward_served(params, batch, codewords))
         diagnostics = Diagnostics(
             output.latents, output.quantizer, output.attention_output, output.teacher.attention_output
         )
@@ -171,7 +181,8 @@ def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], s
     `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
     encoder and attention, and hidden layers four times as wide in place of TARQ's further networks.
     """
-    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads}
+    compute = Compute(jnp.dtype(model.dtype), model.remat, model.attention_block)
+    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads, "compute": compute}
     hidden = tuple(model.hidden)
     if model.name == "two_tower":
         return supervised(TwoTower(**common, hidden=hidden), model.name)
