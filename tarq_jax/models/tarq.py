@@ -107,10 +107,10 @@ class Tarq(nn.Module):
         self._setup_approximation()
         if self.head == "scalar":
             self.level_scores = [MLP(self.hidden, 1, self.compute) for _ in range(self.num_levels)]
-        elif self.head == "dot":
-            self.student_head = nn.Dense(self.width, dtype=self.compute.dtype)
         else:
-            self.student_head = MLP(self.hidden, 1, self.compute)
+            dot = self.head == "dot"
+            self.student_head = nn.Dense(self.width, dtype=self.compute.dtype) if dot else MLP(
+                self.hidden, 1, self.compute)
 
     def _setup_approximation(self):
         self.encoder = MLP(self.hidden, self.width, self.compute)

@@ -21,7 +21,7 @@ Tree = TypeVar("Tree")
 class LossOutput(NamedTuple):
     """What a loss returns beside its value."""
 
-    metrics: dict[str, jax.Array]  # scalars
+    metrics: dict[str, jax.Array]  # scalars that add up over micro-batches
     quantizer: QuantizerOutput | None  # for the codebook's update
 
 
@@ -46,8 +46,10 @@ class Objective(NamedTuple):
 
     Attributes:
       init: (rng, batch, codewords) -> params.
-      loss: (params, codewords, batch, active) -> (loss [], LossOutput). `active` [] bool says
-        whether the codebook is in use yet.
+      loss: (params, codewords, batch, active, whole) -> (loss [], LossOutput). `active` [] bool says
+        whether the codebook is in use yet. `whole` is the batch of which `batch` is a micro-batch (see
+        `tarq_jax.training.accumulation`), or the same: means are by its weights, so that the losses, the
+        metrics and the gradients of its micro-batches add up to its own.
       predict: (params, codewords, batch) -> Predictions.
       latents: (params, batch) -> what is quantized, [B, G, D]; None without a codebook.
       attention: (params, codewords, batch) -> by head or level, what student and teacher attend to;
@@ -77,10 +79,10 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
         del codewords
         return module.init(rng, batch)
 
-    def loss(params, codewords, batch, active):
+    def loss(params, codewords, batch, active, whole=None):
         del codewords, active
         logits = forward(params, batch).logits
-        value = losses.weighted_mean(losses.binary_cross_entropy(logits, batch.labels), batch.weights)
+        value = mean_of_batch(losses.binary_cross_entropy(logits, batch.labels), batch, whole)
         return value, LossOutput({"loss": value}, None)
 
     def predict(params, codewords, batch):
@@ -90,8 +92,21 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
     return Objective(init, loss, predict)
 
 
-def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """Every loss of DESIGN section 2 by name, [] each, unweighted."""
+def mean_of_batch(values: jax.Array, batch: Batch, whole: Batch | None = None) -> jax.Array:
+    """Mean [] of the values [A, G] of a batch's first A requests, or this micro-batch's share of it.
+
+    A micro-batch takes every S-th request of the whole, so that the first A of each of the S are the
+    first S A of the whole.
+    """
+    whole = batch if whole is None else whole
+    in_whole = len(values) * (len(whole.weights) // len(batch.weights))
+    return losses.weighted_mean(values, batch.weights[: len(values)], of=whole.weights[:in_whole])
+
+
+def tarq_losses(
+    output: TarqOutput, codewords: jax.Array, batch: Batch, whole: Batch | None = None
+) -> dict[str, jax.Array]:
+    """Every loss of DESIGN section 2 by name, [] each, unweighted; of `whole` see `mean_of_batch`."""
     quantizer, teacher = output.quantizer, output.teacher
     aligned, levels = output.personalized.shape[:2]
     per_candidate = {
@@ -110,10 +125,7 @@ def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[
         "codebook": losses.codebook_loss(quantizer.chosen, quantizer.residuals),
         "reconstruction": losses.squared_error(output.reconstruction, output.decoder_target),
     }
-    return {
-        name: losses.weighted_mean(value, batch.weights[: len(value)])
-        for name, value in per_candidate.items()
-    }
+    return {name: mean_of_batch(value, batch, whole) for name, value in per_candidate.items()}
 
 
 TARQ_OF_ORDER = {0: Tarq, 1: FirstOrderTarq}
@@ -148,9 +160,9 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
         alone = module.make_teacher().init(rng, batch)  # so that it starts as the model of the same seed does
         return {**variables, "params": {**variables["params"], "teacher": alone["params"]}}
 
-    def loss(params, codewords, batch, active):
+    def loss(params, codewords, batch, active, whole=None):
         output = in_float32(forward(params, batch, codewords, active))
-        values = tarq_losses(output, codewords, batch)
+        values = tarq_losses(output, codewords, batch, whole)
         if set(values) != set(loss_weights):
             raise ValueError(f"loss_weights names {sorted(loss_weights)}, expected {sorted(values)}")
         total = jnp.zeros(())
