@@ -3,15 +3,18 @@
 Pure functions on projected queries, keys and values; the projections are parameters and live in
 `tarq_jax.models.layers`. Heads lie before positions, `[B, H, N, E]`, so that each product is one
 batched matrix multiplication. An empty history attends to nothing and yields zero, and what masked
-positions hold never shows, so long as it is finite. Shapes that do not fit are an AssertionError of
-chex.
+positions hold never shows, so long as it is finite. Softmax is in float32 whatever the inputs. Long
+histories attend in bounded memory where a `block` is given, see `tarq_jax.blockwise`. Shapes that do not
+fit are an AssertionError of chex.
 """
+
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # in place of masked logits: their weight underflows to exactly 0
+from tarq_jax.blockwise import MASKED, Summed, blockwise_sums, scaled_products
 
 
 def attention_weights(queries: jax.Array, keys: jax.Array, mask: chex.Array) -> jax.Array:
@@ -25,11 +28,10 @@ def attention_weights(queries: jax.Array, keys: jax.Array, mask: chex.Array) -> 
       mask: bool, broadcastable to [..., Q, N].
 
     Returns:
-      [..., Q, N]; each row sums to one, or is all zero where no position is unmasked.
+      [..., Q, N] float32; each row sums to one, or is all zero where no position is unmasked.
     """
     chex.assert_equal_shape_suffix([queries, keys], 1)
-    logits = (queries / jnp.sqrt(queries.shape[-1])) @ jnp.swapaxes(keys, -1, -2)
-    return _masked_softmax(logits, mask)
+    return _masked_softmax(scaled_products(queries, keys), mask)
 
 
 @jax.custom_jvp
@@ -52,8 +54,32 @@ def _masked_softmax_jvp(primals, tangents):
     return weights, weights * (tangent - jnp.sum(weights * tangent, axis=-1, keepdims=True))
 
 
+def attention_sums(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, *, block: int = 0,
+    summed: Summed = lambda keys, values: values,
+) -> Any:
+    """`sum_n a_n summed(k, v)_n`, with the attention weights `a` of each query over the history.
+
+    Args:
+      queries: [..., Q, E], leading axes broadcastable to those of `keys`.
+      keys: [..., N, E].
+      values: [..., N, E].
+      mask: bool, broadcastable to [..., 1, N].
+      block: queries, and positions, looked at together where there are more of either: memory then does
+        not grow with Q x N, nor by what `summed` makes of all positions. 0 looks at all at once.
+      summed: (keys, values) -> pytree of [..., N, any], position by position; the values alone by default.
+
+    Returns:
+      Pytree like that of `summed`, [..., Q, any] each; zero where no position is unmasked.
+    """
+    if block and max(queries.shape[-2], keys.shape[-2]) > block:
+        return blockwise_sums(queries, keys, values, mask, block=block, summed=summed)
+    weights = attention_weights(queries, keys, mask)
+    return jax.tree.map(lambda values: weights.astype(values.dtype) @ values, summed(keys, values))
+
+
 def multi_head_attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, *, block: int = 0
 ) -> jax.Array:
     """Every query attends over its request's history, head by head.
 
@@ -66,6 +92,7 @@ def multi_head_attention(
       keys: [B, ..., H, N, E].
       values: [B, ..., H, N, E].
       mask: [B, N] bool.
+      block: see `attention_sums`.
 
     Returns:
       [B, ..., H, Q, E]; zero for an empty history.
@@ -76,11 +103,11 @@ def multi_head_attention(
     batch, positions = keys.shape[0], keys.shape[-2]
     chex.assert_shape(mask, (batch, positions))
     mask = mask.reshape(batch, *(1,) * (keys.ndim - 2), positions)
-    return attention_weights(queries, keys, mask) @ values
+    return attention_sums(queries, keys, values, mask, block=block)
 
 
 def personalized_codebook(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, *, block: int = 0
 ) -> jax.Array:
     """Every codeword of every level attends over each user's history (TARQ; `A_l` of DESIGN section 2).
 
@@ -89,13 +116,14 @@ def personalized_codebook(
       keys: [B, L, H, N, E].
       values: [B, L, H, N, E].
       mask: [B, N] bool.
+      block: see `attention_sums`.
 
     Returns:
       [B, L, H, K, E], once a request, whatever the number of candidates.
     """
     chex.assert_rank([queries, keys], [4, 5])
     queries = jnp.broadcast_to(queries, (keys.shape[0], *queries.shape))
-    return multi_head_attention(queries, keys, values, mask)
+    return multi_head_attention(queries, keys, values, mask, block=block)
 
 
 def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.seed = 0
     config.steps = 1500
     config.batch_size = 64  # requests a step
+    config.accumulate = 1  # micro-batches that a step goes through one after the other, in less memory
     config.baselines = ()  # models trained before the main one on the same budget, for its table
 
     config.data = ml_collections.ConfigDict()
@@ -42,6 +43,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.assign = "nearest"  # of codes in training; or "cosine", or "balanced"
     config.model.pass_through = "straight_through"  # gradient through quantization; or "rotation"
     config.model.student_gradient = "student"  # how far it reaches; or "backbone", or "teacher"
+    config.model.dtype = "float32"  # of activations; or "bfloat16"; parameters and losses stay float32
+    config.model.remat = False  # recompute history encoders and attention in the backward pass
+    config.model.attention_block = 0  # positions that attention looks at together, e.g. 256; 0 for all
 
     config.codebook = ml_collections.ConfigDict()
     config.codebook.init = "kmeans"  # or "random"
@@ -69,6 +73,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 0
     config.optimizer.clip_norm = 0.0  # 0 does not clip
+    config.optimizer.max_gradient_norm = 0.0  # a run stops where the gradient is longer; 0 for no limit
 
     config.log_every = 100
     config.eval_every = 0  # 0 evaluates once, at the end
@@ -115,6 +120,7 @@ RULES: Mapping[str, Rule] = {
     "seed": _at_least(0),
     "steps": _at_least(1),
     "batch_size": _at_least(1),
+    "accumulate": _at_least(1),
     "baselines": Rule(lambda value: all(name in MODELS for name in value), f"a tuple of {MODELS}"),
     "model.name": _one_of(*MODELS),
     "model.width": _at_least(1),
@@ -130,6 +136,9 @@ RULES: Mapping[str, Rule] = {
     "model.assign": _one_of("nearest", "cosine", "balanced"),
     "model.pass_through": _one_of("straight_through", "rotation"),
     "model.student_gradient": _one_of(*REACHES),
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "model.remat": Rule(lambda value: isinstance(value, bool), "a bool like False"),
+    "model.attention_block": _at_least(0),
     "codebook.init": _one_of("kmeans", "random"),
     "codebook.start": _at_least(0),
     "codebook.init_latents": _at_least(1),
@@ -144,6 +153,7 @@ RULES: Mapping[str, Rule] = {
     "optimizer.weight_decay": _at_least(0),
     "optimizer.warmup_steps": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
+    "optimizer.max_gradient_norm": _at_least(0),
     "log_every": _at_least(1),
     "eval_every": _at_least(0),
     "eval_batch_size": _at_least(1),
@@ -178,6 +188,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["model.width"] % settings["model.num_heads"]:
         raise ValueError(f"config.model.num_heads is {settings['model.num_heads']}, expected a divisor of "
                          f"config.model.width, {settings['model.width']}")
+    if settings["batch_size"] % settings["accumulate"]:
+        raise ValueError(f"config.accumulate is {settings['accumulate']}, expected a divisor of "
+                         f"config.batch_size, {settings['batch_size']}")
     if settings["model.order"] == 1 and settings["model.num_levels"] < 2:
         raise ValueError(f"config.model.num_levels is {settings['model.num_levels']}, expected at least 2 "
                          f"with config.model.order=1: levels 2 and up quantize what level 1 leaves over")

@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarq_jax.attention import attention_weights
+from tarq_jax.attention import attention_sums
 from tarq_jax.types import Expansion
 
 
-def expand(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array) -> Expansion:
+def expand(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, *, block: int = 0
+) -> Expansion:
     """Expands every codeword over each user's history; once a request, whatever the number of candidates.
 
     Args:
@@ -32,6 +34,7 @@ def expand(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Ar
       keys: [B, H, N, E].
       values: [B, H, N, E].
       mask: [B, N] bool.
+      block: codewords and positions at a time, for long histories, see `attention_sums`.
 
     Returns:
       Expansion with means [B, H, K, E] and jacobians [B, H, K, E, E].
@@ -47,12 +50,16 @@ def expand(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Ar
     requests, heads, positions, width = keys.shape
     chex.assert_shape(queries, (heads, None, width))
     chex.assert_shape(mask, (requests, positions))
-    weights = attention_weights(queries[None], keys, mask[:, None, None])
-    products = (values[..., :, None] * keys[..., None, :]).reshape(requests, heads, positions, width**2)
-    means, mean_keys = weights @ values, weights @ keys
-    second = (weights @ products).reshape(*means.shape, width)
-    covariance = second - means[..., :, None] * mean_keys[..., None, :]
+    means, mean_keys, second = attention_sums(
+        queries[None], keys, values, mask[:, None, None], block=block, summed=_moments)
+    covariance = second.reshape(*means.shape, width) - means[..., :, None] * mean_keys[..., None, :]
     return Expansion(means=means, jacobians=covariance / jnp.sqrt(width))
+
+
+def _moments(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Values, keys and their products `v_n k_n^T`, [..., N, E] twice and [..., N, E * E]."""
+    products = values[..., :, None] * keys[..., None, :]
+    return values, keys, products.reshape(*keys.shape[:-1], -1)
 
 
 def look_up_expansion(expansion: Expansion, codes: jax.Array, residuals: jax.Array) -> jax.Array:

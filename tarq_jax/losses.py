@@ -12,7 +12,7 @@ import optax
 from tarq_jax.quantization import negative_distances
 
 
-def weighted_mean(values: jax.Array, weights: chex.Array) -> jax.Array:
+def weighted_mean(values: jax.Array, weights: chex.Array, *, of: chex.Array | None = None) -> jax.Array:
     """`sum(w x) / sum(w)`: the mean of `values` by non-negative `weights`; 0 if no weight is positive.
 
     Values of zero weight are left out whatever they are; a NaN of positive weight shows.
@@ -20,6 +20,8 @@ def weighted_mean(values: jax.Array, weights: chex.Array) -> jax.Array:
     Args:
       values: any shape.
       weights: of the same shape.
+      of: weights of a whole that these values are a part of, any shape: what its parts give then adds up
+        to the mean of the whole. None where these are all.
 
     Returns:
       [].
@@ -29,7 +31,7 @@ def weighted_mean(values: jax.Array, weights: chex.Array) -> jax.Array:
       2.0
     """
     chex.assert_equal_shape([values, weights])
-    total = jnp.sum(weights)
+    total = jnp.sum(weights if of is None else of)
     weighted = jnp.where(weights > 0, values * weights, 0.0)
     return jnp.sum(weighted) / jnp.where(total > 0, total, 1.0)
 

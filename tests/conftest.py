@@ -120,7 +120,8 @@ def compiled_once() -> Iterator[None]:
         return objectives[key]
 
     def shared_step(config, objective, optimizer):
-        key = objective, config.codebook.to_json(), config.optimizer.to_json(), config.steps
+        key = (objective, config.codebook.to_json(), config.optimizer.to_json(), config.steps,
+               config.accumulate)
         if key not in steps:
             steps[key] = compile_step(config, objective, optimizer)
         return steps[key]

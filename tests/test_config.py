@@ -11,10 +11,12 @@ from tarq_jax.models.tarq import Decoded, Head, Reach
 
 BAD = {
     "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
+    "accumulate": [0, -1],
     "model.name": ["tark", ""], "model.width": [0], "model.num_heads": [0],
     "model.hidden": [(64, 0), ("64",), (-1,)], "model.num_levels": [0], "model.num_codewords": [1],
     "model.head": ["mpl"], "model.student_gradient": ["all"], "model.decoded": ["user"],
     "model.aligned_share": [0.0, 1.5, -0.1, math.nan],
+    "model.dtype": ["float16", "bf16"], "model.attention_block": [-1], "model.remat": [2, "yes"],
     "model.assign": ["even"], "model.pass_through": ["ste"],
     "codebook.init": ["k-means"], "codebook.start": [-1], "codebook.init_latents": [0],
     "codebook.learning": ["sgd"], "codebook.decay": [1.0, -0.1, math.nan],
@@ -25,6 +27,7 @@ BAD = {
     "optimizer.learning_rate": [0.0, -1.0, math.nan, math.inf],
     "optimizer.weight_decay": [-1e-9, math.nan, math.inf], "optimizer.warmup_steps": [-1],
     "optimizer.clip_norm": [-1.0, math.nan, math.inf],
+    "optimizer.max_gradient_norm": [-1.0, math.nan, math.inf],
     "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0],
     "checkpoints_kept": [0], "best_metric": ["accuracy"], "recall_k": [0], "prefetch": [0],
 }
@@ -107,7 +110,7 @@ def test_unknown_keys(key):
             group[part] = ml_collections.ConfigDict()
         group = group[part]
     group[name] = 1
-    assert refused(config).startswith(f"config.{key} is not a setting, expected one of ['baselines', ")
+    assert refused(config).startswith(f"config.{key} is not a setting, expected one of ['accumulate', ")
 
 
 @pytest.mark.parametrize("key", sorted(flatten(default_config())))
@@ -130,6 +133,11 @@ def test_options_of_the_data_are_left_to_the_data():
 def test_heads_have_to_divide_the_width():
     message = refused(changed("model.num_heads", 5))
     assert message == "config.model.num_heads is 5, expected a divisor of config.model.width, 32"
+
+
+def test_micro_batches_have_to_divide_the_batch():
+    message = refused(changed("accumulate", 5))
+    assert message == "config.accumulate is 5, expected a divisor of config.batch_size, 64"
 
 
 def test_kmeans_needs_a_latent_for_each_codeword():

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tarq_jax.attention import attention_weights, multi_head_attention
+from tarq_jax.attention import attention_weights
 from tarq_jax.corrections import damping
 from tarq_jax.expansion import first_order
 from tarq_jax.models.target_attention import TargetAttentionOutput
@@ -45,7 +45,7 @@ class FirstOrderTarq(Tarq):
 
         def attend(queries, rows=slice(None)):
             keys, values = teacher.keys[rows], teacher.values[rows]
-            return project(multi_head_attention(queries, keys, values, mask[rows]))
+            return project(self.compute.attend(queries, keys, values, mask[rows]))
 
         mean, changes = first_order(attend, *self._centre_and_residuals(quantizer))
         level_1 = jnp.swapaxes(codewords[0].reshape(-1, *teacher.keys.shape[1::2]), 0, 1)  # [H, K, E]

@@ -2,15 +2,40 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.data.schema import Field
 from tarq_jax.types import Features
+
+
+class Compute(NamedTuple):
+    """How a model computes what it computes: its memory and its precision, hardly its numbers.
+
+    Attributes:
+      dtype: of activations inside the networks. Parameters, embeddings, softmax, what is quantized and
+        the logits stay float32.
+      remat: recompute history encoders and attention weights in the backward pass instead of keeping them.
+      attention_block: queries and positions that attention looks at together, see
+        `tarq_jax.attention.attention_sums`; 0 for all.
+    """
+
+    dtype: Any = jnp.float32
+    remat: bool = False
+    attention_block: int = 0
+
+    def attend(self, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array) -> jax.Array:
+        """`multi_head_attention`, by these settings."""
+        attend = functools.partial(multi_head_attention, block=self.attention_block)
+        attend = jax.checkpoint(attend) if self.remat else attend
+        return attend(queries.astype(keys.dtype), keys, values, mask)
+
 
 EMBEDDING_INIT = nn.initializers.normal(stddev=0.05)
 
@@ -52,17 +77,19 @@ class MLP(nn.Module):
     Attributes:
       hidden: widths of the hidden layers.
       width: of the output.
+      compute: see `Compute`.
     """
 
     hidden: Sequence[int]
     width: int
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., any] to [..., width]."""
         for size in self.hidden:
-            inputs = nn.gelu(nn.Dense(size)(inputs))
-        return nn.Dense(self.width)(inputs)
+            inputs = nn.gelu(nn.Dense(size, dtype=self.compute.dtype)(inputs))
+        return nn.Dense(self.width, dtype=self.compute.dtype)(inputs)
 
 
 class MultiHeadAttention(nn.Module):
@@ -71,20 +98,23 @@ class MultiHeadAttention(nn.Module):
     Attributes:
       num_heads: H; has to divide `width`.
       width: D.
+      compute: see `Compute`.
     """
 
     num_heads: int
     width: int
+    compute: Compute = Compute()
 
     def setup(self):
         """Creates the projections; a ValueError if `num_heads` does not divide `width`."""
         if self.width % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of the width {self.width}")
         heads = (self.num_heads, self.width // self.num_heads)
-        self.query_projection = nn.DenseGeneral(heads)
-        self.key_projection = nn.DenseGeneral(heads)
-        self.value_projection = nn.DenseGeneral(heads)
-        self.output_projection = nn.DenseGeneral(self.width, axis=(-2, -1))
+        dense = functools.partial(nn.DenseGeneral, dtype=self.compute.dtype)
+        self.query_projection = dense(heads)
+        self.key_projection = dense(heads)
+        self.value_projection = dense(heads)
+        self.output_projection = dense(self.width, axis=(-2, -1))
 
     def queries(self, inputs: jax.Array) -> jax.Array:
         """[..., Q, D] to [..., H, Q, E]."""
@@ -108,7 +138,7 @@ class MultiHeadAttention(nn.Module):
     def __call__(self, query_inputs: jax.Array, history: jax.Array, mask: chex.Array) -> jax.Array:
         """[B, Q, D] attends over [B, N, D] where mask [B, N]: [B, Q, D]."""
         keys, values = self.keys_values(history)
-        return self.outputs(multi_head_attention(self.queries(query_inputs), keys, values, mask))
+        return self.outputs(self.compute.attend(self.queries(query_inputs), keys, values, mask))
 
 
 class LevelAttention(nn.Module):
@@ -118,11 +148,13 @@ class LevelAttention(nn.Module):
       num_levels: L.
       num_heads: H; has to divide `width`.
       width: D.
+      compute: see `Compute`.
     """
 
     num_levels: int
     num_heads: int
     width: int
+    compute: Compute = Compute()
 
     def setup(self):
         """Creates the projections; a ValueError if `num_heads` does not divide `width`."""
@@ -140,14 +172,17 @@ class LevelAttention(nn.Module):
 
     def queries(self, inputs: jax.Array) -> jax.Array:
         """[..., L, Q, D] to [..., L, H, Q, E]."""
-        return jnp.einsum("...lqd,ldhe->...lhqe", inputs, self.query_kernel)
+        return self._einsum("...lqd,ldhe->...lhqe", inputs, self.query_kernel)
 
     def keys_values(self, history: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, N, D] to keys and values [B, L, H, N, E]."""
-        keys = jnp.einsum("bnd,ldhe->blhne", history, self.key_kernel)
-        values = jnp.einsum("bnd,ldhe->blhne", history, self.value_kernel)
-        return keys, values + self.value_bias
+        keys = self._einsum("bnd,ldhe->blhne", history, self.key_kernel)
+        values = self._einsum("bnd,ldhe->blhne", history, self.value_kernel)
+        return keys, values + self.value_bias.astype(values.dtype)
 
     def outputs(self, attended: jax.Array) -> jax.Array:
         """[..., L, H, Q, E] to [..., L, Q, D]."""
-        return jnp.einsum("...lhqe,lhed->...lqd", attended, self.output_kernel)
+        return self._einsum("...lhqe,lhed->...lqd", attended, self.output_kernel)
+
+    def _einsum(self, axes: str, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum(axes, *promote_dtype(inputs, kernel, dtype=self.compute.dtype))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from tarq_jax.models.target_attention import TargetAttention
@@ -35,6 +36,7 @@ class AttentionParts(NamedTuple):
 
 def target_attention_parts(module: TargetAttention) -> AttentionParts:
     """The parts of this library's target attention."""
+    module = module.clone(compute=module.compute._replace(dtype=jnp.float32))  # what is quantized is float32
     forward = nn.apply(TargetAttention.__call__, module)
 
     def keys_values(params, batch):

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from tarq_jax.attention import multi_head_attention
 from tarq_jax.data.schema import ITEM_ID, Schema
-from tarq_jax.models.layers import MLP, MultiHeadAttention
-from tarq_jax.models.two_tower import HistoryEncoder, TwoTower, TwoTowerOutput
+from tarq_jax.models.layers import MLP, Compute, MultiHeadAttention
+from tarq_jax.models.two_tower import TwoTower, TwoTowerOutput, history_encoder
 from tarq_jax.types import Batch, Features
 
 
@@ -44,20 +43,23 @@ class TargetAttention(nn.Module):
       width: D.
       num_heads: H.
       hidden: hidden widths of all MLPs.
+      compute: see `Compute`.
     """
 
     schema: Schema
     width: int = 32
     num_heads: int = 2
     hidden: Sequence[int] = (64,)
+    compute: Compute = Compute()
 
     def setup(self):
         """Creates the parts."""
-        self.backbone = TwoTower(self.schema, self.width, self.num_heads, self.hidden)
-        self.history_encoder = HistoryEncoder(self.num_heads, self.width)
-        self.query_tower = MLP(self.hidden, self.width)
-        self.attention = MultiHeadAttention(self.num_heads, self.width)
-        self.head = MLP(self.hidden, 1)
+        sizes, compute = (self.num_heads, self.width), self.compute
+        self.backbone = TwoTower(self.schema, self.width, self.num_heads, self.hidden, compute=compute)
+        self.history_encoder = history_encoder(*sizes, compute)
+        self.query_tower = MLP(self.hidden, self.width, compute)
+        self.attention = MultiHeadAttention(*sizes, compute)
+        self.head = MLP(self.hidden, 1, compute)
 
     def query(self, candidates: jax.Array) -> jax.Array:
         """Projected queries of item embeddings: [..., G, D] to [..., H, G, E]."""
@@ -79,7 +81,7 @@ class TargetAttention(nn.Module):
         history = self.history_encoder(backbone.history, batch.history_mask)
         queries = self.query(backbone.candidates)
         keys, values = self.attention.keys_values(history)
-        attended = multi_head_attention(queries, keys, values, batch.history_mask)
+        attended = self.compute.attend(queries, keys, values, batch.history_mask)
         logits, attention_output = self.score(attended, backbone)
         return TargetAttentionOutput(
             logits=logits, backbone=backbone, queries=queries, keys=keys, values=values,

@@ -10,9 +10,9 @@ from flax import linen as nn
 from flax import struct
 
 from tarq_jax import quantization
-from tarq_jax.attention import attention_weights, multi_head_attention, personalized_codebook
+from tarq_jax.attention import attention_weights, personalized_codebook
 from tarq_jax.data.schema import Schema
-from tarq_jax.models.layers import MLP, LevelAttention
+from tarq_jax.models.layers import MLP, Compute, LevelAttention
 from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
 from tarq_jax.models.two_tower import TwoTowerOutput
 from tarq_jax.types import Batch, QuantizerOutput
@@ -44,8 +44,9 @@ class AttentionWeights(struct.PyTreeNode):
 
 
 def flat_queries(teacher: TargetAttentionOutput) -> jax.Array:
-    """The teacher's projected queries with their heads side by side, [B, G, D]."""
-    return jnp.swapaxes(teacher.queries, 1, 2).reshape(teacher.attention_output.shape)
+    """The teacher's projected queries with their heads side by side, [B, G, D] float32."""
+    flat = jnp.swapaxes(teacher.queries, 1, 2).reshape(teacher.attention_output.shape)
+    return flat.astype(jnp.float32)
 
 
 class Tarq(nn.Module):
@@ -76,6 +77,7 @@ class Tarq(nn.Module):
       encode: (codewords, latents) -> QuantizerOutput, e.g. with another `assign`.
       pass_through: (latents, quantized) -> the quantized value with a gradient for the latent,
         `quantization.straight_through` or `quantization.rotate`.
+      compute: see `Compute`.
     """
 
     schema: Schema
@@ -89,6 +91,7 @@ class Tarq(nn.Module):
     student_gradient: Reach = "student"
     encode: Callable[[jax.Array, jax.Array], QuantizerOutput] = quantization.encode
     pass_through: Callable[[jax.Array, jax.Array], jax.Array] = quantization.straight_through
+    compute: Compute = Compute()
 
     def setup(self):
         """Creates the parts; a ValueError names an unknown `head`, `decoded` or `student_gradient`."""
@@ -103,19 +106,22 @@ class Tarq(nn.Module):
         self.teacher = self.make_teacher()
         self._setup_approximation()
         if self.head == "scalar":
-            self.level_scores = [MLP(self.hidden, 1) for _ in range(self.num_levels)]
+            self.level_scores = [MLP(self.hidden, 1, self.compute) for _ in range(self.num_levels)]
         else:
-            self.student_head = nn.Dense(self.width) if self.head == "dot" else MLP(self.hidden, 1)
+            dot = self.head == "dot"
+            self.student_head = nn.Dense(self.width, dtype=self.compute.dtype) if dot else MLP(
+                self.hidden, 1, self.compute)
 
     def _setup_approximation(self):
-        self.encoder = MLP(self.hidden, self.width)
-        self.latent_norm = nn.RMSNorm(use_scale=False)
-        self.decoder = MLP(self.hidden, self.width)
-        self.level_attention = LevelAttention(self.num_levels, self.num_heads, self.width)
+        self.encoder = MLP(self.hidden, self.width, self.compute)
+        self.latent_norm = nn.RMSNorm(use_scale=False, dtype=jnp.float32)
+        self.decoder = MLP(self.hidden, self.width, self.compute)
+        self.level_attention = LevelAttention(self.num_levels, self.num_heads, self.width, self.compute)
 
     def make_teacher(self) -> TargetAttention:
         """The teacher as a model of its own."""
-        return TargetAttention(self.schema, self.width, self.num_heads, self.hidden, parent=None)
+        sizes = self.schema, self.width, self.num_heads, self.hidden
+        return TargetAttention(*sizes, self.compute, parent=None)
 
     def __call__(self, batch: Batch, codewords: jax.Array, quantize: jax.Array | bool = True) -> TarqOutput:
         """Scores every candidate with the student and with the teacher.
@@ -169,7 +175,7 @@ class Tarq(nn.Module):
         """
         keys, values = self.level_attention.keys_values(teacher.history)
         queries = self.level_attention.queries(jnp.swapaxes(quantizer.chosen, 1, 2))
-        attended = self.level_attention.outputs(multi_head_attention(queries, keys, values, mask))
+        attended = self.level_attention.outputs(self.compute.attend(queries, keys, values, mask))
         first = slice(num_aligned)
         return jnp.swapaxes(attended, 1, 2), self._personalize(
             codewords, keys[first], values[first], mask[first]
@@ -183,7 +189,8 @@ class Tarq(nn.Module):
         self, codewords: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array
     ) -> jax.Array:
         queries = self.level_attention.queries(codewords)
-        return self.level_attention.outputs(personalized_codebook(queries, keys, values, mask))
+        block = self.compute.attention_block
+        return self.level_attention.outputs(personalized_codebook(queries, keys, values, mask, block=block))
 
     def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
         """Weights level by level, both sides averaged over heads: the student's heads are its own."""
@@ -204,10 +211,10 @@ class Tarq(nn.Module):
 
     def _student_logits(self, backbone: TwoTowerOutput, attended: jax.Array, chosen: jax.Array) -> jax.Array:
         if self.head == "scalar":
-            added = self.codeword_scores(attended, chosen).sum(axis=-1)
+            added = self.codeword_scores(attended, chosen).sum(axis=-1, dtype=jnp.float32)
         elif self.head == "dot":
             projected = self.student_head(attended.sum(axis=-2))
-            added = jnp.sum(projected * backbone.item, axis=-1) / jnp.sqrt(self.width)
+            added = jnp.sum(projected * backbone.item, axis=-1, dtype=jnp.float32) / jnp.sqrt(self.width)
         else:
             added = self.student_head(interaction_features(attended.sum(axis=-2), backbone))[..., 0]
         return backbone.logits + added

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from tarq_jax.data.schema import Schema
-from tarq_jax.models.layers import MLP, FeatureEncoder, MultiHeadAttention
+from tarq_jax.models.layers import MLP, Compute, FeatureEncoder, MultiHeadAttention
 from tarq_jax.types import Batch
 
 
@@ -28,11 +28,18 @@ class HistoryEncoder(nn.Module):
 
     num_heads: int
     width: int
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, history: jax.Array, mask: chex.Array) -> jax.Array:
         """[B, N, D] with mask [B, N] to [B, N, D]."""
-        return history + MultiHeadAttention(self.num_heads, self.width)(history, history, mask)
+        return history + MultiHeadAttention(self.num_heads, self.width, self.compute)(history, history, mask)
+
+
+def history_encoder(num_heads: int, width: int, compute: Compute) -> HistoryEncoder:
+    """A `HistoryEncoder`, which keeps its inputs alone for the backward pass where `compute` says so."""
+    encoder = nn.remat(HistoryEncoder) if compute.remat else HistoryEncoder
+    return encoder(num_heads, width, compute)
 
 
 class TwoTower(nn.Module):
@@ -48,6 +55,7 @@ class TwoTower(nn.Module):
       hidden: hidden widths of both towers.
       num_encoders: history encoders in the user tower; a second one gives a two-tower the
         sequence encoder and attention that target attention adds, without its interaction.
+      compute: see `Compute`.
     """
 
     schema: Schema
@@ -55,6 +63,7 @@ class TwoTower(nn.Module):
     num_heads: int = 2
     hidden: Sequence[int] = (64,)
     num_encoders: int = 1
+    compute: Compute = Compute()
 
     def setup(self):
         """Creates the parts."""
@@ -62,11 +71,11 @@ class TwoTower(nn.Module):
         self.item_features = FeatureEncoder(self.schema.side("item"), self.width)
         self.event_features = FeatureEncoder(event, self.width) if event else None
         self.user_features = FeatureEncoder(user, self.width)
-        sizes, encoders = (self.num_heads, self.width), range(self.num_encoders)
-        self.history_encoder = [HistoryEncoder(*sizes) for _ in encoders]
+        sizes, encoders = (self.num_heads, self.width, self.compute), range(self.num_encoders)
+        self.history_encoder = [history_encoder(*sizes) for _ in encoders]
         self.history_attention = [MultiHeadAttention(*sizes) for _ in encoders]
-        self.user_tower = MLP(self.hidden, self.width)
-        self.item_tower = MLP(self.hidden, self.width)
+        self.user_tower = MLP(self.hidden, self.width, self.compute)
+        self.item_tower = MLP(self.hidden, self.width, self.compute)
         self.bias = self.param("bias", nn.initializers.zeros, ())
 
     def __call__(self, batch: Batch) -> TwoTowerOutput:
@@ -75,9 +84,11 @@ class TwoTower(nn.Module):
         history = self.item_features(batch.history, batch.history_mask.shape)
         if self.event_features is not None:
             history += self.event_features(batch.history, batch.history_mask.shape)
+        candidates, history = (x.astype(self.compute.dtype) for x in (candidates, history))
         user = self._user_vector(batch, history)
         item = self.item_tower(candidates)
-        logits = jnp.einsum("bd,bgd->bg", user, item) / jnp.sqrt(self.width) + self.bias
+        logits = jnp.einsum("bd,bgd->bg", user, item, preferred_element_type=jnp.float32)
+        logits = logits / jnp.sqrt(self.width) + self.bias
         return TwoTowerOutput(logits=logits, user=user, item=item, candidates=candidates, history=history)
 
     def _user_vector(self, batch: Batch, history: jax.Array) -> jax.Array:

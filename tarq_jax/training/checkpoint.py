@@ -21,7 +21,8 @@ from tarq_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved a checkpoint and the one that goes on from it.
 FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-                  "checkpoints_kept", "best_metric", "recall_k", "prefetch")
+                  "checkpoints_kept", "best_metric", "recall_k", "prefetch", "accumulate", "model.remat",
+                  "model.attention_block", "optimizer.max_gradient_norm")
 
 
 def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:
@@ -175,6 +176,6 @@ def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _settings(value, f"{prefix}{key}.")
-        elif prefix or key not in FREE_TO_CHANGE:
+        elif f"{prefix}{key}" not in FREE_TO_CHANGE:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -167,7 +167,8 @@ def fine_tune(
         batch = with_random_candidates(rng, batch, model.dataset, num_random)
         variables, opt_state, value = update(variables, opt_state, batch)
         if step % 50 == 0 or step == steps:
-            loop.check_finite({"loss": np.asarray(value)}, step)
+            if not np.isfinite(value):
+                raise FloatingPointError(f"step {step}: loss is {value}, expected a lower learning_rate")
             progress(step)
     return variables["params"], index.replace(levels=variables["levels"])
 

@@ -20,6 +20,7 @@ from tarq_jax.config import BEST
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
 from tarq_jax.training import checkpoint, sharding
 from tarq_jax.training.evaluate import Row, evaluate
+from tarq_jax.training.failure import Watch, batch_kept, paths_of
 from tarq_jax.training.meter import Meter
 from tarq_jax.training.objectives import Objective, build
 from tarq_jax.training.state import TrainState, trainable
@@ -99,7 +100,8 @@ def train(
     that was interrupted ends in the same state as one that was not.
 
     Raises:
-      FloatingPointError: the loss is not finite; names the step. Nothing is saved from then on.
+      FloatingPointError: a step is not finite, or its gradient exceeds the limit; names the step and the
+        culprit. Its batch is kept, see `tarq_jax.training.failure`; no state is saved from then on.
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
       ValueError: a setting does not fit the data or the checkpoint; or there is one, and `resume` is not set.
     """
@@ -109,8 +111,12 @@ def train(
     objective = build(config.model, config.loss_weights, dataset.schema)
     optimizer = make_optimizer(config)
     state = sharding.replicate(init_state(config, objective, optimizer, dataset), mesh)
+    watch = Watch(paths_of(trainable(state.params, state.codebook)), config.optimizer.max_gradient_norm)
+    batches_from = functools.partial(
+        data.train_batches, dataset, "train", batch_size=config.batch_size, seed=config.seed, **shapes)
 
     with (
+        batch_kept(workdir, config, lambda step: next(batches_from(start_step=step - 1))),
         checkpoint.manager(
             workdir, kept=config.checkpoints_kept, best_metric=config.best_metric) as checkpoints,
         MetricsWriter(workdir) as writer,
@@ -126,10 +132,7 @@ def train(
             console.print(f"{sentence} Going on from step {start}.")
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
         batches = data.prefetch(
-            data.train_batches(dataset, "train", batch_size=config.batch_size, seed=config.seed,
-                               start_step=start, **shapes),
-            config.prefetch, functools.partial(_transfer, mesh=mesh),
-        )
+            batches_from(start_step=start), config.prefetch, functools.partial(_transfer, mesh=mesh))
         step_fn = compile_step(config, objective, optimizer)
         meter = Meter(counted)
         for step in range(start, config.steps):
@@ -141,8 +144,9 @@ def train(
             state, step_metrics = step_fn(state, batch)
             meter.count(num_candidates, step_metrics)
             done = step + 1
+            watch.add(done, step_metrics)
             if done % config.log_every == 0 or done == config.steps:
-                scalars = check_finite(jax.device_get(step_metrics), done) | meter.read()
+                scalars = watch.check() | meter.read()
                 writer.write(done, scalars)
                 progress.update(bar, completed=done, note=_note(scalars))
             stop, validated = interrupted(), None
@@ -150,7 +154,7 @@ def train(
             saved = stop or _due(config.checkpoint_every, done) or done == config.steps
             if measured or saved:
                 meter.pause()
-                check_finite(jax.device_get(step_metrics), done)
+                watch.check()
             if measured:
                 rows = test(config, objective, state, dataset, "validation")
                 writer.write(done, _flat_scalars(rows, "validation"))
@@ -244,7 +248,7 @@ def compile_step(
     )
     step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, update_codebook=update_codebook,
-        codebook_start=settings.start,
+        codebook_start=settings.start, accumulate=config.accumulate,
     )
     return jax.jit(step, donate_argnums=0)
 
@@ -285,17 +289,6 @@ def test(
         lambda batch: predict(state.params, codewords, batch), batches,
         codewords=codewords, recall_k=config.recall_k,
     )
-
-
-def check_finite(scalars: dict[str, np.ndarray], step: int) -> dict[str, float]:
-    """The scalars as floats; FloatingPointError names those that are not finite."""
-    bad = {name: float(value) for name, value in scalars.items() if not np.isfinite(value)}
-    if bad:
-        raise FloatingPointError(
-            f"step {step}: {bad} not finite; nothing was saved from here on. Lower "
-            f"config.optimizer.learning_rate, or set config.optimizer.clip_norm"
-        )
-    return {name: float(value) for name, value in scalars.items()}
 
 
 def _transfer(batch: Batch, mesh: jax.sharding.Mesh) -> tuple[Batch, int]:

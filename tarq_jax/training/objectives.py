@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,17 @@ from flax import linen as nn
 
 from tarq_jax import losses, quantization
 from tarq_jax.data.schema import Schema
-from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.models import Compute, FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
 from tarq_jax.types import Batch, QuantizerOutput
+
+Tree = TypeVar("Tree")
 
 
 class LossOutput(NamedTuple):
     """What a loss returns beside its value."""
 
-    metrics: dict[str, jax.Array]  # scalars
+    metrics: dict[str, jax.Array]  # scalars that add up over micro-batches
     quantizer: QuantizerOutput | None  # for the codebook's update
 
 
@@ -44,8 +46,10 @@ class Objective(NamedTuple):
 
     Attributes:
       init: (rng, batch, codewords) -> params.
-      loss: (params, codewords, batch, active) -> (loss [], LossOutput). `active` [] bool says
-        whether the codebook is in use yet.
+      loss: (params, codewords, batch, active, whole) -> (loss [], LossOutput). `active` [] bool says
+        whether the codebook is in use yet. `whole` is the batch of which `batch` is a micro-batch (see
+        `tarq_jax.training.accumulation`), or the same: means are by its weights, so that the losses, the
+        metrics and the gradients of its micro-batches add up to its own.
       predict: (params, codewords, batch) -> Predictions.
       latents: (params, batch) -> what is quantized, [B, G, D]; None without a codebook.
       attention: (params, codewords, batch) -> by head or level, what student and teacher attend to;
@@ -59,6 +63,14 @@ class Objective(NamedTuple):
     attention: Callable[..., dict[str, AttentionWeights]] | None = None
 
 
+def in_float32(output: Tree) -> Tree:
+    """A model's output as losses and metrics read it, whatever type its networks compute in."""
+    def convert(leaf):
+        return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(convert, output)
+
+
 def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
     """Binary cross-entropy on the module's logits; its predictor is called `name`."""
     forward = nn.apply(type(module).__call__, module)
@@ -67,10 +79,10 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
         del codewords
         return module.init(rng, batch)
 
-    def loss(params, codewords, batch, active):
+    def loss(params, codewords, batch, active, whole=None):
         del codewords, active
         logits = forward(params, batch).logits
-        value = losses.weighted_mean(losses.binary_cross_entropy(logits, batch.labels), batch.weights)
+        value = mean_of_batch(losses.binary_cross_entropy(logits, batch.labels), batch, whole)
         return value, LossOutput({"loss": value}, None)
 
     def predict(params, codewords, batch):
@@ -80,8 +92,21 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
     return Objective(init, loss, predict)
 
 
-def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """Every loss of DESIGN section 2 by name, [] each, unweighted."""
+def mean_of_batch(values: jax.Array, batch: Batch, whole: Batch | None = None) -> jax.Array:
+    """Mean [] of the values [A, G] of a batch's first A requests, or this micro-batch's share of it.
+
+    A micro-batch takes every S-th request of the whole, so that the first A of each of the S are the
+    first S A of the whole.
+    """
+    whole = batch if whole is None else whole
+    in_whole = len(values) * (len(whole.weights) // len(batch.weights))
+    return losses.weighted_mean(values, batch.weights[: len(values)], of=whole.weights[:in_whole])
+
+
+def tarq_losses(
+    output: TarqOutput, codewords: jax.Array, batch: Batch, whole: Batch | None = None
+) -> dict[str, jax.Array]:
+    """Every loss of DESIGN section 2 by name, [] each, unweighted; of `whole` see `mean_of_batch`."""
     quantizer, teacher = output.quantizer, output.teacher
     aligned, levels = output.personalized.shape[:2]
     per_candidate = {
@@ -100,10 +125,7 @@ def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[
         "codebook": losses.codebook_loss(quantizer.chosen, quantizer.residuals),
         "reconstruction": losses.squared_error(output.reconstruction, output.decoder_target),
     }
-    return {
-        name: losses.weighted_mean(value, batch.weights[: len(value)])
-        for name, value in per_candidate.items()
-    }
+    return {name: mean_of_batch(value, batch, whole) for name, value in per_candidate.items()}
 
 
 TARQ_OF_ORDER = {0: Tarq, 1: FirstOrderTarq}
@@ -138,9 +160,9 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
         alone = module.make_teacher().init(rng, batch)  # so that it starts as the model of the same seed does
         return {**variables, "params": {**variables["params"], "teacher": alone["params"]}}
 
-    def loss(params, codewords, batch, active):
-        output = forward(params, batch, codewords, active)
-        values = tarq_losses(output, codewords, batch)
+    def loss(params, codewords, batch, active, whole=None):
+        output = in_float32(forward(params, batch, codewords, active))
+        values = tarq_losses(output, codewords, batch, whole)
         if set(values) != set(loss_weights):
             raise ValueError(f"loss_weights names {sorted(loss_weights)}, expected {sorted(values)}")
         total = jnp.zeros(())
@@ -151,7 +173,7 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
         return total, LossOutput(metrics, output.quantizer)
 
     def predict(params, codewords, batch):
-        output = forward_served(params, batch, codewords)
+        output = in_float32(forward_served(params, batch, codewords))
         diagnostics = Diagnostics(
             output.latents, output.quantizer, output.attention_output, output.teacher.attention_output
         )
@@ -171,7 +193,8 @@ def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], s
     `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
     encoder and attention, and hidden layers four times as wide in place of TARQ's further networks.
     """
-    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads}
+    compute = Compute(jnp.dtype(model.dtype), model.remat, model.attention_block)
+    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads, "compute": compute}
     hidden = tuple(model.hidden)
     if model.name == "two_tower":
         return supervised(TwoTower(**common, hidden=hidden), model.name)

@@ -1,7 +1,7 @@
 """A finished run, brought back from its working directory alone: for what comes after training."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import orbax.checkpoint as ocp
@@ -48,9 +48,14 @@ def saved_config(checkpoints: ocp.CheckpointManager) -> ml_collections.ConfigDic
     saved = checkpoint.newest_meta(checkpoints)
     if saved is None:
         raise FileNotFoundError(f"{checkpoints.directory} is empty, expected a checkpoint of a training run")
+    return config_of(saved["config"])
+
+
+def config_of(settings: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The configuration of settings that were saved, over the defaults."""
     config = default_config()
     with config.unlocked():
-        config.data = ml_collections.ConfigDict(saved["config"].pop("data"))
-        config.update(saved["config"])
+        config.data = ml_collections.ConfigDict(settings["data"])
+        config.update({key: value for key, value in settings.items() if key != "data"})
     validate(config)
     return config

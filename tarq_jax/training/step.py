@@ -1,12 +1,14 @@
 """One training step, as a pure function of state and batch. The caller compiles it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from tarq_jax import quantization
+from tarq_jax.training.accumulation import accumulate_gradients
 from tarq_jax.training.health import codebook_metrics
 from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState, trainable
@@ -24,6 +26,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     update_codebook: CodebookUpdate,
     codebook_start: int = 0,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient step on parameters and codewords, then the codebook's own update.
 
@@ -34,23 +37,25 @@ def train_step(
       optimizer: over `trainable`.
       update_codebook: statistics, EMA and revival, see `codebook_updates`.
       codebook_start: step from which on the codebook is in use.
+      accumulate: micro-batches that gradients are computed in; the step is the same to rounding.
 
     Returns:
-      The state after the step, and metrics, scalars on device.
+      The state after the step, and metrics on device: scalars, and two vectors in the order of the leaves
+      of `trainable`, the norm of each gradient and of each parameter after the step.
     """
     active = state.step >= codebook_start
 
-    def loss(variables):
-        return objective.loss(variables["params"], variables["codewords"], batch, active)
+    def loss(variables, micro_batch):
+        return objective.loss(variables["params"], variables["codewords"], micro_batch, active, batch)
 
     variables = trainable(state.params, state.codebook)
-    (_, aux), gradients = jax.value_and_grad(loss, has_aux=True)(variables)
+    aux, gradients = accumulate_gradients(loss, variables, batch, accumulate)
     updates, opt_state = optimizer.update(gradients, state.opt_state, variables)
     variables = optax.apply_updates(variables, updates)
-    metrics = aux.metrics | {"gradient_norm": optax.tree.norm(gradients)}
+    metrics = aux.metrics | norms("gradient", gradients)
 
     codebook = state.codebook
-    if codebook is not None:
+    if codebook is not None and aux.quantizer is not None:
         codebook = codebook.replace(codewords=variables["codewords"])
         rng = jax.random.fold_in(state.rng, state.step)
         where = batch.candidate_mask & active
@@ -61,8 +66,13 @@ def train_step(
         step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
     )
     # Not finite as soon as the state is not, which the loss says only a step later.
-    metrics["parameter_norm"] = optax.tree.norm(trainable(state.params, state.codebook))
-    return state, metrics
+    return state, metrics | norms("parameter", trainable(state.params, state.codebook))
+
+
+def norms(name: str, tree: Any) -> dict[str, jax.Array]:
+    """`<name>_norms` [P], the Euclidean norm of each leaf, and `<name>_norm` [] of all together."""
+    each = jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree)])
+    return {f"{name}_norm": jnp.linalg.norm(each), f"{name}_norms": each}
 
 
 def codebook_updates(

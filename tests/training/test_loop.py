@@ -63,39 +63,26 @@ def test_evaluation_on_the_way(tiny_config, tiny_dataset, tmp_path, silent, fini
     same_bits(result.state, finished[1].state)
 
 
-@pytest.mark.parametrize("where", ["features", "parameters", "codebook"])
+@pytest.mark.parametrize("where", ["parameters", "codebook"])
 def test_nothing_that_is_not_finite_is_saved(
         where, tiny_config, tiny_dataset, tmp_path, silent, finished, monkeypatch):
-    """What is logged is found in its own step, all else when a checkpoint is due, here every second step."""
-    tiny_config.log_every = 1 if where == "features" else 6
-    make, transfer = loop.initialise_codebook, loop._transfer
-    count = iter(range(100))
-
-    def poisoned_transfer(batch, mesh):
-        if where == "features" and next(count) == 4:
-            batch = batch.replace(candidates=batch.candidates | {
-                "features": np.full_like(batch.candidates["features"], np.nan)})
-        return transfer(batch, mesh)
+    """Found when a checkpoint is due, here every second step."""
+    tiny_config.log_every = 6
+    make = loop.initialise_codebook
 
     def poisoned_state(*args):
         state = make(*args)
         if where == "parameters":
-            state = state.replace(params=jax.tree.map(lambda x: x * jnp.inf, state.params))
-        elif where == "codebook":
-            broken = state.codebook.replace(codewords=state.codebook.codewords * jnp.nan)
-            state = state.replace(codebook=broken)
-        return state
+            return state.replace(params=jax.tree.map(lambda x: x * jnp.inf, state.params))
+        broken = state.codebook.replace(codewords=state.codebook.codewords * jnp.nan)
+        return state.replace(codebook=broken)
 
-    monkeypatch.setattr(loop, "_transfer", poisoned_transfer)
     monkeypatch.setattr(loop, "initialise_codebook", poisoned_state)
-    step, last = (5, 4) if where == "features" else (4, 2)  # the codebook is initialised after step 3
-    with pytest.raises(FloatingPointError) as caught:
+    with pytest.raises(FloatingPointError) as caught:  # the codebook is initialised after step 3
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
-    message = str(caught.value)
-    assert message.startswith(f"step {step}: ") and "'loss': nan" in message and "\n" not in message
-    assert "config.optimizer.learning_rate" in message
+    assert str(caught.value).startswith("step 4: ") and "'loss': nan" in str(caught.value)
     with checkpoint.manager(tmp_path) as checkpoints:
-        assert checkpoints.latest_step() == last
+        assert checkpoints.latest_step() == 2
         restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)
     values = [leaf for leaf in jax.tree.leaves(restored.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert len(values) > 50 and all(np.isfinite(value).all() for value in values)
@@ -122,12 +109,6 @@ def test_a_state_that_breaks_in_its_last_step_is_not_saved(
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     with checkpoint.manager(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None
-
-
-def test_check_finite():
-    assert loop.check_finite({"a": np.float32(1.5)}, 3) == {"a": 1.5}
-    with pytest.raises(FloatingPointError, match=r"step 7: \{'b': nan, 'c': -inf\} not finite"):
-        loop.check_finite({"a": np.float32(0), "b": np.float32("nan"), "c": np.float32("-inf")}, 7)
 
 
 def test_run_trains_baselines_and_tells_the_gap(tiny_config, tiny_dataset, tmp_path, monkeypatch, capsys):

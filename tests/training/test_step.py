@@ -10,7 +10,7 @@ import pytest
 
 from tarq_jax import losses, quantization
 from tarq_jax.training import loop
-from tarq_jax.training.objectives import LossOutput, Objective
+from tarq_jax.training.objectives import LossOutput, Objective, mean_of_batch
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.training.step import codebook_updates, train_step
 from tarq_jax.types import Batch, Codebook
@@ -36,15 +36,15 @@ def latents(params, batch):
     return batch.candidates["vector"] @ params["kernel"]
 
 
-def loss(params, codewords, batch, active):
+def loss(params, codewords, batch, active, whole=None):
     z = latents(params, batch)
     if codewords is None:
-        value = losses.weighted_mean(jnp.sum(z**2, axis=-1), batch.weights)
+        value = mean_of_batch(jnp.sum(z**2, axis=-1), batch, whole)
         return value, LossOutput({"loss": value}, None)
     quantizer = quantization.encode(codewords, z)
     each = losses.commitment(z, quantizer.quantized) + losses.codebook_loss(
         quantizer.chosen, quantizer.residuals)
-    value = losses.weighted_mean(each, batch.weights)
+    value = mean_of_batch(each, batch, whole)
     return value, LossOutput({"loss": value}, quantizer)  # not gated by `active`: the step has to be
 
 
@@ -202,7 +202,7 @@ def test_a_model_without_codebook():
     state = make_state(codebook=False)
     new, metrics = make_step()(state, make_batch(0))
     assert new.codebook is None and int(new.step) == 1
-    assert set(metrics) == {"loss", "gradient_norm", "parameter_norm"}
+    assert set(metrics) == {"loss", "gradient_norm", "gradient_norms", "parameter_norm", "parameter_norms"}
     assert not equal_bits(new.params, state.params)
 
 

@@ -1,0 +1,147 @@
+"""Softmax attention in bounded memory: a block of queries over a block of the history at a time.
+
+The softmax is formed online (Milakov and Gimelshein 2018; Rabe and Staats 2021, arXiv 2112.05682): what
+was summed so far is rescaled whenever a larger logit comes along. Its derivative recomputes the weights of
+a block from the log-sum-exp of its row (Dao et al. 2022, arXiv 2205.14135) and is given as a
+Jacobian-vector product, so that forward mode, reverse mode and one over the other all stay within a block:
+order-1 look-ups differentiate in training what training differentiates again.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+MASKED = -1e30  # in place of masked logits: their weight underflows to exactly 0
+
+Summed = Callable[[jax.Array, jax.Array], Any]  # keys, values [..., N, E] -> pytree of [..., N, any]
+
+
+def scaled_products(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """`<q, k_n> / sqrt(E)` in float32: [..., Q, E] and [..., N, E] to [..., Q, N]."""
+    scaled = queries / jnp.sqrt(queries.shape[-1]).astype(queries.dtype)
+    return jnp.matmul(scaled, jnp.swapaxes(keys, -1, -2), preferred_element_type=jnp.float32)
+
+
+def blockwise_sums(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, *, block: int, summed: Summed
+) -> Any:
+    """`sum_n a_n summed(k, v)_n` with `a = softmax_n(<q, k_n> / sqrt(E))`, in blocks of at most `block`.
+
+    Args:
+      queries: [..., Q, E], leading axes broadcastable to those of `keys`.
+      keys: [..., N, E].
+      values: [..., N, E].
+      mask: bool, broadcastable to [..., 1, N]; its last axis is N.
+      block: queries, and positions of the history, looked at together.
+      summed: position by position, what the weights multiply.
+
+    Returns:
+      Pytree like that of `summed`, [..., Q, any] each, of the type of its leaves; zero where no position
+      is unmasked.
+    """
+    parts = _split(queries, block, -2)
+    history = _split(keys, block, -2), _split(values, block, -2), _split(mask, block, -1)
+    return jax.tree.map(lambda means: _join(means, queries.shape[-2]), _attend(summed, parts, *history)[0])
+
+
+def _split(array: jax.Array, block: int, axis: int) -> jax.Array:
+    """Blocks of even size along an axis, in front, the last one padded with zeros: [S, ..., size, ...]."""
+    length = array.shape[axis]
+    num = max(1, -(-length // block))
+    size = -(-length // num)
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, num * size - length)
+    axis %= array.ndim
+    shape = (*array.shape[:axis], num, size, *array.shape[axis + 1:])
+    return jnp.moveaxis(jnp.pad(array, padding).reshape(shape), axis, 0)
+
+
+def _join(parts: jax.Array, length: int) -> jax.Array:
+    """[T, ..., size, E] to [..., length, E], the inverse of `_split`."""
+    parts = jnp.moveaxis(parts, 0, -3)
+    return parts.reshape(*parts.shape[:-3], -1, parts.shape[-1])[..., :length, :]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(
+    summed: Summed, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Means by attention weight, and the log-sum-exp [T, ..., q, 1] of the logits.
+
+    Queries come in blocks [T, ..., q, E], keys, values and mask in blocks [S, ..., n, E].
+    """
+    like = jax.eval_shape(summed, keys[0], values[0])
+
+    def attend(queries):
+        rows = (*jnp.broadcast_shapes(queries.shape[:-2], keys.shape[1:-2]), queries.shape[-2])
+        start = (jnp.full((*rows, 1), MASKED), jnp.zeros((*rows, 1)),
+                 jax.tree.map(lambda leaf: jnp.zeros((*rows, leaf.shape[-1])), like))
+        add = functools.partial(_add_block, summed, queries)
+        (largest, total, sums), _ = jax.lax.scan(add, start, (keys, values, mask))
+        seen = total > 0
+        total = jnp.where(seen, total, 1.0)
+        means = jax.tree.map(lambda leaf, of: (leaf / total).astype(of.dtype), sums, like)
+        return means, jnp.where(seen, largest + jnp.log(total), 0.0)
+
+    return jax.lax.map(attend, queries)
+
+
+def _add_block(summed, queries, carry, history):
+    """Online softmax: largest logit, total and sums so far, and those with one more block."""
+    largest, total, sums = carry
+    keys, values, mask = history
+    logits = jnp.where(mask, scaled_products(queries, keys), MASKED)
+    rising = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(logits - rising), 0.0)
+    fading = jnp.exp(largest - rising)
+    sums = jax.tree.map(lambda old, new: fading * old + _weigh(weights, new), sums, summed(keys, values))
+    return (rising, fading * total + jnp.sum(weights, axis=-1, keepdims=True), sums), None
+
+
+def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Sums [..., Q, any] in float32 of the values [..., N, any] by weights [..., Q, N]."""
+    return jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+
+
+# The body of a scan shares nothing with what runs outside, so that nothing there has to be prevented.
+_recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+def _attend_jvp(summed, primals, tangents):
+    """`d mean = sum_n a_n (ds_n v_n + dv_n) - mean dlse`, with `dlse = sum_n a_n ds_n`, s the logits."""
+    queries, keys, values, mask = primals
+    moved = [None if isinstance(tangent, SymbolicZero) else tangent for tangent in tangents[:3]]
+    means, log_totals = _attend(summed, *primals)
+
+    @_recompute
+    def change(part):
+        queries, moved_queries, means, log_total = part
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), (means, log_total))
+        add = functools.partial(_add_change, summed, queries, moved_queries, log_total)
+        (sums, shifts), _ = jax.lax.scan(_recompute(add), start, (keys, values, mask, *moved[1:]))
+        return jax.tree.map(lambda new, mean: (new - mean * shifts).astype(mean.dtype), sums, means), shifts
+
+    changes = jax.lax.map(change, (queries, moved[0], means, log_totals))
+    return (means, log_totals), changes
+
+
+def _add_change(summed, queries, moved_queries, log_total, carry, history):
+    """Sums of `a_n (ds_n v_n + dv_n)` and of `a_n ds_n` so far, and those with one more block."""
+    keys, values, mask, *moved = history
+    at = queries, keys, values
+    along = tuple(jnp.zeros_like(x) if dx is None else dx
+                  for x, dx in zip(at, (moved_queries, *moved), strict=True))
+    logits, shift = jax.jvp(scaled_products, at[:2], along[:2])
+    weights = jnp.exp(jnp.where(mask, logits, MASKED) - log_total)
+    shift = weights * shift
+    sums = jax.tree.map(
+        lambda value, change: _weigh(shift, value) + _weigh(weights, change),
+        *jax.jvp(summed, at[1:], along[1:]))
+    return jax.tree.map(jnp.add, carry, (sums, jnp.sum(shift, axis=-1, keepdims=True))), None
+
+
+_attend.defjvp(_attend_jvp, symbolic_zeros=True)

@@ -1,0 +1,84 @@
+"""Goes once more through the step that a run failed at: from its last checkpoint, with the batch it kept.
+
+    python -m tarq_jax.experiments.replay --workdir=runs/synthetic
+
+Steps between checkpoint and failure are repeated; on the same devices they are the same to the bit. The
+table has every loss, and the norm of every gradient and of every parameter after the step, those that are
+not finite on top.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from tarq_jax import cli, data, reporting
+from tarq_jax.training import checkpoint, failure, loop, objectives, restore, sharding
+from tarq_jax.training.state import TrainState, trainable
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Of the run that failed.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Failure to replay; the last by default.")
+JSON = cli.json_flag()
+
+
+def failed_step(workdir: Path, step: int | None = None) -> failure.FailedStep:
+    """What the run in `workdir` kept of its failure at `step`, or of its last one."""
+    found = {kept.step: kept for kept in map(failure.load_batch, sorted(workdir.glob("failed_step_*.npz")))}
+    if not found or (step is not None and step not in found):
+        raise FileNotFoundError(f"{workdir}: failed steps are {sorted(found)}, expected "
+                                f"{'at least one' if step is None else step}")
+    return found[max(found) if step is None else step]
+
+
+def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
+    """A row a loss, a gradient and a parameter of the failed step: `kind`, `name` and `value`.
+
+    Raises:
+      ValueError: the checkpoint is past the step, or the data does not fit it.
+    """
+    config = restore.config_of(failed.settings)
+    dataset = loop.load_data(config)
+    objective = objectives.build(config.model, config.loss_weights, dataset.schema)
+    optimizer, mesh = loop.make_optimizer(config), sharding.data_mesh()
+    state = sharding.replicate(loop.init_state(config, objective, optimizer, dataset), mesh)
+    with checkpoint.manager(workdir) as checkpoints:
+        state = checkpoint.restore_latest(checkpoints, state, config, dataset.schema).state
+    start, shapes = int(state.step), loop.batch_shapes(dataset)
+    if start >= failed.step:
+        raise ValueError(f"{workdir}: its checkpoint is of step {start}, expected one before {failed.step}")
+    batches = data.train_batches(dataset, "train", batch_size=config.batch_size, seed=config.seed,
+                                 start_step=start, **shapes)
+    take_step = loop.compile_step(config, objective, optimizer)
+    metrics: dict[str, jax.Array] = {}
+    for step in range(start, failed.step):
+        if step == config.codebook.start and state.codebook is not None:
+            state = loop.initialise_codebook(config, objective, state, dataset, shapes, mesh)
+        batch = failed.batch if step == failed.step - 1 else next(batches)
+        state, metrics = take_step(state, sharding.shard_batch(batch, mesh))
+    return sorted(_rows(jax.device_get(metrics), state), key=lambda row: bool(np.isfinite(row["value"])))
+
+
+def _rows(metrics: dict[str, np.ndarray], state: TrainState) -> Iterator[dict[str, Any]]:
+    paths = failure.paths_of(trainable(state.params, state.codebook))
+    for name in sorted(name for name in metrics if name.startswith("loss")):
+        yield {"kind": "loss", "name": name, "value": float(metrics[name])}
+    for kind in ("gradient", "parameter"):
+        for path, norm in zip(paths, metrics[f"{kind}_norms"], strict=True):
+            yield {"kind": kind, "name": path, "value": float(norm)}
+
+
+def main() -> None:
+    """Flags to table."""
+    workdir = Path(WORKDIR.value)
+    failed = failed_step(workdir, STEP.value)
+    rows = replay(workdir, failed)
+    reporting.print_table(rows, title=f"step {failed.step}, {workdir}")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

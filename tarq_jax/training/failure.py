@@ -1,0 +1,150 @@
+"""What stops a run: the first step that is not finite or whose gradient explodes, with culprit and batch.
+
+`Watch` keeps the metrics of every step on device and looks at them when something is logged or saved, so
+that no step waits for the host and none goes unseen. A batch is a pure function of seed and step: it is made
+once more to be saved. `python -m tarq_jax.experiments.replay --workdir=DIR` goes through the step again.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from tarq_jax.types import Batch
+
+LONGEST = 256  # steps whose metrics wait on device
+REPLAY = "python -m tarq_jax.experiments.replay --workdir"
+
+
+class StepFailed(FloatingPointError):
+    """A step that must not be built upon; `step` counts from 1."""
+
+    def __init__(self, step: int, culprit: str):
+        """Names the step and what is wrong with it."""
+        super().__init__(f"step {step}: {culprit}")
+        self.step = step
+
+
+def paths_of(tree: Any) -> list[str]:
+    """The path of every leaf, like `params/teacher/head/Dense_0/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+def culprit(metrics: Mapping[str, np.ndarray], paths: Sequence[str], limit: float = 0.0) -> str | None:
+    """What is wrong with a step, where it shows first: its losses, its gradient, its new parameters.
+
+    Args:
+      metrics: of `train_step`, on the host.
+      paths: of the leaves that its norms are of.
+      limit: of the gradient's norm; 0 for none.
+
+    Returns:
+      One line, or None if all is well.
+    """
+    bad = {name: float(value) for name, value in sorted(metrics.items())
+           if np.ndim(value) == 0 and not np.isfinite(value)}
+    found = [f"{bad} not finite"] if bad else []
+    for kind in ("gradient", "parameter"):
+        wrong = ~np.isfinite(metrics[f"{kind}_norms"])
+        if wrong.any():
+            found.append(f"{kind} of {paths[int(np.argmax(wrong))]!r} not finite, the first of {wrong.sum()}")
+    norm = float(metrics["gradient_norm"])
+    if not found and 0 < limit < norm:
+        largest = int(np.argmax(metrics["gradient_norms"]))
+        found.append(f"gradient of norm {norm:.4g} exceeds config.optimizer.max_gradient_norm, {limit:g}; "
+                     f"longest, {metrics['gradient_norms'][largest]:.4g}, at {paths[largest]!r}")
+    return "; ".join(found) or None
+
+
+class Watch:
+    """Sees to it that every step is looked at, though seldom."""
+
+    def __init__(self, paths: Sequence[str], limit: float):
+        """Of the leaves at `paths`, with `limit` for the gradient's norm; see `culprit`."""
+        self._paths, self._limit = paths, limit
+        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self._scalars: dict[str, float] = {}
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes note of what `train_step` said of a step."""
+        self._pending.append((step, metrics))
+        if len(self._pending) >= LONGEST:
+            self.check()
+
+    def check(self) -> dict[str, float]:
+        """The scalars of the last step.
+
+        Raises:
+          StepFailed: for the first of the steps since the last call that is wrong.
+        """
+        pending, self._pending = jax.device_get(self._pending), []
+        for step, metrics in pending:
+            if (wrong := culprit(metrics, self._paths, self._limit)) is not None:
+                raise StepFailed(step, wrong)
+            self._scalars = {name: float(value) for name, value in metrics.items() if not np.ndim(value)}
+        return self._scalars
+
+
+@contextmanager
+def batch_kept(
+    workdir: Path, config: ml_collections.ConfigDict, batch_of: Callable[[int], Batch]
+) -> Iterator[None]:
+    """Within it, the batch of a step that fails is saved, and the error says where and how to replay it.
+
+    Args:
+      workdir: of the run; the batch goes to `failed_step_<step>.npz`.
+      config: of the run.
+      batch_of: step, counted from 1 -> its batch with NumPy leaves.
+    """
+    try:
+        yield
+    except StepFailed as failed:
+        batch = batch_of(failed.step)
+        path = save_batch(workdir, failed.step, batch, config)
+        poisoned = [name for name, values in _columns(batch).items() if not np.isfinite(values).all()]
+        holds = f"; not finite in the batch: {poisoned}" if poisoned else ""
+        failed.args = (
+            f"{failed}{holds}. Nothing was saved from here on; the batch is in {path}, replay it with "
+            f"{REPLAY}={workdir}. Lower config.optimizer.learning_rate, or set config.optimizer.clip_norm",)
+        raise
+
+
+class FailedStep(NamedTuple):
+    """What is kept of a step that failed."""
+
+    step: int  # counted from 1
+    batch: Batch  # with NumPy leaves
+    settings: dict[str, Any]  # the configuration
+
+
+def save_batch(workdir: Path, step: int, batch: Batch, config: ml_collections.ConfigDict) -> Path:
+    """Writes `failed_step_<step>.npz`, with the number of the process in its name where there are many."""
+    process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = Path(workdir) / f"failed_step_{step}{process}.npz"
+    arrays: dict[str, Any] = {f"batch/{name}": values for name, values in _columns(batch).items()}
+    np.savez(path, step=step, settings=json.dumps(config.to_dict()), **arrays)
+    return path
+
+
+def load_batch(path: Path) -> FailedStep:
+    """Reads what `save_batch` wrote."""
+    with np.load(path) as file:
+        fields: dict[str, Any] = {name: {} for name in ("user", "context", "history", "candidates")}
+        for name in file.files:
+            first, _, rest = name.removeprefix("batch/").partition("/")
+            if rest and name.startswith("batch/"):
+                fields[first][rest] = file[name]
+            elif name.startswith("batch/"):
+                fields[first] = file[name]
+        return FailedStep(int(file["step"]), Batch(**fields), json.loads(str(file["settings"])))
+
+
+def _columns(batch: Batch) -> dict[str, np.ndarray]:
+    """The arrays of a batch by path, like `candidates/item_id`."""
+    return dict(zip(paths_of(batch), map(np.asarray, jax.tree.leaves(batch)), strict=True))

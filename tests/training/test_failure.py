@@ -1,0 +1,163 @@
+"""What stops a run: exact steps, culprits by path, the batch that is kept, and its replay."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tarq_jax import data
+from tarq_jax.experiments import replay
+from tarq_jax.training import checkpoint, failure, loop
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+PATHS = ["params/a", "params/b", "codewords"]
+
+
+def metrics_of(gradients=(3.0, 4.0, 0.0), parameters=(1.0, 1.0, 1.0), **scalars):
+    """As `train_step` gives them."""
+    gradients, parameters = np.array(gradients, np.float32), np.array(parameters, np.float32)
+    return {"loss": np.float32(0.5), "gradient_norms": gradients, "parameter_norms": parameters,
+            "gradient_norm": np.linalg.norm(gradients), "parameter_norm": np.linalg.norm(parameters),
+            **{name.replace("_", "/", 1): np.float32(value) for name, value in scalars.items()}}
+
+
+def batches_of(dataset, start_step=0):
+    return data.train_batches(
+        dataset, "train", batch_size=8, seed=0, start_step=start_step, **loop.batch_shapes(dataset))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tiny_dataset):
+    """The data with one label that is not a number, in the batch of step 5."""
+    train = tiny_dataset.splits["train"]
+    for index in range(0, len(train.labels), 3):
+        labels = train.labels.copy()
+        labels[index] = np.nan
+        splits = {**tiny_dataset.splits, "train": dataclasses.replace(train, labels=labels)}
+        dataset = dataclasses.replace(tiny_dataset, splits=splits)
+        if np.isnan(next(batches_of(dataset, start_step=4)).labels).any():
+            return dataset
+    raise AssertionError("no label is in that batch")
+
+
+def fails(config, dataset, workdir, silent) -> str:
+    with pytest.raises(FloatingPointError) as caught:
+        loop.train(config, dataset, workdir, silent)
+    message = str(caught.value)
+    assert "\n" not in message and f"{failure.REPLAY}={workdir}" in message
+    assert "config.optimizer.learning_rate" in message
+    return message
+
+
+# Culprits
+
+
+def test_nothing_is_wrong_with_finite_metrics():
+    assert failure.culprit(metrics_of(loss_student=1e30), PATHS) is None
+    assert failure.culprit(metrics_of(), PATHS, limit=5.01) is None
+
+
+@pytest.mark.parametrize(("metrics", "expected"), [
+    (metrics_of(loss_student=np.nan, loss_teacher=1.0), "{'loss/student': nan} not finite"),
+    (metrics_of(gradients=(1.0, np.nan, np.inf)),
+     "{'gradient_norm': nan} not finite; gradient of 'params/b' not finite, the first of 2"),
+    (metrics_of(parameters=(1.0, 2.0, np.inf)),
+     "{'parameter_norm': inf} not finite; parameter of 'codewords' not finite, the first of 1"),
+])
+def test_culprits_come_in_the_order_in_which_they_arise(metrics, expected):
+    assert failure.culprit(metrics, PATHS, limit=1.0) == expected
+
+
+def test_an_exploding_gradient_is_told_by_its_longest_part():
+    found = failure.culprit(metrics_of(), PATHS, limit=4.9)
+    assert found == ("gradient of norm 5 exceeds config.optimizer.max_gradient_norm, 4.9; longest, 4, at "
+                     "'params/b'")
+
+
+def test_paths_are_those_of_the_leaves():
+    tree = {"params": {"b": jnp.zeros(1), "a": [jnp.zeros(1), None]}, "codewords": None}
+    assert failure.paths_of(tree) == ["params/a/0", "params/b"]
+
+
+def test_the_watch_finds_the_first_of_many_steps():
+    watch = failure.Watch(PATHS, limit=0.0)
+    for step in range(1, 4):
+        watch.add(step, metrics_of())
+    assert watch.check() == {"loss": 0.5, "gradient_norm": 5.0, "parameter_norm": pytest.approx(3**0.5)}
+    assert watch.check()["loss"] == 0.5  # looked at already
+    for step in range(4, 9):
+        watch.add(step, metrics_of(loss_student=np.nan if step >= 6 else 0.0))
+    with pytest.raises(failure.StepFailed, match=r"^step 6: \{'loss/student': nan\} not finite$"):
+        watch.check()
+
+
+def test_the_watch_does_not_wait_for_ever():
+    watch = failure.Watch(PATHS, limit=0.0)
+    watch.add(1, metrics_of(gradients=(np.inf, 0.0, 0.0)))
+    with pytest.raises(failure.StepFailed, match="step 1: "):
+        for step in range(2, failure.LONGEST + 1):
+            watch.add(step, metrics_of())
+
+
+# Runs
+
+
+def test_a_poisoned_batch(poisoned, tiny_config, tmp_path, silent):
+    """Step 5 of 6, where only the last step is logged and every second one is saved."""
+    tiny_config.log_every = 6
+    message = fails(tiny_config, poisoned, tmp_path, silent)
+    assert message.startswith("step 5: {") and "'loss/student': nan" in message
+    assert "not finite in the batch: ['labels']" in message
+    assert "gradient of 'params/params/teacher/" in message or "gradient of 'codewords'" in message
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 4
+    kept = failure.load_batch(tmp_path / "failed_step_5.npz")
+    assert kept.step == 5 and json.dumps(kept.settings) == json.dumps(tiny_config.to_dict())
+    expected = next(batches_of(poisoned, start_step=4))
+    assert failure.paths_of(kept.batch) == failure.paths_of(expected)
+    for found, values in zip(failure._columns(kept.batch).values(), failure._columns(expected).values(),
+                             strict=True):
+        np.testing.assert_array_equal(found, values)
+
+
+def test_the_same_step_fails_again_and_is_replayed(poisoned, tiny_config, tmp_path, silent, monkeypatch):
+    """From the last checkpoint: the codebook starts and a healthy step is repeated on the way."""
+    tiny_config.log_every, tiny_config.checkpoint_every = 6, 3
+    first = fails(tiny_config, poisoned, tmp_path, silent)
+    assert fails(tiny_config, poisoned, tmp_path, silent) == first
+    monkeypatch.setattr(loop, "load_data", lambda config: poisoned)
+    rows = replay.replay(tmp_path, replay.failed_step(tmp_path))
+    values = {(row["kind"], row["name"]): row["value"] for row in rows}
+    assert np.isnan(values["loss", "loss/student"]) and np.isfinite(values["loss", "loss/reconstruction"])
+    assert not np.isfinite(rows[0]["value"]) and np.isfinite(rows[-1]["value"])
+    assert {kind for kind, _ in values} == {"loss", "gradient", "parameter"}
+    healthy = replay.failed_step(tmp_path)
+    healthy = healthy._replace(batch=healthy.batch.replace(labels=np.zeros_like(healthy.batch.labels)))
+    assert all(np.isfinite(row["value"]) for row in replay.replay(tmp_path, healthy))
+
+
+def test_a_learning_rate_far_too_high(tiny_config, tiny_dataset, tmp_path, silent):
+    tiny_config.optimizer.learning_rate, tiny_config.log_every = 1e25, 6
+    message = fails(tiny_config, tiny_dataset, tmp_path, silent)
+    assert message.startswith("step 1: {'parameter_norm': inf} not finite; parameter of 'params/params/")
+    assert (tmp_path / "failed_step_1.npz").exists() and "not finite in the batch" not in message
+
+
+def test_a_gradient_beyond_its_limit(tiny_config, tiny_dataset, tmp_path, silent, finished):
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    norms = [line["gradient_norm"] for line in lines if "gradient_norm" in line]
+    tiny_config.optimizer.max_gradient_norm, tiny_config.log_every = float(max(norms)) * 0.99, 6
+    step = 1 + int(np.argmax(norms))
+    message = fails(tiny_config, tiny_dataset, tmp_path, silent)
+    assert message.startswith(f"step {step}: gradient of norm ")
+    tiny_config.optimizer.max_gradient_norm = float(max(norms)) * 1.01  # and goes on, with another limit
+    loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    assert (tmp_path / "results.json").exists()
+
+
+def test_replay_needs_a_failure(tmp_path, finished):
+    with pytest.raises(FileNotFoundError, match=r"failed steps are \[\], expected at least one"):
+        replay.failed_step(tmp_path)
