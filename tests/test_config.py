@@ -11,6 +11,7 @@ from tarq_jax.models.tarq import Decoded, Head, Reach
 
 BAD = {
     "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
+    "data.buckets": [(16, 8), (0, 4), (8, 8), ("16",)], "data.readers": [-1],
     "model.name": ["tark", ""], "model.width": [0], "model.num_heads": [0],
     "model.hidden": [(64, 0), ("64",), (-1,)], "model.num_levels": [0], "model.num_codewords": [1],
     "model.head": ["mpl"], "model.student_gradient": ["all"], "model.decoded": ["user"],
@@ -28,7 +29,7 @@ BAD = {
     "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0], "recall_k": [0],
     "prefetch": [0],
 }
-NOT_A_RULE = {"data.name", "data.data_dir"}  # left to the data
+NOT_A_RULE = {"data.name", "data.data_dir", "data.prepared", "data.stream"}  # left to the data
 
 
 def flatten(config, prefix="") -> dict:

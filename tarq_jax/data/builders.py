@@ -17,6 +17,7 @@ from tarq_jax.data import movielens, records, sequences, synthetic
 from tarq_jax.data.options import Source, fingerprint
 from tarq_jax.data.records import Dataset
 from tarq_jax.data.schema import Schema, Side
+from tarq_jax.data.stored import StoredRequests
 
 # Extra splits, and the side of the schema that each holds.
 TABLES: dict[str, Side] = {"items": "item", "users": "user"}
@@ -48,12 +49,15 @@ class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
         return dataset
 
     def _info(self) -> tfds.core.DatasetInfo:
-        schema = self.contents.schema
+        contents = self.contents
         features = {name: tfds.features.Tensor(shape=(None, *shape), dtype=dtype.type, encoding="bytes")
-                    for name, (dtype, shape) in records.column_fields(schema).items()}
-        metadata = {"schema": schema.to_json(), "info": dict(self.contents.info)}
+                    for name, (dtype, shape) in records.column_fields(contents.schema).items()}
+        metadata = {"schema": contents.schema.to_json(), "info": dict(contents.info),
+                    "blocks": {split: records.describe_blocks(requests.read((0,)))
+                               for split, requests in contents.splits.items()}}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
                                      description=self.SOURCE.description,
+                                     disable_shuffling=True,  # the n-th record is block n
                                      metadata=tfds.core.MetadataDict(metadata))
 
     def _split_generators(self, dl_manager):
@@ -61,7 +65,7 @@ class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
         tables = {split: self._keyed(records.table_blocks(self.contents.schema, side,
                                                           getattr(self.contents, split)))
                   for split, side in TABLES.items()}
-        requests = {split: self._keyed(records.request_blocks(self.contents.schema, requests))
+        requests = {split: self._keyed(records.request_blocks(self.contents.schema, requests.read((0,))))
                     for split, requests in self.contents.splits.items()}
         return requests | tables
 
@@ -132,23 +136,41 @@ def _generate(cls: type[RequestBuilder], data_dir: Path, options: Any) -> None:
         cls(data_dir=data_dir, options=options).download_and_prepare(file_format="array_record")
 
 
-def read(directory: str | Path) -> Dataset:
-    """Reads a prepared directory, which needs neither its source nor its options; checks every id."""
+def read(directory: str | Path, *, stream: bool = False) -> Dataset:
+    """Reads a prepared directory, which needs neither its source nor its options; checks every id.
+
+    Args:
+      directory: as `prepare` returns it.
+      stream: requests stay on disk; their ids are checked as they are read.
+
+    Raises:
+      FileNotFoundError: nothing is prepared there.
+      ValueError: an id does not fit, or the directory is of a version that cannot be streamed.
+    """
     directory = Path(directory)
     if not _is_prepared(directory):
         raise FileNotFoundError(f"{directory} holds no prepared data set, expected dataset_info.json in it")
     builder = tfds.builder_from_directory(directory)
     metadata = json.loads((directory / "metadata.json").read_text())
+    if stream and "blocks" not in metadata:
+        raise ValueError(f"{directory} was prepared by an older version, expected a newer one to stream it: "
+                         "prepare it again")
     schema = Schema.from_json(metadata["schema"])
-    splits = {split: _blocks(builder, split) for split in builder.info.splits}
-    tables = {split: records.table_from_blocks(schema, side, splits.pop(split))
+    tables = {split: records.table_from_blocks(schema, side, _blocks(builder, split))
               for split, side in TABLES.items()}
-    requests = {split: records.requests_from_blocks(schema, splits[split]) for split in sorted(splits)}
-    dataset = Dataset(schema, tables["items"], tables["users"], requests, metadata["info"])
+    splits: dict[str, records.Split] = {}
+    for split in sorted(set(builder.info.splits) - set(TABLES)):
+        if stream:
+            facts = metadata["blocks"][split] | {"sizes": tuple(metadata["blocks"][split]["sizes"])}
+            splits[split] = StoredRequests(schema, builder.as_data_source(split), **facts, name=split,
+                                           num_users=records.num_users(tables["users"]))
+        else:
+            splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
+    dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"])
     records.check_dataset(dataset)
     return dataset
 
 
 def _blocks(builder: tfds.core.DatasetBuilder, split: str) -> list[dict[str, np.ndarray]]:
     source = builder.as_data_source(split)
-    return [source[index] for index in range(len(source))]
+    return source.__getitems__(range(len(source)))

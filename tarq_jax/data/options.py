@@ -9,6 +9,8 @@ from typing import Any
 
 from tarq_jax.data.records import Dataset
 
+FORMAT = 2  # of prepared directories; raise it whenever the same data are stored in another way
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -78,7 +80,7 @@ def fingerprint(source: Source, options: Any) -> str:
     files = {role: _file_hash(path) for role, path in sorted(source.files(options).items())}
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
               if not field.metadata.get("path")}
-    text = json.dumps([source.name, values, files], sort_keys=True)
+    text = json.dumps([FORMAT, source.name, values, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
