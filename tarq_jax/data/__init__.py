@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tarq_jax.data import movielens, sequences, synthetic
+from tarq_jax.data import impressions, movielens, sequences, synthetic, taobao_ads, taobao_userbehavior
 from tarq_jax.data.collate import collate
 from tarq_jax.data.movielens import MovielensOptions
 from tarq_jax.data.options import Source, make_options
@@ -22,8 +22,9 @@ from tarq_jax.data.sequences import SequencesOptions
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.synthetic import SyntheticOptions
 
-BUILDERS: Mapping[str, Source] = {
-    source.name: source for source in (synthetic.SOURCE, movielens.SOURCE, sequences.SOURCE)}
+BUILDERS: Mapping[str, Source] = {source.name: source for source in (
+    synthetic.SOURCE, movielens.SOURCE, sequences.SOURCE, taobao_userbehavior.SOURCE, taobao_ads.SOURCE,
+    impressions.SOURCE)}
 
 
 def load(name: str, *, data_dir: str | Path, stream: bool = False, prepared: str = "",

@@ -5,27 +5,38 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
-from tarq_jax.data import movielens, records, sequences, synthetic
+from tarq_jax.data import (
+    impressions,
+    movielens,
+    records,
+    sequences,
+    synthetic,
+    taobao_ads,
+    taobao_userbehavior,
+)
 from tarq_jax.data.options import Source, fingerprint
 from tarq_jax.data.records import Dataset
+from tarq_jax.data.rows import RowReport, check_report, merge_reports
 from tarq_jax.data.schema import Schema, Side
 from tarq_jax.data.stored import StoredRequests
 
 # Extra splits, and the side of the schema that each holds.
 TABLES: dict[str, Side] = {"items": "item", "users": "user"}
+LOCAL = ("--runner=DirectRunner",)
 
 
 # tfds has no types, so mypy does not know of this keyword.
-class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Stores what `SOURCE.generate` makes of the options; subclasses only name their source.
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """What builders share; subclasses only name their source.
 
     The name of the configuration holds a fingerprint of options and files, so that a change of either is
     prepared anew. Schema and info go into the metadata: a prepared directory describes itself.
@@ -41,6 +52,21 @@ class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
                                          description=json.dumps(dataclasses.asdict(options)))
         super().__init__(data_dir=data_dir, config=config)
 
+    def _make_info(self, schema: Schema, metadata: dict[str, Any]) -> tfds.core.DatasetInfo:
+        features = {name: tfds.features.Tensor(shape=(None, *shape), dtype=dtype.type, encoding="bytes")
+                    for name, (dtype, shape) in records.column_fields(schema).items()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
+                                     description=self.SOURCE.description,
+                                     disable_shuffling=True,  # the n-th record is block n
+                                     metadata=tfds.core.MetadataDict(metadata))
+
+    def _generate_examples(self, blocks: Iterator[tuple[int, records.Columns]]):
+        return blocks
+
+
+class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
+    """Stores what `SOURCE.generate` makes of the options."""
+
     @cached_property
     def contents(self) -> Dataset:
         """The generated data set."""
@@ -50,30 +76,62 @@ class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
 
     def _info(self) -> tfds.core.DatasetInfo:
         contents = self.contents
-        features = {name: tfds.features.Tensor(shape=(None, *shape), dtype=dtype.type, encoding="bytes")
-                    for name, (dtype, shape) in records.column_fields(contents.schema).items()}
-        metadata = {"schema": contents.schema.to_json(), "info": dict(contents.info),
-                    "blocks": {split: records.describe_blocks(requests.read((0,)))
-                               for split, requests in contents.splits.items()}}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
-                                     description=self.SOURCE.description,
-                                     disable_shuffling=True,  # the n-th record is block n
-                                     metadata=tfds.core.MetadataDict(metadata))
+        blocks = {split: records.describe_blocks(requests.read((0,)))
+                  for split, requests in contents.splits.items()}
+        return self._make_info(contents.schema, {"schema": contents.schema.to_json(),
+                                                 "info": dict(contents.info), "blocks": blocks})
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
-        tables = {split: self._keyed(records.table_blocks(self.contents.schema, side,
-                                                          getattr(self.contents, split)))
+        schema = self.contents.schema
+        tables = {split: self._keyed(records.table_blocks(schema, side, getattr(self.contents, split)))
                   for split, side in TABLES.items()}
-        requests = {split: self._keyed(records.request_blocks(self.contents.schema, requests.read((0,))))
+        requests = {split: self._keyed(records.request_blocks(schema, requests.read((0,))))
                     for split, requests in self.contents.splits.items()}
         return requests | tables
 
-    def _generate_examples(self, blocks: Iterator[tuple[int, records.Columns]]):
-        return blocks
-
     def _keyed(self, blocks: Iterator[records.Columns]):
         return self._generate_examples((int(block["block"][0]), block) for block in blocks)
+
+
+class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
+    """Has the pipeline of `SOURCE` prepared by a Beam runner.
+
+    What only the pipeline finds out, such as sizes of vocabularies, comes by files beside the records, which
+    workers can write anyhow, and ends up in the metadata.
+    """
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._make_info(self.SOURCE.schema(self.options), {})
+
+    def _split_generators(self, dl_manager, pipeline):
+        del dl_manager  # nothing is downloaded
+        import apache_beam as beam
+
+        from tarq_jax.data.beam.plan import plan_source, write_fact
+
+        plan = plan_source(self.SOURCE, pipeline, self.options)
+        self._facts = {name: self.data_path / f"fact-{name}.json" for name in plan.facts}
+        for name, fact in plan.facts.items():
+            _ = fact | f"Write {name}" >> beam.Map(write_fact, str(self._facts[name]))
+        return plan.splits
+
+    def _download_and_prepare(self, *arguments: Any, **keywords: Any) -> None:
+        super()._download_and_prepare(*arguments, **keywords)
+        facts: dict[str, dict[str, Any]] = {"blocks": {}, "size": {}, "rows": {}}
+        for name, path in self._facts.items():
+            kind, _, key = name.partition("-")
+            facts[kind][key] = json.loads(path.read_text())
+            path.unlink()
+        schema = self.SOURCE.schema(self.options)
+        fields = [dataclasses.replace(field, size=facts["size"].get(field.name, field.size))
+                  for field in schema.fields]
+        reports = [RowReport.from_json(report) for report in facts["rows"].values()]
+        for report in reports:
+            check_report(report, Path(self.options.source), self.options.max_bad_fraction)
+        self.info.metadata.update({
+            "schema": Schema(tuple(fields)).to_json(), "blocks": facts["blocks"],
+            "info": {"rows": merge_reports(reports).to_json()}})
 
 
 class TarqSynthetic(RequestBuilder):
@@ -97,7 +155,29 @@ class TarqSequences(RequestBuilder):
     VERSION = tfds.core.Version(SOURCE.version)
 
 
-_BUILDERS = {cls.SOURCE.name: cls for cls in (TarqSynthetic, TarqMovielens, TarqSequences)}
+class TarqTaobaoUserbehavior(PipelineBuilder):
+    """`tarq_jax.data.taobao_userbehavior` as a tfds data set."""
+
+    SOURCE = taobao_userbehavior.SOURCE
+    VERSION = tfds.core.Version(SOURCE.version)
+
+
+class TarqTaobaoAds(PipelineBuilder):
+    """`tarq_jax.data.taobao_ads` as a tfds data set."""
+
+    SOURCE = taobao_ads.SOURCE
+    VERSION = tfds.core.Version(SOURCE.version)
+
+
+class TarqImpressions(PipelineBuilder):
+    """`tarq_jax.data.impressions` as a tfds data set."""
+
+    SOURCE = impressions.SOURCE
+    VERSION = tfds.core.Version(SOURCE.version)
+
+
+_BUILDERS: dict[str, type[_Builder]] = {cls.SOURCE.name: cls for cls in (
+    TarqSynthetic, TarqMovielens, TarqSequences, TarqTaobaoUserbehavior, TarqTaobaoAds, TarqImpressions)}
 
 
 def _is_prepared(directory: Path) -> bool:
@@ -105,35 +185,54 @@ def _is_prepared(directory: Path) -> bool:
     return (directory / "dataset_info.json").is_file()
 
 
-def prepare(name: str, data_dir: str | Path, options: Any) -> Path:
+def prepare(name: str, data_dir: str | Path, options: Any, beam_arguments: Sequence[str] = ()) -> Path:
     """The directory of the prepared data set, which is generated first unless it is there.
 
     Args:
       name: a key of `tarq_jax.data.BUILDERS`.
       data_dir: where prepared data sets are kept.
       options: options of that source.
+      beam_arguments: of the runner, such as `--runner=DataflowRunner`, for a source that a pipeline prepares;
+        none runs it in this process.
 
     Returns:
       `data_dir/tarq_<name>/<fingerprint>/<version>`.
+
+    Raises:
+      ValueError: too many malformed rows, or a pipeline is needed and Beam is not installed.
     """
     cls = _BUILDERS[name]
-    data_dir = Path(data_dir).expanduser().resolve()
-    directory = data_dir / cls.name / fingerprint(cls.SOURCE, options) / str(cls.VERSION)
+    root = epath.Path(data_dir).expanduser().resolve()
+    directory = root / cls.name / fingerprint(cls.SOURCE, options) / str(cls.VERSION)
     if not _is_prepared(directory):
         logging.getLogger(__name__).info("preparing %s in %s", cls.name, directory)
+        download = tfds.download.DownloadConfig(beam_options=_beam_options(cls.SOURCE, beam_arguments))
         try:
-            _generate(cls, data_dir, options)
+            _generate(cls, root, options, download)
         except OSError:
             if not _is_prepared(directory):  # else another process was faster
                 raise
-    return directory
+    return Path(directory)
 
 
-def _generate(cls: type[RequestBuilder], data_dir: Path, options: Any) -> None:
+def _beam_options(source: Source, arguments: Sequence[str]) -> Any:
+    if source.generate:
+        return None
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise ValueError(f"data set {source.name!r} is prepared by Apache Beam, which is not installed: "
+                         "pip install 'tarq_jax[beam]', or prepare it elsewhere and set "
+                         "--config.data.prepared=DIR") from None
+    return PipelineOptions(list(arguments or LOCAL))
+
+
+def _generate(cls: type[_Builder], data_dir: Path, options: Any, download: Any) -> None:
     """Runs a builder quietly: tfds prints to stdout, which belongs to the results of commands."""
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):
-        cls(data_dir=data_dir, options=options).download_and_prepare(file_format="array_record")
+        cls(data_dir=data_dir, options=options).download_and_prepare(
+            file_format="array_record", download_config=download)
 
 
 def read(directory: str | Path, *, stream: bool = False) -> Dataset:

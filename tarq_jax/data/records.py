@@ -137,7 +137,7 @@ def column_fields(schema: Schema) -> dict[str, tuple[np.dtype, tuple[int, ...]]]
     return integers | floats | fields
 
 
-def _block(schema: Schema, index: int, columns: Columns) -> Columns:
+def full_block(schema: Schema, index: int, columns: Columns) -> Columns:
     """A full record: the given columns, all others empty."""
     empty = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in column_fields(schema).items()}
     return empty | {"block": np.array([index], np.int32)} | columns
@@ -160,11 +160,16 @@ def _request_columns(schema: Schema, requests: Requests, start: int, stop: int) 
     return columns | {f"event/{f.name}": requests.event[f.name][events] for f in schema.side("event")}
 
 
+def request_block(schema: Schema, index: int, requests: Requests) -> Columns:
+    """All requests as one record."""
+    return full_block(schema, index, _request_columns(schema, requests, 0, len(requests)))
+
+
 def request_blocks(schema: Schema, requests: Requests, block_size: int = BLOCK) -> Iterator[Columns]:
     """Splits requests into records; an empty split gives one record without requests."""
     for index, start in enumerate(range(0, max(len(requests), 1), block_size)):
         stop = min(start + block_size, len(requests))
-        yield _block(schema, index, _request_columns(schema, requests, start, stop))
+        yield full_block(schema, index, _request_columns(schema, requests, start, stop))
 
 
 def describe_blocks(requests: Requests, block_size: int = BLOCK) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def table_blocks(schema: Schema, side: Side, table: Mapping[str, np.ndarray],
     rows = len(table[fields[0].name]) if fields else 0
     for index, start in enumerate(range(0, max(rows, 1), block_size)):
         columns = {f"{side}/{f.name}": table[f.name][start:start + block_size] for f in fields}
-        yield _block(schema, index, columns)
+        yield full_block(schema, index, columns)
 
 
 def _concatenate(blocks: list[Columns], name: str, schema: Schema) -> np.ndarray:
