@@ -28,6 +28,10 @@ def default_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.name = "synthetic"  # key of tarq_jax.data.BUILDERS; its options follow as further keys
     config.data.data_dir = "runs/data"  # where prepared data sets are kept
+    config.data.prepared = ""  # a prepared directory to read instead, where the source files are not at hand
+    config.data.stream = False  # requests stay on disk, for data that memory does not hold
+    config.data.buckets = ()  # lengths that histories of a training batch are padded to, beside the longest
+    config.data.readers = 0  # threads that make batches; 0 leaves it to the one that prefetches
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "tarq"
@@ -122,6 +126,9 @@ RULES: Mapping[str, Rule] = {
     "batch_size": _at_least(1),
     "accumulate": _at_least(1),
     "baselines": Rule(lambda value: all(name in MODELS for name in value), f"a tuple of {MODELS}"),
+    "data.buckets": Rule(lambda value: all(isinstance(length, int) and length > 0 for length in value)
+                         and list(value) == sorted(set(value)), "rising positive lengths"),
+    "data.readers": _at_least(0),
     "model.name": _one_of(*MODELS),
     "model.width": _at_least(1),
     "model.num_heads": _at_least(1),

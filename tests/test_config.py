@@ -12,6 +12,7 @@ from tarq_jax.models.tarq import Decoded, Head, Reach
 BAD = {
     "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
     "accumulate": [0, -1],
+    "data.buckets": [(16, 8), (0, 4), (8, 8), ("16",)], "data.readers": [-1],
     "model.name": ["tark", ""], "model.width": [0], "model.num_heads": [0],
     "model.hidden": [(64, 0), ("64",), (-1,)], "model.num_levels": [0], "model.num_codewords": [1],
     "model.head": ["mpl"], "model.student_gradient": ["all"], "model.decoded": ["user"],
@@ -31,7 +32,7 @@ BAD = {
     "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0],
     "checkpoints_kept": [0], "best_metric": ["accuracy"], "recall_k": [0], "prefetch": [0],
 }
-NOT_A_RULE = {"data.name", "data.data_dir"}  # left to the data
+NOT_A_RULE = {"data.name", "data.data_dir", "data.prepared", "data.stream"}  # left to the data
 
 
 def flatten(config, prefix="") -> dict:

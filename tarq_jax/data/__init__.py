@@ -9,29 +9,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tarq_jax.data import movielens, sequences, synthetic
+from tarq_jax.data import impressions, movielens, sequences, synthetic, taobao_ads, taobao_userbehavior
+from tarq_jax.data.collate import collate
 from tarq_jax.data.movielens import MovielensOptions
 from tarq_jax.data.options import Source, make_options
-from tarq_jax.data.pipeline import collate, eval_batches, item_batches, prefetch, train_batches
-from tarq_jax.data.records import Dataset, Requests, check_dataset
+from tarq_jax.data.order import Shard
+from tarq_jax.data.pipeline import Shapes, count_candidates, eval_batches, item_batches, train_batches
+from tarq_jax.data.prefetching import prefetch
+from tarq_jax.data.records import Dataset, Requests, Split, check_dataset
 from tarq_jax.data.schema import ITEM_ID, Field, Schema, check_column, check_columns
 from tarq_jax.data.sequences import SequencesOptions
+from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.synthetic import SyntheticOptions
 
-BUILDERS: Mapping[str, Source] = {
-    source.name: source for source in (synthetic.SOURCE, movielens.SOURCE, sequences.SOURCE)}
+BUILDERS: Mapping[str, Source] = {source.name: source for source in (
+    synthetic.SOURCE, movielens.SOURCE, sequences.SOURCE, taobao_userbehavior.SOURCE, taobao_ads.SOURCE,
+    impressions.SOURCE)}
 
 
-def load(name: str, *, data_dir: str | Path, **options: Any) -> Dataset:
+def load(name: str, *, data_dir: str | Path, stream: bool = False, prepared: str = "",
+         **options: Any) -> Dataset:
     """Reads a data set, which is prepared first where this was not done yet.
 
     Args:
       name: a key of `BUILDERS`.
       data_dir: where prepared data sets are kept; safe to share and to delete.
+      stream: requests stay on disk and are read as batches are made, for data that memory does not hold.
+      prepared: a prepared directory to read instead, as `load_prepared` does; options then count for nothing.
       **options: options of that data set, see e.g. `SyntheticOptions`.
 
     Returns:
-      The data set, in memory.
+      The data set, in memory, or all but its requests.
 
     Raises:
       ValueError: for an unknown name or option, an option out of range, or too many malformed rows.
@@ -39,17 +47,19 @@ def load(name: str, *, data_dir: str | Path, **options: Any) -> Dataset:
     """
     if name not in BUILDERS:
         raise ValueError(f"data set is {name!r}, expected one of {sorted(BUILDERS)}")
+    if prepared:
+        return load_prepared(prepared, stream=stream)
     values = make_options(BUILDERS[name], options)
     from tarq_jax.data import builders  # only here: importing tfds takes seconds
 
-    return builders.read(builders.prepare(name, data_dir, values))
+    return builders.read(builders.prepare(name, data_dir, values), stream=stream)
 
 
-def load_prepared(directory: str | Path) -> Dataset:
+def load_prepared(directory: str | Path, *, stream: bool = False) -> Dataset:
     """Reads a prepared directory, `data_dir/tarq_<name>/<fingerprint>/<version>`, without its source."""
     from tarq_jax.data import builders
 
-    return builders.read(directory)
+    return builders.read(directory, stream=stream)
 
 
 __all__ = [
@@ -61,12 +71,17 @@ __all__ = [
     "Requests",
     "Schema",
     "SequencesOptions",
+    "Shapes",
+    "Shard",
     "Source",
+    "Split",
+    "StoredRequests",
     "SyntheticOptions",
     "check_column",
     "check_columns",
     "check_dataset",
     "collate",
+    "count_candidates",
     "eval_batches",
     "item_batches",
     "load",

@@ -5,26 +5,38 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
-from tarq_jax.data import movielens, records, sequences, synthetic
+from tarq_jax.data import (
+    impressions,
+    movielens,
+    records,
+    sequences,
+    synthetic,
+    taobao_ads,
+    taobao_userbehavior,
+)
 from tarq_jax.data.options import Source, fingerprint
 from tarq_jax.data.records import Dataset
+from tarq_jax.data.rows import RowReport, check_report, merge_reports
 from tarq_jax.data.schema import Schema, Side
+from tarq_jax.data.stored import StoredRequests
 
 # Extra splits, and the side of the schema that each holds.
 TABLES: dict[str, Side] = {"items": "item", "users": "user"}
+LOCAL = ("--runner=DirectRunner",)
 
 
 # tfds has no types, so mypy does not know of this keyword.
-class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Stores what `SOURCE.generate` makes of the options; subclasses only name their source.
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """What builders share; subclasses only name their source.
 
     The name of the configuration holds a fingerprint of options and files, so that a change of either is
     prepared anew. Schema and info go into the metadata: a prepared directory describes itself.
@@ -40,6 +52,21 @@ class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
                                          description=json.dumps(dataclasses.asdict(options)))
         super().__init__(data_dir=data_dir, config=config)
 
+    def _make_info(self, schema: Schema, metadata: dict[str, Any]) -> tfds.core.DatasetInfo:
+        features = {name: tfds.features.Tensor(shape=(None, *shape), dtype=dtype.type, encoding="bytes")
+                    for name, (dtype, shape) in records.column_fields(schema).items()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
+                                     description=self.SOURCE.description,
+                                     disable_shuffling=True,  # the n-th record is block n
+                                     metadata=tfds.core.MetadataDict(metadata))
+
+    def _generate_examples(self, blocks: Iterator[tuple[int, records.Columns]]):
+        return blocks
+
+
+class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
+    """Stores what `SOURCE.generate` makes of the options."""
+
     @cached_property
     def contents(self) -> Dataset:
         """The generated data set."""
@@ -48,28 +75,63 @@ class RequestBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
         return dataset
 
     def _info(self) -> tfds.core.DatasetInfo:
-        schema = self.contents.schema
-        features = {name: tfds.features.Tensor(shape=(None, *shape), dtype=dtype.type, encoding="bytes")
-                    for name, (dtype, shape) in records.column_fields(schema).items()}
-        metadata = {"schema": schema.to_json(), "info": dict(self.contents.info)}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
-                                     description=self.SOURCE.description,
-                                     metadata=tfds.core.MetadataDict(metadata))
+        contents = self.contents
+        blocks = {split: records.describe_blocks(requests.read((0,)))
+                  for split, requests in contents.splits.items()}
+        return self._make_info(contents.schema, {"schema": contents.schema.to_json(),
+                                                 "info": dict(contents.info), "blocks": blocks})
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
-        tables = {split: self._keyed(records.table_blocks(self.contents.schema, side,
-                                                          getattr(self.contents, split)))
+        schema = self.contents.schema
+        tables = {split: self._keyed(records.table_blocks(schema, side, getattr(self.contents, split)))
                   for split, side in TABLES.items()}
-        requests = {split: self._keyed(records.request_blocks(self.contents.schema, requests))
+        requests = {split: self._keyed(records.request_blocks(schema, requests.read((0,))))
                     for split, requests in self.contents.splits.items()}
         return requests | tables
 
-    def _generate_examples(self, blocks: Iterator[tuple[int, records.Columns]]):
-        return blocks
-
     def _keyed(self, blocks: Iterator[records.Columns]):
         return self._generate_examples((int(block["block"][0]), block) for block in blocks)
+
+
+class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
+    """Has the pipeline of `SOURCE` prepared by a Beam runner.
+
+    What only the pipeline finds out, such as sizes of vocabularies, comes by files beside the records, which
+    workers can write anyhow, and ends up in the metadata.
+    """
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._make_info(self.SOURCE.schema(self.options), {})
+
+    def _split_generators(self, dl_manager, pipeline):
+        del dl_manager  # nothing is downloaded
+        import apache_beam as beam
+
+        from tarq_jax.data.beam.plan import plan_source, write_fact
+
+        plan = plan_source(self.SOURCE, pipeline, self.options)
+        self._facts = {name: self.data_path / f"fact-{name}.json" for name in plan.facts}
+        for name, fact in plan.facts.items():
+            _ = fact | f"Write {name}" >> beam.Map(write_fact, str(self._facts[name]))
+        return plan.splits
+
+    def _download_and_prepare(self, *arguments: Any, **keywords: Any) -> None:
+        super()._download_and_prepare(*arguments, **keywords)
+        facts: dict[str, dict[str, Any]] = {"blocks": {}, "size": {}, "rows": {}}
+        for name, path in self._facts.items():
+            kind, _, key = name.partition("-")
+            facts[kind][key] = json.loads(path.read_text())
+            path.unlink()
+        schema = self.SOURCE.schema(self.options)
+        fields = [dataclasses.replace(field, size=facts["size"].get(field.name, field.size))
+                  for field in schema.fields]
+        reports = [RowReport.from_json(report) for report in facts["rows"].values()]
+        for report in reports:
+            check_report(report, Path(self.options.source), self.options.max_bad_fraction)
+        self.info.metadata.update({
+            "schema": Schema(tuple(fields)).to_json(), "blocks": facts["blocks"],
+            "info": {"rows": merge_reports(reports).to_json()}})
 
 
 class TarqSynthetic(RequestBuilder):
@@ -93,7 +155,29 @@ class TarqSequences(RequestBuilder):
     VERSION = tfds.core.Version(SOURCE.version)
 
 
-_BUILDERS = {cls.SOURCE.name: cls for cls in (TarqSynthetic, TarqMovielens, TarqSequences)}
+class TarqTaobaoUserbehavior(PipelineBuilder):
+    """`tarq_jax.data.taobao_userbehavior` as a tfds data set."""
+
+    SOURCE = taobao_userbehavior.SOURCE
+    VERSION = tfds.core.Version(SOURCE.version)
+
+
+class TarqTaobaoAds(PipelineBuilder):
+    """`tarq_jax.data.taobao_ads` as a tfds data set."""
+
+    SOURCE = taobao_ads.SOURCE
+    VERSION = tfds.core.Version(SOURCE.version)
+
+
+class TarqImpressions(PipelineBuilder):
+    """`tarq_jax.data.impressions` as a tfds data set."""
+
+    SOURCE = impressions.SOURCE
+    VERSION = tfds.core.Version(SOURCE.version)
+
+
+_BUILDERS: dict[str, type[_Builder]] = {cls.SOURCE.name: cls for cls in (
+    TarqSynthetic, TarqMovielens, TarqSequences, TarqTaobaoUserbehavior, TarqTaobaoAds, TarqImpressions)}
 
 
 def _is_prepared(directory: Path) -> bool:
@@ -101,54 +185,91 @@ def _is_prepared(directory: Path) -> bool:
     return (directory / "dataset_info.json").is_file()
 
 
-def prepare(name: str, data_dir: str | Path, options: Any) -> Path:
+def prepare(name: str, data_dir: str | Path, options: Any, beam_arguments: Sequence[str] = ()) -> Path:
     """The directory of the prepared data set, which is generated first unless it is there.
 
     Args:
       name: a key of `tarq_jax.data.BUILDERS`.
       data_dir: where prepared data sets are kept.
       options: options of that source.
+      beam_arguments: of the runner, such as `--runner=DataflowRunner`, for a source that a pipeline prepares;
+        none runs it in this process.
 
     Returns:
       `data_dir/tarq_<name>/<fingerprint>/<version>`.
+
+    Raises:
+      ValueError: too many malformed rows, or a pipeline is needed and Beam is not installed.
     """
     cls = _BUILDERS[name]
-    data_dir = Path(data_dir).expanduser().resolve()
-    directory = data_dir / cls.name / fingerprint(cls.SOURCE, options) / str(cls.VERSION)
+    root = epath.Path(data_dir).expanduser().resolve()
+    directory = root / cls.name / fingerprint(cls.SOURCE, options) / str(cls.VERSION)
     if not _is_prepared(directory):
         logging.getLogger(__name__).info("preparing %s in %s", cls.name, directory)
+        download = tfds.download.DownloadConfig(beam_options=_beam_options(cls.SOURCE, beam_arguments))
         try:
-            _generate(cls, data_dir, options)
+            _generate(cls, root, options, download)
         except OSError:
             if not _is_prepared(directory):  # else another process was faster
                 raise
-    return directory
+    return Path(directory)
 
 
-def _generate(cls: type[RequestBuilder], data_dir: Path, options: Any) -> None:
+def _beam_options(source: Source, arguments: Sequence[str]) -> Any:
+    if source.generate:
+        return None
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise ValueError(f"data set {source.name!r} is prepared by Apache Beam, which is not installed: "
+                         "pip install 'tarq_jax[beam]', or prepare it elsewhere and set "
+                         "--config.data.prepared=DIR") from None
+    return PipelineOptions(list(arguments or LOCAL))
+
+
+def _generate(cls: type[_Builder], data_dir: Path, options: Any, download: Any) -> None:
     """Runs a builder quietly: tfds prints to stdout, which belongs to the results of commands."""
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):
-        cls(data_dir=data_dir, options=options).download_and_prepare(file_format="array_record")
+        cls(data_dir=data_dir, options=options).download_and_prepare(
+            file_format="array_record", download_config=download)
 
 
-def read(directory: str | Path) -> Dataset:
-    """Reads a prepared directory, which needs neither its source nor its options; checks every id."""
+def read(directory: str | Path, *, stream: bool = False) -> Dataset:
+    """Reads a prepared directory, which needs neither its source nor its options; checks every id.
+
+    Args:
+      directory: as `prepare` returns it.
+      stream: requests stay on disk; their ids are checked as they are read.
+
+    Raises:
+      FileNotFoundError: nothing is prepared there.
+      ValueError: an id does not fit, or the directory is of a version that cannot be streamed.
+    """
     directory = Path(directory)
     if not _is_prepared(directory):
         raise FileNotFoundError(f"{directory} holds no prepared data set, expected dataset_info.json in it")
     builder = tfds.builder_from_directory(directory)
     metadata = json.loads((directory / "metadata.json").read_text())
+    if stream and "blocks" not in metadata:
+        raise ValueError(f"{directory} was prepared by an older version, expected a newer one to stream it: "
+                         "prepare it again")
     schema = Schema.from_json(metadata["schema"])
-    splits = {split: _blocks(builder, split) for split in builder.info.splits}
-    tables = {split: records.table_from_blocks(schema, side, splits.pop(split))
+    tables = {split: records.table_from_blocks(schema, side, _blocks(builder, split))
               for split, side in TABLES.items()}
-    requests = {split: records.requests_from_blocks(schema, splits[split]) for split in sorted(splits)}
-    dataset = Dataset(schema, tables["items"], tables["users"], requests, metadata["info"])
+    splits: dict[str, records.Split] = {}
+    for split in sorted(set(builder.info.splits) - set(TABLES)):
+        if stream:
+            facts = metadata["blocks"][split] | {"sizes": tuple(metadata["blocks"][split]["sizes"])}
+            splits[split] = StoredRequests(schema, builder.as_data_source(split), **facts, name=split,
+                                           num_users=records.num_users(tables["users"]))
+        else:
+            splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
+    dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"])
     records.check_dataset(dataset)
     return dataset
 
 
 def _blocks(builder: tfds.core.DatasetBuilder, split: str) -> list[dict[str, np.ndarray]]:
     source = builder.as_data_source(split)
-    return [source[index] for index in range(len(source))]
+    return source.__getitems__(range(len(source)))

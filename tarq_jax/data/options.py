@@ -8,18 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from tarq_jax.data.records import Dataset
+from tarq_jax.data.schema import Schema
+
+FORMAT = 2  # of prepared directories; raise it whenever the same data are stored in another way
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A kind of data set: how its options become a `Dataset`."""
+    """A kind of data set: how its options become a `Dataset`, here or by a Beam pipeline.
+
+    Small sources have `generate`. Those that a pipeline prepares have `parts` and `schema` instead, and
+    `LogOptions`.
+    """
 
     name: str
     options: type  # frozen dataclass of options; its __post_init__ validates them
-    generate: Callable[[Any], Dataset]  # options -> Dataset, deterministic in options and files
+    generate: Callable[[Any], Dataset] | None  # options -> Dataset, deterministic in options and files
     files: Callable[[Any], Mapping[str, Path]]  # options -> files read, by role
     version: str = "1.0.0"  # raise it whenever the same options give other data
     description: str = ""
+    parts: Callable[[Any, Any], Any] | None = None  # (beam.Pipeline, options) -> beam.forms.Parts
+    schema: Callable[[Any], Schema] | None = None  # options -> fields, vocabularies of size 1
 
 
 def path_option(**keywords: Any) -> Any:
@@ -48,6 +57,28 @@ def require_fraction(options: Any, *names: str) -> None:
         require(isinstance(value, int | float) and 0 <= value < 1, name, value, "a number in [0, 1)")
 
 
+@dataclasses.dataclass(frozen=True)
+class LogOptions:
+    """Options of every source that a pipeline makes of a log of events."""
+
+    source: str = path_option()  # file, or pattern of files; a folder where there are several kinds of file
+    history_length: int = 50
+    validation_start: int = 0  # seconds; a request from then on is no longer training
+    test_start: int = 0  # seconds; from then on it is no longer validation either
+    min_history: int = 1  # events before a request, which is left out with fewer
+    num_negatives: int = 0  # a request, drawn by popularity in training
+    item_buckets: int = 0  # items are hashed into; 0 gives each its own row
+    min_count: int = 1  # an item with fewer occurrences is unknown
+    max_user_events: int = 10_000  # the last ones of a user are kept
+    seed: int = 0
+    max_bad_fraction: float = 0.01  # of the rows of each kind of file
+
+    def __post_init__(self):
+        require_at_least(self, history_length=1, min_history=0, num_negatives=0, item_buckets=0, min_count=1,
+                         max_user_events=1, seed=0, test_start=self.validation_start)
+        require_fraction(self, "max_bad_fraction")
+
+
 def make_options(source: Source, values: Mapping[str, Any]) -> Any:
     """The options of `source` with the given values; ValueError for a name that it does not have."""
     known = [field.name for field in dataclasses.fields(source.options)]
@@ -70,18 +101,38 @@ def require_file(path: str | Path, option: str, expected: str) -> Path:
     return path
 
 
+def matching_files(pattern: str, option: str, expected: str) -> dict[str, Path]:
+    """The files of a path or glob, local or not, by name; FileNotFoundError where there are none."""
+    from etils import epath
+
+    path = epath.Path(pattern).expanduser()
+    files = {found.name: found for found in sorted(path.parent.glob(path.name))}
+    if not files:
+        raise FileNotFoundError(f"no file {pattern}: expected {expected}; set it by --config.data.{option}=FILE")
+    return files
+
+
 def fingerprint(source: Source, options: Any) -> str:
     """A name for one preparation: changes with the options and with the bytes of the files read.
 
-    Paths themselves do not count, so that a moved folder is not prepared again.
+    Paths themselves do not count, so that a moved folder is not prepared again. Of files that a pipeline
+    reads, which may be huge, the size and the two ends count.
     """
-    files = {role: _file_hash(path) for role, path in sorted(source.files(options).items())}
+    mark = _file_hash if source.generate else _file_ends
+    files = {role: mark(path) for role, path in sorted(source.files(options).items())}
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
               if not field.metadata.get("path")}
-    text = json.dumps([source.name, values, files], sort_keys=True)
+    text = json.dumps([FORMAT, source.name, values, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_ends(path: Path, size: int = 1 << 20) -> list[Any]:
+    with path.open("rb") as file:
+        first, length = file.read(size), file.seek(0, 2)
+        file.seek(max(length - size, 0))
+        return [length, hashlib.sha256(first + file.read(size)).hexdigest()]

@@ -1,99 +1,28 @@
-"""From requests to padded batches: pure NumPy gathers, resumable order, background transfer."""
+"""From a data set, in memory or on disk, to batches: any step's at once, so that resuming is exact."""
 
-import queue
+import dataclasses
+import functools
+import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from tarq_jax.data.records import Dataset, Requests
-from tarq_jax.data.schema import Field
+from tarq_jax.data.collate import collate, lookup
+from tarq_jax.data.order import ONE_HOST, WINDOW, Order, Shard, deals_blocks, draw, locate, spanned, windows
+from tarq_jax.data.records import Dataset, Requests, Split, offsets_of
 from tarq_jax.types import Batch
 
 
-class _Windows(NamedTuple):
-    """Where the entries of each padded row lie in a flat column."""
+class Shapes(TypedDict):
+    """What the batches of a run are padded to."""
 
-    positions: np.ndarray  # [B, N] int64; anything where the mask is False
-    mask: np.ndarray  # [B, N] bool
-
-
-def _windows(offsets: np.ndarray, rows: np.ndarray, real: np.ndarray, width: int) -> _Windows:
-    """The last `width` entries of the ragged `rows` [B], left-aligned; none where `real` [B] is False."""
-    stops = offsets[rows + 1]
-    lengths = np.where(real, np.minimum(stops - offsets[rows], width), 0)
-    steps = np.arange(width)
-    return _Windows((stops - lengths)[:, None] + steps, steps < lengths[:, None])
+    history_length: int  # N
+    num_candidates: int  # G
 
 
-def _gather(column: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`column[index]` where `mask`, zeros elsewhere; index and mask have equal shapes."""
-    if not len(column):
-        return np.zeros(index.shape + column.shape[1:], column.dtype)
-    values = column.take(np.where(mask, index, 0), axis=0)
-    if not mask.all():
-        values[~mask] = 0
-    return values
-
-
-def _lookup(fields: tuple[Field, ...], table: Mapping[str, np.ndarray],
-            ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Fields of the given rows of a table."""
-    return {field.name: table[field.name].take(ids, axis=0) for field in fields}
-
-
-def collate(dataset: Dataset, split_requests: Requests, indices: np.ndarray, history_length: int,
-            num_candidates: int) -> Batch:
-    """Gathers requests and the features of their user, history and candidates into one padded batch.
-
-    Real entries come first in each row; a history longer than `history_length` keeps its most recent
-    events. Index -1 is a padding request: everything masked, user 0, weights 0.
-
-    Args:
-      dataset: tables and schema.
-      split_requests: the requests to choose from.
-      indices: [B] rows of `split_requests`, or -1.
-      history_length: N.
-      num_candidates: G, at least the number of candidates of every chosen request.
-
-    Returns:
-      A `Batch` with NumPy leaves.
-
-    Raises:
-      ValueError: an index is out of range, or a request has more than `num_candidates` candidates.
-    """
-    schema, requests = dataset.schema, split_requests
-    indices = np.asarray(indices, np.int64)
-    if indices.size and (indices.min() < -1 or indices.max() >= len(requests)):
-        raise ValueError(f"indices are in [{indices.min()}, {indices.max()}], expected [-1, {len(requests)})")
-    real = indices >= 0
-    rows = np.where(real, indices, 0) if len(requests) else np.zeros_like(indices)
-    empty = np.zeros(2, np.int64)
-    events = _windows(requests.history_offsets if len(requests) else empty, rows, real, history_length)
-    offsets = requests.candidate_offsets if len(requests) else empty
-    most = int(((offsets[rows + 1] - offsets[rows]) * real).max(initial=0))
-    if most > num_candidates:
-        raise ValueError(f"num_candidates is {num_candidates}, but a request has {most} candidates")
-    shown = _windows(offsets, rows, real, num_candidates)
-
-    item_fields = schema.side("item")
-    user = _gather(requests.user, rows, real)
-    history = _lookup(item_fields, dataset.items, _gather(requests.history, *events))
-    history |= {f.name: _gather(requests.event[f.name], *events) for f in schema.side("event")}
-    return Batch(
-        user_id=user,
-        user=_lookup(schema.side("user"), dataset.users, user),
-        context={f.name: _gather(requests.context[f.name], rows, real) for f in schema.side("context")},
-        history=history,
-        history_mask=events.mask,
-        candidates=_lookup(item_fields, dataset.items, _gather(requests.candidates, *shown)),
-        candidate_mask=shown.mask,
-        labels=_gather(requests.labels, *shown),
-        weights=_gather(requests.weights, *shown))
-
-
-def _split(dataset: Dataset, split: str) -> Requests:
+def _split(dataset: Dataset, split: str) -> Split:
     if split not in dataset.splits:
         raise ValueError(f"split is {split!r}, expected one of {sorted(dataset.splits)}")
     return dataset.splits[split]
@@ -105,46 +34,119 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is {size}, expected at least 1")
 
 
-def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_length: int, num_candidates: int,
-                  seed: int, start_step: int = 0) -> Iterator[Batch]:
-    """Batches without end; the batch of step s is a pure function of (seed, s), so resuming is exact.
+def _check_shard(shard: Shard, batch_size: int) -> None:
+    if not 0 <= shard.index < shard.count:
+        raise ValueError(f"shard is {shard}, expected an index in [0, {shard.count})")
+    if batch_size % shard.count:
+        raise ValueError(f"batch_size is {batch_size}, expected a multiple of the {shard.count} hosts")
 
-    Each epoch is a permutation of the split drawn from (seed, epoch); the requests left over at its end,
-    fewer than `batch_size`, are dropped (other ones in each epoch).
+
+def padded_lengths(buckets: Sequence[int], history_length: int) -> tuple[int, ...]:
+    """The lengths that histories of a batch may be padded to: the buckets below N, and N.
+
+    Raises:
+      ValueError: buckets are not positive and rising.
+    """
+    if any(second <= first for first, second in zip((0, *buckets), buckets, strict=False)):
+        raise ValueError(f"buckets is {tuple(buckets)}, expected rising positive lengths")
+    return (*(length for length in buckets if length < history_length), history_length)
+
+
+class _Window(NamedTuple):
+    """What is kept in memory of one window of an epoch."""
+
+    requests: Requests
+    batches: np.ndarray  # [batches, order.drawn] indices of requests
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatches:
+    """The batch of any step, by `batches[step]`; safe to call from several threads."""
+
+    dataset: Dataset
+    split: Split
+    order: Order
+    lengths: tuple[int, ...]  # that histories are padded to
+    num_candidates: int
+    _windows: dict[tuple[int, int], _Window] = dataclasses.field(default_factory=dict)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, window, batch = locate(self.order, step)
+        requests, batches = self._window(epoch, window)
+        drawn = batches[batch]
+        lengths = np.diff(requests.history_offsets)[drawn] if len(self.lengths) > 1 else ()
+        length = self.lengths[np.searchsorted(self.lengths[:-1], max(lengths, default=0))]
+        return collate(self.dataset, requests, drawn[self.order.rows], int(length), self.num_candidates)
+
+    def _window(self, epoch: int, window: int) -> _Window:
+        """The requests of a window and their batches; the last two stay, as threads may be in both."""
+        key = epoch, window
+        if (found := self._windows.get(key)) is not None:
+            return found
+        with self._lock:
+            if key not in self._windows:
+                requests = self.split.read(windows(self.order, epoch)[window].tolist())
+                lengths = np.diff(requests.history_offsets)
+                drawn = draw(self.order, epoch, window, lengths, self.lengths[:-1])
+                while len(self._windows) > 1:
+                    self._windows.pop(next(iter(self._windows)))
+                self._windows[key] = _Window(requests, drawn)
+            return self._windows[key]
+
+
+def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_length: int, num_candidates: int,
+                  seed: int, start_step: int = 0, buckets: Sequence[int] = (), shard: Shard = ONE_HOST,
+                  readers: int = 0, window: int = WINDOW) -> Iterator[Batch]:
+    """Batches without end; that of step s is a pure function of (seed, s, hosts), so resuming is exact.
+
+    See `tarq_jax.data.order` for the order. Grain reads ahead and in several threads; its own shuffling is
+    not used, as present runs are defined by NumPy's permutations.
 
     Args:
       dataset: the data.
       split: name of the split.
-      batch_size: B, requests a batch.
+      batch_size: B, requests a batch, of all hosts together.
       history_length: N.
       num_candidates: G.
       seed: of the order, at least 0.
       start_step: first step to give.
+      buckets: rising lengths below N. Requests are grouped by them, and histories of a batch are padded to
+        the smallest that holds all of it, or N: as many shapes as there are buckets, and one.
+      shard: which of how many hosts this is; it gets B / count requests a batch.
+      readers: threads that make batches, in order, each up to one batch ahead; 0 makes them when asked for.
+      window: blocks shuffled together, where the split is on disk.
 
     Returns:
       An iterator over `Batch` with NumPy leaves.
 
     Raises:
-      ValueError: the split is unknown or has fewer requests than a batch.
+      ValueError: the split is unknown or has fewer requests than a batch, hosts do not divide the batch, or
+        buckets do not rise.
     """
     requests = _split(dataset, split)
-    _check_sizes(batch_size=batch_size, history_length=history_length, num_candidates=num_candidates)
+    _check_sizes(batch_size=batch_size, history_length=history_length, num_candidates=num_candidates,
+                 window=window)
+    _check_shard(shard, batch_size)
+    lengths = padded_lengths(buckets, history_length)
     if len(requests) < batch_size:
         raise ValueError(f"split {split!r} has {len(requests)} requests, expected at least one batch "
                          f"(batch_size {batch_size})")
-    steps = _train_indices(len(requests), batch_size, seed, start_step)
-    return (collate(dataset, requests, indices, history_length, num_candidates) for indices in steps)
+    dealt = deals_blocks(len(requests.sizes), shard, lengths[:-1])
+    order = Order(requests.sizes, batch_size, seed, shard, dealt, window)
+    locate(order, 0)  # refuses what has no whole batch
+    batches = TrainBatches(dataset, requests, order, lengths, num_candidates)
+    if readers:
+        return _in_threads(batches, start_step, readers)
+    return map(batches.__getitem__, range(start_step, sys.maxsize))
 
 
-def _train_indices(num_requests: int, batch_size: int, seed: int, start_step: int) -> Iterator[np.ndarray]:
-    """Indices [B] of each step from `start_step` on."""
-    steps = num_requests // batch_size
-    epoch, step = divmod(start_step, steps)
-    while True:
-        order = np.random.default_rng([seed, epoch]).permutation(num_requests)
-        for first in range(step * batch_size, steps * batch_size, batch_size):
-            yield order[first:first + batch_size]
-        epoch, step = epoch + 1, 0
+def _in_threads(batches: TrainBatches, start_step: int, readers: int) -> Iterator[Batch]:
+    import grain  # only here: it imports JAX
+
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(batches.__getitem__)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=readers,
+                                                        prefetch_buffer_size=2 * readers)))
 
 
 def _padded_ranges(start: int, stop: int, size: int) -> Iterator[np.ndarray]:
@@ -154,27 +156,40 @@ def _padded_ranges(start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         yield np.where(index < stop, index, -1)
 
 
-def eval_batches(dataset: Dataset, split: str, *, batch_size: int, history_length: int,
-                 num_candidates: int) -> Iterator[Batch]:
+def eval_batches(dataset: Dataset, split: str, *, batch_size: int, history_length: int, num_candidates: int,
+                 shard: Shard = ONE_HOST) -> Iterator[Batch]:
     """All requests of a split once and in order, the last batch filled up with fully masked requests.
 
     Args:
       dataset: the data.
       split: name of the split.
-      batch_size: B, requests a batch.
+      batch_size: B, requests a batch, of all hosts together.
       history_length: N.
       num_candidates: G.
+      shard: which of how many hosts this is; it gets its B / count rows of every batch.
 
     Returns:
       An iterator over `Batch` with NumPy leaves; empty for an empty split.
 
     Raises:
-      ValueError: the split is unknown.
+      ValueError: the split is unknown, or hosts do not divide the batch.
     """
     requests = _split(dataset, split)
     _check_sizes(batch_size=batch_size, history_length=history_length, num_candidates=num_candidates)
-    return (collate(dataset, requests, indices, history_length, num_candidates)
-            for indices in _padded_ranges(0, len(requests), batch_size))
+    _check_shard(shard, batch_size)
+    rows = batch_size // shard.count
+    own = slice(shard.index * rows, (shard.index + 1) * rows)
+    return (collate(dataset, part, indices[own], history_length, num_candidates)
+            for part, indices in _in_order(requests, batch_size))
+
+
+def _in_order(split: Split, batch_size: int) -> Iterator[tuple[Requests, np.ndarray]]:
+    """The blocks that each batch touches, and its requests in them, or -1."""
+    offsets = offsets_of(np.array(split.sizes))
+    read = functools.lru_cache(maxsize=1)(split.read)  # a block holds several batches
+    for indices in _padded_ranges(0, len(split), batch_size):
+        blocks = spanned(offsets, int(indices[0]), int(indices.max()) + 1)
+        yield read(blocks), np.where(indices < 0, -1, indices - offsets[blocks[0]])
 
 
 def item_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
@@ -190,61 +205,14 @@ def item_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[dict[str, 
     """
     _check_sizes(batch_size=batch_size)
     fields = dataset.schema.side("item")
-    return ((_lookup(fields, dataset.items, np.maximum(ids, 0)), ids >= 0)
+    return ((lookup(fields, dataset.items, np.maximum(ids, 0)), ids >= 0)
             for ids in _padded_ranges(1, dataset.schema.num_items, batch_size))
 
 
-def prefetch(iterator: Iterable[Any], size: int,
-             transfer: Callable[[Any], Any] = lambda element: element) -> Generator[Any, None, None]:
-    """Keeps `size` transferred elements ready, made by a background thread.
-
-    The thread starts with the first element asked for and ends with the iterator, or as soon as this one
-    is closed or garbage-collected. What the iterator or `transfer` raises is raised at the consumer, in its
-    place in the order.
-
-    Args:
-      iterator: what to draw from.
-      size: elements kept ahead, at least 1.
-      transfer: applied to each element in the thread, e.g. `jax.device_put`.
-
-    Returns:
-      A generator of `transfer(element)`.
-
-    Raises:
-      ValueError: size is below 1.
-    """
-    _check_sizes(size=size)
-    return _consume(iterator, queue.Queue(size), transfer)
-
-
-def _consume(iterator: Iterable[Any], buffer: queue.Queue,
-             transfer: Callable[[Any], Any]) -> Generator[Any, None, None]:
-    stop = threading.Event()
-    thread = threading.Thread(target=_produce, args=(iterator, buffer, transfer, stop), daemon=True)
-    thread.start()
-    try:
-        while (message := buffer.get()) is not None:
-            element, error = message
-            if error is not None:
-                raise error
-            yield element
-    finally:
-        stop.set()
-        while not buffer.empty():  # frees a producer that waits for room
-            buffer.get_nowait()
-        thread.join()
-
-
-def _produce(iterator: Iterable[Any], buffer: queue.Queue, transfer: Callable[[Any], Any],
-             stop: threading.Event) -> None:
-    """Puts (element, None) for each element, (None, error) if one fails, then None; quits when stopped."""
-    try:
-        for element in iterator:
-            if stop.is_set():
-                return
-            buffer.put((transfer(element), None))
-            if stop.is_set():
-                return
-        buffer.put(None)
-    except BaseException as error:  # whatever it is, the consumer must see it
-        buffer.put((None, error))
+def count_candidates(dataset: Dataset, split: str) -> np.ndarray:
+    """How often each item is a candidate in a split: [V] int64."""
+    requests = _split(dataset, split)
+    counts: Any = np.zeros(dataset.schema.num_items, np.int64)
+    for block in range(len(requests.sizes)):
+        counts += np.bincount(requests.read((block,)).candidates, minlength=len(counts))
+    return counts

@@ -1,14 +1,15 @@
 """Block records: requests in ragged columns, and their encoding in blocks for storage.
 
 A record holds a block of up to `BLOCK` requests as flat columns with the length of each request, so
-that reading it is a handful of NumPy views. In memory, a whole split is one `Requests`.
+that reading it is a handful of NumPy views. In memory, a whole split is one `Requests`, one block; on disk it
+is `tarq_jax.data.stored.StoredRequests`. Both are a `Split`.
 
 Shapes: R requests, E events in all histories, C candidates of all requests.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,15 +38,56 @@ class Requests:
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Requests of each block: in memory all are one."""
+        return (len(self),)
+
+    @property
+    def longest_history(self) -> int:
+        """Events in the longest history."""
+        return int(np.diff(self.history_offsets).max(initial=0))
+
+    @property
+    def most_candidates(self) -> int:
+        """Candidates of the request that has most."""
+        return int(np.diff(self.candidate_offsets).max(initial=0))
+
+    def read(self, blocks: Sequence[int]) -> "Requests":
+        """The requests of the only block."""
+        del blocks
+        return self
+
+
+class Split(Protocol):
+    """Requests in blocks, in memory or on disk."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Requests of each block."""
+
+    @property
+    def longest_history(self) -> int:
+        """Events in the longest history."""
+
+    @property
+    def most_candidates(self) -> int:
+        """Candidates of the request that has most."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, blocks: Sequence[int]) -> Requests:
+        """The requests of the given blocks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Everything that a model is trained and judged on, in memory."""
+    """Everything that a model is trained and judged on: tables in memory, requests there or on disk."""
 
     schema: Schema
     items: Mapping[str, np.ndarray]  # name -> [V, ...]; row 0 is padding, all zeros
     users: Mapping[str, np.ndarray]  # name -> [U, ...]; row 0 is an unknown user; {} without user fields
-    splits: Mapping[str, Requests]
+    splits: Mapping[str, Split]
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # facts about the data, JSON
 
 
@@ -95,7 +137,7 @@ def column_fields(schema: Schema) -> dict[str, tuple[np.dtype, tuple[int, ...]]]
     return integers | floats | fields
 
 
-def _block(schema: Schema, index: int, columns: Columns) -> Columns:
+def full_block(schema: Schema, index: int, columns: Columns) -> Columns:
     """A full record: the given columns, all others empty."""
     empty = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in column_fields(schema).items()}
     return empty | {"block": np.array([index], np.int32)} | columns
@@ -118,11 +160,23 @@ def _request_columns(schema: Schema, requests: Requests, start: int, stop: int) 
     return columns | {f"event/{f.name}": requests.event[f.name][events] for f in schema.side("event")}
 
 
+def request_block(schema: Schema, index: int, requests: Requests) -> Columns:
+    """All requests as one record."""
+    return full_block(schema, index, _request_columns(schema, requests, 0, len(requests)))
+
+
 def request_blocks(schema: Schema, requests: Requests, block_size: int = BLOCK) -> Iterator[Columns]:
     """Splits requests into records; an empty split gives one record without requests."""
     for index, start in enumerate(range(0, max(len(requests), 1), block_size)):
         stop = min(start + block_size, len(requests))
-        yield _block(schema, index, _request_columns(schema, requests, start, stop))
+        yield full_block(schema, index, _request_columns(schema, requests, start, stop))
+
+
+def describe_blocks(requests: Requests, block_size: int = BLOCK) -> dict[str, Any]:
+    """What `StoredRequests` has to know of the blocks of `request_blocks`, as plain objects."""
+    starts = range(0, max(len(requests), 1), block_size)
+    return {"sizes": [min(block_size, len(requests) - start) for start in starts],
+            "longest_history": requests.longest_history, "most_candidates": requests.most_candidates}
 
 
 def table_blocks(schema: Schema, side: Side, table: Mapping[str, np.ndarray],
@@ -132,7 +186,7 @@ def table_blocks(schema: Schema, side: Side, table: Mapping[str, np.ndarray],
     rows = len(table[fields[0].name]) if fields else 0
     for index, start in enumerate(range(0, max(rows, 1), block_size)):
         columns = {f"{side}/{f.name}": table[f.name][start:start + block_size] for f in fields}
-        yield _block(schema, index, columns)
+        yield full_block(schema, index, columns)
 
 
 def _concatenate(blocks: list[Columns], name: str, schema: Schema) -> np.ndarray:
@@ -175,14 +229,20 @@ def check_dataset(dataset: Dataset) -> None:
         if np.any(column[0]):
             raise ValueError(f"items: field {name!r} is {column[0]} in row 0, expected zeros (padding)")
     for split, requests in dataset.splits.items():
-        _check_requests(schema, dataset.users, requests, f"split {split!r}")
+        if isinstance(requests, Requests):  # stored ones are checked when they are read
+            check_requests(schema, num_users(dataset.users), requests, f"split {split!r}")
 
 
-def _check_requests(schema: Schema, users: Mapping[str, np.ndarray], requests: Requests, where: str) -> None:
+def num_users(users: Mapping[str, np.ndarray]) -> int:
+    """Rows of the user table; without fields there is none, and any id will do."""
+    return min((len(column) for column in users.values()), default=np.iinfo(np.int32).max)
+
+
+def check_requests(schema: Schema, num_users: int, requests: Requests, where: str) -> None:
+    """Raises ValueError unless all ids are in range and all numbers finite."""
     for name, ids in (("history", requests.history), ("candidates", requests.candidates)):
         check_column(Field(name, "item", "categorical", schema.num_items), ids, where)
-    rows = min((len(column) for column in users.values()), default=np.iinfo(np.int32).max)
-    check_column(Field("user", "user", "categorical", rows), requests.user, where)
+    check_column(Field("user", "user", "categorical", num_users), requests.user, where)
     check_column(Field("labels", "item", "numeric"), requests.labels, where)
     check_column(Field("weights", "item", "numeric"), requests.weights, where)
     check_columns(schema.side("context"), dict(requests.context), where)

@@ -27,12 +27,17 @@ class RowReport:
 
     read: int = 0
     reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    samples: tuple[Mapping[str, Any], ...] = ()  # file, line (from 1), reason, text
+    samples: tuple[Mapping[str, Any], ...] = ()  # file, line (from 1; 0 unknown), reason, text
 
     @property
     def bad(self) -> int:
         """Number of malformed rows."""
         return sum(self.reasons.values())
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "RowReport":
+        """The inverse of `to_json`."""
+        return cls(value["read"], value["reasons"], tuple(value["samples"]))
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain objects, as kept in `Dataset.info["rows"]`."""
@@ -56,7 +61,8 @@ def check_report(report: RowReport, path: Path, max_bad_fraction: float) -> None
     """Raises ValueError if more than the allowed fraction of rows is malformed, warns if any is."""
     if not report.bad:
         return
-    samples = "; ".join(f"line {s['line']}: {s['text']!r} ({s['reason']})" for s in report.samples)
+    samples = "; ".join(f"{'line %d' % s['line'] if s['line'] else s['file']}: {s['text']!r} ({s['reason']})"
+                        for s in report.samples)
     text = f"{path}: {report.bad} of {report.read} rows are malformed {dict(report.reasons)}: {samples}"
     if report.bad > max_bad_fraction * report.read:
         raise ValueError(f"{text}: expected a fraction of at most {max_bad_fraction} "

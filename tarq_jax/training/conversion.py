@@ -44,7 +44,7 @@ def trained_model(parts: AttentionParts, params: Any, dataset: data.Dataset) -> 
 
 def candidate_counts(dataset: data.Dataset, split: str = "train") -> np.ndarray:
     """How often each item is a candidate, [V]; 0 for padding."""
-    counts = np.bincount(dataset.splits[split].candidates, minlength=dataset.schema.num_items)
+    counts = data.count_candidates(dataset, split)
     return np.where(np.arange(len(counts)) > 0, counts, 0).astype(np.float32)
 
 

@@ -78,7 +78,8 @@ def add_gap_recovered(rows: list[Row]) -> list[Row]:
 
 def load_data(config: ml_collections.ConfigDict) -> data.Dataset:
     """The data set of a configuration."""
-    options = {key: value for key, value in config.data.items() if key not in ("name", "data_dir")}
+    settings = ("name", "data_dir", "buckets", "readers")  # of the run; the rest are options of the data
+    options = {key: value for key, value in config.data.items() if key not in settings}
     return data.load(config.data.name, data_dir=config.data.data_dir, **options)
 
 
@@ -113,7 +114,8 @@ def train(
     state = sharding.replicate(init_state(config, objective, optimizer, dataset), mesh)
     watch = Watch(paths_of(trainable(state.params, state.codebook)), config.optimizer.max_gradient_norm)
     batches_from = functools.partial(
-        data.train_batches, dataset, "train", batch_size=config.batch_size, seed=config.seed, **shapes)
+        data.train_batches, dataset, "train", batch_size=config.batch_size, seed=config.seed,
+        buckets=config.data.buckets, **shapes)
 
     with (
         batch_kept(workdir, config, lambda step: next(batches_from(start_step=step - 1))),
@@ -132,7 +134,8 @@ def train(
             console.print(f"{sentence} Going on from step {start}.")
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
         batches = data.prefetch(
-            batches_from(start_step=start), config.prefetch, functools.partial(_transfer, mesh=mesh))
+            batches_from(start_step=start, readers=config.data.readers), config.prefetch,
+            functools.partial(_transfer, mesh=mesh))
         step_fn = compile_step(config, objective, optimizer)
         meter = Meter(counted)
         for step in range(start, config.steps):
@@ -188,14 +191,11 @@ def best_state(
     return checkpoint.restore_step(checkpoints, step, state)
 
 
-def batch_shapes(dataset: data.Dataset) -> dict[str, int]:
+def batch_shapes(dataset: data.Dataset) -> data.Shapes:
     """N and G: the longest history and the most candidates of any split."""
-    longest = {"history_length": "history_offsets", "num_candidates": "candidate_offsets"}
-    return {
-        name: max(int(np.diff(getattr(requests, offsets)).max(initial=1))
-                  for requests in dataset.splits.values())
-        for name, offsets in longest.items()
-    }
+    splits = dataset.splits.values()
+    return {"history_length": max(1, *(split.longest_history for split in splits)),
+            "num_candidates": max(1, *(split.most_candidates for split in splits))}
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -255,7 +255,7 @@ def compile_step(
 
 def initialise_codebook(
     config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset,
-    shapes: dict[str, int], mesh: jax.sharding.Mesh,
+    shapes: data.Shapes, mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Fits the codebook to real latents of training candidates; a random one stays as it is."""
     if config.codebook.init == "random" or objective.latents is None:

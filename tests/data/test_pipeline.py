@@ -1,5 +1,6 @@
 """The pipeline: batches equal a slow loop, resuming is exact, every request comes once."""
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -13,13 +14,17 @@ from tarq_jax.data import (
     Dataset,
     Field,
     Schema,
+    Shard,
     collate,
     eval_batches,
     item_batches,
     prefetch,
     train_batches,
 )
-from tarq_jax.data.records import make_requests
+from tarq_jax.data.order import MIN_BLOCKS
+from tarq_jax.data.pipeline import padded_lengths
+from tarq_jax.data.records import describe_blocks, make_requests, request_blocks
+from tarq_jax.data.stored import StoredRequests
 
 SCHEMA = Schema((
     Field(ITEM_ID, "item", "categorical", 20), Field("vector", "item", "vector", 3),
@@ -42,6 +47,24 @@ def make_dataset(num=23, seed=0, longest=7) -> Dataset:
     users = {"age": np.arange(9, dtype=np.float32) / 3}
     return Dataset(SCHEMA, items, users, {"train": requests, "none": make_dataset(0).splits["train"]}
                    if num else {"train": requests})
+
+
+class Records(list):
+    """Records as a data source gives them."""
+
+    def __getitems__(self, blocks):
+        return [self[block] for block in blocks]
+
+
+def stored(dataset: Dataset, block_size: int) -> Dataset:
+    """The data set with its requests in records of that size."""
+    splits = {}
+    for name, split in dataset.splits.items():
+        facts = describe_blocks(split, block_size)
+        splits[name] = StoredRequests(
+            SCHEMA, Records(request_blocks(SCHEMA, split, block_size)), tuple(facts.pop("sizes")), **facts,
+            num_users=9, name=name)
+    return dataclasses.replace(dataset, splits=splits)
 
 
 def slow_collate(dataset, requests, indices, length, candidates):
@@ -103,13 +126,115 @@ def test_collate_refuses_what_does_not_fit():
         collate(dataset, dataset.splits["train"], np.array([23]), 4, 5)
 
 
+WAYS = {
+    "memory": (lambda dataset: dataset, {}),
+    "disk": (lambda dataset: stored(dataset, 5), {"window": 2}),
+    "buckets": (lambda dataset: stored(dataset, 5), {"window": 3, "buckets": (1, 3)}),
+    "threads": (lambda dataset: stored(dataset, 5), {"window": 2, "readers": 3}),
+    "host": (lambda dataset: stored(dataset, 5), {"shard": Shard(1, 2)}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 13])
-def test_resuming_is_exact(start):
-    dataset = make_dataset()
-    run = train_batches(dataset, "train", batch_size=4, seed=3, **SIZES)
-    resumed = train_batches(dataset, "train", batch_size=4, seed=3, start_step=start, **SIZES)
+def test_resuming_is_exact(start, way):
+    kept, options = WAYS[way]
+    dataset, options = kept(make_dataset()), {"batch_size": 4, "seed": 3, **SIZES, **options}
+    run = train_batches(dataset, "train", **options)
+    resumed = train_batches(dataset, "train", start_step=start, **options)
     for a, b in zip(itertools.islice(run, start, start + 7), resumed, strict=False):
         assert_same_batch(a, b)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 100])
+def test_evaluation_from_disk_is_that_from_memory(block_size):
+    dataset = make_dataset()
+    disk = eval_batches(stored(dataset, block_size), "train", batch_size=4, **SIZES)
+    for a, b in zip(eval_batches(dataset, "train", batch_size=4, **SIZES), disk, strict=True):
+        assert_same_batch(a, b)
+    assert list(eval_batches(stored(dataset, block_size), "none", batch_size=4, **SIZES)) == []
+
+
+def test_one_window_of_blocks_is_the_order_of_memory():
+    dataset = make_dataset()
+    options = {"batch_size": 4, "seed": 3, **SIZES}
+    disk = train_batches(stored(dataset, 5), "train", **options)
+    memory = train_batches(dataset, "train", **options)
+    for a, b in itertools.islice(zip(memory, disk, strict=False), 12):
+        assert_same_batch(a, b)
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+def test_threads_change_nothing(readers):
+    dataset, options = stored(make_dataset(), 3), {"batch_size": 4, "seed": 0, "window": 2, **SIZES}
+    alone = train_batches(dataset, "train", **options)
+    threads = train_batches(dataset, "train", readers=readers, **options)
+    for a, b in itertools.islice(zip(alone, threads, strict=False), 40):
+        assert_same_batch(a, b)
+
+
+@pytest.mark.parametrize("kept", [lambda dataset: dataset, lambda dataset: stored(dataset, 5)])
+def test_hosts_share_every_batch(kept):
+    dataset, options = kept(make_dataset()), {"batch_size": 4, "seed": 0, "buckets": (2,), **SIZES}
+    whole = train_batches(dataset, "train", **options)
+    hosts = [train_batches(dataset, "train", shard=Shard(index, 2), **options) for index in range(2)]
+    for batch, *parts in itertools.islice(zip(whole, *hosts, strict=False), 10):
+        assert all(len(part.user_id) == 2 for part in parts)
+        assert_same_batch(jax.tree.map(lambda *rows: np.concatenate(rows), *parts), batch)
+    parts = [list(eval_batches(dataset, "train", batch_size=4, shard=Shard(index, 2), **SIZES))
+             for index in range(2)]
+    labels = np.concatenate([np.concatenate([b.labels[b.candidate_mask] for b in pair])
+                             for pair in zip(*parts, strict=True)])
+    np.testing.assert_array_equal(labels, make_dataset().splits["train"].labels)
+
+
+def test_hosts_with_many_blocks_see_other_requests():
+    dataset = stored(make_dataset(num=2 * MIN_BLOCKS), 1)
+    users = make_dataset(num=2 * MIN_BLOCKS).splits["train"].context["hour"]
+    seen = [np.concatenate([b.context["hour"] for b in itertools.islice(train_batches(
+        dataset, "train", batch_size=4, seed=0, shard=Shard(index, 2), **SIZES), 8)]) for index in range(2)]
+    for index in range(2):
+        np.testing.assert_array_equal(np.sort(seen[index]), np.sort(users[index::2]))
+
+
+def test_buckets_give_few_shapes_and_lose_nothing():
+    dataset = make_dataset(num=200, longest=40)
+    options = {"batch_size": 4, "seed": 0, "history_length": 40, "num_candidates": 5}
+    batches = list(itertools.islice(train_batches(dataset, "train", buckets=(8, 20), **options), 50))
+    shapes = [batch.history_mask.shape[1] for batch in batches]
+    assert set(shapes) == {8, 20, 40} and np.mean(shapes) < 30
+    lengths = np.concatenate([batch.history_mask.sum(1) for batch in batches])
+    np.testing.assert_array_equal(np.sort(lengths), np.sort(np.diff(dataset.splits["train"].history_offsets)))
+
+
+@pytest.mark.parametrize("buckets, expected", [
+    ((), (9,)), ((4,), (4, 9)), ((4, 9), (4, 9)), ((4, 20), (4, 9))])
+def test_padded_lengths(buckets, expected):
+    assert padded_lengths(buckets, 9) == expected
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"buckets": (4, 4)}, r"buckets is \(4, 4\), expected rising positive lengths"),
+    ({"buckets": (0,)}, r"buckets is \(0,\), expected rising"),
+    ({"shard": Shard(2, 2)}, r"expected an index in \[0, 2\)"),
+    ({"shard": Shard(0, 3)}, "batch_size is 4, expected a multiple of the 3 hosts"),
+    ({"window": 0}, "window is 0"),
+])
+def test_wrong_calls(change, message):
+    options: dict = {"batch_size": 4, "seed": 0, **SIZES} | change
+    with pytest.raises(ValueError, match=message):
+        train_batches(make_dataset(), "train", **options)
+
+
+def test_records_that_are_not_those_of_the_metadata_are_refused():
+    split = stored(make_dataset(), 5).splits["train"]
+    with pytest.raises(ValueError, match="'train' has 5 records, expected 4"):
+        dataclasses.replace(split, sizes=split.sizes[:4])
+    wrong = dataclasses.replace(split, sizes=(4, *split.sizes[1:]))
+    with pytest.raises(ValueError, match=r"blocks \[0\] hold 5 requests, expected 4"):
+        wrong.read([0])
+    with pytest.raises(ValueError, match=r"'train': field 'user' is \d in row .*id in \[0, 3\)"):
+        dataclasses.replace(split, num_users=3).read([0, 1])
 
 
 def test_an_epoch_holds_no_request_twice_and_seeds_differ():

@@ -91,13 +91,27 @@ def test_prepared_directory_gives_back_what_was_generated(tmp_path):
     expected = synthetic.generate(synthetic.SyntheticOptions(**SMALL))
     first = load("synthetic", data_dir=tmp_path, **SMALL)
     directory, = tmp_path.glob("tarq_synthetic/*/1.0.0")
-    for dataset in (first, load_prepared(directory)):
+    elsewhere = load("synthetic", data_dir=tmp_path / "nothing", prepared=str(directory))
+    for dataset in (first, load_prepared(directory), elsewhere):
         assert dataset.schema == expected.schema and dataset.info == expected.info
         assert set(dataset.splits) == {"train", "validation", "test"}
         for split, requests in dataset.splits.items():
             assert_same_requests(requests, expected.splits[split])
         for name, column in expected.items.items():
             np.testing.assert_array_equal(dataset.items[name], column)
+
+
+def test_streamed_blocks_are_those_in_memory(tmp_path):
+    memory = load("synthetic", data_dir=tmp_path, **SMALL)
+    disk = load("synthetic", data_dir=tmp_path, stream=True, **SMALL)
+    for split, requests in memory.splits.items():
+        other = disk.splits[split]
+        assert (len(other), other.longest_history, other.most_candidates) == (
+            len(requests), requests.longest_history, requests.most_candidates)
+        assert_same_requests(other.read(range(len(other.sizes))), requests)
+    assert disk.splits["train"].sizes == (512, 512, 76) and disk.splits["test"].sizes == (0,)
+    last = disk.splits["train"].read([2])
+    np.testing.assert_array_equal(last.user, memory.splits["train"].user[1024:])
 
 
 def test_other_options_are_prepared_anew_and_equal_ones_are_not(tmp_path, monkeypatch):

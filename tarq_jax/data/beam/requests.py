@@ -1,0 +1,132 @@
+"""From the events of a user to requests, whose histories end strictly before them."""
+
+import bisect
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+
+from tarq_jax.data.beam.vocabulary import stable_hash
+
+PARTS = ("train", "validation", "test")
+ROUNDS = 8  # of drawing negatives; what is still missing then stays out
+
+
+class Request(NamedTuple):
+    """One request, by rows of the tables."""
+
+    part: str
+    key: str  # distinct; decides the block
+    user: int
+    context: tuple[int, ...]
+    history: list[tuple[int, tuple[int, ...]]]  # (item, values), oldest first
+    candidates: list[tuple[int, float]]  # (item, label)
+
+
+class KeepLast(beam.CombineFn):
+    """The last `num` elements in their order: a user with very many events never fills the memory.
+
+    Gives (elements, how many were left out). Elements begin with their time; ties are broken by the rest, so
+    that the result does not depend on the runner.
+    """
+
+    def __init__(self, num: int):
+        self.num = num
+
+    def create_accumulator(self) -> tuple[list, int]:
+        """Nothing kept, nothing left out."""
+        return [], 0
+
+    def add_input(self, accumulator: tuple[list, int], element: Any) -> tuple[list, int]:
+        """Adds one; at twice the number, the earlier half goes."""
+        kept, dropped = accumulator
+        kept.append(element)
+        return self._cut(kept, dropped) if len(kept) >= 2 * self.num else (kept, dropped)
+
+    def merge_accumulators(self, accumulators: Iterable[tuple[list, int]]) -> tuple[list, int]:
+        """The last ones of all."""
+        kept, dropped = [], 0
+        for more, left_out in accumulators:
+            kept, dropped = self._cut(kept + more, dropped + left_out)
+        return kept, dropped
+
+    def extract_output(self, accumulator: tuple[list, int]) -> tuple[list, int]:
+        """In order."""
+        return self._cut(*accumulator)
+
+    def _cut(self, elements: list, dropped: int) -> tuple[list, int]:
+        elements = sorted(elements)
+        return elements[-self.num:], dropped + max(len(elements) - self.num, 0)
+
+
+class Rules(NamedTuple):
+    """How requests are made; small and picklable."""
+
+    history_length: int
+    validation_start: int  # seconds; requests from then on are no longer training
+    test_start: int
+    min_history: int = 0  # a request with fewer events before it is left out
+    num_negatives: int = 0
+    seed: int = 0
+
+    def part(self, time: int) -> str:
+        """The split of a request."""
+        return PARTS[(time >= self.validation_start) + (time >= self.test_start)]
+
+
+def make_requests(element: tuple[str, dict[str, Iterable]], pool: np.ndarray,
+                  rules: Rules) -> Iterator[Request]:
+    """The requests of one user.
+
+    Args:
+      element: the user's key, and what is known by name: `user` row, `events` and `shown` as `KeepLast`
+        gives them, of (time, item, values) and (time, context, item, label).
+      pool: [P] items that negatives are drawn from.
+      rules: lengths, bounds of time, seed.
+
+    Yields:
+      Requests in order of time. Events at or after the time of a request are not in its history.
+    """
+    key, found = element
+    user = next(iter(found["user"]), 0)
+    events, shown = (_kept(found[name]) for name in ("events", "shown"))
+    times, seen = [time for time, _, _ in events], {item for _, item, _ in events}
+    for (time, context), group in itertools.groupby(shown, key=lambda candidate: candidate[:2]):
+        stop = bisect.bisect_left(times, time)
+        if stop < rules.min_history:
+            continue
+        past = events[max(stop - rules.history_length, 0):stop]
+        candidates = [(item, label) for _, _, item, label in group]
+        name = f"{key}/{time}/{context}"
+        if rules.num_negatives:
+            candidates = _with_negatives(name, candidates, seen, pool, rules)
+        yield Request(rules.part(time), name, user, context, [(item, values) for _, item, values in past],
+                      candidates)
+
+
+def _kept(found: Iterable[tuple[list, int]]) -> list:
+    """The elements of the one result of `KeepLast`, if there is one; counts what was left out."""
+    kept, dropped = next(iter(found), ([], 0))
+    if dropped:
+        beam.metrics.Metrics.counter("events", "left out of very long histories").inc(dropped)
+    return kept
+
+
+def _with_negatives(name: str, candidates: list[tuple[int, float]], seen: set[int], pool: np.ndarray,
+                    rules: Rules) -> list[tuple[int, float]]:
+    """The candidates among negatives, shuffled; depends on the request and the seed alone."""
+    rng = random.Random(stable_hash(f"{rules.seed}/{name}"))
+    taken, negatives = seen | {item for item, _ in candidates} | {0}, []
+    for _ in range(ROUNDS * rules.num_negatives * bool(len(pool))):
+        if len(negatives) == rules.num_negatives:
+            break
+        item = int(pool[rng.randrange(len(pool))])
+        if item not in taken:
+            taken.add(item)
+            negatives.append((item, 0.0))
+    candidates = candidates + negatives
+    rng.shuffle(candidates)
+    return candidates

@@ -1,0 +1,98 @@
+"""Logs of impressions with named columns, of any system; and how the paper's own data are read.
+
+The data set published with arXiv 2509.16931 (zyody/TARQ_dataset on Hugging Face) could not be looked at
+when this was written: its columns and encoding are not known here, and nothing below claims to be its form.
+What is supported is a form that it, and most logs, can be brought to by renaming columns: text files with a
+header,
+
+- impressions: user, time (seconds), item, label (0 or 1), and any further columns as features. Rows of one
+  user, time and context are a request.
+- behaviors, optional: user, time, item, and further columns as features of history events. Without them,
+  the impressions with label 1 are the history.
+
+Options name the columns. All features are categorical, taken as text; an empty one is unknown. Those of
+items get a row for each value; those of users, requests and events are hashed into `feature_buckets`.
+"""
+
+import csv
+import dataclasses
+from typing import Any
+
+from tarq_jax.data.options import (
+    LogOptions,
+    Source,
+    matching_files,
+    path_option,
+    require,
+    require_at_least,
+)
+from tarq_jax.data.schema import ITEM_ID, Field, Schema
+
+
+@dataclasses.dataclass(frozen=True)
+class ImpressionsOptions(LogOptions):
+    """Where the data lies, and what its columns are called; several names are separated by commas."""
+
+    behaviors: str = path_option(default="")  # file or pattern; "" takes clicked impressions as the history
+    delimiter: str = ","
+    user_column: str = "user_id"
+    time_column: str = "timestamp"
+    item_column: str = "item_id"
+    label_column: str = "label"
+    item_features: str = ""  # columns of impressions
+    user_features: str = ""  # columns of impressions
+    context_features: str = ""  # columns of impressions
+    event_features: str = ""  # columns of behaviors
+    feature_buckets: int = 10_000
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, feature_buckets=1)
+        require(len(self.delimiter) == 1, "delimiter", self.delimiter, "one character")
+        require(bool(self.behaviors) or not self.event_features, "event_features", self.event_features,
+                "'' without behaviors")
+
+
+def names(text: str) -> list[str]:
+    """The names in an option."""
+    return [name for name in text.split(",") if name]
+
+
+def make_schema(options: ImpressionsOptions) -> Schema:
+    """The fields: item features have vocabularies, all others buckets."""
+    fields = [Field(name, "item", "categorical") for name in (ITEM_ID, *names(options.item_features))]
+    size = 1 + options.feature_buckets
+    fields += [Field(name, "user", "categorical", size) for name in names(options.user_features)]
+    fields += [Field(name, "context", "categorical", size) for name in names(options.context_features)]
+    return Schema((*fields, *(Field(f"event_{name}", "event", "categorical", size)
+                              for name in names(options.event_features))))
+
+
+def read_header(pattern: str, option: str, delimiter: str, needed: list[str]) -> dict[str, int]:
+    """Where each column lies, from the first line of the first file; ValueError unless `needed` are there."""
+    path = next(iter(matching_files(pattern, option, "text with a header").values()))
+    with path.open("r", encoding="utf-8") as file:
+        columns = [name.strip() for name in next(csv.reader([file.readline()], delimiter=delimiter))]
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(f"{path}: no column {missing[0]!r} in its first line, found {columns}; options of the "
+                         "data set, such as item_column, name the columns")
+    return {name: place for place, name in enumerate(columns)}
+
+
+def _files(options: ImpressionsOptions):
+    files = matching_files(options.source, "source", "impressions as text with a header")
+    if options.behaviors:
+        files |= {f"behaviors/{name}": path for name, path in matching_files(
+            options.behaviors, "behaviors", "behaviors as text with a header").items()}
+    return files
+
+
+def _parts(root: Any, options: ImpressionsOptions) -> Any:
+    from tarq_jax.data.beam import impressions  # only here: Beam is an extra
+
+    return impressions.parts(root, options)
+
+
+SOURCE = Source("impressions", ImpressionsOptions, None, _files, parts=_parts, schema=make_schema,
+                description="Impressions and behaviors from text files with named columns.")

@@ -1,0 +1,46 @@
+"""Requests that stay on disk and are read block by block."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tarq_jax.data.records import Requests, check_requests, requests_from_blocks
+from tarq_jax.data.schema import Schema
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredRequests:
+    """A split as `tarq_jax.data.records.Split`, whose records are decoded when they are read.
+
+    A record is some hundreds of requests in flat columns, so that decoding it is a view of its bytes for each
+    column; ids are checked against the schema, as those of data in memory are.
+    """
+
+    schema: Schema
+    source: Sequence[Mapping[str, np.ndarray]]  # of records in the order of their block numbers; picklable
+    sizes: tuple[int, ...]  # requests of each record
+    longest_history: int
+    most_candidates: int
+    num_users: int  # rows of the user table
+    name: str = ""  # of the split, for errors
+
+    def __post_init__(self):
+        if len(self.source) != len(self.sizes):
+            raise ValueError(f"split {self.name!r} has {len(self.source)} records, expected "
+                             f"{len(self.sizes)}, as its metadata says: prepare it again")
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def read(self, blocks: Sequence[int]) -> Requests:
+        """The requests of the given blocks, in the order of block numbers."""
+        reader: Any = self.source
+        requests = requests_from_blocks(self.schema, reader.__getitems__([int(block) for block in blocks]))
+        expected = sum(self.sizes[block] for block in blocks)
+        if len(requests) != expected:
+            raise ValueError(f"split {self.name!r}: blocks {list(blocks)} hold {len(requests)} requests, "
+                             f"expected {expected}, as its metadata says: prepare it again")
+        check_requests(self.schema, self.num_users, requests, f"split {self.name!r}")
+        return requests

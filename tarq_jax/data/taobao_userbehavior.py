@@ -1,0 +1,56 @@
+"""Taobao UserBehavior: which item does a user open next, among negatives drawn by popularity?
+
+`UserBehavior.csv` has no header and a row an event: user_id, item_id, category_id, behavior_type (pv, buy, cart
+or fav), timestamp; 100 million rows of 9 days. Rows outside these days, some hundredths of a percent, are
+malformed. Every event of a kind in `targets` is a positive; those of one user at one second are one request.
+"""
+
+import dataclasses
+from typing import Any
+
+from tarq_jax.data.options import LogOptions, Source, matching_files, require
+from tarq_jax.data.schema import ITEM_ID, Field, Schema
+
+DAY = 86_400
+FIRST = 1_511_539_200  # 2017-11-25, 00:00 in China
+BEHAVIORS = {"pv": 1, "ipv": 1, "cart": 2, "fav": 3, "buy": 4}  # values of the event field `behavior`
+
+
+@dataclasses.dataclass(frozen=True)
+class UserBehaviorOptions(LogOptions):
+    """Where the data lies and how it becomes requests: the eighth day validates, the ninth tests."""
+
+    validation_start: int = FIRST + 7 * DAY
+    test_start: int = FIRST + 8 * DAY
+    num_negatives: int = 15
+    targets: str = "pv"  # kinds of events that are predicted, such as "pv,buy"
+    first_time: int = FIRST  # seconds; earlier events are malformed
+    last_time: int = FIRST + 9 * DAY  # from then on, too
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(set(self.targets.split(",")) <= BEHAVIORS.keys(), "targets", self.targets,
+                f"kinds of {sorted(BEHAVIORS)}, separated by commas")
+        require(self.first_time < self.last_time, "last_time", self.last_time,
+                f"more than first_time ({self.first_time})")
+
+
+def make_schema(options: UserBehaviorOptions) -> Schema:
+    """The fields."""
+    del options
+    return Schema((Field(ITEM_ID, "item", "categorical"), Field("category", "item", "categorical"),
+                   Field("behavior", "event", "categorical", 1 + max(BEHAVIORS.values()))))
+
+
+def _files(options: UserBehaviorOptions):
+    return matching_files(options.source, "source", "UserBehavior.csv")
+
+
+def _parts(root: Any, options: UserBehaviorOptions) -> Any:
+    from tarq_jax.data.beam import userbehavior  # only here: Beam is an extra
+
+    return userbehavior.parts(root, options)
+
+
+SOURCE = Source("taobao_userbehavior", UserBehaviorOptions, None, _files, parts=_parts, schema=make_schema,
+                description="Taobao UserBehavior: the next item among negatives drawn by popularity.")
