@@ -4,6 +4,7 @@ A file in `configs/` starts from `default_config()` and changes what its experim
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import ml_collections
 MODELS = ("two_tower", "two_tower_large", "target_attention", "tarq")
 DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
 REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
+MESH_AXES = ("data", "model")  # as `tarq_jax.training.sharding` names them
 HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported
 
 
@@ -22,6 +24,17 @@ def default_config() -> ml_collections.ConfigDict:
     config.steps = 1500
     config.batch_size = 64  # requests a step
     config.baselines = ()  # models trained before the main one on the same budget, for its table
+
+    config.parallel = "mesh"  # how a step uses many devices: jit over a mesh; or "pmap"
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = 0  # devices along the axis `data`; 0 takes all that are left
+    config.mesh.model = 1  # devices along the axis `model`
+    # How parameters are split: pairs of a pattern (of a part of the parameter's path) and, for each axis of
+    # the array, a mesh axis, several, or None; the first that matches holds, other parameters are copied to
+    # all devices. (("embedding$", ("model",)),) splits the rows of all tables over `model`,
+    # (("item_id/embedding$", (("data", "model"),)),) those of one over all devices.
+    config.mesh.rules = ()
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "synthetic"  # key of tarq_jax.data.BUILDERS; its options follow as further keys
@@ -41,6 +54,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.assign = "nearest"  # of codes in training; or "cosine", or "balanced"
     config.model.pass_through = "straight_through"  # gradient through quantization; or "rotation"
     config.model.student_gradient = "student"  # how far it reaches; or "backbone", or "teacher"
+
+    config.model.table_multiple = 1  # rows of embedding tables are rounded up to a multiple of it
 
     config.codebook = ml_collections.ConfigDict()
     config.codebook.init = "kmeans"  # or "random"
@@ -65,6 +80,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 2e-3
+    config.optimizer.table = "adamw"  # of embedding tables; or "rowwise_adagrad", or "lazy_adam"
     config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 0
     config.optimizer.clip_norm = 0.0  # 0 does not clip
@@ -108,11 +124,31 @@ def _one_of(*choices: str | int) -> Rule:
 POSITIVE = Rule(lambda value: 0 < value < math.inf, "a positive number")
 FRACTION = Rule(lambda value: 0 <= value < 1, "a number in [0, 1)")
 
+
+def _is_sharding_table(table: Any) -> bool:
+    """Whether every entry is a pair of a regular expression and a specification over `MESH_AXES`."""
+    try:
+        for pattern, spec in table:
+            re.compile(pattern)
+            named = [axis for entry in spec if entry is not None
+                     for axis in ((entry,) if isinstance(entry, str) else entry)]
+            if isinstance(spec, str) or not set(named) <= set(MESH_AXES) or len(set(named)) < len(named):
+                return False
+    except (TypeError, ValueError, re.error):
+        return False
+    return True
+
+
 RULES: Mapping[str, Rule] = {
     "seed": _at_least(0),
     "steps": _at_least(1),
     "batch_size": _at_least(1),
     "baselines": Rule(lambda value: all(name in MODELS for name in value), f"a tuple of {MODELS}"),
+    "parallel": _one_of("mesh", "pmap"),
+    "mesh.data": _at_least(-1),
+    "mesh.model": _at_least(1),
+    "mesh.rules": Rule(_is_sharding_table, "pairs of a regular expression and a tuple of mesh axes, each of "
+                                           f"{MESH_AXES} at most once, such as ('embedding$', ('model',))"),
     "model.name": _one_of(*MODELS),
     "model.width": _at_least(1),
     "model.num_heads": _at_least(1),
@@ -127,6 +163,7 @@ RULES: Mapping[str, Rule] = {
     "model.assign": _one_of("nearest", "cosine", "balanced"),
     "model.pass_through": _one_of("straight_through", "rotation"),
     "model.student_gradient": _one_of(*REACHES),
+    "model.table_multiple": _at_least(1),
     "codebook.init": _one_of("kmeans", "random"),
     "codebook.start": _at_least(0),
     "codebook.init_latents": _at_least(1),
@@ -138,6 +175,7 @@ RULES: Mapping[str, Rule] = {
     "codebook.max_age": _at_least(1),
     **{f"loss_weights.{name}": _at_least(0) for name in default_config().loss_weights},
     "optimizer.learning_rate": POSITIVE,
+    "optimizer.table": _one_of("adamw", "rowwise_adagrad", "lazy_adam"),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.warmup_steps": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
@@ -147,6 +185,13 @@ RULES: Mapping[str, Rule] = {
     "checkpoint_every": _at_least(1),
     "recall_k": _at_least(1),
     "prefetch": _at_least(1),
+}
+
+# What needs a mesh is refused where each device sees no more than its own part of a batch.
+RULES_OF_PMAP: Mapping[str, Rule] = {
+    "mesh.model": _one_of(1),
+    "mesh.rules": Rule(lambda value: not value, "no rules"),
+    "model.assign": _one_of("nearest", "cosine"),
 }
 
 
@@ -170,6 +215,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key, rule in RULES.items():
         if not rule.holds(settings[key]):
             raise ValueError(f"config.{key} is {settings[key]!r}, expected {rule.expected}")
+    for key, rule in RULES_OF_PMAP.items() if settings["parallel"] == "pmap" else ():
+        if not rule.holds(settings[key]):
+            raise ValueError(f"config.{key} is {settings[key]!r}, expected {rule.expected} "
+                             "with config.parallel='pmap'")
     if settings["model.width"] % settings["model.num_heads"]:
         raise ValueError(f"config.model.num_heads is {settings['model.num_heads']}, expected a divisor of "
                          f"config.model.width, {settings['model.width']}")

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tarq_jax import shards
 from tarq_jax.quantization import negative_distances
 
 
-def weighted_mean(values: jax.Array, weights: chex.Array) -> jax.Array:
+def weighted_mean(
+    values: jax.Array, weights: chex.Array, axis_name: shards.AxisName = None
+) -> jax.Array:
     """`sum(w x) / sum(w)`: the mean of `values` by non-negative `weights`; 0 if no weight is positive.
 
     Values of zero weight are left out whatever they are; a NaN of positive weight shows.
@@ -20,16 +23,17 @@ def weighted_mean(values: jax.Array, weights: chex.Array) -> jax.Array:
     Args:
       values: any shape.
       weights: of the same shape.
+      axis_name: of the shards of a batch, see `tarq_jax.shards`.
 
     Returns:
-      [].
+      []; a shard's part of the mean over all, which the sum over shards is.
 
     Example:
       >>> float(weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0])))
       2.0
     """
     chex.assert_equal_shape([values, weights])
-    total = jnp.sum(weights)
+    total = shards.total(jnp.sum(weights), axis_name)
     weighted = jnp.where(weights > 0, values * weights, 0.0)
     return jnp.sum(weighted) / jnp.where(total > 0, total, 1.0)
 

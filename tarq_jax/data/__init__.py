@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tarq_jax.data import movielens, sequences, synthetic
+from tarq_jax.data.hashing import hash_ids
 from tarq_jax.data.movielens import MovielensOptions
 from tarq_jax.data.options import Source, make_options
 from tarq_jax.data.pipeline import collate, eval_batches, item_batches, prefetch, train_batches
@@ -68,6 +69,7 @@ __all__ = [
     "check_dataset",
     "collate",
     "eval_batches",
+    "hash_ids",
     "item_batches",
     "load",
     "load_prepared",

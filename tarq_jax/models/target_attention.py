@@ -9,6 +9,7 @@ from flax import struct
 
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.data.schema import ITEM_ID, Schema
+from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, MultiHeadAttention
 from tarq_jax.models.two_tower import HistoryEncoder, TwoTower, TwoTowerOutput
 from tarq_jax.types import Batch, Features
@@ -44,16 +45,18 @@ class TargetAttention(nn.Module):
       width: D.
       num_heads: H.
       hidden: hidden widths of all MLPs.
+      tables: how embedding tables are kept and looked up.
     """
 
     schema: Schema
     width: int = 32
     num_heads: int = 2
     hidden: Sequence[int] = (64,)
+    tables: Tables = ONE_DEVICE
 
     def setup(self):
         """Creates the parts."""
-        self.backbone = TwoTower(self.schema, self.width, self.num_heads, self.hidden)
+        self.backbone = TwoTower(self.schema, self.width, self.num_heads, self.hidden, tables=self.tables)
         self.history_encoder = HistoryEncoder(self.num_heads, self.width)
         self.query_tower = MLP(self.hidden, self.width)
         self.attention = MultiHeadAttention(self.num_heads, self.width)

@@ -16,7 +16,7 @@ from tarq_jax.training.state import TrainState
 KEEP = 2  # checkpoints kept
 # Settings that may differ between the run that saved a checkpoint and the one that goes on from it.
 FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-                  "recall_k", "prefetch")
+                  "recall_k", "prefetch", "parallel", "mesh.data", "mesh.model", "mesh.rules")
 
 
 def manager(workdir: Path) -> ocp.CheckpointManager:
@@ -87,6 +87,6 @@ def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _settings(value, f"{prefix}{key}.")
-        elif prefix or key not in FREE_TO_CHANGE:
+        elif f"{prefix}{key}" not in FREE_TO_CHANGE:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

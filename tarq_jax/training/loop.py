@@ -16,10 +16,11 @@ from rich.console import Console
 from tarq_jax import data, metrics, quantization
 from tarq_jax.cli import Interrupted, interruptible
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
-from tarq_jax.training import checkpoint, sharding
+from tarq_jax.training import checkpoint, parallel, sharding
 from tarq_jax.training.evaluate import Row, evaluate
 from tarq_jax.training.meter import Meter
 from tarq_jax.training.objectives import Objective, build
+from tarq_jax.training.optimizers import make_optimizer
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.training.step import codebook_updates, train_step
 from tarq_jax.types import Batch
@@ -98,12 +99,14 @@ def train(
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
       ValueError: a setting does not fit the data or the checkpoint.
     """
-    mesh = sharding.data_mesh()
+    way = parallel.WAYS[config.parallel]
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     sharding.check_batch_size(config.batch_size, mesh)
     shapes = batch_shapes(dataset)
-    objective = build(config.model, config.loss_weights, dataset.schema)
+    tables = sharding.make_tables(config, mesh)
+    objective = build(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)
     optimizer = make_optimizer(config)
-    state = sharding.replicate(init_state(config, objective, optimizer, dataset), mesh)
+    state = init_state(config, objective, optimizer, dataset, mesh)
 
     with (
         checkpoint.manager(workdir) as checkpoints,
@@ -117,9 +120,9 @@ def train(
         batches = data.prefetch(
             data.train_batches(dataset, "train", batch_size=config.batch_size, seed=config.seed,
                                start_step=start, **shapes),
-            config.prefetch, functools.partial(_transfer, mesh=mesh),
+            config.prefetch, functools.partial(_transfer, put=lambda batch: way.put(batch, mesh)),
         )
-        step_fn = compile_step(config, objective, optimizer)
+        step_fn = compile_step(config, objective, optimizer, mesh, state)
         meter = Meter(counted)
         for step in range(start, config.steps):
             if step == config.codebook.start and state.codebook is not None:
@@ -166,37 +169,35 @@ def batch_shapes(dataset: data.Dataset) -> dict[str, int]:
     }
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW under a cosine schedule with linear warm-up, gradients clipped by norm where asked for."""
-    settings = config.optimizer
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if settings.warmup_steps else settings.learning_rate,
-        peak_value=settings.learning_rate, warmup_steps=settings.warmup_steps,
-        decay_steps=max(config.steps, settings.warmup_steps + 1),
-    )
-    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    decayed = {"params": True, "codewords": False}  # of `trainable`
-    return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay, mask=decayed))
-
-
 def init_state(
     config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
-    dataset: data.Dataset,
+    dataset: data.Dataset, mesh: jax.sharding.Mesh | None = None,
 ) -> TrainState:
-    """A fresh state from the seed; its codebook is random until `initialise_codebook`."""
-    params_rng, codebook_rng, step_rng = jax.random.split(jax.random.key(config.seed), 3)
-    codebook = None
-    if objective.latents is not None:
-        codebook = quantization.random_codebook(
-            codebook_rng, num_levels=config.model.num_levels, num_codewords=config.model.num_codewords,
-            width=config.model.width,
-        )
+    """A fresh state from the seed; its codebook is random until `initialise_codebook`.
+
+    Over a mesh it is made in parts, each on the device where the rules of the configuration want it.
+    """
     batch = next(data.train_batches(dataset, "train", batch_size=1, seed=0, **batch_shapes(dataset)))
-    params = jax.jit(objective.init)(params_rng, batch, trainable(None, codebook)["codewords"])
-    return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, codebook=codebook,
-        opt_state=optimizer.init(trainable(params, codebook)), rng=step_rng,
-    )
+
+    def init(rng: jax.Array, batch: Batch) -> TrainState:
+        params_rng, codebook_rng, step_rng = jax.random.split(rng, 3)
+        codebook = None
+        if objective.latents is not None:
+            codebook = quantization.random_codebook(
+                codebook_rng, num_levels=config.model.num_levels, num_codewords=config.model.num_codewords,
+                width=config.model.width,
+            )
+        params = objective.init(params_rng, batch, trainable(None, codebook)["codewords"])
+        return TrainState(
+            step=jnp.zeros((), jnp.int32), params=params, codebook=codebook,
+            opt_state=optimizer.init(trainable(params, codebook)), rng=step_rng,
+        )
+
+    rng, shardings = jax.random.key(config.seed), None
+    if mesh is not None:
+        rules = sharding.parse_rules(config.mesh.rules)
+        shardings = sharding.state_shardings(jax.eval_shape(init, rng, batch), mesh, rules)
+    return jax.jit(init, out_shardings=shardings)(rng, batch)
 
 
 DEAD = {
@@ -206,9 +207,18 @@ DEAD = {
 
 
 def compile_step(
-    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`train_step` under jit; the state's memory is reused."""
+    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None = None, state: TrainState | None = None,
+) -> parallel.Step:
+    """`train_step`, compiled the way that `config.parallel` says; the state's memory is reused.
+
+    Args:
+      config: of the run.
+      objective: built for the axis of that way.
+      optimizer: over `trainable`.
+      mesh: to run on; the default device if None.
+      state: on that mesh; a new state lies as it does.
+    """
     settings = config.codebook
     update_codebook = codebook_updates(
         mode=settings.learning, decay=settings.decay, revive_every=settings.revive_every,
@@ -216,9 +226,12 @@ def compile_step(
     )
     step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, update_codebook=update_codebook,
-        codebook_start=settings.start,
+        codebook_start=settings.start, axis_name=parallel.WAYS[config.parallel].axis_name,
     )
-    return jax.jit(step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return parallel.WAYS[config.parallel].compile(step, mesh, shardings)
 
 
 def initialise_codebook(
@@ -270,9 +283,9 @@ def check_finite(scalars: dict[str, np.ndarray], step: int) -> dict[str, float]:
     return {name: float(value) for name, value in scalars.items()}
 
 
-def _transfer(batch: Batch, mesh: jax.sharding.Mesh) -> tuple[Batch, int]:
-    """A batch on the devices of the mesh, and how many real candidates it holds."""
-    return sharding.shard_batch(batch, mesh), int(batch.candidate_mask.sum())
+def _transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:
+    """A batch put on the devices, and how many real candidates it holds."""
+    return put(batch), int(batch.candidate_mask.sum())
 
 
 def _note(scalars: dict[str, float]) -> str:

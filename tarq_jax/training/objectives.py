@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from tarq_jax import losses, quantization
+from tarq_jax import losses, quantization, shards
 from tarq_jax.data.schema import Schema
 from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
 from tarq_jax.types import Batch, QuantizerOutput
 
@@ -19,7 +20,7 @@ from tarq_jax.types import Batch, QuantizerOutput
 class LossOutput(NamedTuple):
     """What a loss returns beside its value."""
 
-    metrics: dict[str, jax.Array]  # scalars
+    metrics: dict[str, jax.Array]  # scalars; a shard's part of them
     quantizer: QuantizerOutput | None  # for the codebook's update
 
 
@@ -45,7 +46,8 @@ class Objective(NamedTuple):
     Attributes:
       init: (rng, batch, codewords) -> params.
       loss: (params, codewords, batch, active) -> (loss [], LossOutput). `active` [] bool says
-        whether the codebook is in use yet.
+        whether the codebook is in use yet. Where a batch is split by `tarq_jax.shards`, the loss and
+        its metrics are the shard's parts, which add up to those of the batch.
       predict: (params, codewords, batch) -> Predictions.
       latents: (params, batch) -> what is quantized, [B, G, D]; None without a codebook.
       attention: (params, codewords, batch) -> by head or level, what student and teacher attend to;
@@ -59,7 +61,9 @@ class Objective(NamedTuple):
     attention: Callable[..., dict[str, AttentionWeights]] | None = None
 
 
-def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
+def supervised(
+    module: TwoTower | TargetAttention, name: str, axis_name: shards.AxisName = None
+) -> Objective:
     """Binary cross-entropy on the module's logits; its predictor is called `name`."""
     forward = nn.apply(type(module).__call__, module)
 
@@ -70,7 +74,8 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
     def loss(params, codewords, batch, active):
         del codewords, active
         logits = forward(params, batch).logits
-        value = losses.weighted_mean(losses.binary_cross_entropy(logits, batch.labels), batch.weights)
+        each = losses.binary_cross_entropy(logits, batch.labels)
+        value = losses.weighted_mean(each, batch.weights, axis_name)
         return value, LossOutput({"loss": value}, None)
 
     def predict(params, codewords, batch):
@@ -80,7 +85,9 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
     return Objective(init, loss, predict)
 
 
-def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def tarq_losses(
+    output: TarqOutput, codewords: jax.Array, batch: Batch, axis_name: shards.AxisName = None
+) -> dict[str, jax.Array]:
     """Every loss of DESIGN section 2 by name, [] each, unweighted."""
     quantizer, teacher = output.quantizer, output.teacher
     aligned, levels = output.personalized.shape[:2]
@@ -100,8 +107,9 @@ def tarq_losses(output: TarqOutput, codewords: jax.Array, batch: Batch) -> dict[
         "codebook": losses.codebook_loss(quantizer.chosen, quantizer.residuals),
         "reconstruction": losses.squared_error(output.reconstruction, output.decoder_target),
     }
+    weights = {"alignment": batch.weights[:aligned] * output.aligned[:, None]}
     return {
-        name: losses.weighted_mean(value, batch.weights[: len(value)])
+        name: losses.weighted_mean(value, weights.get(name, batch.weights), axis_name)
         for name, value in per_candidate.items()
     }
 
@@ -118,7 +126,10 @@ STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of the predictors of TARQ
 WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # the losses that train before the codebook is in use
 
 
-def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = None) -> Objective:
+def tarq(
+    module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = None,
+    axis_name: shards.AxisName = None,
+) -> Objective:
     """The weighted sum of `tarq_losses`; predictors `STUDENT` and `TEACHER`.
 
     Args:
@@ -126,12 +137,14 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
       loss_weights: of every loss.
       served: what predicts with the same parameters; `module` if None. Differs where training
         assigns codes by batch.
+      axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
 
     Raises:
       ValueError: at the first loss, if `loss_weights` names a loss that does not exist, or misses one.
     """
     served = module if served is None else served
-    forward, forward_served = (nn.apply(type(part).__call__, part) for part in (module, served))
+    sharded = module.clone(axis_name=axis_name)
+    forward, forward_served = (nn.apply(type(part).__call__, part) for part in (sharded, served))
 
     def init(rng, batch, codewords):
         variables = module.init(rng, batch, codewords)
@@ -140,7 +153,7 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
 
     def loss(params, codewords, batch, active):
         output = forward(params, batch, codewords, active)
-        values = tarq_losses(output, codewords, batch)
+        values = tarq_losses(output, codewords, batch, axis_name)
         if set(values) != set(loss_weights):
             raise ValueError(f"loss_weights names {sorted(loss_weights)}, expected {sorted(values)}")
         total = jnp.zeros(())
@@ -165,21 +178,31 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
     )
 
 
-def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema) -> Objective:
+def build(
+    model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema,
+    tables: Tables = ONE_DEVICE, axis_name: shards.AxisName = None,
+) -> Objective:
     """The objective that `config.model` describes.
 
     `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
     encoder and attention, and hidden layers four times as wide in place of TARQ's further networks.
+
+    Args:
+      model: `config.model`.
+      loss_weights: `config.loss_weights`.
+      schema: of the data.
+      tables: how embedding tables are kept and looked up.
+      axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
     """
-    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads}
+    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads, "tables": tables}
     hidden = tuple(model.hidden)
     if model.name == "two_tower":
-        return supervised(TwoTower(**common, hidden=hidden), model.name)
+        return supervised(TwoTower(**common, hidden=hidden), model.name, axis_name)
     if model.name == "two_tower_large":
         wide = tuple(4 * size for size in hidden)
-        return supervised(TwoTower(**common, hidden=wide, num_encoders=2), model.name)
+        return supervised(TwoTower(**common, hidden=wide, num_encoders=2), model.name, axis_name)
     if model.name == "target_attention":
-        return supervised(TargetAttention(**common, hidden=hidden), model.name)
+        return supervised(TargetAttention(**common, hidden=hidden), model.name, axis_name)
     module = TARQ_OF_ORDER[model.order](
         **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
         decoded=model.decoded, aligned_share=model.aligned_share, student_gradient=model.student_gradient,
@@ -187,4 +210,4 @@ def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], s
         pass_through=PASS_THROUGH[model.pass_through],
     )
     served = module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
-    return tarq(module, dict(loss_weights), served)
+    return tarq(module, dict(loss_weights), served, axis_name)

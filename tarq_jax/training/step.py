@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tarq_jax import quantization
+from tarq_jax import quantization, shards
 from tarq_jax.training.health import codebook_metrics
 from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState, trainable
@@ -24,8 +24,12 @@ def train_step(
     optimizer: optax.GradientTransformation,
     update_codebook: CodebookUpdate,
     codebook_start: int = 0,
+    axis_name: shards.AxisName = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient step on parameters and codewords, then the codebook's own update.
+
+    The same on a whole batch and, under `pmap`, on a shard of it: sums go over all shards, and all that
+    changes the codebook is gathered first, so that every replica computes the same new state.
 
     Args:
       state: before the step.
@@ -34,6 +38,7 @@ def train_step(
       optimizer: over `trainable`.
       update_codebook: statistics, EMA and revival, see `codebook_updates`.
       codebook_start: step from which on the codebook is in use.
+      axis_name: of the shards, see `tarq_jax.shards`; the objective has to be built for the same.
 
     Returns:
       The state after the step, and metrics, scalars on device.
@@ -45,18 +50,20 @@ def train_step(
 
     variables = trainable(state.params, state.codebook)
     (_, aux), gradients = jax.value_and_grad(loss, has_aux=True)(variables)
+    gradients, metrics = shards.total((gradients, aux.metrics), axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, variables)
     variables = optax.apply_updates(variables, updates)
-    metrics = aux.metrics | {"gradient_norm": optax.tree.norm(gradients)}
+    metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
 
     codebook = state.codebook
     if codebook is not None:
         codebook = codebook.replace(codewords=variables["codewords"])
         rng = jax.random.fold_in(state.rng, state.step)
-        where = batch.candidate_mask & active
-        updated = update_codebook(rng, codebook, aux.quantizer, where, state.step)
+        quantizer, real = shards.gather((aux.quantizer, batch.candidate_mask), axis_name)
+        where = real & active
+        updated = update_codebook(rng, codebook, quantizer, where, state.step)
         codebook = jax.tree.map(lambda new, old: jnp.where(active, new, old), updated, state.codebook)
-        metrics |= codebook_metrics(codebook, aux.quantizer, where)
+        metrics |= codebook_metrics(codebook, quantizer, where)
     state = state.replace(
         step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
     )

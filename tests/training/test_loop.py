@@ -71,11 +71,11 @@ def test_nothing_that_is_not_finite_is_saved(
     make, transfer = loop.initialise_codebook, loop._transfer
     count = iter(range(100))
 
-    def poisoned_transfer(batch, mesh):
+    def poisoned_transfer(batch, put):
         if where == "features" and next(count) == 4:
             batch = batch.replace(candidates=batch.candidates | {
                 "features": np.full_like(batch.candidates["features"], np.nan)})
-        return transfer(batch, mesh)
+        return transfer(batch, put)
 
     def poisoned_state(*args):
         state = make(*args)
@@ -171,7 +171,7 @@ def test_kmeans_runs_on_real_latents_of_training(tiny_config, tiny_dataset, fini
     """Centroids lie where the latents lie, and each latent has one near."""
     objective = loop.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
     shapes, state = loop.batch_shapes(tiny_dataset), finished[1].state
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh()
     state = loop.initialise_codebook(tiny_config, objective, state, tiny_dataset, shapes, mesh)
     latents = np.concatenate([
         np.asarray(jax.jit(objective.latents)(state.params, batch))[batch.candidate_mask]

@@ -158,7 +158,7 @@ def test_only_these_may_change():
     """Whatever else changes makes another experiment of it."""
     assert set(checkpoint.FREE_TO_CHANGE) <= {
         "steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every", "recall_k",
-        "prefetch"}
+        "prefetch", "parallel", "mesh.data", "mesh.model", "mesh.rules"}
 
 
 def test_settings_that_came_or_went(tiny_config, tiny_dataset, opened, finished):
