@@ -4,6 +4,7 @@ A file in `configs/` starts from `default_config()` and changes what its experim
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ MODELS = ("two_tower", "two_tower_large", "target_attention", "tarq")
 DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
 REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
 BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that checkpoints are chosen by, and their sign
+MESH_AXES = ("data", "model")  # as `tarq_jax.training.sharding` names them
 HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported
 
 
@@ -24,6 +26,17 @@ def default_config() -> ml_collections.ConfigDict:
     config.batch_size = 64  # requests a step
     config.accumulate = 1  # micro-batches that a step goes through one after the other, in less memory
     config.baselines = ()  # models trained before the main one on the same budget, for its table
+
+    config.parallel = "mesh"  # how a step uses many devices: jit over a mesh; or "pmap"
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = 0  # devices along the axis `data`; 0 takes all that are left
+    config.mesh.model = 1  # devices along the axis `model`
+    # How parameters are split: pairs of a pattern (of a part of the parameter's path) and, for each axis of
+    # the array, a mesh axis, several, or None; the first that matches holds, other parameters are copied to
+    # all devices. (("embedding$", ("model",)),) splits the rows of all tables over `model`,
+    # (("item_id/embedding$", (("data", "model"),)),) those of one over all devices.
+    config.mesh.rules = ()
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "synthetic"  # key of tarq_jax.data.BUILDERS; its options follow as further keys
@@ -50,6 +63,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"  # of activations; or "bfloat16"; parameters and losses stay float32
     config.model.remat = False  # recompute history encoders and attention in the backward pass
     config.model.attention_block = 0  # positions that attention looks at together, e.g. 256; 0 for all
+    config.model.table_multiple = 1  # rows of embedding tables are rounded up to a multiple of it
 
     config.codebook = ml_collections.ConfigDict()
     config.codebook.init = "kmeans"  # or "random"
@@ -74,6 +88,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 2e-3
+    config.optimizer.table = "adamw"  # of embedding tables; or "rowwise_adagrad", or "lazy_adam"
     config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 0
     config.optimizer.clip_norm = 0.0  # 0 does not clip
@@ -120,6 +135,21 @@ def _one_of(*choices: str | int) -> Rule:
 POSITIVE = Rule(lambda value: 0 < value < math.inf, "a positive number")
 FRACTION = Rule(lambda value: 0 <= value < 1, "a number in [0, 1)")
 
+
+def _is_sharding_table(table: Any) -> bool:
+    """Whether every entry is a pair of a regular expression and a specification over `MESH_AXES`."""
+    try:
+        for pattern, spec in table:
+            re.compile(pattern)
+            named = [axis for entry in spec if entry is not None
+                     for axis in ((entry,) if isinstance(entry, str) else entry)]
+            if isinstance(spec, str) or not set(named) <= set(MESH_AXES) or len(set(named)) < len(named):
+                return False
+    except (TypeError, ValueError, re.error):
+        return False
+    return True
+
+
 RULES: Mapping[str, Rule] = {
     "seed": _at_least(0),
     "steps": _at_least(1),
@@ -129,6 +159,11 @@ RULES: Mapping[str, Rule] = {
     "data.buckets": Rule(lambda value: all(isinstance(length, int) and length > 0 for length in value)
                          and list(value) == sorted(set(value)), "rising positive lengths"),
     "data.readers": _at_least(0),
+    "parallel": _one_of("mesh", "pmap"),
+    "mesh.data": _at_least(-1),
+    "mesh.model": _at_least(1),
+    "mesh.rules": Rule(_is_sharding_table, "pairs of a regular expression and a tuple of mesh axes, each of "
+                                           f"{MESH_AXES} at most once, such as ('embedding$', ('model',))"),
     "model.name": _one_of(*MODELS),
     "model.width": _at_least(1),
     "model.num_heads": _at_least(1),
@@ -146,6 +181,7 @@ RULES: Mapping[str, Rule] = {
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.remat": Rule(lambda value: isinstance(value, bool), "a bool like False"),
     "model.attention_block": _at_least(0),
+    "model.table_multiple": _at_least(1),
     "codebook.init": _one_of("kmeans", "random"),
     "codebook.start": _at_least(0),
     "codebook.init_latents": _at_least(1),
@@ -157,6 +193,7 @@ RULES: Mapping[str, Rule] = {
     "codebook.max_age": _at_least(1),
     **{f"loss_weights.{name}": _at_least(0) for name in default_config().loss_weights},
     "optimizer.learning_rate": POSITIVE,
+    "optimizer.table": _one_of("adamw", "rowwise_adagrad", "lazy_adam"),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.warmup_steps": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
@@ -169,6 +206,13 @@ RULES: Mapping[str, Rule] = {
     "best_metric": _one_of("", *BEST),
     "recall_k": _at_least(1),
     "prefetch": _at_least(1),
+}
+
+# What needs a mesh is refused where each device sees no more than its own part of a batch.
+RULES_OF_PMAP: Mapping[str, Rule] = {
+    "mesh.model": _one_of(1),
+    "mesh.rules": Rule(lambda value: not value, "no rules"),
+    "model.assign": _one_of("nearest", "cosine"),
 }
 
 
@@ -192,6 +236,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key, rule in RULES.items():
         if not rule.holds(settings[key]):
             raise ValueError(f"config.{key} is {settings[key]!r}, expected {rule.expected}")
+    for key, rule in RULES_OF_PMAP.items() if settings["parallel"] == "pmap" else ():
+        if not rule.holds(settings[key]):
+            raise ValueError(f"config.{key} is {settings[key]!r}, expected {rule.expected} "
+                             "with config.parallel='pmap'")
     if settings["model.width"] % settings["model.num_heads"]:
         raise ValueError(f"config.model.num_heads is {settings['model.num_heads']}, expected a divisor of "
                          f"config.model.width, {settings['model.width']}")

@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tarq_jax import shards
 from tarq_jax.quantization import negative_distances
 
 
-def weighted_mean(values: jax.Array, weights: chex.Array, *, of: chex.Array | None = None) -> jax.Array:
+def weighted_mean(
+    values: jax.Array, weights: chex.Array, *, of: chex.Array | None = None,
+    axis_name: shards.AxisName = None,
+) -> jax.Array:
     """`sum(w x) / sum(w)`: the mean of `values` by non-negative `weights`; 0 if no weight is positive.
 
     Values of zero weight are left out whatever they are; a NaN of positive weight shows.
@@ -22,16 +26,17 @@ def weighted_mean(values: jax.Array, weights: chex.Array, *, of: chex.Array | No
       weights: of the same shape.
       of: weights of a whole that these values are a part of, any shape: what its parts give then adds up
         to the mean of the whole. None where these are all.
+      axis_name: of the shards of a batch, see `tarq_jax.shards`.
 
     Returns:
-      [].
+      []; a shard's part of the mean over all, which the sum over shards is.
 
     Example:
       >>> float(weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0])))
       2.0
     """
     chex.assert_equal_shape([values, weights])
-    total = jnp.sum(weights if of is None else of)
+    total = shards.total(jnp.sum(weights if of is None else of), axis_name)
     weighted = jnp.where(weights > 0, values * weights, 0.0)
     return jnp.sum(weighted) / jnp.where(total > 0, total, 1.0)
 

@@ -99,9 +99,9 @@ def one_device() -> Iterator[None]:
 
     from tarq_jax.training import sharding
 
-    mesh = sharding.data_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "data_mesh", lambda: mesh)
+        patch.setattr(sharding, "make_mesh", lambda data=0, model=1: mesh)
         yield
 
 
@@ -113,17 +113,17 @@ def compiled_once() -> Iterator[None]:
     build, compile_step = loop.build, loop.compile_step
     objectives, steps = {}, {}
 
-    def shared_build(model, loss_weights, schema):
-        key = model.to_json(), loss_weights.to_json(), schema
+    def shared_build(model, loss_weights, schema, *how):
+        key = model.to_json(), loss_weights.to_json(), schema, how
         if key not in objectives:
-            objectives[key] = build(model, loss_weights, schema)
+            objectives[key] = build(model, loss_weights, schema, *how)
         return objectives[key]
 
-    def shared_step(config, objective, optimizer):
+    def shared_step(config, objective, optimizer, mesh=None, state=None):
         key = (objective, config.codebook.to_json(), config.optimizer.to_json(), config.steps,
-               config.accumulate)
+               config.accumulate, config.parallel, config.mesh.to_json(), mesh)
         if key not in steps:
-            steps[key] = compile_step(config, objective, optimizer)
+            steps[key] = compile_step(config, objective, optimizer, mesh, state)
         return steps[key]
 
     with pytest.MonkeyPatch.context() as patch:

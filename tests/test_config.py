@@ -13,9 +13,13 @@ BAD = {
     "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
     "accumulate": [0, -1],
     "data.buckets": [(16, 8), (0, 4), (8, 8), ("16",)], "data.readers": [-1],
+    "parallel": ["xmap"], "mesh.data": [-2], "mesh.model": [0],
+    "mesh.rules": [(("(", ("model",)),), (("kernel", ("modle",)),), (("kernel", "model"),), ("kernel",), (3,),
+                   (("kernel", ("model", "model")),)],
     "model.name": ["tark", ""], "model.width": [0], "model.num_heads": [0],
     "model.hidden": [(64, 0), ("64",), (-1,)], "model.num_levels": [0], "model.num_codewords": [1],
     "model.head": ["mpl"], "model.student_gradient": ["all"], "model.decoded": ["user"],
+    "model.table_multiple": [0], "optimizer.table": ["adam"],
     "model.aligned_share": [0.0, 1.5, -0.1, math.nan],
     "model.dtype": ["float16", "bf16"], "model.attention_block": [-1], "model.remat": [2, "yes"],
     "model.assign": ["even"], "model.pass_through": ["ste"],
@@ -95,6 +99,7 @@ def test_wrong_types(key, value):
 @pytest.mark.parametrize(("key", "value"), [
     ("optimizer.learning_rate", 1), ("model.hidden", [8, 8]), ("model.hidden", ()),
     ("loss_weights.alignment", 0), ("loss_weights.alignment", 0.0), ("model.aligned_share", 1.0),
+    ("mesh.data", -1), ("mesh.rules", [["table$", [None, ["data", "model"]]]]),
     ("codebook.decay", 0.0), ("codebook.start", 0), ("codebook.revive_every", 0), ("baselines", ["tarq"]),
 ])
 def test_values_at_the_edge(key, value):
@@ -144,6 +149,18 @@ def test_micro_batches_have_to_divide_the_batch():
 def test_kmeans_needs_a_latent_for_each_codeword():
     message = refused(changed("codebook.init_latents", 63))
     assert message == ("config.codebook.init_latents is 63, expected at least config.model.num_codewords, 64")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("mesh.model", 2), ("mesh.rules", (("kernel", ("model",)),)), ("model.assign", "balanced"),
+])
+def test_what_pmap_cannot_do(key, value):
+    config = changed(key, value)
+    validate(config)
+    config.parallel = "pmap"
+    message = refused(config)
+    assert message.startswith(f"config.{key} is {value!r}, expected ")
+    assert message.endswith(" with config.parallel='pmap'")
 
 
 def test_names_are_those_of_the_models():

@@ -11,6 +11,7 @@ from typing import Any
 
 from tarq_jax.data import impressions, movielens, sequences, synthetic, taobao_ads, taobao_userbehavior
 from tarq_jax.data.collate import collate
+from tarq_jax.data.hashing import hash_ids
 from tarq_jax.data.movielens import MovielensOptions
 from tarq_jax.data.options import Source, make_options
 from tarq_jax.data.order import Shard
@@ -83,6 +84,7 @@ __all__ = [
     "collate",
     "count_candidates",
     "eval_batches",
+    "hash_ids",
     "item_batches",
     "load",
     "load_prepared",

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from tarq_jax import cli, data, reporting
-from tarq_jax.training import checkpoint, failure, loop, objectives, restore, sharding
+from tarq_jax.training import checkpoint, failure, loop, restore
 from tarq_jax.training.state import TrainState, trainable
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of the run that failed.", required=True)
@@ -41,9 +41,7 @@ def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
     """
     config = restore.config_of(failed.settings)
     dataset = loop.load_data(config)
-    objective = objectives.build(config.model, config.loss_weights, dataset.schema)
-    optimizer, mesh = loop.make_optimizer(config), sharding.data_mesh()
-    state = sharding.replicate(loop.init_state(config, objective, optimizer, dataset), mesh)
+    way, mesh, objective, optimizer, state = loop.set_up(config, dataset)
     with checkpoint.manager(workdir) as checkpoints:
         state = checkpoint.restore_latest(checkpoints, state, config, dataset.schema).state
     start, shapes = int(state.step), loop.batch_shapes(dataset)
@@ -51,13 +49,13 @@ def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
         raise ValueError(f"{workdir}: its checkpoint is of step {start}, expected one before {failed.step}")
     batches = data.train_batches(dataset, "train", batch_size=config.batch_size, seed=config.seed,
                                  start_step=start, **shapes)
-    take_step = loop.compile_step(config, objective, optimizer)
+    take_step = loop.compile_step(config, objective, optimizer, mesh, state)
     metrics: dict[str, jax.Array] = {}
     for step in range(start, failed.step):
         if step == config.codebook.start and state.codebook is not None:
             state = loop.initialise_codebook(config, objective, state, dataset, shapes, mesh)
         batch = failed.batch if step == failed.step - 1 else next(batches)
-        state, metrics = take_step(state, sharding.shard_batch(batch, mesh))
+        state, metrics = take_step(state, way.put(batch, mesh))
     return sorted(_rows(jax.device_get(metrics), state), key=lambda row: bool(np.isfinite(row["value"])))
 
 

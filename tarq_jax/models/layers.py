@@ -12,6 +12,7 @@ from flax.linen.dtypes import promote_dtype
 
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.data.schema import Field
+from tarq_jax.models.embedding import ONE_DEVICE, Embedding, Tables
 from tarq_jax.types import Features
 
 
@@ -37,22 +38,23 @@ class Compute(NamedTuple):
         return attend(queries.astype(keys.dtype), keys, values, mask)
 
 
-EMBEDDING_INIT = nn.initializers.normal(stddev=0.05)
-
 
 class FeatureEncoder(nn.Module):
     """Embeds the fields of one side: the sum of a linear map of each, `[..., D]`.
 
     Categorical fields are embedded, numeric and vector fields multiplied by a matrix. Without
-    fields the output is the bias alone. Padding (id 0) shares one learned row; masks keep it out.
+    fields the output is the bias alone. Padding (id 0) shares one learned row with ids that are not in
+    the vocabulary; masks keep padding out.
 
     Attributes:
       fields: what to read from the features.
       width: D.
+      tables: how embedding tables are kept and looked up.
     """
 
     fields: tuple[Field, ...]
     width: int
+    tables: Tables = ONE_DEVICE
 
     @nn.compact
     def __call__(self, features: Features, leading: tuple[int, ...]) -> jax.Array:
@@ -63,8 +65,7 @@ class FeatureEncoder(nn.Module):
             values = features[field.name]
             chex.assert_shape(values, (*leading, *field.shape))
             if field.kind == "categorical":
-                embed = nn.Embed(field.size, self.width, embedding_init=EMBEDDING_INIT, name=field.name)
-                encoded += embed(values)
+                encoded += Embedding(field.size, self.width, self.tables, name=field.name)(values)
             else:
                 values = values.reshape(*leading, field.size)
                 encoded += nn.Dense(self.width, use_bias=False, name=field.name)(values)

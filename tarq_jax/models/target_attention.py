@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax import struct
 
 from tarq_jax.data.schema import ITEM_ID, Schema
+from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, MultiHeadAttention
 from tarq_jax.models.two_tower import TwoTower, TwoTowerOutput, history_encoder
 from tarq_jax.types import Batch, Features
@@ -44,6 +45,7 @@ class TargetAttention(nn.Module):
       num_heads: H.
       hidden: hidden widths of all MLPs.
       compute: see `Compute`.
+      tables: how embedding tables are kept and looked up.
     """
 
     schema: Schema
@@ -51,11 +53,13 @@ class TargetAttention(nn.Module):
     num_heads: int = 2
     hidden: Sequence[int] = (64,)
     compute: Compute = Compute()
+    tables: Tables = ONE_DEVICE
 
     def setup(self):
         """Creates the parts."""
         sizes, compute = (self.num_heads, self.width), self.compute
-        self.backbone = TwoTower(self.schema, self.width, self.num_heads, self.hidden, compute=compute)
+        self.backbone = TwoTower(
+            self.schema, self.width, self.num_heads, self.hidden, compute=compute, tables=self.tables)
         self.history_encoder = history_encoder(*sizes, compute)
         self.query_tower = MLP(self.hidden, self.width, compute)
         self.attention = MultiHeadAttention(*sizes, compute)

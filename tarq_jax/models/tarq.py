@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from tarq_jax import quantization
+from tarq_jax import quantization, shards
 from tarq_jax.attention import attention_weights, personalized_codebook
 from tarq_jax.data.schema import Schema
+from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, LevelAttention
 from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
 from tarq_jax.models.two_tower import TwoTowerOutput
@@ -30,6 +31,7 @@ class TarqOutput(struct.PyTreeNode):
     latents: jax.Array  # [B, G, D], z
     quantizer: QuantizerOutput
     personalized: jax.Array  # [A, L, K, D], of the first A requests, those that the codebook is aligned on
+    aligned: jax.Array  # [A] bool, those of them that are: a shard may hold one less than another
     attended: jax.Array  # [B, G, L, D], A_l[c_l]
     attention_output: jax.Array  # [B, G, D], o
     reconstruction: jax.Array  # [B, G, D], of the decoder
@@ -78,6 +80,8 @@ class Tarq(nn.Module):
       pass_through: (latents, quantized) -> the quantized value with a gradient for the latent,
         `quantization.straight_through` or `quantization.rotate`.
       compute: see `Compute`.
+      tables: how embedding tables are kept and looked up.
+      axis_name: see `tarq_jax.shards`.
     """
 
     schema: Schema
@@ -92,6 +96,8 @@ class Tarq(nn.Module):
     encode: Callable[[jax.Array, jax.Array], QuantizerOutput] = quantization.encode
     pass_through: Callable[[jax.Array, jax.Array], jax.Array] = quantization.straight_through
     compute: Compute = Compute()
+    tables: Tables = ONE_DEVICE
+    axis_name: shards.AxisName = None
 
     def setup(self):
         """Creates the parts; a ValueError names an unknown `head`, `decoded` or `student_gradient`."""
@@ -121,7 +127,7 @@ class Tarq(nn.Module):
     def make_teacher(self) -> TargetAttention:
         """The teacher as a model of its own."""
         sizes = self.schema, self.width, self.num_heads, self.hidden
-        return TargetAttention(*sizes, self.compute, parent=None)
+        return TargetAttention(*sizes, self.compute, self.tables, parent=None)
 
     def __call__(self, batch: Batch, codewords: jax.Array, quantize: jax.Array | bool = True) -> TarqOutput:
         """Scores every candidate with the student and with the teacher.
@@ -140,8 +146,8 @@ class Tarq(nn.Module):
         seen = gate(teacher)
         latents = self.latents(seen)
         quantizer = self.encode(codewords, latents)
-        num_aligned = max(1, round(self.aligned_share * len(batch.history_mask)))
-        attended, personalized = self.attend(codewords, quantizer, seen, batch.history_mask, num_aligned)
+        aligned = shards.first(self.aligned_share, len(batch.history_mask), self.axis_name)
+        attended, personalized = self.attend(codewords, quantizer, seen, batch.history_mask, len(aligned))
         passed = jnp.where(quantize, self.pass_through(latents, quantizer.quantized), latents)
         reconstruction, target = self.decode(passed, teacher)
         return TarqOutput(
@@ -150,6 +156,7 @@ class Tarq(nn.Module):
             latents=latents,
             quantizer=quantizer,
             personalized=personalized,
+            aligned=aligned,
             attended=attended,
             attention_output=attended.sum(axis=-2),
             reconstruction=reconstruction,

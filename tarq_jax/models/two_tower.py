@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from tarq_jax.data.schema import Schema
+from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, FeatureEncoder, MultiHeadAttention
 from tarq_jax.types import Batch
 
@@ -56,6 +57,7 @@ class TwoTower(nn.Module):
       num_encoders: history encoders in the user tower; a second one gives a two-tower the
         sequence encoder and attention that target attention adds, without its interaction.
       compute: see `Compute`.
+      tables: how embedding tables are kept and looked up.
     """
 
     schema: Schema
@@ -64,13 +66,14 @@ class TwoTower(nn.Module):
     hidden: Sequence[int] = (64,)
     num_encoders: int = 1
     compute: Compute = Compute()
+    tables: Tables = ONE_DEVICE
 
     def setup(self):
         """Creates the parts."""
         event, user = self.schema.side("event"), self.schema.side("user", "context")
-        self.item_features = FeatureEncoder(self.schema.side("item"), self.width)
-        self.event_features = FeatureEncoder(event, self.width) if event else None
-        self.user_features = FeatureEncoder(user, self.width)
+        self.item_features = FeatureEncoder(self.schema.side("item"), self.width, self.tables)
+        self.event_features = FeatureEncoder(event, self.width, self.tables) if event else None
+        self.user_features = FeatureEncoder(user, self.width, self.tables)
         sizes, encoders = (self.num_heads, self.width, self.compute), range(self.num_encoders)
         self.history_encoder = [history_encoder(*sizes) for _ in encoders]
         self.history_attention = [MultiHeadAttention(*sizes) for _ in encoders]

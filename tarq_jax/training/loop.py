@@ -18,11 +18,12 @@ from tarq_jax import data, metrics, quantization
 from tarq_jax.cli import Interrupted, interruptible
 from tarq_jax.config import BEST
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
-from tarq_jax.training import checkpoint, sharding
+from tarq_jax.training import checkpoint, parallel, sharding
 from tarq_jax.training.evaluate import Row, evaluate
 from tarq_jax.training.failure import Watch, batch_kept, paths_of
 from tarq_jax.training.meter import Meter
 from tarq_jax.training.objectives import Objective, build
+from tarq_jax.training.optimizers import make_optimizer
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.training.step import codebook_updates, train_step
 from tarq_jax.types import Batch
@@ -106,12 +107,8 @@ def train(
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
       ValueError: a setting does not fit the data or the checkpoint; or there is one, and `resume` is not set.
     """
-    mesh = sharding.data_mesh()
-    sharding.check_batch_size(config.batch_size, mesh)
+    way, mesh, objective, optimizer, state = set_up(config, dataset)
     shapes = batch_shapes(dataset)
-    objective = build(config.model, config.loss_weights, dataset.schema)
-    optimizer = make_optimizer(config)
-    state = sharding.replicate(init_state(config, objective, optimizer, dataset), mesh)
     watch = Watch(paths_of(trainable(state.params, state.codebook)), config.optimizer.max_gradient_norm)
     batches_from = functools.partial(
         data.train_batches, dataset, "train", batch_size=config.batch_size, seed=config.seed,
@@ -135,8 +132,8 @@ def train(
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
         batches = data.prefetch(
             batches_from(start_step=start, readers=config.data.readers), config.prefetch,
-            functools.partial(_transfer, mesh=mesh))
-        step_fn = compile_step(config, objective, optimizer)
+            functools.partial(_transfer, put=lambda batch: way.put(batch, mesh)))
+        step_fn = compile_step(config, objective, optimizer, mesh, state)
         meter = Meter(counted)
         for step in range(start, config.steps):
             if step == config.codebook.start and state.codebook is not None:
@@ -179,6 +176,31 @@ def train(
     return Result(rows, state)
 
 
+class Setup(NamedTuple):
+    """What a run begins with."""
+
+    way: parallel.Way
+    mesh: jax.sharding.Mesh
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    state: TrainState  # fresh, on the mesh
+
+
+def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
+    """The parts of a run, as its configuration describes them, over all devices.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or the batch or a table the mesh.
+    """
+    way = parallel.WAYS[config.parallel]
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+    sharding.check_batch_size(config.batch_size, mesh)
+    tables = sharding.make_tables(config, mesh)
+    objective = build(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)
+    optimizer = make_optimizer(config)
+    return Setup(way, mesh, objective, optimizer, init_state(config, objective, optimizer, dataset, mesh))
+
+
 def best_state(
     checkpoints: ocp.CheckpointManager, best_metric: str, state: TrainState, console: Console
 ) -> TrainState:
@@ -198,37 +220,35 @@ def batch_shapes(dataset: data.Dataset) -> data.Shapes:
             "num_candidates": max(1, *(split.most_candidates for split in splits))}
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW under a cosine schedule with linear warm-up, gradients clipped by norm where asked for."""
-    settings = config.optimizer
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if settings.warmup_steps else settings.learning_rate,
-        peak_value=settings.learning_rate, warmup_steps=settings.warmup_steps,
-        decay_steps=max(config.steps, settings.warmup_steps + 1),
-    )
-    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    decayed = {"params": True, "codewords": False}  # of `trainable`
-    return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay, mask=decayed))
-
-
 def init_state(
     config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
-    dataset: data.Dataset,
+    dataset: data.Dataset, mesh: jax.sharding.Mesh | None = None,
 ) -> TrainState:
-    """A fresh state from the seed; its codebook is random until `initialise_codebook`."""
-    params_rng, codebook_rng, step_rng = jax.random.split(jax.random.key(config.seed), 3)
-    codebook = None
-    if objective.latents is not None:
-        codebook = quantization.random_codebook(
-            codebook_rng, num_levels=config.model.num_levels, num_codewords=config.model.num_codewords,
-            width=config.model.width,
-        )
+    """A fresh state from the seed; its codebook is random until `initialise_codebook`.
+
+    Over a mesh it is made in parts, each on the device where the rules of the configuration want it.
+    """
     batch = next(data.train_batches(dataset, "train", batch_size=1, seed=0, **batch_shapes(dataset)))
-    params = jax.jit(objective.init)(params_rng, batch, trainable(None, codebook)["codewords"])
-    return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, codebook=codebook,
-        opt_state=optimizer.init(trainable(params, codebook)), rng=step_rng,
-    )
+
+    def init(rng: jax.Array, batch: Batch) -> TrainState:
+        params_rng, codebook_rng, step_rng = jax.random.split(rng, 3)
+        codebook = None
+        if objective.latents is not None:
+            codebook = quantization.random_codebook(
+                codebook_rng, num_levels=config.model.num_levels, num_codewords=config.model.num_codewords,
+                width=config.model.width,
+            )
+        params = objective.init(params_rng, batch, trainable(None, codebook)["codewords"])
+        return TrainState(
+            step=jnp.zeros((), jnp.int32), params=params, codebook=codebook,
+            opt_state=optimizer.init(trainable(params, codebook)), rng=step_rng,
+        )
+
+    rng, shardings = jax.random.key(config.seed), None
+    if mesh is not None:
+        rules = sharding.parse_rules(config.mesh.rules)
+        shardings = sharding.state_shardings(jax.eval_shape(init, rng, batch), mesh, rules)
+    return jax.jit(init, out_shardings=shardings)(rng, batch)
 
 
 DEAD = {
@@ -238,9 +258,18 @@ DEAD = {
 
 
 def compile_step(
-    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`train_step` under jit; the state's memory is reused."""
+    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None = None, state: TrainState | None = None,
+) -> parallel.Step:
+    """`train_step`, compiled the way that `config.parallel` says; the state's memory is reused.
+
+    Args:
+      config: of the run.
+      objective: built for the axis of that way.
+      optimizer: over `trainable`.
+      mesh: to run on; the default device if None.
+      state: on that mesh; a new state lies as it does.
+    """
     settings = config.codebook
     update_codebook = codebook_updates(
         mode=settings.learning, decay=settings.decay, revive_every=settings.revive_every,
@@ -249,8 +278,12 @@ def compile_step(
     step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, update_codebook=update_codebook,
         codebook_start=settings.start, accumulate=config.accumulate,
+        axis_name=parallel.WAYS[config.parallel].axis_name,
     )
-    return jax.jit(step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return parallel.WAYS[config.parallel].compile(step, mesh, shardings)
 
 
 def initialise_codebook(
@@ -291,9 +324,9 @@ def test(
     )
 
 
-def _transfer(batch: Batch, mesh: jax.sharding.Mesh) -> tuple[Batch, int]:
-    """A batch on the devices of the mesh, and how many real candidates it holds."""
-    return sharding.shard_batch(batch, mesh), int(batch.candidate_mask.sum())
+def _transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:
+    """A batch put on the devices, and how many real candidates it holds."""
+    return put(batch), int(batch.candidate_mask.sum())
 
 
 def _due(every: int, step: int) -> bool:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from tarq_jax import losses, quantization
+from tarq_jax import losses, quantization, shards
 from tarq_jax.data.schema import Schema
 from tarq_jax.models import Compute, FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
 from tarq_jax.types import Batch, QuantizerOutput
 
@@ -21,7 +22,7 @@ Tree = TypeVar("Tree")
 class LossOutput(NamedTuple):
     """What a loss returns beside its value."""
 
-    metrics: dict[str, jax.Array]  # scalars that add up over micro-batches
+    metrics: dict[str, jax.Array]  # scalars that add up over micro-batches and shards
     quantizer: QuantizerOutput | None  # for the codebook's update
 
 
@@ -49,7 +50,8 @@ class Objective(NamedTuple):
       loss: (params, codewords, batch, active, whole) -> (loss [], LossOutput). `active` [] bool says
         whether the codebook is in use yet. `whole` is the batch of which `batch` is a micro-batch (see
         `tarq_jax.training.accumulation`), or the same: means are by its weights, so that the losses, the
-        metrics and the gradients of its micro-batches add up to its own.
+        metrics and the gradients of its micro-batches add up to its own. Where a batch is split by
+        `tarq_jax.shards`, those of a shard are its parts, which add up likewise.
       predict: (params, codewords, batch) -> Predictions.
       latents: (params, batch) -> what is quantized, [B, G, D]; None without a codebook.
       attention: (params, codewords, batch) -> by head or level, what student and teacher attend to;
@@ -71,7 +73,9 @@ def in_float32(output: Tree) -> Tree:
     return jax.tree.map(convert, output)
 
 
-def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
+def supervised(
+    module: TwoTower | TargetAttention, name: str, axis_name: shards.AxisName = None
+) -> Objective:
     """Binary cross-entropy on the module's logits; its predictor is called `name`."""
     forward = nn.apply(type(module).__call__, module)
 
@@ -82,7 +86,7 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
     def loss(params, codewords, batch, active, whole=None):
         del codewords, active
         logits = forward(params, batch).logits
-        value = mean_of_batch(losses.binary_cross_entropy(logits, batch.labels), batch, whole)
+        value = mean_of_batch(losses.binary_cross_entropy(logits, batch.labels), batch, whole, axis_name)
         return value, LossOutput({"loss": value}, None)
 
     def predict(params, codewords, batch):
@@ -92,21 +96,28 @@ def supervised(module: TwoTower | TargetAttention, name: str) -> Objective:
     return Objective(init, loss, predict)
 
 
-def mean_of_batch(values: jax.Array, batch: Batch, whole: Batch | None = None) -> jax.Array:
-    """Mean [] of the values [A, G] of a batch's first A requests, or this micro-batch's share of it.
+def mean_of_batch(
+    values: jax.Array, batch: Batch, whole: Batch | None = None, axis_name: shards.AxisName = None,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Mean [] of the values [A, G] of a batch's first A requests, or the share of it of this part of a batch.
 
     A micro-batch takes every S-th request of the whole, so that the first A of each of the S are the
-    first S A of the whole.
+    first S A of the whole. `where` [A] says which requests count; all if None.
     """
     whole = batch if whole is None else whole
-    in_whole = len(values) * (len(whole.weights) // len(batch.weights))
-    return losses.weighted_mean(values, batch.weights[: len(values)], of=whole.weights[:in_whole])
+    parts = len(whole.weights) // len(batch.weights)
+    where = jnp.ones(len(values), bool) if where is None else where
+    weights = batch.weights[: len(values)] * where[:, None]
+    of = whole.weights[: len(values) * parts] * jnp.repeat(where, parts)[:, None]
+    return losses.weighted_mean(values, weights, of=of, axis_name=axis_name)
 
 
 def tarq_losses(
-    output: TarqOutput, codewords: jax.Array, batch: Batch, whole: Batch | None = None
+    output: TarqOutput, codewords: jax.Array, batch: Batch, whole: Batch | None = None,
+    axis_name: shards.AxisName = None,
 ) -> dict[str, jax.Array]:
-    """Every loss of DESIGN section 2 by name, [] each, unweighted; of `whole` see `mean_of_batch`."""
+    """Every loss of DESIGN section 2 by name, [] each, unweighted; see `mean_of_batch`."""
     quantizer, teacher = output.quantizer, output.teacher
     aligned, levels = output.personalized.shape[:2]
     per_candidate = {
@@ -125,7 +136,9 @@ def tarq_losses(
         "codebook": losses.codebook_loss(quantizer.chosen, quantizer.residuals),
         "reconstruction": losses.squared_error(output.reconstruction, output.decoder_target),
     }
-    return {name: mean_of_batch(value, batch, whole) for name, value in per_candidate.items()}
+    counted = {"alignment": output.aligned}
+    return {name: mean_of_batch(value, batch, whole, axis_name, counted.get(name))
+            for name, value in per_candidate.items()}
 
 
 TARQ_OF_ORDER = {0: Tarq, 1: FirstOrderTarq}
@@ -140,7 +153,10 @@ STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of the predictors of TARQ
 WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # the losses that train before the codebook is in use
 
 
-def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = None) -> Objective:
+def tarq(
+    module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = None,
+    axis_name: shards.AxisName = None,
+) -> Objective:
     """The weighted sum of `tarq_losses`; predictors `STUDENT` and `TEACHER`.
 
     Args:
@@ -148,12 +164,14 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
       loss_weights: of every loss.
       served: what predicts with the same parameters; `module` if None. Differs where training
         assigns codes by batch.
+      axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
 
     Raises:
       ValueError: at the first loss, if `loss_weights` names a loss that does not exist, or misses one.
     """
     served = module if served is None else served
-    forward, forward_served = (nn.apply(type(part).__call__, part) for part in (module, served))
+    sharded = module.clone(axis_name=axis_name)
+    forward, forward_served = (nn.apply(type(part).__call__, part) for part in (sharded, served))
 
     def init(rng, batch, codewords):
         variables = module.init(rng, batch, codewords)
@@ -162,7 +180,7 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
 
     def loss(params, codewords, batch, active, whole=None):
         output = in_float32(forward(params, batch, codewords, active))
-        values = tarq_losses(output, codewords, batch, whole)
+        values = tarq_losses(output, codewords, batch, whole, axis_name)
         if set(values) != set(loss_weights):
             raise ValueError(f"loss_weights names {sorted(loss_weights)}, expected {sorted(values)}")
         total = jnp.zeros(())
@@ -187,22 +205,33 @@ def tarq(module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = 
     )
 
 
-def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema) -> Objective:
+def build(
+    model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema,
+    tables: Tables = ONE_DEVICE, axis_name: shards.AxisName = None,
+) -> Objective:
     """The objective that `config.model` describes.
 
     `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
     encoder and attention, and hidden layers four times as wide in place of TARQ's further networks.
+
+    Args:
+      model: `config.model`.
+      loss_weights: `config.loss_weights`.
+      schema: of the data.
+      tables: how embedding tables are kept and looked up.
+      axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
     """
     compute = Compute(jnp.dtype(model.dtype), model.remat, model.attention_block)
-    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads, "compute": compute}
+    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads, "compute": compute,
+              "tables": tables}
     hidden = tuple(model.hidden)
     if model.name == "two_tower":
-        return supervised(TwoTower(**common, hidden=hidden), model.name)
+        return supervised(TwoTower(**common, hidden=hidden), model.name, axis_name)
     if model.name == "two_tower_large":
         wide = tuple(4 * size for size in hidden)
-        return supervised(TwoTower(**common, hidden=wide, num_encoders=2), model.name)
+        return supervised(TwoTower(**common, hidden=wide, num_encoders=2), model.name, axis_name)
     if model.name == "target_attention":
-        return supervised(TargetAttention(**common, hidden=hidden), model.name)
+        return supervised(TargetAttention(**common, hidden=hidden), model.name, axis_name)
     module = TARQ_OF_ORDER[model.order](
         **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
         decoded=model.decoded, aligned_share=model.aligned_share, student_gradient=model.student_gradient,
@@ -210,4 +239,4 @@ def build(model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], s
         pass_through=PASS_THROUGH[model.pass_through],
     )
     served = module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
-    return tarq(module, dict(loss_weights), served)
+    return tarq(module, dict(loss_weights), served, axis_name)

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 
 from tarq_jax import data
 from tarq_jax.config import default_config, validate
-from tarq_jax.training import checkpoint, loop
+from tarq_jax.training import checkpoint, loop, sharding
 from tarq_jax.training.objectives import Objective, build
 from tarq_jax.training.state import TrainState
 
@@ -35,7 +35,8 @@ def load_run(workdir: Path) -> Run:
     with checkpoint.manager(workdir) as checkpoints:
         config = saved_config(checkpoints)
         dataset = loop.load_data(config)
-        objective = build(config.model, config.loss_weights, dataset.schema)
+        tables = sharding.make_tables(config)
+        objective = build(config.model, config.loss_weights, dataset.schema, tables)
         fresh = loop.init_state(config, objective, loop.make_optimizer(config), dataset)
         state = checkpoint.restore_latest(checkpoints, fresh, config, dataset.schema).state
         if config.best_metric and (best := checkpoint.best_step(checkpoints, config.best_metric)) is not None:

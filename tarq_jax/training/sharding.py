@@ -1,33 +1,153 @@
-"""Where arrays live: batches split over the devices of a mesh, state copied to each."""
+"""Where arrays live: a mesh of two axes, batches split over all of it, parameters by rules.
 
-from typing import TypeVar
+The axis `data` holds copies of what is split over `model`. Each device of the mesh gets a part of every
+batch of its own, whichever axes it is on: an axis that split tables alone would compute all else twice.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import ml_collections
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tarq_jax.models.embedding import Tables, take_rows
+from tarq_jax.training.lookup import Axes, num_devices, place, sharded_rows
 from tarq_jax.types import Batch
 
 Tree = TypeVar("Tree")
 
+DATA, MODEL = "data", "model"
+BATCH = (DATA, MODEL)  # what splits a batch
+TABLE = "embedding"  # the last part of a table's path
 
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis, `data`, over the given devices or all."""
+
+def make_mesh(data: int = 0, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data` x `model` over the given devices, or all.
+
+    Args:
+      data: devices along the axis `data`; 0 or -1 for as many as there are.
+      model: devices along the axis `model`.
+      devices: all of this run's if None.
+
+    Raises:
+      ValueError: the product is not the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    if len(devices) % model:
+        raise ValueError(f"config.mesh.model is {model}, expected a divisor of the {len(devices)} devices")
+    data = len(devices) // model if data in (0, -1) else data
+    if data * model != len(devices):
+        raise ValueError(f"config.mesh.data is {data}, expected {len(devices) // model}: {len(devices)} "
+                         f"devices, {model} along config.mesh.model")
+    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError unless every device gets an equal share of a batch."""
-    if batch_size % mesh.shape["data"]:
+    if batch_size % mesh.size:
         raise ValueError(f"config.batch_size is {batch_size}, expected a multiple of the "
-                         f"{mesh.shape['data']} devices of the mesh")
+                         f"{mesh.size} devices of the mesh")
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Splits every array of a batch by request over the axis `data`."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    """Splits every array of a batch by request over all devices."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH)))
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Copies a pytree to every device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+class Rule(NamedTuple):
+    """Parameters whose path a pattern is found in, and how they are split."""
+
+    pattern: str  # regular expression; a path reads `params/backbone/item_features/item_id/embedding`
+    spec: PartitionSpec
+
+
+def parse_rules(table: Sequence[Sequence[Any]]) -> tuple[Rule, ...]:
+    """Rules of `config.mesh.rules`: pairs of a pattern and, axis by axis, None, a mesh axis or several.
+
+    Example:
+      >>> [rule.spec for rule in parse_rules([["item_id", ["model"]], ["kernel", [None, ["data", "model"]]]])]
+      [P('model',), P(None, ('data', 'model'))]
+    """
+    return tuple(
+        Rule(pattern, PartitionSpec(*(
+            entry if entry is None or isinstance(entry, str) else tuple(entry) for entry in spec)))
+        for pattern, spec in table)
+
+
+def spec_of(path: str, rules: Sequence[Rule]) -> PartitionSpec:
+    """The specification of the first rule that the path of a parameter matches; replicated if none does."""
+    return next((rule.spec for rule in rules if re.search(rule.pattern, path)), PartitionSpec())
+
+
+def state_shardings(state: Tree, mesh: Mesh, rules: Sequence[Rule]) -> Tree:
+    """A sharding for every leaf of a training state; what an optimizer keeps of a parameter lies with it.
+
+    Args:
+      state: arrays or their shapes, see `jax.eval_shape`.
+      mesh: of `make_mesh`.
+      rules: first match wins.
+
+    Raises:
+      ValueError: a rule matches no parameter, has too many axes for one, or splits an axis that its
+        devices do not divide; names rule and parameter.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    named = [(_parameter_path(path), leaf.shape) for path, leaf in leaves]
+    shapes = {path: shape for path, shape in reversed(named) if path}  # of parameters: they come first
+    for rule in rules:
+        if not any(re.search(rule.pattern, path) for path in shapes):
+            raise ValueError(f"config.mesh.rules: {rule.pattern!r} matches no parameter, expected a part of "
+                             f"one of {sorted(shapes)}")
+    for path, shape in shapes.items():
+        _check_spec(path, shape, spec_of(path, rules), mesh)
+    return jax.tree.unflatten(structure, [
+        NamedSharding(mesh, PartitionSpec(*spec_of(path, rules)[: len(shape)]) if path else PartitionSpec())
+        for path, shape in named])
+
+
+def _parameter_path(path: tuple) -> str:
+    """The path of a parameter, wherever in a state a leaf of it stands; empty for everything else."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").partition("params/")[2]
+
+
+def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    """Raises ValueError unless an array can be split like this."""
+    is_table = path.endswith(f"/{TABLE}")
+    most = 1 if is_table else len(shape)  # tables are split by rows alone
+    if len(spec) > most:
+        raise ValueError(f"config.mesh.rules: {path} {list(shape)} is given {spec}, expected at most {most} "
+                         f"{'axis, its rows' if is_table else 'axes'}")
+    for size, entry in zip(shape, spec, strict=False):
+        parts = num_devices(mesh, axes_of(entry))
+        if size % parts:
+            hint = "; set config.model.table_multiple to it" if is_table else ""
+            raise ValueError(f"config.mesh.rules: {path} {list(shape)} is given {spec}, expected a multiple "
+                             f"of {parts} instead of {size}{hint}")
+
+
+def axes_of(entry: str | Sequence[str] | None) -> Axes:
+    """Mesh axes that an entry of a specification names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def make_tables(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Tables:
+    """Tables as a configuration wants them: split over the mesh, if there is one, where a rule says so."""
+    rules = parse_rules(config.mesh.rules)
+    multiple = config.model.table_multiple
+    if mesh is None or not rules:
+        return Tables(multiple)
+
+    def lookup(path: str, table: jax.Array, ids: jax.Array) -> jax.Array:
+        spec = spec_of(path, rules)
+        if not len(spec):
+            return take_rows(path, table, ids)
+        return sharded_rows(table, ids, place(mesh, axes_of(spec[0]), BATCH, len(ids)))
+
+    return Tables(multiple, lookup)

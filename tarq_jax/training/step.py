@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tarq_jax import quantization
+from tarq_jax import quantization, shards
 from tarq_jax.training.accumulation import accumulate_gradients
 from tarq_jax.training.health import codebook_metrics
 from tarq_jax.training.objectives import Objective
@@ -27,8 +27,12 @@ def train_step(
     update_codebook: CodebookUpdate,
     codebook_start: int = 0,
     accumulate: int = 1,
+    axis_name: shards.AxisName = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient step on parameters and codewords, then the codebook's own update.
+
+    The same on a whole batch and, under `pmap`, on a shard of it: sums go over all shards, and all that
+    changes the codebook is gathered first, so that every replica computes the same new state.
 
     Args:
       state: before the step.
@@ -38,6 +42,7 @@ def train_step(
       update_codebook: statistics, EMA and revival, see `codebook_updates`.
       codebook_start: step from which on the codebook is in use.
       accumulate: micro-batches that gradients are computed in; the step is the same to rounding.
+      axis_name: of the shards, see `tarq_jax.shards`; the objective has to be built for the same.
 
     Returns:
       The state after the step, and metrics on device: scalars, and two vectors in the order of the leaves
@@ -50,18 +55,20 @@ def train_step(
 
     variables = trainable(state.params, state.codebook)
     aux, gradients = accumulate_gradients(loss, variables, batch, accumulate)
+    gradients, metrics = shards.total((gradients, aux.metrics), axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, variables)
     variables = optax.apply_updates(variables, updates)
-    metrics = aux.metrics | norms("gradient", gradients)
+    metrics = metrics | norms("gradient", gradients)
 
     codebook = state.codebook
     if codebook is not None and aux.quantizer is not None:
         codebook = codebook.replace(codewords=variables["codewords"])
         rng = jax.random.fold_in(state.rng, state.step)
-        where = batch.candidate_mask & active
-        updated = update_codebook(rng, codebook, aux.quantizer, where, state.step)
+        quantizer, real = shards.gather((aux.quantizer, batch.candidate_mask), axis_name)
+        where = real & active
+        updated = update_codebook(rng, codebook, quantizer, where, state.step)
         codebook = jax.tree.map(lambda new, old: jnp.where(active, new, old), updated, state.codebook)
-        metrics |= codebook_metrics(codebook, aux.quantizer, where)
+        metrics |= codebook_metrics(codebook, quantizer, where)
     state = state.replace(
         step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
     )

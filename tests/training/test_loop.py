@@ -153,7 +153,7 @@ def test_kmeans_runs_on_real_latents_of_training(tiny_config, tiny_dataset, fini
     """Centroids lie where the latents lie, and each latent has one near."""
     objective = loop.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
     shapes, state = loop.batch_shapes(tiny_dataset), finished[1].state
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh()
     state = loop.initialise_codebook(tiny_config, objective, state, tiny_dataset, shapes, mesh)
     latents = np.concatenate([
         np.asarray(jax.jit(objective.latents)(state.params, batch))[batch.candidate_mask]

@@ -1,0 +1,50 @@
+"""The two ways to run the one step on many devices: `jit` over a mesh, and `pmap`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tarq_jax import shards
+from tarq_jax.training import sharding
+from tarq_jax.training.state import TrainState
+from tarq_jax.types import Batch
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+AXIS = "shards"  # of pmap
+
+
+class Way(NamedTuple):
+    """One of them.
+
+    Attributes:
+      axis_name: that objective and step are built for.
+      put: (batch on the host, mesh) -> the batch on devices, as the step takes it.
+      compile: (step, mesh, shardings of the state) -> compiled step, which reuses the memory of its state.
+        States go in and come out as arrays over the mesh either way.
+    """
+
+    axis_name: shards.AxisName
+    put: Callable[[Batch, Mesh], Batch]
+    compile: Callable[[Step, Mesh, Any], Step]
+
+
+def _jit(step: Step, mesh: Mesh, state: Any) -> Step:
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(state, replicated))
+
+
+def _pmap(step: Step, mesh: Mesh, state: Any) -> Step:
+    del state  # the same on every device
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0,
+                    devices=mesh.devices.ravel().tolist())
+
+
+def _dealt(batch: Batch, mesh: Mesh) -> Batch:
+    """A shard a device, [n, B / n, ...]."""
+    split = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    return jax.device_put(shards.deal(batch, mesh.size), split)
+
+
+WAYS = {"mesh": Way(None, sharding.shard_batch, _jit), "pmap": Way(AXIS, _dealt, _pmap)}
