@@ -17,8 +17,9 @@ JSON = cli.json_flag()
 def main() -> None:
     """Flags to configuration to loop."""
     config = cli.settings(CONFIG.value)
-    from tarq_jax.training import loop  # after the flags: importing JAX takes seconds
+    from tarq_jax.training import distributed, loop  # after the flags: importing JAX takes seconds
 
+    distributed.initialize()
     rows = loop.run(config, Path(WORKDIR.value), resume=RESUME.value)
     reporting.print_table(rows, title=f"test split, {WORKDIR.value}")
     if JSON.value:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +20,19 @@ Row = Mapping[str, Any]
 class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and as TensorBoard events; use as a context manager."""
 
-    def __init__(self, workdir: Path):
-        """Appends to what `workdir` holds already."""
+    def __init__(self, workdir: Path, *, enabled: bool = True):
+        """Appends to what `workdir` holds already; writes nothing unless `enabled`."""
+        self._enabled = enabled
+        if not enabled:
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         self._lines = (workdir / "metrics.jsonl").open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One JSON line and one event a scalar; a value that is not finite is null in JSON and no event."""
+        if not self._enabled:
+            return
         finite = _finite(scalars)
         self._lines.write(json.dumps({"step": step} | finite) + "\n")
         self._lines.flush()
@@ -37,8 +44,9 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()
-        self._events.close()
+        if self._enabled:
+            self._lines.close()
+            self._events.close()
 
 
 def progress_bar(console: Console) -> Progress:
@@ -94,10 +102,19 @@ def summarise(rows: Sequence[dict]) -> list[dict]:
 
 
 def write_rows(rows: Sequence[Row], path: str | Path) -> None:
-    """The rows as a JSON list of flat objects; a value that is not finite becomes null."""
+    """The rows as a JSON list of flat objects, atomically; a value that is not finite becomes null."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([_finite(row) for row in rows], indent=1) + "\n")
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(json.dumps([_finite(row) for row in rows], indent=1) + "\n")
+    os.chmod(file.name, 0o666 & ~_umask())
+    os.replace(file.name, path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _finite(row: Row) -> dict[str, Any]:

@@ -18,7 +18,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import io  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable, Iterator, Mapping  # noqa: E402
+from types import MappingProxyType  # noqa: E402
 
 import ml_collections  # noqa: E402
 import pytest  # noqa: E402
@@ -41,8 +42,9 @@ def real_data() -> Path:
 Command = Callable[..., subprocess.CompletedProcess]
 
 
-def _run(*arguments: object, path: tuple[object, ...] = (), devices: int = 1) -> subprocess.CompletedProcess:
-    environment = os.environ | {
+def _run(*arguments: object, path: tuple[object, ...] = (), devices: int = 1,
+         environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.CompletedProcess:
+    environment = os.environ | environment | {
         "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT, ROOT / "tests"))),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"device_count={DEVICES}", f"device_count={devices}")}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment,
@@ -53,7 +55,8 @@ def _run(*arguments: object, path: tuple[object, ...] = (), devices: int = 1) ->
 def command() -> Command:
     """Runs Python with the given arguments in the repository: `command("train.py", "--workdir=x")`.
 
-    `path` names folders to import from before all others; `devices` is how many the command sees.
+    `path` names folders to import from before all others; `devices` is how many the command sees;
+    `environment` holds further variables.
     """
     return _run
 

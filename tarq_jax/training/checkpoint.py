@@ -16,14 +16,15 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tarq_jax.config import BEST, default_config
 from tarq_jax.data.schema import Schema
+from tarq_jax.training import distributed
 from tarq_jax.training.meter import NOTHING_COUNTED
 from tarq_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved a checkpoint and the one that goes on from it.
 FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-                  "checkpoints_kept", "best_metric", "recall_k", "prefetch", "accumulate", "model.remat",
-                  "model.attention_block", "optimizer.max_gradient_norm", "parallel", "mesh.data",
-                  "mesh.model", "mesh.rules")
+                  "checkpoints_kept", "best_metric", "recall_k", "prefetch", "data.readers", "accumulate",
+                  "model.remat", "model.attention_block", "optimizer.max_gradient_norm", "parallel",
+                  "mesh.data", "mesh.model", "mesh.rules")
 
 
 def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:
@@ -148,12 +149,13 @@ def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | Non
 def _move_away(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
     """Makes room for the steps to be saved again, and keeps what is left of them."""
     folder = checkpoints.directory.parent / "damaged"
-    for step in damaged:
+    for step in damaged if distributed.is_first() else ():
         target = folder / str(step)
         shutil.rmtree(target, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         shutil.move(checkpoints.directory / str(step), target)
     if damaged:
+        distributed.wait_for_all("damaged checkpoints moved away")
         checkpoints.reload()
 
 
@@ -162,7 +164,7 @@ def _difference(meta: dict[str, Any], config: ml_collections.ConfigDict, schema:
     if meta["schema"] != schema.to_json():
         return (f"saved with schema {meta['schema']}, but the data has {schema.to_json()}; use another "
                 f"--workdir")
-    defaults = _settings(default_config().to_dict() | {"data": {}})  # for settings newer than the checkpoint
+    defaults = _settings(default_config().to_dict())  # for settings newer than the checkpoint
     saved, current = defaults | _settings(meta["config"]), _settings(config.to_dict())
     for key in sorted(saved.keys() | current.keys()):
         if saved.get(key) != current.get(key):

@@ -111,7 +111,7 @@ def evaluate_index(
 
 def fine_tune(
     model: TrainedModel, index: ItemIndex, *, steps: int, batch_size: int = 64, num_random: int = 48,
-    learning_rate: float = 3e-4, level_rate: float = 1e-2, seed: int = 0,
+    learning_rate: float = 1e-3, level_rate: float = 2e-2, seed: int = 0,
     progress: Callable[[int], None] = lambda step: None,
 ) -> tuple[Any, ItemIndex]:
     """Trains codewords, corrections and head for a few hundred steps; codes, keys and values stay.

@@ -15,10 +15,10 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 
 from tarq_jax import data, metrics, quantization
-from tarq_jax.cli import Interrupted, interruptible
+from tarq_jax.cli import Interrupted
 from tarq_jax.config import BEST
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
-from tarq_jax.training import checkpoint, parallel, sharding
+from tarq_jax.training import checkpoint, distributed, parallel, sharding
 from tarq_jax.training.evaluate import Row, evaluate
 from tarq_jax.training.failure import Watch, batch_kept, paths_of
 from tarq_jax.training.meter import Meter
@@ -112,15 +112,15 @@ def train(
     watch = Watch(paths_of(trainable(state.params, state.codebook)), config.optimizer.max_gradient_norm)
     batches_from = functools.partial(
         data.train_batches, dataset, "train", batch_size=config.batch_size, seed=config.seed,
-        buckets=config.data.buckets, **shapes)
+        buckets=config.data.buckets, shard=distributed.data_shard(), **shapes)
 
     with (
         batch_kept(workdir, config, lambda step: next(batches_from(start_step=step - 1))),
         checkpoint.manager(
             workdir, kept=config.checkpoints_kept, best_metric=config.best_metric) as checkpoints,
-        MetricsWriter(workdir) as writer,
+        MetricsWriter(workdir, enabled=distributed.is_first()) as writer,
         progress_bar(console) as progress,
-        interruptible() as interrupted,
+        distributed.interruptible() as interrupted,
     ):
         if not resume and checkpoints.latest_step() is not None:
             raise ValueError(f"{workdir} holds a checkpoint of step {checkpoints.latest_step()}, expected "
@@ -149,7 +149,7 @@ def train(
                 scalars = watch.check() | meter.read()
                 writer.write(done, scalars)
                 progress.update(bar, completed=done, note=_note(scalars))
-            stop, validated = interrupted(), None
+            stop, validated = interrupted(done), None
             measured = _due(config.eval_every, done) and bool(config.best_metric or not stop)
             saved = stop or _due(config.checkpoint_every, done) or done == config.steps
             if measured or saved:
@@ -171,7 +171,7 @@ def train(
         rows = [row | {"parameters": parameters} | meter.total() for row in rows]
         writer.write(config.steps, _flat_scalars(rows, "test"))
     write_rows(rows, workdir / "results.json")
-    if interrupted():
+    if interrupted(config.steps + 1):
         raise Interrupted(f"interrupted; {workdir} is complete, call again to go on with what follows")
     return Result(rows, state)
 
@@ -192,6 +192,8 @@ def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
     Raises:
       ValueError: the mesh does not fit the devices, or the batch or a table the mesh.
     """
+    if config.parallel == "pmap" and jax.process_count() > 1:
+        raise ValueError(f"config.parallel is 'pmap', expected 'mesh' with {jax.process_count()} processes")
     way = parallel.WAYS[config.parallel]
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     sharding.check_batch_size(config.batch_size, mesh)
@@ -293,7 +295,7 @@ def initialise_codebook(
     """Fits the codebook to real latents of training candidates; a random one stays as it is."""
     if config.codebook.init == "random" or objective.latents is None:
         return state
-    latents_of = jax.jit(objective.latents)
+    latents_of = jax.jit(objective.latents, out_shardings=sharding.replicated(mesh))
     found: list[np.ndarray] = []
     batches = data.train_batches(
         dataset, "train", batch_size=config.batch_size, seed=config.seed + 1, **shapes
@@ -305,9 +307,9 @@ def initialise_codebook(
     fit = jax.jit(functools.partial(
         quantization.kmeans_codebook, num_levels=config.model.num_levels,
         num_codewords=config.model.num_codewords,
-    ))
+    ), out_shardings=sharding.replicated(mesh))
     codebook = fit(jax.random.fold_in(state.rng, config.steps), latents)
-    return state.replace(codebook=sharding.replicate(codebook, mesh))
+    return state.replace(codebook=codebook)
 
 
 def test(
@@ -316,7 +318,8 @@ def test(
 ) -> list[Row]:
     """Evaluates the state on a split."""
     codewords = trainable(None, state.codebook)["codewords"]
-    predict = jax.jit(objective.predict)
+    mesh = jax.tree.leaves(state.params)[0].sharding.mesh
+    predict = jax.jit(objective.predict, out_shardings=sharding.replicated(mesh))
     batches = data.eval_batches(dataset, split, batch_size=config.eval_batch_size, **batch_shapes(dataset))
     return evaluate(
         lambda batch: predict(state.params, codewords, batch), batches,
@@ -325,8 +328,8 @@ def test(
 
 
 def _transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:
-    """A batch put on the devices, and how many real candidates it holds."""
-    return put(batch), int(batch.candidate_mask.sum())
+    """A batch put on the devices, and how many real candidates it holds, as many on all hosts as here."""
+    return put(batch), int(batch.candidate_mask.sum()) * jax.process_count()
 
 
 def _due(every: int, step: int) -> bool:

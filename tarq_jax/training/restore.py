@@ -56,7 +56,7 @@ def config_of(settings: dict[str, Any]) -> ml_collections.ConfigDict:
     """The configuration of settings that were saved, over the defaults."""
     config = default_config()
     with config.unlocked():
-        config.data = ml_collections.ConfigDict(settings["data"])
+        config.data = ml_collections.ConfigDict(config.data.to_dict() | settings["data"])
         config.update({key: value for key, value in settings.items() if key != "data"})
     validate(config)
     return config

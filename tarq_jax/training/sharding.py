@@ -4,6 +4,7 @@ The axis `data` holds copies of what is split over `model`. Each device of the m
 batch of its own, whichever axes it is on: an axis that split tables alone would compute all else twice.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -52,13 +53,19 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Splits every array of a batch by request over all devices."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH)))
+    """Splits every array of a batch by request over all devices; of several processes each gives its part."""
+    split = NamedSharding(mesh, PartitionSpec(BATCH))
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, split), batch)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Copies a pytree to every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, replicated(mesh))
 
 
 class Rule(NamedTuple):

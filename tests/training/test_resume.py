@@ -158,9 +158,9 @@ def test_only_these_may_change():
     """Whatever else changes makes another experiment of it."""
     assert set(checkpoint.FREE_TO_CHANGE) <= {
         "steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-        "checkpoints_kept", "best_metric", "recall_k", "prefetch", "accumulate", "model.remat",
-        "model.attention_block", "optimizer.max_gradient_norm", "parallel", "mesh.data", "mesh.model",
-        "mesh.rules"}
+        "checkpoints_kept", "best_metric", "recall_k", "prefetch", "data.readers", "accumulate",
+        "model.remat", "model.attention_block", "optimizer.max_gradient_norm", "parallel", "mesh.data",
+        "mesh.model", "mesh.rules"}
 
 
 def test_settings_that_came_or_went(tiny_config, tiny_dataset, opened, finished):

@@ -1,0 +1,118 @@
+"""Several processes on loopback: the same run as in one, and the same end when one is told to stop."""
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import pytest
+
+from tarq_jax import data
+from tarq_jax.training import checkpoint, distributed
+
+TRAIN = """
+import json, os, pathlib, signal, sys
+import tiny
+from rich.console import Console
+from tarq_jax import cli
+from tarq_jax.training import distributed, loop
+
+assert distributed.initialize() == "JAX_COORDINATOR_ADDRESS"
+stopped, workdir = sys.argv[1:]
+write = loop.MetricsWriter.write
+
+def write_and_signal(self, step, scalars):
+    write(self, step, scalars)
+    if step == 2 and os.environ["JAX_PROCESS_ID"] == stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+loop.MetricsWriter.write = write_and_signal
+config = tiny.make_config()
+config.steps = 6 if stopped == "none" else 2000
+try:
+    result = loop.train(config, tiny.make_dataset(), pathlib.Path(workdir), Console(file=sys.stderr))
+except cli.Interrupted as interrupted:
+    print(interrupted, file=sys.stderr)
+    sys.exit(cli.INTERRUPTED)
+print(json.dumps(result.rows))
+"""
+
+
+@pytest.fixture
+def run_processes(command):
+    """Runs the script above in so many processes, of eight devices together."""
+
+    def run(num, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num)}
+
+        def start(index):
+            return command("-c", TRAIN, *arguments, devices=8 // num,
+                           environment=variables | {"JAX_PROCESS_ID": str(index)})
+
+        with ThreadPoolExecutor(num) as pool:
+            return list(pool.map(start, range(num)))
+
+    return run
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("num", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_are_like_one(num, run_processes, tmp_path, finished, untimed):
+    done = run_processes(num, "none", tmp_path)
+    assert [process.returncode for process in done] == [0] * num, done[0].stderr[-3000:]
+    assert ["auc" in process.stdout for process in done] == [True] + [False] * (num - 1)
+    assert losses(tmp_path) == pytest.approx(losses(finished[0]), rel=1e-4)
+    rows, expected = untimed(json.loads(done[0].stdout.splitlines()[-1])), untimed(finished[1].rows)
+    assert rows[0]["auc"] == pytest.approx(expected[0]["auc"], abs=0.02)
+    assert json.loads((tmp_path / "results.json").read_text())[0]["auc"] == rows[0]["auc"]
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert list(checkpoints.all_steps()) == [4, 6]
+
+
+def test_all_stop_at_the_step_that_one_is_told_to(run_processes, tmp_path):
+    done = run_processes(2, "1", tmp_path)
+    assert [process.returncode for process in done] == [75, 75], done[0].stderr[-3000:]
+    step, = {process.stderr.split("saved step ")[1].split()[0] for process in done}
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == int(step) > 2
+
+
+@pytest.mark.parametrize(("environment", "launcher"), [
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, "SLURM"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+    ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, "Cloud TPU"),
+    ({"MEGASCALE_NUM_SLICES": "2"}, "TPU slices"),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+     "JAX_COORDINATOR_ADDRESS"),
+])
+def test_launchers_are_told_by_their_variables(environment, launcher, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    assert distributed.initialize(environment) == launcher
+    explicit = {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}
+    assert calls == [explicit if launcher == "JAX_COORDINATOR_ADDRESS" else {}]
+
+
+@pytest.mark.parametrize("environment", [
+    {}, {"SLURM_NTASKS": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"TPU_WORKER_HOSTNAMES": "localhost"}])
+def test_a_process_on_its_own_joins_nothing(environment, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("joined"))
+    assert distributed.initialize(environment) is None
+    assert distributed.is_first() and distributed.data_shard() == data.Shard(0, 1)
+
+
+@pytest.mark.parametrize(("environment", "message"), [
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is ''"),
+    ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'"),
+    ({"JAX_PROCESS_ID": "2", "JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is 2, expected less than"),
+])
+def test_bad_variables_are_named(environment, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"} | environment)
