@@ -5,7 +5,7 @@
         ...
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,28 @@ def load(name: str, *, data_dir: str | Path, stream: bool = False, prepared: str
       ValueError: for an unknown name or option, an option out of range, or too many malformed rows.
       FileNotFoundError: where the source files are missing.
     """
+    return load_prepared(prepared or prepare(name, data_dir=data_dir, **options), stream=stream)
+
+
+def prepare(name: str, *, data_dir: str | Path, beam_arguments: Sequence[str] = (), **options: Any) -> Path:
+    """Prepares a data set, unless this was done, and gives the directory that `load_prepared` reads.
+
+    Args:
+      name: a key of `BUILDERS`.
+      data_dir: where prepared data sets are kept; for a runner on other machines one that they all see.
+      beam_arguments: of the runner, for a source that Apache Beam prepares; none runs it in this process.
+      **options: options of that data set.
+
+    Raises:
+      ValueError: as `load`, or Beam is needed and not installed.
+      FileNotFoundError: where the source files are missing.
+    """
     if name not in BUILDERS:
         raise ValueError(f"data set is {name!r}, expected one of {sorted(BUILDERS)}")
-    if prepared:
-        return load_prepared(prepared, stream=stream)
     values = make_options(BUILDERS[name], options)
     from tarq_jax.data import builders  # only here: importing tfds takes seconds
 
-    return builders.read(builders.prepare(name, data_dir, values), stream=stream)
+    return builders.prepare(name, data_dir, values, beam_arguments)
 
 
 def load_prepared(directory: str | Path, *, stream: bool = False) -> Dataset:
@@ -87,5 +101,6 @@ __all__ = [
     "load",
     "load_prepared",
     "prefetch",
+    "prepare",
     "train_batches",
 ]

@@ -31,7 +31,7 @@ from tarq_jax.data.stored import StoredRequests
 
 # Extra splits, and the side of the schema that each holds.
 TABLES: dict[str, Side] = {"items": "item", "users": "user"}
-LOCAL = ("--runner=DirectRunner",)
+LOCAL = ("--runner=FnApiRunner",)  # what DirectRunner runs where it finds nothing to download
 
 
 # tfds has no types, so mypy does not know of this keyword.

@@ -75,8 +75,8 @@ def read_header(pattern: str, option: str, delimiter: str, needed: list[str]) ->
         columns = [name.strip() for name in next(csv.reader([file.readline()], delimiter=delimiter))]
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r} in its first line, found {columns}; options of the "
-                         "data set, such as item_column, name the columns")
+        raise ValueError(f"{path}: no column {missing[0]!r} in its first line, found {columns}; options of "
+                         "the data set, such as item_column, name the columns")
     return {name: place for place, name in enumerate(columns)}
 
 

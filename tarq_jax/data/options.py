@@ -108,7 +108,8 @@ def matching_files(pattern: str, option: str, expected: str) -> dict[str, Path]:
     path = epath.Path(pattern).expanduser()
     files = {found.name: found for found in sorted(path.parent.glob(path.name))}
     if not files:
-        raise FileNotFoundError(f"no file {pattern}: expected {expected}; set it by --config.data.{option}=FILE")
+        raise FileNotFoundError(f"no file {pattern}: expected {expected}; "
+                                f"set it by --config.data.{option}=FILE")
     return files
 
 

@@ -8,8 +8,8 @@ A folder of four files with headers, as published:
 file itself), cart, fav or buy.
 
 Behaviors have a category and a brand but no ad. So the item table holds ads and, beside them, each pair of
-category and brand as an item of its own: histories are made of pairs, and share the embeddings of their category
-and brand with the ads.
+category and brand as an item of its own: histories are made of pairs, and share the embeddings of their
+category and brand with the ads.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class AdsOptions(LogOptions):
 
 
 def make_schema(options: AdsOptions) -> Schema:
-    """The fields; `price` is (log(1 + yuan) - 5) / 2, attributes of users are their value and 1, 0 if empty."""
+    """The fields; `price` is (log(1 + yuan) - 5) / 2, attributes are their value and 1, 0 where empty."""
     del options
     item = [Field(name, "item", "categorical") for name in (ITEM_ID, "cate", "brand", "campaign", "customer")]
     user = [Field(name, "user", "categorical", 1 + values) for name, values in PROFILE.items()]

@@ -1,8 +1,9 @@
 """Taobao UserBehavior: which item does a user open next, among negatives drawn by popularity?
 
-`UserBehavior.csv` has no header and a row an event: user_id, item_id, category_id, behavior_type (pv, buy, cart
-or fav), timestamp; 100 million rows of 9 days. Rows outside these days, some hundredths of a percent, are
-malformed. Every event of a kind in `targets` is a positive; those of one user at one second are one request.
+`UserBehavior.csv` has no header and a row an event: user_id, item_id, category_id, behavior_type (pv, buy,
+cart or fav), timestamp; 100 million rows of 9 days. Rows outside these days, some hundredths of a percent,
+are malformed. Every event of a kind in `targets` is a positive; those of one user at one second are one
+request.
 """
 
 import dataclasses
