@@ -12,7 +12,7 @@ from typing import Any
 from tarq_jax.data import impressions, movielens, sequences, synthetic, taobao_ads, taobao_userbehavior
 from tarq_jax.data.collate import collate
 from tarq_jax.data.movielens import MovielensOptions
-from tarq_jax.data.options import Source, make_options
+from tarq_jax.data.options import AnySource, PipelineSource, Source, make_options
 from tarq_jax.data.order import Shard
 from tarq_jax.data.pipeline import Shapes, count_candidates, eval_batches, item_batches, train_batches
 from tarq_jax.data.prefetching import prefetch
@@ -22,7 +22,7 @@ from tarq_jax.data.sequences import SequencesOptions
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.synthetic import SyntheticOptions
 
-BUILDERS: Mapping[str, Source] = {source.name: source for source in (
+BUILDERS: Mapping[str, AnySource] = {source.name: source for source in (
     synthetic.SOURCE, movielens.SOURCE, sequences.SOURCE, taobao_userbehavior.SOURCE, taobao_ads.SOURCE,
     impressions.SOURCE)}
 
@@ -82,6 +82,7 @@ __all__ = [
     "Dataset",
     "Field",
     "MovielensOptions",
+    "PipelineSource",
     "Requests",
     "Schema",
     "SequencesOptions",

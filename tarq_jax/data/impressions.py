@@ -20,7 +20,7 @@ from typing import Any
 
 from tarq_jax.data.options import (
     LogOptions,
-    Source,
+    PipelineSource,
     matching_files,
     path_option,
     require,
@@ -94,5 +94,5 @@ def _parts(root: Any, options: ImpressionsOptions) -> Any:
     return impressions.parts(root, options)
 
 
-SOURCE = Source("impressions", ImpressionsOptions, None, _files, parts=_parts, schema=make_schema,
-                description="Impressions and behaviors from text files with named columns.")
+SOURCE = PipelineSource("impressions", ImpressionsOptions, make_schema, _parts, _files,
+                        description="Impressions and behaviors from text files with named columns.")

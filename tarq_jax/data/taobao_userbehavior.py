@@ -9,7 +9,7 @@ request.
 import dataclasses
 from typing import Any
 
-from tarq_jax.data.options import LogOptions, Source, matching_files, require
+from tarq_jax.data.options import LogOptions, PipelineSource, matching_files, require
 from tarq_jax.data.schema import ITEM_ID, Field, Schema
 
 DAY = 86_400
@@ -53,5 +53,5 @@ def _parts(root: Any, options: UserBehaviorOptions) -> Any:
     return userbehavior.parts(root, options)
 
 
-SOURCE = Source("taobao_userbehavior", UserBehaviorOptions, None, _files, parts=_parts, schema=make_schema,
-                description="Taobao UserBehavior: the next item among negatives drawn by popularity.")
+SOURCE = PipelineSource("taobao_userbehavior", UserBehaviorOptions, make_schema, _parts, _files,
+                        description="Taobao UserBehavior: the next item among negatives drawn by popularity.")
