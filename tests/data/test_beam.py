@@ -5,10 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tarq_jax.data import prepare
-from tarq_jax.data.builders import _beam_options
-from tarq_jax.data.taobao_userbehavior import SOURCE
-
 beam = pytest.importorskip("apache_beam", reason="Apache Beam prepares data: pip install 'tarq_jax[beam]'")
 
 from tarq_jax.data.beam.requests import KeepLast, Rules, make_requests  # noqa: E402
@@ -72,20 +68,3 @@ def test_negatives_depend_on_the_seed_and_the_request_alone():
     few, = make_requests(user([(1, 9, ())], shown[:1]), np.array([1, 9, 4]),
                          Rules(5, 10, 20, num_negatives=4))
     assert sorted(few.candidates) == [(1, 1.0), (4, 0.0)]  # there are no more
-
-
-def test_without_beam_it_says_what_to_do(monkeypatch):
-    import sys
-
-    for name in list(sys.modules):
-        if name.startswith("apache_beam"):
-            monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"prepared by Apache Beam, which is not installed: pip install"):
-        _beam_options(SOURCE, ())
-
-
-def test_unknown_names(tmp_path):
-    with pytest.raises(ValueError, match="data set is 'taobao', expected one of"):
-        prepare("taobao", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="needs option 'source'"):
-        prepare("taobao_ads", data_dir=tmp_path)
