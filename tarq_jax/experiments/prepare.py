@@ -8,9 +8,9 @@ Each `--beam` is an argument of the runner. On all cores of this machine:
 
     ... --beam=--direct_num_workers=0 --beam=--direct_running_mode=multi_processing
 
-On other runners `data_dir` is a folder that this machine and all workers see under one name, such as a mounted
-bucket, since records are written as files; the source may lie wherever Beam reads from. Dataflow, with this
-package built by `python -m build --sdist`:
+On other runners `data_dir` is a folder that this machine and all workers see under one name, such as a
+mounted bucket, since records are written as files; the source may lie wherever Beam reads from. Dataflow,
+with this package built by `python -m build --sdist`:
 
     ... --beam=--runner=DataflowRunner --beam=--project=PROJECT --beam=--region=REGION \
         --beam=--temp_location=gs://BUCKET/tmp --beam=--extra_package=dist/tarq_jax-0.1.0.tar.gz
@@ -36,7 +36,8 @@ BEAM = flags.DEFINE_multi_string("beam", [], "Argument of the Beam runner, such 
 def main() -> None:
     """Flags to directory."""
     config = cli.settings(CONFIG.value)
-    from tarq_jax import data  # after the flags: importing JAX takes seconds
+    # After the flags: importing JAX takes seconds.
+    from tarq_jax import data
     from tarq_jax.config import data_options
 
     options = data_options(config)
