@@ -117,6 +117,12 @@ def smoke(config: ml_collections.ConfigDict, **data_options: Any) -> ml_collecti
     return config
 
 
+def data_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What `tarq_jax.data.load` takes of the settings in `config.data`: all but those of the run."""
+    settings = ("name", "data_dir", "buckets", "readers")
+    return {key: value for key, value in config.data.items() if key not in settings}
+
+
 class Rule(NamedTuple):
     """What a setting may be."""
 

@@ -4,10 +4,12 @@ import importlib
 import json
 from pathlib import Path
 
+import logs
 import numpy as np
 import pytest
 
 from tarq_jax.config import default_config, validate
+from tarq_jax.data import BUILDERS, PipelineSource
 from tarq_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +51,9 @@ def write_sequences(folder: Path) -> dict[str, str]:
     return {"source": str(folder / "users.txt"), "attributes": str(folder / "attributes.json")}
 
 
-WRITERS = {"movielens": write_movielens, "sequences": write_sequences, "synthetic": lambda folder: {}}
+WRITERS = {"movielens": write_movielens, "sequences": write_sequences, "synthetic": lambda folder: {},
+           "taobao_userbehavior": logs.write_userbehavior, "taobao_ads": logs.write_ads,
+           "impressions": logs.write_impressions}
 
 
 def test_there_are_experiments():
@@ -88,6 +92,8 @@ def test_defaults_are_not_shared(experiment):
 def test_runs_when_shrunk(experiment, tmp_path_factory, tmp_path, silent):
     """On made-up data in the form of the real; reading the real is for the tests of the data."""
     config = experiment.get_config("smoke")
+    if isinstance(BUILDERS[config.data.name], PipelineSource):
+        pytest.importorskip("apache_beam", reason="Apache Beam prepares this: pip install 'tarq_jax[beam]'")
     with config.data.unlocked():
         config.data.data_dir = str(tmp_path_factory.getbasetemp() / "prepared")  # shared by the experiments
         config.data.update(WRITERS[config.data.name](tmp_path))

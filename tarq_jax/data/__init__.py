@@ -5,7 +5,7 @@
         ...
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tarq_jax.data import impressions, movielens, sequences, synthetic, taobao_a
 from tarq_jax.data.collate import collate
 from tarq_jax.data.hashing import hash_ids
 from tarq_jax.data.movielens import MovielensOptions
-from tarq_jax.data.options import Source, make_options
+from tarq_jax.data.options import AnySource, PipelineSource, Source, make_options
 from tarq_jax.data.order import Shard
 from tarq_jax.data.pipeline import Shapes, count_candidates, eval_batches, item_batches, train_batches
 from tarq_jax.data.prefetching import prefetch
@@ -23,7 +23,7 @@ from tarq_jax.data.sequences import SequencesOptions
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.synthetic import SyntheticOptions
 
-BUILDERS: Mapping[str, Source] = {source.name: source for source in (
+BUILDERS: Mapping[str, AnySource] = {source.name: source for source in (
     synthetic.SOURCE, movielens.SOURCE, sequences.SOURCE, taobao_userbehavior.SOURCE, taobao_ads.SOURCE,
     impressions.SOURCE)}
 
@@ -46,14 +46,28 @@ def load(name: str, *, data_dir: str | Path, stream: bool = False, prepared: str
       ValueError: for an unknown name or option, an option out of range, or too many malformed rows.
       FileNotFoundError: where the source files are missing.
     """
+    return load_prepared(prepared or prepare(name, data_dir=data_dir, **options), stream=stream)
+
+
+def prepare(name: str, *, data_dir: str | Path, beam_arguments: Sequence[str] = (), **options: Any) -> Path:
+    """Prepares a data set, unless this was done, and gives the directory that `load_prepared` reads.
+
+    Args:
+      name: a key of `BUILDERS`.
+      data_dir: where prepared data sets are kept; for a runner on other machines one that they all see.
+      beam_arguments: of the runner, for a source that Apache Beam prepares; none runs it in this process.
+      **options: options of that data set.
+
+    Raises:
+      ValueError: as `load`, or Beam is needed and not installed.
+      FileNotFoundError: where the source files are missing.
+    """
     if name not in BUILDERS:
         raise ValueError(f"data set is {name!r}, expected one of {sorted(BUILDERS)}")
-    if prepared:
-        return load_prepared(prepared, stream=stream)
     values = make_options(BUILDERS[name], options)
     from tarq_jax.data import builders  # only here: importing tfds takes seconds
 
-    return builders.read(builders.prepare(name, data_dir, values), stream=stream)
+    return builders.prepare(name, data_dir, values, beam_arguments)
 
 
 def load_prepared(directory: str | Path, *, stream: bool = False) -> Dataset:
@@ -69,6 +83,7 @@ __all__ = [
     "Dataset",
     "Field",
     "MovielensOptions",
+    "PipelineSource",
     "Requests",
     "Schema",
     "SequencesOptions",
@@ -89,5 +104,6 @@ __all__ = [
     "load",
     "load_prepared",
     "prefetch",
+    "prepare",
     "train_batches",
 ]

@@ -23,7 +23,7 @@ from tarq_jax.data import (
     taobao_ads,
     taobao_userbehavior,
 )
-from tarq_jax.data.options import Source, fingerprint
+from tarq_jax.data.options import AnySource, PipelineSource, Source, fingerprint
 from tarq_jax.data.records import Dataset
 from tarq_jax.data.rows import RowReport, check_report, merge_reports
 from tarq_jax.data.schema import Schema, Side
@@ -31,7 +31,7 @@ from tarq_jax.data.stored import StoredRequests
 
 # Extra splits, and the side of the schema that each holds.
 TABLES: dict[str, Side] = {"items": "item", "users": "user"}
-LOCAL = ("--runner=DirectRunner",)
+LOCAL = ("--runner=FnApiRunner",)  # what DirectRunner runs where it finds nothing to download
 
 
 # tfds has no types, so mypy does not know of this keyword.
@@ -42,7 +42,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     prepared anew. Schema and info go into the metadata: a prepared directory describes itself.
     """
 
-    SOURCE: Source
+    SOURCE: AnySource
     code_path = None  # no checksums lie beside the code; tfds looks with a package it does not require
 
     def __init__(self, *, data_dir: str | Path, options: Any):
@@ -66,6 +66,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
 class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
     """Stores what `SOURCE.generate` makes of the options."""
+
+    SOURCE: Source
 
     @cached_property
     def contents(self) -> Dataset:
@@ -100,6 +102,8 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
     What only the pipeline finds out, such as sizes of vocabularies, comes by files beside the records, which
     workers can write anyhow, and ends up in the metadata.
     """
+
+    SOURCE: PipelineSource
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self._make_info(self.SOURCE.schema(self.options), {})
@@ -215,8 +219,8 @@ def prepare(name: str, data_dir: str | Path, options: Any, beam_arguments: Seque
     return Path(directory)
 
 
-def _beam_options(source: Source, arguments: Sequence[str]) -> Any:
-    if source.generate:
+def _beam_options(source: AnySource, arguments: Sequence[str]) -> Any:
+    if isinstance(source, Source):
         return None
     try:
         from apache_beam.options.pipeline_options import PipelineOptions

@@ -20,7 +20,7 @@ from typing import Any
 
 from tarq_jax.data.options import (
     LogOptions,
-    Source,
+    PipelineSource,
     matching_files,
     path_option,
     require,
@@ -75,8 +75,8 @@ def read_header(pattern: str, option: str, delimiter: str, needed: list[str]) ->
         columns = [name.strip() for name in next(csv.reader([file.readline()], delimiter=delimiter))]
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r} in its first line, found {columns}; options of the "
-                         "data set, such as item_column, name the columns")
+        raise ValueError(f"{path}: no column {missing[0]!r} in its first line, found {columns}; options of "
+                         "the data set, such as item_column, name the columns")
     return {name: place for place, name in enumerate(columns)}
 
 
@@ -94,5 +94,5 @@ def _parts(root: Any, options: ImpressionsOptions) -> Any:
     return impressions.parts(root, options)
 
 
-SOURCE = Source("impressions", ImpressionsOptions, None, _files, parts=_parts, schema=make_schema,
-                description="Impressions and behaviors from text files with named columns.")
+SOURCE = PipelineSource("impressions", ImpressionsOptions, make_schema, _parts, _files,
+                        description="Impressions and behaviors from text files with named columns.")

@@ -15,20 +15,30 @@ FORMAT = 2  # of prepared directories; raise it whenever the same data are store
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A kind of data set: how its options become a `Dataset`, here or by a Beam pipeline.
-
-    Small sources have `generate`. Those that a pipeline prepares have `parts` and `schema` instead, and
-    `LogOptions`.
-    """
+    """A kind of data set that is made in memory: how its options become a `Dataset`."""
 
     name: str
     options: type  # frozen dataclass of options; its __post_init__ validates them
-    generate: Callable[[Any], Dataset] | None  # options -> Dataset, deterministic in options and files
+    generate: Callable[[Any], Dataset]  # options -> Dataset, deterministic in options and files
     files: Callable[[Any], Mapping[str, Path]]  # options -> files read, by role
     version: str = "1.0.0"  # raise it whenever the same options give other data
     description: str = ""
-    parts: Callable[[Any, Any], Any] | None = None  # (beam.Pipeline, options) -> beam.forms.Parts
-    schema: Callable[[Any], Schema] | None = None  # options -> fields, vocabularies of size 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSource:
+    """A kind of data set that Apache Beam prepares, however large it is."""
+
+    name: str
+    options: type  # a kind of `LogOptions`
+    schema: Callable[[Any], Schema]  # options -> fields, vocabularies of size 1
+    parts: Callable[[Any, Any], Any]  # (beam.Pipeline, options) -> beam.forms.Parts
+    files: Callable[[Any], Mapping[str, Path]]  # options -> files read, by role
+    version: str = "1.0.0"  # raise it whenever the same options give other data
+    description: str = ""
+
+
+AnySource = Source | PipelineSource
 
 
 def path_option(**keywords: Any) -> Any:
@@ -79,7 +89,7 @@ class LogOptions:
         require_fraction(self, "max_bad_fraction")
 
 
-def make_options(source: Source, values: Mapping[str, Any]) -> Any:
+def make_options(source: AnySource, values: Mapping[str, Any]) -> Any:
     """The options of `source` with the given values; ValueError for a name that it does not have."""
     known = [field.name for field in dataclasses.fields(source.options)]
     for name in values:
@@ -108,17 +118,18 @@ def matching_files(pattern: str, option: str, expected: str) -> dict[str, Path]:
     path = epath.Path(pattern).expanduser()
     files = {found.name: found for found in sorted(path.parent.glob(path.name))}
     if not files:
-        raise FileNotFoundError(f"no file {pattern}: expected {expected}; set it by --config.data.{option}=FILE")
+        raise FileNotFoundError(f"no file {pattern}: expected {expected}; "
+                                f"set it by --config.data.{option}=FILE")
     return files
 
 
-def fingerprint(source: Source, options: Any) -> str:
+def fingerprint(source: AnySource, options: Any) -> str:
     """A name for one preparation: changes with the options and with the bytes of the files read.
 
     Paths themselves do not count, so that a moved folder is not prepared again. Of files that a pipeline
     reads, which may be huge, the size and the two ends count.
     """
-    mark = _file_hash if source.generate else _file_ends
+    mark: Callable[[Path], Any] = _file_hash if isinstance(source, Source) else _file_ends
     files = {role: mark(path) for role, path in sorted(source.files(options).items())}
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
               if not field.metadata.get("path")}

@@ -57,12 +57,15 @@ def merge_reports(reports: Iterable[RowReport]) -> RowReport:
     return RowReport(sum(report.read for report in reports), dict(reasons), tuple(samples[:NUM_SAMPLES]))
 
 
+def _place(sample: Mapping[str, Any]) -> str:
+    return f"line {sample['line']}" if sample["line"] else sample["file"]
+
+
 def check_report(report: RowReport, path: Path, max_bad_fraction: float) -> None:
     """Raises ValueError if more than the allowed fraction of rows is malformed, warns if any is."""
     if not report.bad:
         return
-    samples = "; ".join(f"{'line %d' % s['line'] if s['line'] else s['file']}: {s['text']!r} ({s['reason']})"
-                        for s in report.samples)
+    samples = "; ".join(f"{_place(s)}: {s['text']!r} ({s['reason']})" for s in report.samples)
     text = f"{path}: {report.bad} of {report.read} rows are malformed {dict(report.reasons)}: {samples}"
     if report.bad > max_bad_fraction * report.read:
         raise ValueError(f"{text}: expected a fraction of at most {max_bad_fraction} "

@@ -8,14 +8,15 @@ A folder of four files with headers, as published:
 file itself), cart, fav or buy.
 
 Behaviors have a category and a brand but no ad. So the item table holds ads and, beside them, each pair of
-category and brand as an item of its own: histories are made of pairs, and share the embeddings of their category
-and brand with the ads.
+category and brand as an item of its own: histories are made of pairs, and share the embeddings of their
+category and brand with the ads.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
-from tarq_jax.data.options import LogOptions, Source, matching_files
+from tarq_jax.data.options import LogOptions, PipelineSource, matching_files
 from tarq_jax.data.schema import ITEM_ID, Field, Schema
 from tarq_jax.data.taobao_userbehavior import BEHAVIORS, DAY
 
@@ -39,7 +40,7 @@ class AdsOptions(LogOptions):
 
 
 def make_schema(options: AdsOptions) -> Schema:
-    """The fields; `price` is (log(1 + yuan) - 5) / 2, attributes of users are their value and 1, 0 if empty."""
+    """The fields; `price` is (log(1 + yuan) - 5) / 2, attributes are their value and 1, 0 where empty."""
     del options
     item = [Field(name, "item", "categorical") for name in (ITEM_ID, "cate", "brand", "campaign", "customer")]
     user = [Field(name, "user", "categorical", 1 + values) for name, values in PROFILE.items()]
@@ -49,7 +50,7 @@ def make_schema(options: AdsOptions) -> Schema:
 
 
 def _files(options: AdsOptions):
-    found = {}
+    found: dict[str, Path] = {}
     for name in FILES.values():
         found |= matching_files(f"{options.source.rstrip('/')}/{name}", "source",
                                 f"a folder with {', '.join(FILES.values())}")
@@ -62,5 +63,5 @@ def _parts(root: Any, options: AdsOptions) -> Any:
     return ads.parts(root, options)
 
 
-SOURCE = Source("taobao_ads", AdsOptions, None, _files, parts=_parts, schema=make_schema,
-                description="Taobao display ads: clicks on ads shown, after what users looked at and bought.")
+SOURCE = PipelineSource("taobao_ads", AdsOptions, make_schema, _parts, _files,
+                        description="Taobao display ads: clicks on ads, after what was looked at and bought.")

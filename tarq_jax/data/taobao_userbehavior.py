@@ -1,14 +1,15 @@
 """Taobao UserBehavior: which item does a user open next, among negatives drawn by popularity?
 
-`UserBehavior.csv` has no header and a row an event: user_id, item_id, category_id, behavior_type (pv, buy, cart
-or fav), timestamp; 100 million rows of 9 days. Rows outside these days, some hundredths of a percent, are
-malformed. Every event of a kind in `targets` is a positive; those of one user at one second are one request.
+`UserBehavior.csv` has no header and a row an event: user_id, item_id, category_id, behavior_type (pv, buy,
+cart or fav), timestamp; 100 million rows of 9 days. Rows outside these days, some hundredths of a percent,
+are malformed. Every event of a kind in `targets` is a positive; those of one user at one second are one
+request.
 """
 
 import dataclasses
 from typing import Any
 
-from tarq_jax.data.options import LogOptions, Source, matching_files, require
+from tarq_jax.data.options import LogOptions, PipelineSource, matching_files, require
 from tarq_jax.data.schema import ITEM_ID, Field, Schema
 
 DAY = 86_400
@@ -52,5 +53,5 @@ def _parts(root: Any, options: UserBehaviorOptions) -> Any:
     return userbehavior.parts(root, options)
 
 
-SOURCE = Source("taobao_userbehavior", UserBehaviorOptions, None, _files, parts=_parts, schema=make_schema,
-                description="Taobao UserBehavior: the next item among negatives drawn by popularity.")
+SOURCE = PipelineSource("taobao_userbehavior", UserBehaviorOptions, make_schema, _parts, _files,
+                        description="Taobao UserBehavior: the next item among negatives drawn by popularity.")

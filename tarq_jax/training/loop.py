@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tarq_jax import data, metrics, quantization
 from tarq_jax.cli import Interrupted
-from tarq_jax.config import BEST
+from tarq_jax.config import BEST, data_options
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
 from tarq_jax.training import checkpoint, distributed, parallel, sharding
 from tarq_jax.training.evaluate import Row, evaluate
@@ -79,9 +79,7 @@ def add_gap_recovered(rows: list[Row]) -> list[Row]:
 
 def load_data(config: ml_collections.ConfigDict) -> data.Dataset:
     """The data set of a configuration."""
-    settings = ("name", "data_dir", "buckets", "readers")  # of the run; the rest are options of the data
-    options = {key: value for key, value in config.data.items() if key not in settings}
-    return data.load(config.data.name, data_dir=config.data.data_dir, **options)
+    return data.load(config.data.name, data_dir=config.data.data_dir, **data_options(config))
 
 
 def describe_data(dataset: data.Dataset, console: Console) -> None:

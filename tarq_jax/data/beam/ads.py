@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import apache_beam as beam
 
@@ -77,11 +78,15 @@ def _values_of_pair(row: tuple[Event, list[Value]]) -> Iterator[tuple[str, Value
 
 def parts(root: beam.Pipeline, options: AdsOptions) -> Parts:
     """Ads shown, behaviors, the features of both, and profiles."""
-    times = {"first_time": options.first_time, "last_time": options.last_time}
+    first, last = options.first_time, options.last_time
+    parsers: dict[str, Callable[[str], Any]] = {
+        "shown": functools.partial(parse_shown, first_time=first, last_time=last),
+        "ads": parse_ad,
+        "profiles": parse_profile,
+        "behaviors": functools.partial(parse_behavior, first_time=first, last_time=last),
+    }
     rows, reports = {}, []
-    for role, parse in {"shown": functools.partial(parse_shown, **times), "ads": parse_ad,
-                        "profiles": parse_profile,
-                        "behaviors": functools.partial(parse_behavior, **times)}.items():
+    for role, parse in parsers.items():
         rows[role], report = read_rows(root, f"{options.source.rstrip('/')}/{FILES[role]}", parse, role=role,
                                        header=True)
         reports.append(report)

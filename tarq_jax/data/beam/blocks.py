@@ -10,7 +10,7 @@ from apache_beam.pvalue import AsSingleton, PCollection
 from tarq_jax.data import records
 from tarq_jax.data.beam.requests import Request
 from tarq_jax.data.beam.vocabulary import stable_hash
-from tarq_jax.data.schema import ITEM_ID, Schema, Side
+from tarq_jax.data.schema import ITEM_ID, Field, Schema, Side
 
 Numbered = tuple[int, records.Columns]
 
@@ -40,11 +40,8 @@ def _request_record(element: tuple[int, Iterable[Request | None]], schema: Schem
     requests = sorted((request for request in found if request), key=lambda r: (stable_hash(r.key), r.key))
     history = [event for request in requests for event in request.history]
     candidates = [candidate for request in requests for candidate in request.candidates]
-    context, event = (
-        {f.name: np.array([values[place] for values in rows], f.dtype)
-         for place, f in enumerate(schema.side(side))}
-        for side, rows in (("context", [r.context for r in requests]),
-                           ("event", [values for _, values in history])))
+    context = _columns(schema.side("context"), [request.context for request in requests])
+    event = _columns(schema.side("event"), [values for _, values in history])
     columns = records.make_requests(
         np.array([request.user for request in requests]), np.array([item for item, _ in history]),
         np.array([len(request.history) for request in requests], np.int64),
@@ -52,6 +49,12 @@ def _request_record(element: tuple[int, Iterable[Request | None]], schema: Schem
         np.array([len(request.candidates) for request in requests], np.int64),
         np.array([label for _, label in candidates]), context=context, event=event)
     return block, records.request_block(schema, block, columns)
+
+
+def _columns(fields: tuple[Field, ...], rows: list[tuple[int, ...]]) -> records.Columns:
+    """Rows of values, in the order of the fields, by column."""
+    return {field.name: np.array([row[place] for row in rows], field.dtype)
+            for place, field in enumerate(fields)}
 
 
 def describe(name: str, blocks: PCollection) -> PCollection:

@@ -12,7 +12,7 @@ from tarq_jax.data.beam import blocks
 from tarq_jax.data.beam.forms import Parts
 from tarq_jax.data.beam.requests import PARTS, KeepLast, Rules, make_requests
 from tarq_jax.data.beam.vocabulary import Vocabulary, encode, make_vocabulary, stable_hash
-from tarq_jax.data.options import LogOptions, Source
+from tarq_jax.data.options import LogOptions, PipelineSource
 from tarq_jax.data.schema import ITEM_ID, Schema
 
 POOL = 1 << 17  # training candidates that negatives are drawn from
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     facts: dict[str, PCollection]  # one JSON object each: sizes of vocabularies, blocks of splits, reports
 
 
-def plan_source(source: Source, root: beam.Pipeline, options: LogOptions) -> Plan:
+def plan_source(source: PipelineSource, root: beam.Pipeline, options: LogOptions) -> Plan:
     """The pipeline of a source with these options."""
     rules = Rules(**{name: getattr(options, name) for name in Rules._fields})
     return plan(source.parts(root, options), source.schema(options), rules,

@@ -48,7 +48,8 @@ class KeepLast(beam.CombineFn):
 
     def merge_accumulators(self, accumulators: Iterable[tuple[list, int]]) -> tuple[list, int]:
         """The last ones of all."""
-        kept, dropped = [], 0
+        kept: list[Any] = []
+        dropped = 0
         for more, left_out in accumulators:
             kept, dropped = self._cut(kept + more, dropped + left_out)
         return kept, dropped
@@ -119,7 +120,8 @@ def _with_negatives(name: str, candidates: list[tuple[int, float]], seen: set[in
                     rules: Rules) -> list[tuple[int, float]]:
     """The candidates among negatives, shuffled; depends on the request and the seed alone."""
     rng = random.Random(stable_hash(f"{rules.seed}/{name}"))
-    taken, negatives = seen | {item for item, _ in candidates} | {0}, []
+    taken = seen | {item for item, _ in candidates} | {0}
+    negatives: list[tuple[int, float]] = []
     for _ in range(ROUNDS * rules.num_negatives * bool(len(pool))):
         if len(negatives) == rules.num_negatives:
             break

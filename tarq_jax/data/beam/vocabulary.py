@@ -61,8 +61,8 @@ def make_vocabulary(name: str, keys: PCollection, buckets: int, min_count: int =
     return hashed(name, keys.pipeline, buckets) if buckets else ranked(name, keys, min_count)
 
 
-def _hash_key(key: str, value: Any, buckets: int) -> tuple[int, Any]:
-    return 1 + stable_hash(key) % buckets, value
+def _hash_key(element: tuple[str, Any], buckets: int) -> tuple[int, Any]:
+    return 1 + stable_hash(element[0]) % buckets, element[1]
 
 
 def _join(element: tuple[str, Iterable[tuple[bool, Any]]]) -> Iterator[tuple[int, Any]]:
@@ -75,7 +75,7 @@ def _join(element: tuple[str, Iterable[tuple[bool, Any]]]) -> Iterator[tuple[int
 def encode(label: str, keyed: PCollection, vocabulary: Vocabulary) -> PCollection:
     """(key, value) -> (row, value), row 0 for an unknown key."""
     if vocabulary.table is None:
-        return keyed | label >> beam.MapTuple(_hash_key, buckets=vocabulary.buckets)
+        return keyed | label >> beam.Map(_hash_key, vocabulary.buckets)
     known = vocabulary.table | f"{label}: known" >> beam.Map(lambda entry: (entry[0], (True, entry[1])))
     asked = keyed | f"{label}: asked" >> beam.Map(lambda element: (element[0], (False, element[1])))
     return ((known, asked) | f"{label}: flatten" >> beam.Flatten()
