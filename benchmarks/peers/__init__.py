@@ -1,0 +1,1 @@
+"""The same systems in other frameworks, written as one would there: what benchmarks compare with."""

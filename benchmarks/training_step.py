@@ -1,0 +1,184 @@
+"""A whole training step of TARQ against the same in PyTorch, on CPU in one run.
+
+    pip install -e '.[bench]'
+    python -m benchmarks.training_step --json=benchmarks/results/training_step.json
+
+Both have the model, sizes, batch, losses and AdamW of `configs/synthetic.py` (order 1, EMA codebook) and
+`configs/synthetic_order_0.py`. PyTorch starts from our parameters; every loss has to agree in each of
+`CHECKED` steps, or the command fails. Measured in turns (ours, PyTorch, ours, ...), medians, with batches
+ready in memory. On a machine of more cores, call it under `taskset -c 0,1`. PyTorch's threads wait for
+each other: beside other work one of them (`--threads=1`) may be faster than two.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+from configs import synthetic, synthetic_order_0
+from tarq_jax import cli, data, reporting
+from tarq_jax.training import loop, objectives, sharding
+from tarq_jax.training.state import TrainState
+from tarq_jax.types import Batch
+
+CONFIG_NAMES = flags.DEFINE_list("configs", ["order 1", "order 0"], "Which of the two to measure.")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns of each.")
+STEPS = flags.DEFINE_integer("steps", 20, "Steps a turn.")
+THREADS = flags.DEFINE_integer("threads", 2, "Threads of PyTorch; JAX takes all cores that it is given.")
+JSON = cli.json_flag()
+
+CONFIGS = {"order 1": synthetic, "order 0": synthetic_order_0}
+BATCHES, CHECKED, TOLERANCE = 16, 5, 1e-3
+
+
+class Workload(NamedTuple):
+    """What both train."""
+
+    config: ml_collections.ConfigDict
+    dataset: data.Dataset
+    batches: list[Batch]  # with NumPy leaves
+    state: TrainState  # codebook fitted and in use
+
+
+class Contender(NamedTuple):
+    """One way to take steps: each goes on from where it was."""
+
+    name: str
+    step: Callable[[int], Any]  # index of a batch -> the loss, perhaps still on its way
+    losses: Callable[[int], np.ndarray]  # the same, all losses, on the host
+
+
+def make_workload(config: ml_collections.ConfigDict) -> Workload:
+    """The data of the configuration, fewer requests of it, and a state at the codebook's start."""
+    config.steps = 100_000  # far from the end of the learning rate's schedule
+    options = {key: value for key, value in config.data.items() if key not in ("name", "data_dir")}
+    options |= {"train_requests": 2048, "validation_requests": 1, "test_requests": 1}
+    dataset = data.synthetic.generate(data.SyntheticOptions(**options))
+    objective = objectives.build(config.model, config.loss_weights, dataset.schema)
+    state = loop.init_state(config, objective, loop.make_optimizer(config), dataset)
+    shapes, mesh = loop.batch_shapes(dataset), sharding.data_mesh(jax.devices()[:1])
+    state = loop.initialise_codebook(config, objective, state, dataset, shapes, mesh)
+    state = state.replace(step=state.step + config.codebook.start + 1)  # past revival's multiples of 100
+    batches = data.train_batches(dataset, "train", batch_size=config.batch_size, seed=0, **shapes)
+    return Workload(config, dataset, list(itertools.islice(batches, BATCHES)), state)
+
+
+def ours(workload: Workload) -> Contender:
+    """The compiled step of training, health metrics and revival included."""
+    objective = objectives.build(
+        workload.config.model, workload.config.loss_weights, workload.dataset.schema)
+    step = loop.compile_step(workload.config, objective, loop.make_optimizer(workload.config))
+    state = jax.tree.map(lambda leaf: leaf.copy(), workload.state)
+    batches = jax.device_put(workload.batches)
+
+    def take(index):
+        nonlocal state
+        state, metrics = step(state, batches[index])
+        return metrics
+
+    def losses(index):
+        from benchmarks.peers.torch_tarq import LOSSES
+
+        metrics = jax.device_get(take(index))
+        return np.array([metrics[f"loss/{name}"] for name in LOSSES])
+
+    return Contender("tarq_jax", lambda index: take(index)["loss"], losses)
+
+
+def pytorch(workload: Workload, compiled: bool) -> Contender:
+    """The peer, eagerly or under `torch.compile`, with the fused AdamW."""
+    import torch
+
+    from benchmarks.peers import from_flax, torch_tarq
+
+    torch.set_num_threads(THREADS.value)
+    config, settings = workload.config, workload.config.optimizer
+    features = next(field for field in workload.dataset.schema.fields if field.name == "features")
+    sizes = torch_tarq.Sizes(
+        num_items=workload.dataset.schema.num_items, vector=features.size, width=config.model.width,
+        heads=config.model.num_heads, hidden=tuple(config.model.hidden), levels=config.model.num_levels,
+        codewords=config.model.num_codewords, order=config.model.order,
+        aligned_share=config.model.aligned_share)
+    model, codebook = from_flax.torch_model(workload.state, sizes)
+    decayed = [value for name, value in model.named_parameters() if name != "codewords"]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
+    if sizes.order == 0:
+        groups.append({"params": [model.codewords], "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
+    loss_weights = torch.tensor([config.loss_weights[name] for name in torch_tarq.LOSSES])
+    batches = [from_flax.torch_batch(batch) for batch in workload.batches]
+    forward = torch.compile(model) if compiled else model
+
+    def take(index):
+        batch = batches[index]
+        optimizer.zero_grad(set_to_none=True)
+        losses, _, codes, residuals, _ = forward(batch)
+        (losses * loss_weights).sum().backward()
+        optimizer.step()
+        schedule.step()
+        torch_tarq.update_codebook(
+            model, codebook, codes, residuals, batch.weights > 0, config.codebook.decay)
+        return losses
+
+    name = "PyTorch, torch.compile" if compiled else "PyTorch"
+    return Contender(name, lambda index: take(index)[0].item(), lambda index: take(index).detach().numpy())
+
+
+def check_same(own: Contender, peer: Contender) -> float:
+    """Largest relative difference of any loss over the first steps; a ValueError beyond `TOLERANCE`."""
+    worst = 0.0
+    for index in range(CHECKED):
+        expected, found = own.losses(index), peer.losses(index)
+        worst = max(worst, float(np.max(np.abs(found - expected) / np.maximum(np.abs(expected), 1e-3))))
+        if not worst < TOLERANCE:
+            raise ValueError(f"{peer.name}: losses of step {index} are {found}, expected {expected}")
+    return worst
+
+
+def seconds_of_turns(contenders: list[Contender], console: Console, title: str) -> dict[str, list[float]]:
+    """Seconds a step, a number a turn, of each; one turn is left out as warm-up."""
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for turn in track(range(ROUNDS.value + 1), title, console=console):
+        for contender in contenders:
+            start = time.perf_counter()
+            found = [contender.step(index % BATCHES) for index in range(STEPS.value)]
+            jax.block_until_ready(found)
+            if turn:
+                seconds[contender.name].append((time.perf_counter() - start) / STEPS.value)
+    return seconds
+
+
+def compare(name: str, console: Console) -> Iterator[dict[str, Any]]:
+    """A row a contender: candidate examples a second, and ours over it."""
+    workload = make_workload(CONFIGS[name].get_config())
+    peers = [pytorch(workload, compiled) for compiled in (False, True)]
+    differences = [check_same(ours(workload), peer) for peer in peers]
+    contenders = [ours(workload), *peers]
+    seconds = seconds_of_turns(contenders, console, name)
+    examples = float(np.mean([batch.candidate_mask.sum() for batch in workload.batches]))
+    own = np.median(seconds["tarq_jax"])
+    for contender, difference in zip(contenders, [0.0, *differences], strict=True):
+        lower, median, upper = np.quantile(seconds[contender.name], [0.25, 0.5, 0.75])
+        yield {"config": name, "model": contender.name, "examples_per_second": examples / median,
+               "step_ms": 1e3 * median, "step_spread_ms": 1e3 * (upper - lower), "ratio": median / own,
+               "loss_difference": difference}
+
+
+def main() -> None:
+    """Flags to table."""
+    rows = [row for name in CONFIG_NAMES.value for row in compare(name, Console())]
+    reporting.print_table(rows, title=f"a training step, {THREADS.value} threads")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
