@@ -59,14 +59,15 @@ class Run:
         return state, history
 
 
-def agree(found, expected, rtol=1e-4, atol=1e-5):
-    """Asserts that two runs went the same way: metrics of all steps, last states."""
-    (state, history), (other, others) = found, expected
-    for step, ((_, metrics), (_, wanted)) in enumerate(zip(history, others, strict=True)):
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+
+
+def agree(history, expected):
+    """Asserts that two runs went the same way: metrics and codebooks of all steps."""
+    for step, ((book, metrics), (other, wanted)) in enumerate(zip(history, expected, strict=True)):
         for name, value in wanted.items():
-            np.testing.assert_allclose(metrics[name], value, rtol=rtol, atol=atol, err_msg=f"{name}, {step}")
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol),
-                 state.replace(rng=0), other.replace(rng=0))
+            close(metrics[name], value, err_msg=f"{name}, {step}")
+        jax.tree.map(close, book, other)
 
 
 def replicas_agree(tree, devices=8):
@@ -88,7 +89,7 @@ def replicas_agree(tree, devices=8):
 # Shape by shape
 
 
-SGD = {"optimizer": optax.sgd(0.02, momentum=0.9)}
+SGD = {"optimizer": optax.sgd(0.02, momentum=0.9)}  # Adam blows up the rounding of gradients that are zero
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,8 @@ def on_eight(tiny_dataset):
 
 
 def test_one_device_and_eight_agree(on_one, on_eight):
-    agree(on_eight, on_one)
+    agree(on_eight[1], on_one[1])
+    jax.tree.map(close, on_eight[0].replace(rng=0), on_one[0].replace(rng=0))
 
 
 def test_replicas_hold_the_same_bits(on_eight):
@@ -140,7 +142,7 @@ def test_fifty_steps_go_the_same_way(name, tiny_dataset, fifty_on_one):
     """AdamW, k-means in step 4, revival every second step."""
     shape, settings = WAYS[name]
     found = Run(tiny_dataset, shape, **settings).train(50)
-    agree(found, fifty_on_one, rtol=1e-3)
+    agree(found[1], fifty_on_one[1])
     replicas_agree(found[0])
     losses = [metrics["loss"] for _, metrics in found[1]]
     assert losses[0] != losses[1] and losses[3] > 2 * losses[2]  # the student's losses have joined
