@@ -62,7 +62,10 @@ COLUMNS = (
     "gap_recovered", "auc_difference", "fine_tuned", "utilisation", "perplexity", "dead",
     "quantization_error", "nearest_distance", "correction_error", "attention_error", "parameters",
     "train_seconds", "examples_per_second", "encode_seconds", "ratio", "fit_seconds", "compile_seconds",
-    "temporary_mb",
+    "temporary_mb", "chip", "devices", "mesh", "table_over", "table_mb", "all_gather_mb", "all_reduce_mb",
+    "reduce_scatter_mb", "all_to_all_mb", "collective_permute_mb", "network_mb", "formula_mb", "largest_mb",
+    "state_mb", "compute_ms", "memory_ms", "network_ms", "step_ms", "efficiency", "requests_per_second",
+    "table_gb", "fits",
 )
 
 

@@ -38,9 +38,10 @@ def hash_ids(ids: Sequence | np.ndarray, size: int, seed: int = 0) -> np.ndarray
     if not 2 <= size <= np.iinfo(np.int32).max:
         raise ValueError(f"size is {size}, expected at least 2 and at most {np.iinfo(np.int32).max}")
     keys = _as_integers(np.asarray(ids))
-    mixed = keys + np.uint64((seed + 1) * _STEP % 2**64)
-    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * multiplier
+    with np.errstate(over="ignore"):  # NumPy warns of scalars that wrap around, as all are meant to
+        mixed = keys + np.uint64((seed + 1) * _STEP % 2**64)
+        for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * multiplier
     mixed ^= mixed >> np.uint64(31)
     rows = 1 + (mixed % np.uint64(size - 1)).astype(np.int64)
     return np.where(keys == 0, 0, rows).astype(np.int32)

@@ -13,14 +13,17 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
          "ragged-all-to-all", "collective-broadcast")
 BITS = {"pred": 8, "token": 0, "opaque": 0}  # of types that do not name theirs
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s*(?:\(.*\))?.*\{\s*$")
-_INSTRUCTION = re.compile(r"=\s*(\(.*?\)|\S+)\s+([a-z\-]+?)(-start)?\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{\s*$")
+_INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?)\s({'|'.join(KINDS)})(-start)?\(")
+_COMMENT = re.compile(r"/\*.*?\*/")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_DEVICES = re.compile(r"(?:num_partitions|replica_count)=(\d+)")
 _LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 
 
 class Array(NamedTuple):
@@ -42,7 +45,7 @@ class Collective(NamedTuple):
 
     kind: str  # of `KINDS`
     arrays: tuple[Array, ...]  # results
-    group: int  # devices that take part; 0 where the program does not say
+    group: int  # devices that take part
     times: int  # that it runs a call, loops of known length multiplied out, each branch counted
 
     @property
@@ -63,13 +66,14 @@ def collectives(text: str) -> list[Collective]:
     """Every collective of an HLO module, `compiled.as_text()`, that runs, in the order of the text."""
     bodies = _computations(text)
     times = _times(bodies)
+    devices = math.prod(map(int, _DEVICES.findall(text.partition("\n")[0])))
     found = []
     for name, lines in bodies.items():
         for line in lines:
-            match = _INSTRUCTION.search(line)
-            if times[name] and match and match[2] in KINDS:
+            match = _INSTRUCTION.search(_COMMENT.sub("", line))
+            if times[name] and match:
                 arrays = _results(match[1], asynchronous=bool(match[3]), kind=match[2])
-                found.append(Collective(match[2], arrays, _group_size(line), times[name]))
+                found.append(Collective(match[2], arrays, _group_size(line) or devices, times[name]))
     return found
 
 
@@ -126,7 +130,12 @@ def _results(text: str, *, asynchronous: bool, kind: str) -> tuple[Array, ...]:
 
 
 def _group_size(line: str) -> int:
+    """Devices in a group, as listed, by number, or as axes of a mesh; 0 where the groups are not given."""
     if listed := _LISTED_GROUP.search(line):
         return len(listed[1].split(","))
+    if mesh := _MESH_GROUPS.search(line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # part of an axis: 'a':(before)size
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     iota = _IOTA_GROUPS.search(line)
     return int(iota[1]) if iota else 0

@@ -260,7 +260,7 @@ DEAD = {
 def compile_step(
     config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh | None = None, state: TrainState | None = None,
-) -> parallel.Step:
+) -> parallel.CompiledStep:
     """`train_step`, compiled the way that `config.parallel` says; the state's memory is reused.
 
     Args:

@@ -12,6 +12,7 @@ from tarq_jax.training.state import TrainState
 from tarq_jax.types import Batch
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+CompiledStep = jax.stages.Wrapped  # of a step: callable as it is, with `lower`
 AXIS = "shards"  # of pmap
 
 
@@ -27,15 +28,15 @@ class Way(NamedTuple):
 
     axis_name: shards.AxisName
     put: Callable[[Batch, Mesh], Batch]
-    compile: Callable[[Step, Mesh, Any], Step]
+    compile: Callable[[Step, Mesh, Any], CompiledStep]
 
 
-def _jit(step: Step, mesh: Mesh, state: Any) -> Step:
+def _jit(step: Step, mesh: Mesh, state: Any) -> CompiledStep:
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(state, replicated))
 
 
-def _pmap(step: Step, mesh: Mesh, state: Any) -> Step:
+def _pmap(step: Step, mesh: Mesh, state: Any) -> CompiledStep:
     del state  # the same on every device
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0,
                     devices=mesh.devices.ravel().tolist())

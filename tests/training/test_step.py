@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tarq_jax import losses, quantization
+from tarq_jax import losses, quantization, shards
 from tarq_jax.training import loop
 from tarq_jax.training.objectives import LossOutput, Objective, mean_of_batch
 from tarq_jax.training.state import TrainState, trainable
@@ -36,15 +36,15 @@ def latents(params, batch):
     return batch.candidates["vector"] @ params["kernel"]
 
 
-def loss(params, codewords, batch, active, whole=None):
+def loss(params, codewords, batch, active, whole=None, axis_name=None):
     z = latents(params, batch)
     if codewords is None:
-        value = mean_of_batch(jnp.sum(z**2, axis=-1), batch, whole)
+        value = mean_of_batch(jnp.sum(z**2, axis=-1), batch, whole, axis_name)
         return value, LossOutput({"loss": value}, None)
     quantizer = quantization.encode(codewords, z)
     each = losses.commitment(z, quantizer.quantized) + losses.codebook_loss(
         quantizer.chosen, quantizer.residuals)
-    value = mean_of_batch(each, batch, whole)
+    value = mean_of_batch(each, batch, whole, axis_name)
     return value, LossOutput({"loss": value}, quantizer)  # not gated by `active`: the step has to be
 
 
@@ -65,10 +65,11 @@ def make_state(step: int = 0, optimizer=OPTIMIZER, codebook: bool = True, counts
                       opt_state=optimizer.init(trainable(params, book)), rng=jax.random.key(3))
 
 
-def make_step(mode="gradient", revive_every=0, start=0, optimizer=OPTIMIZER):
+def make_step(mode="gradient", revive_every=0, start=0, optimizer=OPTIMIZER, axis_name=None):
     update = codebook_updates(mode=mode, decay=DECAY, revive_every=revive_every, dead=DEAD)
-    return functools.partial(train_step, objective=OBJECTIVE, optimizer=optimizer, update_codebook=update,
-                             codebook_start=start)
+    objective = OBJECTIVE._replace(loss=functools.partial(loss, axis_name=axis_name))
+    return functools.partial(train_step, objective=objective, optimizer=optimizer, update_codebook=update,
+                             codebook_start=start, axis_name=axis_name)
 
 
 def by_hand(state: TrainState, batch: Batch):
@@ -175,6 +176,27 @@ def test_jit_equals_eager(mode):
                 jax.tree.leaves((jitted.replace(rng=0), jitted_metrics)), strict=True)
     for one, other in pairs:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_shards", [2, 6])
+@pytest.mark.parametrize("mode", ["gradient", "ema"])
+def test_pmap_equals_jit_and_replicas_hold_the_same_bits(mode, num_shards):
+    """Requests with 5, 4, 0, 2, 5 and 1 candidates: a mean of the shards' means would show."""
+    arguments = {"mode": mode, "revive_every": 2, "start": 1}
+    whole = jax.jit(make_step(**arguments))
+    split = jax.pmap(make_step(**arguments, axis_name="shards"), axis_name="shards", in_axes=(None, 0),
+                     out_axes=None, devices=jax.devices()[:num_shards])
+    one = other = make_state(counts=np.tile([5.0, 5.0, 5.0, 0.0], (LEVELS, 1)))
+    for number in range(4):
+        one, metrics = whole(one, make_batch(number))
+        other, found = split(other, shards.deal(make_batch(number), num_shards))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+                     (other.replace(rng=0), found), (one.replace(rng=0), metrics))
+        for leaf in jax.tree.leaves((other.replace(rng=0), found)):
+            if isinstance(leaf, jax.Array):
+                copies = {np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}
+                assert len(leaf.addressable_shards) == num_shards and len(copies) == 1
+    assert (np.asarray(one.codebook.counts) > 0.5).all()  # codeword 3 came alive
 
 
 @pytest.mark.parametrize("mode", ["gradient", "ema"])

@@ -1,0 +1,88 @@
+"""Look-ups in tables split over a mesh: the rows, and the gradient, of the same table on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tarq_jax.training import hlo, lookup, sharding
+
+ROWS, WIDTH, BATCH, POSITIONS = 512, 3, 8, 2
+BOTH = ("data", "model")
+TABLE = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
+IDS = np.random.default_rng(1).integers(0, ROWS, (BATCH, POSITIONS)).astype(np.int32)
+IDS[5] = IDS[0]  # a row that two devices ask for
+IDS[7] = (0, ROWS - 1)
+OUT = np.random.default_rng(2).normal(size=(BATCH, POSITIONS, WIDTH)).astype(np.float32)
+
+
+def compiled(shape, axes, rows=ROWS, batch=BATCH):
+    """Placed arguments, and the compiled function of them: rows looked up, and the table's gradient."""
+    mesh = sharding.make_mesh(*shape)
+    placement = lookup.place(mesh, axes, BOTH, batch)
+
+    def both(table, ids, out):
+        found, pull = jax.vjp(lambda table: lookup.sharded_rows(table, ids, placement), table)
+        return found, pull(out)[0]
+
+    put = jax.device_put
+    split = NamedSharding(mesh, PartitionSpec(placement.batch or None))
+    arguments = (put(TABLE[:rows], NamedSharding(mesh, PartitionSpec(axes))), put(IDS[:batch] % rows, split),
+                 put(OUT[:batch], split))
+    return arguments, jax.jit(both).lower(*arguments).compile()
+
+
+SHAPES = ((8, 1), (4, 2), (2, 4), (1, 8))
+
+
+@pytest.mark.parametrize("axes", [("model",), BOTH, ("model", "data"), ("data",)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_and_gradient(shape, axes):
+    arguments, run = compiled(shape, axes)
+    found, gradient = run(*arguments)
+    np.testing.assert_array_equal(found, TABLE[IDS])
+    expected = np.zeros_like(TABLE)
+    np.add.at(expected, IDS, OUT)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+    parts = lookup.num_devices(sharding.make_mesh(*shape), axes)
+    assert {shard.data.shape for shard in gradient.addressable_shards} == {(ROWS // parts, WIDTH)}
+    largest = max(array.num_bytes for each in hlo.collectives(run.as_text()) for array in each.arrays)
+    assert largest <= OUT.nbytes  # the rows of the batch, of which there are fewer than in any block
+
+
+def test_small_tables_are_summed_instead():
+    """Two blocks of four rows, and sixteen to look up: a sum over copies moves fewer bytes."""
+    arguments, run = compiled((4, 2), ("model",), rows=8)
+    found, gradient = run(*arguments)
+    np.testing.assert_array_equal(found, TABLE[IDS % 8])
+    expected = np.zeros_like(TABLE[:8])
+    np.add.at(expected, IDS % 8, OUT)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+    reduced = [each for each in hlo.collectives(run.as_text()) if each.kind == "all-reduce"]
+    assert [(each.group, each.arrays[0].shape) for each in reduced] == [(4, (4, WIDTH))]
+
+
+def test_ids_that_do_not_divide_are_looked_up_by_every_device():
+    arguments, run = compiled((2, 4), BOTH, batch=5)
+    found, gradient = run(*arguments)
+    np.testing.assert_array_equal(found, TABLE[IDS[:5]])
+    expected = np.zeros_like(TABLE)
+    np.add.at(expected, IDS[:5], OUT[:5])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_bytes_moved_do_not_depend_on_the_table():
+    small, large = (hlo.bytes_by_kind(hlo.collectives(compiled((2, 4), BOTH, rows=rows)[1].as_text()))
+                    for rows in (256, 512))
+    assert small == large and small.keys() == {"all-gather", "reduce-scatter"}
+
+
+def test_one_device_moves_nothing():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    placement = lookup.place(mesh, BOTH, BOTH, BATCH)
+    run = jax.jit(functools.partial(lookup.sharded_rows, placement=placement)).lower(TABLE, IDS).compile()
+    assert hlo.collectives(run.as_text()) == []
+    np.testing.assert_array_equal(run(TABLE, IDS), TABLE[jnp.asarray(IDS)])
