@@ -24,8 +24,7 @@ from rich.progress import track
 
 from configs import synthetic, synthetic_order_0
 from tarq_jax import cli, data, reporting
-from tarq_jax.training import loop, objectives, sharding
-from tarq_jax.training.state import TrainState
+from tarq_jax.training import loop
 from tarq_jax.types import Batch
 
 CONFIG_NAMES = flags.DEFINE_list("configs", ["order 1", "order 0"], "Which of the two to measure.")
@@ -44,7 +43,7 @@ class Workload(NamedTuple):
     config: ml_collections.ConfigDict
     dataset: data.Dataset
     batches: list[Batch]  # with NumPy leaves
-    state: TrainState  # codebook fitted and in use
+    parts: loop.Setup  # of one device; codebook fitted and in use
 
 
 class Contender(NamedTuple):
@@ -58,25 +57,22 @@ class Contender(NamedTuple):
 def make_workload(config: ml_collections.ConfigDict) -> Workload:
     """The data of the configuration, fewer requests of it, and a state at the codebook's start."""
     config.steps = 100_000  # far from the end of the learning rate's schedule
-    options = {key: value for key, value in config.data.items() if key not in ("name", "data_dir")}
-    options |= {"train_requests": 2048, "validation_requests": 1, "test_requests": 1}
+    options = {"train_requests": 2048, "validation_requests": 1, "test_requests": 1} | {
+        name: config.data[name] for name in ("num_items", "history_length", "sharpness", "seed")}
     dataset = data.synthetic.generate(data.SyntheticOptions(**options))
-    objective = objectives.build(config.model, config.loss_weights, dataset.schema)
-    state = loop.init_state(config, objective, loop.make_optimizer(config), dataset)
-    shapes, mesh = loop.batch_shapes(dataset), sharding.data_mesh(jax.devices()[:1])
-    state = loop.initialise_codebook(config, objective, state, dataset, shapes, mesh)
-    state = state.replace(step=state.step + config.codebook.start + 1)  # past revival's multiples of 100
+    shapes, parts = loop.batch_shapes(dataset), loop.set_up(config, dataset)
+    state = loop.initialise_codebook(config, parts.objective, parts.state, dataset, shapes, parts.mesh)
+    state = state.replace(step=state.step + config.codebook.start + 1)  # no revival in the first steps
     batches = data.train_batches(dataset, "train", batch_size=config.batch_size, seed=0, **shapes)
-    return Workload(config, dataset, list(itertools.islice(batches, BATCHES)), state)
+    return Workload(config, dataset, list(itertools.islice(batches, BATCHES)), parts._replace(state=state))
 
 
 def ours(workload: Workload) -> Contender:
     """The compiled step of training, health metrics and revival included."""
-    objective = objectives.build(
-        workload.config.model, workload.config.loss_weights, workload.dataset.schema)
-    step = loop.compile_step(workload.config, objective, loop.make_optimizer(workload.config))
-    state = jax.tree.map(lambda leaf: leaf.copy(), workload.state)
-    batches = jax.device_put(workload.batches)
+    way, mesh, objective, optimizer, state = workload.parts
+    step = loop.compile_step(workload.config, objective, optimizer, mesh, state)
+    state = jax.tree.map(lambda leaf: leaf.copy(), state)
+    batches = [way.put(batch, mesh) for batch in workload.batches]
 
     def take(index):
         nonlocal state
@@ -106,7 +102,7 @@ def pytorch(workload: Workload, compiled: bool) -> Contender:
         heads=config.model.num_heads, hidden=tuple(config.model.hidden), levels=config.model.num_levels,
         codewords=config.model.num_codewords, order=config.model.order,
         aligned_share=config.model.aligned_share)
-    model, codebook = from_flax.torch_model(workload.state, sizes)
+    model, codebook = from_flax.torch_model(workload.parts.state, sizes)
     decayed = [value for name, value in model.named_parameters() if name != "codewords"]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
     if sizes.order == 0:

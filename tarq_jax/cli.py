@@ -30,11 +30,19 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def config_flag() -> flags.FlagHolder:
-    """Defines `--config=FILE[:MODE]`, whose settings `--config.KEY=VALUE` overrides."""
-    config = config_flags.DEFINE_config_file("config", help_string="Experiment, a file in configs/.")
-    flags.mark_flag_as_required("config")
-    return config
+def config_flag() -> flags.Flag:
+    """Defines `--config=FILE[:MODE]`, whose settings `--config.KEY=VALUE` overrides; once, as all here."""
+    if "config" not in flags.FLAGS:
+        config_flags.DEFINE_config_file("config", help_string="Experiment, a file in configs/.")
+        flags.mark_flag_as_required("config")
+    return flags.FLAGS["config"]
+
+
+def run_flag() -> flags.Flag:
+    """Defines `--run=DIR`, the working directory of a run to look at."""
+    if "run" not in flags.FLAGS:
+        flags.DEFINE_string("run", None, "Working directory of a run.", required=True)
+    return flags.FLAGS["run"]
 
 
 def json_flag() -> flags.Flag:

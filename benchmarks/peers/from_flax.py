@@ -22,16 +22,18 @@ def torch_batch(batch: Batch) -> TorchBatch:
 
 def torch_model(state: TrainState, sizes: Sizes) -> tuple[TorchTarq, Codebook]:
     """A model with the state's parameters and codewords, and the running statistics of its codebook."""
-    model, params = TorchTarq(sizes), state.params["params"]
+    model, params, ours = TorchTarq(sizes), state.params["params"], state.codebook
+    if ours is None:
+        raise ValueError("state.codebook is None, expected that of TARQ")
     weights = _teacher(params["teacher"]) | _mlp("student_head", params["student_head"])
     if sizes.order == 0:
         weights |= _mlp("encoder", params["encoder"]) | _mlp("decoder", params["decoder"])
         weights |= _level_attention(params["level_attention"])
     else:
         weights["log_radius"] = params["log_radius"]
-    weights["codewords"] = state.codebook.codewords
+    weights["codewords"] = ours.codewords
     model.load_state_dict({name: _tensor(values) for name, values in weights.items()})
-    return model, Codebook(_tensor(state.codebook.counts), _tensor(state.codebook.sums))
+    return model, Codebook(_tensor(ours.counts), _tensor(ours.sums))
 
 
 def _tensor(values: Any) -> torch.Tensor:

@@ -64,8 +64,9 @@ class Attention(nn.Module):
 
     def over_itself(self, history: Tensor, mask: Tensor) -> Tensor:
         """`X + MHA(X, X, X)`, [B, N, D] with mask [B, N]."""
-        parts = (split_heads(x, self.heads) for x in self.projections(history).chunk(3, dim=-1))
-        return history + self.output(join_heads(SDPA(*parts, attn_mask=mask[:, None, None])))
+        queries, keys, values = (
+            split_heads(x, self.heads) for x in self.projections(history).chunk(3, dim=-1))
+        return history + self.output(join_heads(SDPA(queries, keys, values, attn_mask=mask[:, None, None])))
 
     def forward(self, inputs: Tensor, history: Tensor, mask: Tensor) -> Tensor:
         """[B, Q, D] over [B, N, D] with mask [B, N]: [B, Q, D]."""
@@ -95,9 +96,9 @@ class LevelAttention(nn.Module):
     def forward(self, inputs: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """[B, L, Q, D] or [L, Q, D] over keys and values with mask [B, N]: [B, L, Q, D]."""
         queries = split_heads(inputs @ self.query, self.heads).expand(len(keys), -1, -1, -1, -1)
-        flat = (x.flatten(0, 1) for x in (queries, keys, values))
+        queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))
         masks = mask[:, None, None, None].expand(-1, self.levels, -1, -1, -1).flatten(0, 1)
-        attended = SDPA(*flat, attn_mask=masks).unflatten(0, (-1, self.levels))
+        attended = SDPA(queries, keys, values, attn_mask=masks).unflatten(0, (-1, self.levels))
         return join_heads(attended) @ self.output
 
 

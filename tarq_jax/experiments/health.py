@@ -15,7 +15,7 @@ from absl import flags
 
 from tarq_jax import cli, reporting
 
-RUN = flags.DEFINE_string("run", None, "Working directory of a TARQ run.", required=True)
+RUN = cli.run_flag()
 OUT = flags.DEFINE_string("out", None, "Where the page goes; RUN/health if not given.")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split that is looked at.")
 REQUESTS = flags.DEFINE_integer("requests", 2000, "Requests of the split that are looked at.", lower_bound=1)

@@ -1,6 +1,6 @@
 """Goes once more through the step that a run failed at: from its last checkpoint, with the batch it kept.
 
-    python -m tarq_jax.experiments.replay --workdir=runs/synthetic
+    python -m tarq_jax.experiments.replay --run=runs/synthetic
 
 Steps between checkpoint and failure are repeated; on the same devices they are the same to the bit. The
 table has every loss, and the norm of every gradient and of every parameter after the step, those that are
@@ -19,7 +19,7 @@ from tarq_jax import cli, data, reporting
 from tarq_jax.training import checkpoint, failure, loop, restore
 from tarq_jax.training.state import TrainState, trainable
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Of the run that failed.", required=True)
+RUN = cli.run_flag()
 STEP = flags.DEFINE_integer("step", None, "Failure to replay; the last by default.")
 JSON = cli.json_flag()
 
@@ -70,7 +70,7 @@ def _rows(metrics: dict[str, np.ndarray], state: TrainState) -> Iterator[dict[st
 
 def main() -> None:
     """Flags to table."""
-    workdir = Path(WORKDIR.value)
+    workdir = Path(RUN.value)
     failed = failed_step(workdir, STEP.value)
     rows = replay(workdir, failed)
     reporting.print_table(rows, title=f"step {failed.step}, {workdir}")

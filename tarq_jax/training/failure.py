@@ -2,7 +2,7 @@
 
 `Watch` keeps the metrics of every step on device and looks at them when something is logged or saved, so
 that no step waits for the host and none goes unseen. A batch is a pure function of seed and step: it is made
-once more to be saved. `python -m tarq_jax.experiments.replay --workdir=DIR` goes through the step again.
+once more to be saved. `python -m tarq_jax.experiments.replay --run=DIR` goes through the step again.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from tarq_jax.types import Batch
 
 LONGEST = 256  # steps whose metrics wait on device
-REPLAY = "python -m tarq_jax.experiments.replay --workdir"
+REPLAY = "python -m tarq_jax.experiments.replay --run"
 
 
 class StepFailed(FloatingPointError):
