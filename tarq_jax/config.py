@@ -73,7 +73,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.codebook.decay = 0.95  # of the running statistics; the nearer to 1, the later the dead are found
     config.codebook.revive_every = 20  # steps; 0 never
     config.codebook.dead = "count"  # or "age"
-    config.codebook.min_usage = 0.05  # by count: dead below this share of an even share
+    config.codebook.min_usage = 0.1  # by count: dead below this share of an even share
     config.codebook.max_age = 1000  # by age: dead once unused for more steps than this
 
     config.loss_weights = ml_collections.ConfigDict()

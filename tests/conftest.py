@@ -42,13 +42,17 @@ def real_data() -> Path:
 Command = Callable[..., subprocess.CompletedProcess]
 
 
-def _run(*arguments: object, path: tuple[object, ...] = (), devices: int = 1,
-         environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.CompletedProcess:
-    environment = os.environ | environment | {
+def _environment(path: tuple[object, ...], devices: int, environment: Mapping[str, str]) -> dict[str, str]:
+    return os.environ | environment | {
         "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT, ROOT / "tests"))),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"device_count={DEVICES}", f"device_count={devices}")}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=600, check=False)
+
+
+def _run(*arguments: object, path: tuple[object, ...] = (), devices: int = 1,
+         environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=_environment(path, devices, environment),
+        capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +63,23 @@ def command() -> Command:
     `environment` holds further variables.
     """
     return _run
+
+
+@pytest.fixture
+def start_command() -> Iterator[Callable[..., subprocess.Popen]]:
+    """As `command` on one device, but returns while it runs; what still runs in the end is killed."""
+    started = []
+
+    def start(*arguments: object) -> subprocess.Popen:
+        started.append(subprocess.Popen(
+            [sys.executable, *map(str, arguments)], cwd=ROOT, env=_environment((), 1, {}),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")
