@@ -4,10 +4,11 @@ Assumptions, all of them: weak scaling, a fixed number of requests a device; the
 vendors state; a collective runs at the speed of the slowest link that it crosses, by the ring algorithm;
 nothing overlaps but computing and memory. Numbers are float32: bfloat16 would halve what activations read.
 Bytes of memory are those that a step cannot avoid (tables, moments and gradients by row) plus what XLA
-counts for the rest of the step on CPU, which fuses less than it would on an accelerator.
+counts for the rest of the step on CPU, which fuses less than it would on an accelerator. Statistics of
+codebooks (the same on any number of devices) and revival (at most 65,536 latents, now and then) are left out.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FLOAT = 4  # bytes
 COMPUTE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.3, 0.7, 0.7  # of the stated peak that is reached
@@ -86,7 +87,7 @@ def network_bytes(work: Workload, split: Split, requests: int) -> dict[str, tupl
     return lookup_bytes(work, split, requests) | dense
 
 
-def roofline(chip: Chip, work: Workload, split: Split, requests: int) -> dict[str, float]:
+def roofline(chip: Chip, work: Workload, split: Split, requests: int) -> dict[str, Any]:
     """Milliseconds of a step of `requests` a device, its efficiency, and the memory that a device needs.
 
     Efficiency is the time without a network over the time with it.

@@ -110,8 +110,9 @@ def state_shardings(state: Tree, mesh: Mesh, rules: Sequence[Rule]) -> Tree:
     shapes = {path: shape for path, shape in reversed(named) if path}  # of parameters: they come first
     for rule in rules:
         if not any(re.search(rule.pattern, path) for path in shapes):
+            shown = sorted(shapes, key=lambda path: not path.endswith(f"/{TABLE}"))[:3]
             raise ValueError(f"config.mesh.rules: {rule.pattern!r} matches no parameter, expected a part of "
-                             f"one of {sorted(shapes)}")
+                             f"one of {len(shapes)} paths, such as {shown}")
     for path, shape in shapes.items():
         _check_spec(path, shape, spec_of(path, rules), mesh)
     return jax.tree.unflatten(structure, [

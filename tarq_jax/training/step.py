@@ -14,6 +14,7 @@ from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.types import Batch, Codebook, Levels, QuantizerOutput
 
+REVIVAL_LATENTS = 65536  # at most that revival draws from: every device gathers them
 # (rng, codebook, quantizer output, where [B, G], step) -> codebook
 CodebookUpdate = Callable[[jax.Array, Codebook, QuantizerOutput, jax.Array, jax.Array], Codebook]
 
@@ -102,6 +103,8 @@ def codebook_updates(
         raise ValueError(f"mode is {mode!r}, expected 'gradient' or 'ema'")
 
     def revive(rng, codebook, residuals, where):
+        requests = max(1, REVIVAL_LATENTS // where.shape[1])
+        residuals, where = residuals[:requests], where[:requests]
         return quantization.revive(rng, codebook, residuals, dead(codebook), where=where)
 
     def update(rng, codebook, output, where, step):

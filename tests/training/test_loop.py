@@ -38,6 +38,26 @@ def test_what_a_run_leaves(finished):
     assert all(row["train_seconds"] > 0 and row["examples_per_second"] > 0 for row in result.rows)
 
 
+@pytest.mark.parametrize("settings", [
+    {"parallel": "pmap"},
+    {"mesh.model": 4, "mesh.rules": (("embedding$", (("data", "model"),)),), "model.table_multiple": 64},
+], ids=["pmap", "mesh"])
+def test_other_ways_to_use_the_devices_end_the_same(
+        settings, finished, tiny_config, tiny_dataset, tmp_path, silent):
+    """From data to table; the run they are compared with copied its state to all eight.
+
+    The norm of the parameters alone differs: it counts the rows that tables were rounded up by.
+    """
+    left_out = {"examples_per_second", "input_wait_share", "parameter_norm"}
+    tiny_config.update_from_flattened_dict(settings)
+    result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    for found, expected in zip(lines_of(tmp_path)[:-1], lines_of(finished[0])[:-1], strict=True):
+        for name in expected.keys() - left_out:
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (found["step"], name)
+    for row, expected in zip(result.rows, finished[1].rows, strict=True):
+        assert row["log_loss"] == pytest.approx(expected["log_loss"], rel=1e-4)
+
+
 def test_the_student_rests_until_the_codebook_starts(finished):
     """In the loop too: until step 3 the loss is that of the teacher and the decoder."""
     early, late = lines_of(finished[0])[:3], lines_of(finished[0])[3:6]

@@ -117,6 +117,22 @@ def test_a_finished_run_trains_nothing(
     assert contents(tmp_path / "checkpoints") == before
 
 
+def test_a_run_goes_on_on_another_mesh(tiny_config, tiny_dataset, tmp_path, silent, send):
+    """Tables saved by four devices each are read by one, and end where those that never moved do."""
+    tiny_config.update_from_flattened_dict({
+        "model.name": "two_tower", "model.table_multiple": 64, "mesh.model": 4,
+        "mesh.rules": (("embedding$", ("model",)),), "optimizer.table": "lazy_adam"})
+    with send(signal.SIGTERM, 4), pytest.raises(Interrupted):
+        loop.train(tiny_config, tiny_dataset, tmp_path / "moved", silent)
+    tiny_config.update_from_flattened_dict({"mesh.model": 1, "mesh.rules": ()})
+    moved, stayed = (loop.train(tiny_config, tiny_dataset, tmp_path / name, silent).state
+                     for name in ("moved", "stayed"))
+    assert len(saved_steps(tmp_path / "moved")) == 2
+    tables = [state.params["params"]["item_features"]["item_id"]["embedding"] for state in (moved, stayed)]
+    assert {shard.data.shape for shard in tables[0].addressable_shards} == {(64, 4)}
+    np.testing.assert_allclose(*tables, rtol=1e-4, atol=1e-6)
+
+
 def flat_keys(config, prefix="") -> list[str]:
     return [name for key, value in config.items() for name in (
         flat_keys(value, f"{prefix}{key}.") if hasattr(value, "items") else [f"{prefix}{key}"])]

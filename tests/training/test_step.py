@@ -10,6 +10,7 @@ import pytest
 
 from tarq_jax import losses, quantization, shards
 from tarq_jax.training import loop
+from tarq_jax.training import step as training_step
 from tarq_jax.training.objectives import LossOutput, Objective, mean_of_batch
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.training.step import codebook_updates, train_step
@@ -154,6 +155,17 @@ def test_revival_at_multiples_and_of_dead_codewords_only():
                 assert away.min() < 1e-5
         else:
             assert not moved.any()
+
+
+def test_revival_draws_from_no_more_latents_than_every_device_can_hold(monkeypatch):
+    monkeypatch.setattr(training_step, "REVIVAL_LATENTS", CANDIDATES)  # those of the first request
+    still, dead = optax.sgd(0.0), np.tile([50.0, 50.0, 50.0, 0.0], (LEVELS, 1))
+    state, batch = make_state(0, still, counts=dead), make_batch(0)
+    new, _ = make_step(revive_every=1, optimizer=still)(state, batch)
+    residuals = quantization.encode(state.codebook.codewords, latents(state.params, batch)).residuals
+    for level in range(LEVELS):
+        away = np.abs(np.asarray(residuals)[..., level, :] - new.codebook.codewords[level, 3]).max(axis=-1)
+        assert away[0].min() < 1e-5 and away[1:].min() > 1e-3
 
 
 def test_revival_differs_by_step_and_never_is_never():
