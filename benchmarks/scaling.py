@@ -86,7 +86,7 @@ def workload(rows: int) -> roofline.Workload:
     shapes = loop.batch_shapes(dataset())
     return roofline.Workload(
         flops=cost["flops"] / config.batch_size, activation_bytes=cost["bytes accessed"] / config.batch_size,
-        ids=sum(shapes.values()), width=config.model.width, rows=rows,
+        ids=shapes["history_length"] + shapes["num_candidates"], width=config.model.width, rows=rows,
         dense_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)) - table,
         table_optimizer=TABLE.value)
 

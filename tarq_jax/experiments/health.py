@@ -170,7 +170,7 @@ def main() -> None:
     from tarq_jax.experiments.page import render
     from tarq_jax.training.restore import load_run  # after the flags: importing JAX takes seconds
 
-    workdir = Path(RUN.value)
+    workdir = Path(str(RUN.value))
     run = load_run(workdir)
     observed = observe(run, SPLIT.value, REQUESTS.value)
     rows = level_rows(observed, run.config)

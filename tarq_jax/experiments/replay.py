@@ -70,7 +70,7 @@ def _rows(metrics: dict[str, np.ndarray], state: TrainState) -> Iterator[dict[st
 
 def main() -> None:
     """Flags to table."""
-    workdir = Path(RUN.value)
+    workdir = Path(str(RUN.value))
     failed = failed_step(workdir, STEP.value)
     rows = replay(workdir, failed)
     reporting.print_table(rows, title=f"step {failed.step}, {workdir}")
