@@ -48,7 +48,8 @@ def test_parts_of_a_weighted_mean_add_up_with_their_gradients():
     weights[::4] = 0.0  # the first shard has no weight at all
 
     def part(values, weights):
-        return jax.value_and_grad(lambda values: losses.weighted_mean(values**2, weights, "s"))(values)
+        return jax.value_and_grad(
+            lambda values: losses.weighted_mean(values**2, weights, axis_name="s"))(values)
 
     parts, gradients = on_shards(part, WHOLE, weights)
     value, gradient = jax.value_and_grad(lambda values: losses.weighted_mean(values**2, weights))(WHOLE)

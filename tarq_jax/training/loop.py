@@ -316,8 +316,7 @@ def test(
 ) -> list[Row]:
     """Evaluates the state on a split."""
     codewords = trainable(None, state.codebook)["codewords"]
-    mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-    predict = jax.jit(objective.predict, out_shardings=sharding.replicated(mesh))
+    predict = jax.jit(objective.predict, out_shardings=state.step.sharding)  # a copy on every device
     batches = data.eval_batches(dataset, split, batch_size=config.eval_batch_size, **batch_shapes(dataset))
     return evaluate(
         lambda batch: predict(state.params, codewords, batch), batches,

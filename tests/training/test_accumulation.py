@@ -70,7 +70,7 @@ def test_equals_the_step_on_the_whole_batch(problem, num):
 
 def test_splitting_keeps_rows_on_their_device():
     """Micro-batches of rows split over 8 devices: compiled without a collective, and undone likewise."""
-    mesh, rows = sharding.data_mesh(), np.arange(32, dtype=np.float32).reshape(32, 1)
+    mesh, rows = sharding.make_mesh(), np.arange(32, dtype=np.float32).reshape(32, 1)
     placed = jax.device_put(rows, jax.NamedSharding(mesh, jax.P("data")))
     compiled = jax.jit(lambda x: jax.lax.map(lambda part: 2 * part, split(x, 2))).lower(placed).compile()
     assert not re.search("all-gather|all-to-all|collective-permute|all-reduce", compiled.as_text())
