@@ -23,6 +23,7 @@ class Compute(NamedTuple):
       dtype: of activations inside the networks. Parameters, embeddings, softmax, what is quantized and
         the logits stay float32.
       remat: recompute history encoders and attention weights in the backward pass instead of keeping them.
+        XLA's scheduler for CPU recomputes them early: memory is saved on accelerators.
       attention_block: queries and positions that attention looks at together, see
         `tarq_jax.attention.attention_sums`; 0 for all.
     """

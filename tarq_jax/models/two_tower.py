@@ -40,7 +40,7 @@ class HistoryEncoder(nn.Module):
 def history_encoder(num_heads: int, width: int, compute: Compute) -> HistoryEncoder:
     """A `HistoryEncoder`, which keeps its inputs alone for the backward pass where `compute` says so."""
     encoder = nn.remat(HistoryEncoder) if compute.remat else HistoryEncoder
-    return encoder(num_heads, width, compute)
+    return encoder(num_heads, width, compute._replace(remat=False))  # once is enough
 
 
 class TwoTower(nn.Module):
