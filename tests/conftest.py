@@ -129,6 +129,23 @@ def one_device() -> Iterator[None]:
         yield
 
 
+MAPS = Path("/proc/self/maps")  # of Linux, which ends a process that has more of them than this twice over
+MOST_MAPS = 25_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs_in_memory() -> Iterator[None]:
+    """Drops compiled programs after a module if there are many: each takes several of the system's maps."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        import gc
+
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def compiled_once() -> Iterator[None]:
     """Runs of equal settings share objectives and compiled steps: tracing is most of a tiny run's time."""
