@@ -28,8 +28,8 @@ from tarq_jax.training import loop
 from tarq_jax.types import Batch
 
 CONFIG_NAMES = flags.DEFINE_list("configs", ["order 1", "order 0"], "Which of the two to measure.")
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns of each.")
-STEPS = flags.DEFINE_integer("steps", 20, "Steps a turn.")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each.")
+STEPS = flags.DEFINE_integer("steps", 10, "Steps a turn.")
 THREADS = flags.DEFINE_list("threads", ["2", "1"], "Of PyTorch; JAX takes all cores that it is given.")
 JSON = cli.json_flag()
 
