@@ -2,8 +2,7 @@
 
 import json
 import math
-import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -108,16 +107,9 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
     """The rows as a JSON list of flat objects, atomically; a value that is not finite becomes null."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(json.dumps([_finite(row) for row in rows], indent=1) + "\n")
-    os.chmod(file.name, 0o666 & ~_umask())
-    os.replace(file.name, path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    written = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    written.write_text(json.dumps([_finite(row) for row in rows], indent=1) + "\n")
+    written.replace(path)
 
 
 def _finite(row: Row) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Saving happens in the background and atomically. A checkpoint holds parameters, 
 their statistics, the random key and the step, from which the position in the data follows.
 """
 
+import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,9 +37,7 @@ def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.Check
       best_metric: a key of `tarq_jax.config.BEST`, by which the best checkpoint is kept besides; none
         if empty.
     """
-    def goodness(metrics):
-        return BEST[best_metric] * metrics[best_metric]
-
+    goodness = functools.partial(_goodness, best_metric)
     policies = [preservation_policy.LatestN(kept)]
     if best_metric:
         policies.append(preservation_policy.BestN(
@@ -142,8 +141,13 @@ def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
 def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | None:
     """The step whose validation metrics were best, the earliest of equals; None where none were saved."""
     measured = {step: checkpoints.metrics(step) for step in sorted(checkpoints.all_steps())}
-    found = {step: BEST[best_metric] * metrics[best_metric] for step, metrics in measured.items() if metrics}
+    found = {step: _goodness(best_metric, metrics) for step, metrics in measured.items() if metrics}
     return max(found, key=lambda step: found[step], default=None)
+
+
+def _goodness(best_metric: str, metrics: Mapping[str, float]) -> float:
+    """What is largest where the metric is best."""
+    return BEST[best_metric] * metrics[best_metric]
 
 
 def _move_away(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:

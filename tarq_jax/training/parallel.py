@@ -32,8 +32,7 @@ class Way(NamedTuple):
 
 
 def _jit(step: Step, mesh: Mesh, state: Any) -> CompiledStep:
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(state, replicated))
+    return jax.jit(step, donate_argnums=0, out_shardings=(state, sharding.replicated(mesh)))
 
 
 def _pmap(step: Step, mesh: Mesh, state: Any) -> CompiledStep:

@@ -63,11 +63,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """Copies a pytree to every device of the mesh."""
-    return jax.device_put(tree, replicated(mesh))
-
-
 class Rule(NamedTuple):
     """Parameters whose path a pattern is found in, and how they are split."""
 
