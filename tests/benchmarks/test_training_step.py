@@ -5,7 +5,7 @@ import tiny
 
 pytest.importorskip("torch")
 
-from benchmarks import training_step  # noqa: E402
+from benchmarks import training_step
 
 
 @pytest.mark.parametrize("order", [0, 1])

@@ -287,7 +287,7 @@ def test_evaluation_is_split_where_the_batch_divides(batch_size, rows, tiny_data
     mesh = sharding.make_mesh(2, 4)
     batch = next(data.eval_batches(
         tiny_dataset, "test", batch_size=batch_size, **loop.batch_shapes(tiny_dataset)))
-    for found, expected in zip(jax.tree.leaves(sharding.split_evaluation(batch, mesh)), jax.tree.leaves(batch),
-                               strict=True):
+    leaves = map(jax.tree.leaves, (sharding.split_evaluation(batch, mesh), batch))
+    for found, expected in zip(*leaves, strict=True):
         assert {shard.data.shape[0] for shard in found.addressable_shards} == {rows}
         np.testing.assert_array_equal(found, expected)
