@@ -23,7 +23,8 @@ def test_imports_point_one_way():
 
     below = {
         "types": set(),
-        "data": {"types"},
+        "schema": set(),
+        "data": {"types", "schema"},
         "quantization": {"types"},
         "blockwise": set(),
         "attention": {"blockwise"},
@@ -33,9 +34,9 @@ def test_imports_point_one_way():
         "shards": set(),
         "losses": {"quantization", "shards"},
         "metrics": {"types"},
-        "models": {"types", "data", "quantization", "attention", "expansion", "corrections", "shards"},
-        "training": {"types", "data", "quantization", "attention", "conversion", "losses", "metrics",
-                     "models", "shards", "config", "cli", "reporting"},
+        "models": {"types", "schema", "quantization", "attention", "expansion", "corrections", "shards"},
+        "training": {"types", "schema", "data", "quantization", "attention", "conversion", "losses",
+                     "metrics", "models", "shards", "config", "cli", "reporting"},
         "experiments": {"training", "data", "conversion", "metrics", "models", "config", "cli",
                         "reporting"},
         "config": set(),

@@ -11,11 +11,11 @@ from flax import struct
 
 from tarq_jax import quantization, shards
 from tarq_jax.attention import attention_weights, personalized_codebook
-from tarq_jax.data.schema import Schema
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, LevelAttention
 from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
 from tarq_jax.models.two_tower import TwoTowerOutput
+from tarq_jax.schema import Schema
 from tarq_jax.types import Batch, QuantizerOutput
 
 Head = Literal["scalar", "dot", "mlp"]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from tarq_jax.data.schema import Schema
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, FeatureEncoder, MultiHeadAttention
+from tarq_jax.schema import Schema
 from tarq_jax.types import Batch
 
 

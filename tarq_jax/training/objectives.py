@@ -10,10 +10,10 @@ import ml_collections
 from flax import linen as nn
 
 from tarq_jax import losses, quantization, shards
-from tarq_jax.data.schema import Schema
 from tarq_jax.models import Compute, FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
+from tarq_jax.schema import Schema
 from tarq_jax.types import Batch, QuantizerOutput
 
 Tree = TypeVar("Tree")
