@@ -165,7 +165,11 @@ class Tarq(nn.Module):
 
     def latents(self, teacher: TargetAttentionOutput) -> jax.Array:
         """What is quantized: normalised encodings of the item embeddings, [B, G, D]."""
-        return self.latent_norm(self.encoder(teacher.backbone.candidates))
+        return self.item_latents(teacher.backbone.candidates)
+
+    def item_latents(self, items: jax.Array) -> jax.Array:
+        """The latents of items by their embeddings x_item alone, [..., G, D]."""
+        return self.latent_norm(self.encoder(items))
 
     def candidate_latents(self, batch: Batch) -> jax.Array:
         """The latents [B, G, D] of a batch's candidates, for fitting a codebook to."""
