@@ -1,0 +1,47 @@
+"""Builds an artefact: encodes the items of a data set and exports the programs of a method."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tarq_jax import data
+from tarq_jax.serving.artefact import write_index, write_model
+from tarq_jax.serving.index import Index, make_index
+from tarq_jax.serving.methods import Method
+from tarq_jax.serving.programs import export_method
+from tarq_jax.serving.vectors import Storage, store
+
+ITEM_BATCH = 4096  # items encoded at a time
+
+
+def write(
+    method: Method, dataset: data.Dataset, folder: Path, *, histories: Sequence[int],
+    vectors: Storage = "float32", platforms: Sequence[str] = ("cpu",), capacity: int | None = None,
+) -> Index:
+    """Writes `index` and `model` into an existing folder; see `tarq_jax.serving.export` for the arguments.
+
+    Items have the ids of the data set, 1 to V - 1.
+    """
+    exported = export_method(method, histories=histories, vectors=vectors, platforms=platforms)
+    arrays = store(encode_items(method, dataset), vectors, method.num_codewords)
+    ids = np.arange(1, dataset.schema.num_items)
+    index = make_index(ids, arrays, exported.fingerprint, capacity=capacity)
+    facts = {"method": method.name, "schema": dataset.schema.to_json(), "histories": list(histories),
+             "vectors": vectors, "platforms": list(platforms), "num_codewords": method.num_codewords}
+    for name in ("index", "model"):
+        (folder / name).mkdir()
+    write_index(index, folder / "index")
+    write_model(exported.programs, exported.weights, exported.fingerprint, facts, folder / "model")
+    return index
+
+
+def encode_items(method: Method, dataset: data.Dataset) -> dict[str, np.ndarray]:
+    """What the index keeps of all real items, [V - 1, ...] each."""
+    compute = jax.jit(method.encode)
+    found = [{name: np.asarray(values)[mask]
+              for name, values in compute(method.encode_weights, features).items()}
+             for features, mask in data.item_batches(dataset, ITEM_BATCH)]
+    encoded = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return encoded | {name: values[1:] for name, values in method.known.items()}
