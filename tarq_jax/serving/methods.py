@@ -10,12 +10,13 @@ A request as the user side sees it, with shapes of `tarq_jax.types`: `user` and 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from flax import linen as nn
 
 from tarq_jax import quantization
@@ -204,9 +205,8 @@ def _first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) 
         weights["added"] = bias @ projection["kernel"] + projection["bias"]
         item_weights = _bias(teacher)
     else:
-        levels = [_level_head(params[f"level_scores_{level}"], kernel, codewords[level])
-                  for level in range(1, module.num_levels)]
-        item_weights = _bias(teacher) | {"levels": levels}
+        heads = [params[f"level_scores_{level}"] for level in range(1, module.num_levels)]
+        item_weights = _bias(teacher) | _level_heads(heads, kernel, codewords[1:])
 
     def user_side(module, weights, request):
         user, keys, values = _teacher(module.teacher, request)
@@ -330,9 +330,15 @@ def _on_attended(params: Any, head: dict[str, Any]) -> dict[str, Any]:
     return head | _bias(params) | {"output_kernel": kernel, "output_bias": bias}
 
 
-def _level_head(params: Any, output_kernel: np.ndarray, codewords: np.ndarray) -> dict[str, Any]:
-    """An MLP of `[change of o, codeword]`: the projection and the codeword's part are folded."""
-    first, *layers = _layers(params)
-    attended, codeword = np.split(first["kernel"], 2)
-    return {"attended": output_kernel @ attended, "codeword_first": codewords @ codeword + first["bias"],
-            "layers": layers}
+def _level_heads(heads: Sequence[Any], output_kernel: np.ndarray, codewords: np.ndarray) -> dict[str, Any]:
+    """MLPs of `[change of o, codeword]`, one a level: the projection and the codeword's part are folded.
+
+    `attended` is block-diagonal, [(L - 1) D, (L - 1) F]: one product for the first layers of all levels.
+    """
+    attended, levels = [], []
+    for params, level in zip(heads, codewords, strict=True):
+        first, *layers = _layers(params)
+        of_change, of_codeword = np.split(first["kernel"], 2)
+        attended.append(output_kernel @ of_change)
+        levels.append({"codeword_first": level @ of_codeword + first["bias"], "layers": layers})
+    return {"attended": scipy.linalg.block_diag(*attended), "levels": levels}
