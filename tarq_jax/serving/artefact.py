@@ -140,7 +140,7 @@ def write_model(
     for name, program in programs.items():
         (folder / f"{name}.jaxexport").write_bytes(program)
     for part, arrays in weights.items():
-        np.savez(folder / f"{part}.npz", **arrays)
+        np.savez(folder / f"{part}.npz", allow_pickle=False, **arrays)
     write_manifest(folder, "model", fingerprint, dict(facts) | {"programs": sorted(programs)})
 
 

@@ -7,7 +7,7 @@ are quantized, and look-ups corrected by their first derivative with `--order=1`
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -85,16 +85,17 @@ def load_method(run: Any) -> Any:
 def main() -> None:
     """Flags to artefact."""
     lengths = check_flags()
-    out = Path(OUT.value)
+    out = Path(str(OUT.value))
     from tarq_jax.serving.artefact import new_folder
 
     with new_folder(out) as folder:
         from tarq_jax.serving.build import write
+        from tarq_jax.serving.vectors import Storage
         from tarq_jax.training import loop, restore
 
-        run = restore.load_run(Path(RUN.value))
+        run = restore.load_run(Path(str(RUN.value)))
         lengths = lengths or default_histories(loop.batch_shapes(run.dataset)["history_length"])
-        write(load_method(run), run.dataset, folder, histories=lengths, vectors=VECTORS.value,
+        write(load_method(run), run.dataset, folder, histories=lengths, vectors=cast(Storage, VECTORS.value),
               platforms=PLATFORMS.value, capacity=CAPACITY.value)
     print(f"{out}: written")
 

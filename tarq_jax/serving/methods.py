@@ -146,7 +146,8 @@ def converted(module: TargetAttention, variables: Any, index: ItemIndex) -> Meth
     weights = {"variables": variables, "head": head, "level_1": level_1}
     known = {"codes": np.asarray(index.codes[:, :1])}
     if corrected:
-        corrections = sum(np.asarray(chosen) for chosen in index.chosen(np.arange(len(index.codes)))[1:])
+        further = index.chosen(np.arange(len(index.codes)))[1:]
+        corrections = np.sum([np.asarray(level) for level in further], axis=0)
         known["correction"] = corrections.reshape(len(corrections), -1)
         lengths = np.linalg.norm(corrections[1:], axis=-1)
         longest = np.quantile(lengths, 0.9, axis=0).astype(np.float32)[:, None]

@@ -93,7 +93,7 @@ def named(function: Callable[..., Any], weights: Any) -> tuple[Callable[..., Any
     def call(given: Mapping[str, jax.Array], *arguments: Any) -> Any:
         found = [given[name] if name in given else jnp.zeros(leaf.shape, leaf.dtype)
                  for name, leaf in flat.items()]
-        return function(tree.unflatten(found), *arguments)
+        return function(jax.tree.unflatten(tree, found), *arguments)
 
     return call, flat
 

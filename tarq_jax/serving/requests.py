@@ -132,38 +132,38 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def pad(schema: Schema, index: Index, requests: Sequence[Request], *, batch: int, lengths: Sequence[int]
-        ) -> Padded:
+def pad(
+    schema: Schema, index: Index, requests: Sequence[Request], *, batch: int, lengths: Sequence[int]
+) -> Padded:
     """Arrays of `batch` requests, histories padded to the shortest of `lengths` that holds them all.
 
     Events with items that the index does not know are skipped. Of a history that is longer than all
     `lengths` the newest events are kept.
     """
     slots = [index.slots_of(request.items) for request in requests]
-    known = [np.flatnonzero(found != FREE)[-lengths[-1]:] for found in slots]
-    longest = max(map(len, known), default=0)
+    kept = [np.flatnonzero(found != FREE)[-lengths[-1]:] for found in slots]
+    longest = max(map(len, kept), default=0)
     length = next(length for length in lengths if length >= longest)
+    events = [{name: values[places] for name, values in request.events.items()}
+              for request, places in zip(requests, kept, strict=True)]
+    history = np.zeros((batch, length), np.int32)
+    mask = np.zeros((batch, length), bool)
+    for row, (found, places) in enumerate(zip(slots, kept, strict=True)):
+        history[row, :len(places)] = found[places]
+        mask[row, :len(places)] = True
+    columns = {
+        "user": _stacked(schema.side("user"), [request.user for request in requests], batch),
+        "context": _stacked(schema.side("context"), [request.context for request in requests], batch),
+        "events": _stacked(schema.side("event"), events, batch, length), "mask": mask}
+    return Padded(columns, history, [int((found == FREE).sum()) for found in slots])
 
-    def filled(field: Field, rows: Sequence[np.ndarray], *leading: int) -> np.ndarray:
-        column = np.zeros((batch, *leading, *field.shape), field.dtype)
-        for place, row in zip(column, rows, strict=False):
-            place[:len(row)] = row
-        return column
 
-    def one_each(side: str) -> dict[str, np.ndarray]:
-        columns = {}
-        for field in schema.side("user" if side == "user" else "context"):
-            column = columns[field.name] = np.zeros((batch, *field.shape), field.dtype)
-            column[:len(requests)] = [getattr(request, side)[field.name] for request in requests]
-        return columns
-
-    events = {field.name: filled(field, [
-        request.events[field.name][kept] for request, kept in zip(requests, known, strict=True)], length)
-        for field in schema.side("event")}
-    item = next(field for field in schema.fields if field.name == ITEM_ID)
-    places = filled(item, [found[kept] for found, kept in zip(slots, known, strict=True)], length)
-    counts = np.zeros(batch, np.int64)
-    counts[:len(requests)] = [len(kept) for kept in known]
-    request = {"user": one_each("user"), "context": one_each("context"), "events": events,
-               "mask": np.arange(length) < counts[:, None]}
-    return Padded(request, places, [int((found == FREE).sum()) for found in slots])
+def _stacked(
+    fields: Sequence[Field], requests: Sequence[Mapping[str, np.ndarray]], batch: int, *length: int
+) -> dict[str, np.ndarray]:
+    """One row a request, zeros in further rows and, of columns with a `length`, behind the values."""
+    columns = {field.name: np.zeros((batch, *length, *field.shape), field.dtype) for field in fields}
+    for name, column in columns.items():
+        for row, request in enumerate(requests):
+            column[(row, slice(len(request[name]))) if length else row] = request[name]
+    return columns

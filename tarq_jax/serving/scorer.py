@@ -9,6 +9,7 @@ A scorer does not change once it is warm, and threads may share it. Changed item
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,8 +94,8 @@ class Scorer:
           batch_sizes: requests that are scored together; a batch is padded to one of them, and more
             requests than the largest are scored one batch after the other.
           candidate_sizes: numbers of candidates that given ones are padded to, rounded up to a multiple
-            of 256; where there are more than the largest, the whole index is scored and the others are
-            left out.
+            of 256; where a request of a batch has more than the largest, the whole index is scored for
+            all of them, and what was not given is left out.
           top_k: candidates that are selected on the device; a larger k is sorted on the host.
 
         Raises:
@@ -108,8 +109,7 @@ class Scorer:
 
     def with_index(self, index: Index) -> "Scorer":
         """A scorer of the same model for another index; ready at once where its capacity is the same."""
-        scorer = Scorer(self._model, index, self._batch_sizes, CANDIDATE_SIZES, self._top_k)
-        scorer._candidate_sizes = self._candidate_sizes
+        scorer = Scorer(self._model, index, self._batch_sizes, self._candidate_sizes, self._top_k)
         scorer.ready = self.ready and index.capacity == self.index.capacity
         return scorer
 
@@ -199,21 +199,25 @@ class Scorer:
         """The item side: as `score`, for `users` and the candidates of each, ids or None."""
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, expected at least 1")
-        chosen = [None if ids is None else self._choose(ids, f"candidates of request {row}")
+        if len(candidates) != len(users.skipped):
+            raise ValueError(f"candidates are {len(candidates)} lists, expected {len(users.skipped)}, one a "
+                             "request")
+        chosen = [self._all if ids is None else self._choose(ids, f"candidates of request {row}")
                   for row, ids in enumerate(candidates)]
-        most = max((len(found.slots) for found in chosen if found is not None), default=0)
+        most = max((len(found.slots) for found in chosen), default=0)
         size = next((size for size in self._candidate_sizes if size >= most), None)
-        whole = [found is None or size is None for found in chosen]
-        by_all = _best(self._allow(users, chosen), top_k) if any(whole) else None
-        by_each = None if all(whole) else _best(self._place(users, chosen, size), top_k)
-        rankings = []
-        for row, found in enumerate(chosen):
-            scores, positions = (best[row] for best in (by_all if whole[row] else by_each))
-            real = scores > -np.inf
-            ids = self.index.ids if whole[row] else found.ids
-            unknown = NO_IDS if found is None else found.unknown
-            rankings.append(Ranking(ids[positions[real]], scores[real], unknown, users.skipped[row]))
+        scores = self._whole(users, chosen) if size is None else self._chosen(users, chosen, size)
+        selected, rankings = _best(scores, top_k), []
+        for found, skipped, best, positions in zip(chosen, users.skipped, *selected, strict=False):
+            real = best > -np.inf
+            ids = self.index.ids if size is None else found.ids
+            rankings.append(Ranking(ids[positions[real]], best[real], found.unknown, skipped))
         return rankings
+
+    @cached_property
+    def _all(self) -> "_Chosen":
+        slots = np.flatnonzero(self.index.served)
+        return _Chosen(self.index.ids[slots], slots, NO_IDS)
 
     def _choose(self, candidates: Any, where: str) -> "_Chosen":
         ids = check_ids(candidates, where)
@@ -226,22 +230,18 @@ class Scorer:
         distinct = first[slots] == places
         return _Chosen(ids[distinct], slots[distinct], unknown)
 
-    def _allow(self, users: Users, chosen: Sequence["_Chosen | None"]) -> tuple[jax.Array, ...]:
-        """Scores of the whole index where it is served and, for some of the requests, chosen."""
+    def _whole(self, users: Users, chosen: Sequence["_Chosen"]) -> tuple[jax.Array, ...]:
+        """Scores the whole index, and leaves out what was not chosen."""
         allowed = np.zeros((users.batch, self.index.capacity), bool)
         for row, found in enumerate(chosen):
-            if found is None:
-                allowed[row] = self.index.served
-            else:
-                allowed[row, found.slots] = True
+            allowed[row, found.slots] = True
         return self._score_all(users, allowed)
 
-    def _place(self, users: Users, chosen: Sequence["_Chosen | None"], size: int) -> tuple[jax.Array, ...]:
-        """Scores of the chosen candidates alone."""
+    def _chosen(self, users: Users, chosen: Sequence["_Chosen"], size: int) -> tuple[jax.Array, ...]:
+        """Scores the chosen candidates alone."""
         slots = np.full((users.batch, size), FREE, np.int32)
         for row, found in enumerate(chosen):
-            if found is not None:
-                slots[row, :len(found.slots)] = found.slots
+            slots[row, :len(found.slots)] = found.slots
         return self._score_each(users, slots)
 
     def _score_all(self, users: Users, allowed: np.ndarray) -> tuple[jax.Array, ...]:

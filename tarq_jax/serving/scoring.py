@@ -12,6 +12,7 @@ share a codeword, in any order of the items and for any subset of them.
 Axis letters are those of `tarq_jax.types`; M items, F units of the head's first hidden layer.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
       [41.0, 42.0]
     """
     codes = codes.astype(jnp.int32)
-    return sum(rows(level, codes[:, index]) for index, level in enumerate(table))
+    return functools.reduce(jnp.add, (rows(level, codes[:, index]) for index, level in enumerate(table)))
 
 
 def change(jacobians: jax.Array, codes: jax.Array, corrections: jax.Array) -> jax.Array:
@@ -43,7 +44,7 @@ def change(jacobians: jax.Array, codes: jax.Array, corrections: jax.Array) -> ja
     `jacobians[k, f, h, e]` is the derivative of output e by query f: a column of it is a row of memory.
     """
     terms = (rows(jacobians[:, f], codes) * corrections[..., f, None] for f in range(jacobians.shape[1]))
-    return sum(terms)
+    return functools.reduce(jnp.add, terms)
 
 
 def first_order(user: Arrays, items: Arrays) -> jax.Array:
