@@ -37,6 +37,8 @@ def test_imports_point_one_way():
         "models": {"types", "schema", "quantization", "attention", "expansion", "corrections", "shards"},
         "training": {"types", "schema", "data", "quantization", "attention", "conversion", "losses",
                      "metrics", "models", "shards", "config", "cli", "reporting"},
+        "serving": {"types", "schema", "data", "quantization", "attention", "expansion", "corrections",
+                    "conversion", "models", "training", "cli"},
         "experiments": {"training", "data", "conversion", "metrics", "models", "config", "cli",
                         "reporting"},
         "config": set(),

@@ -6,7 +6,26 @@
     scorer.score({"history": {"item_id": [17, 4, 256]}}, top_k=500)
 """
 
-from tarq_jax.serving.index import Index, add, change, grow, make_index, remove
-from tarq_jax.serving.scorer import Ranking, Scorer, Users
+import importlib
+from typing import Any
 
-__all__ = ["Index", "Ranking", "Scorer", "Users", "add", "change", "grow", "make_index", "remove"]
+_HOME = {
+    "Index": "index",
+    "Ranking": "scorer",
+    "Scorer": "scorer",
+    "Users": "scorer",
+    "add": "index",
+    "change": "index",
+    "grow": "index",
+    "make_index": "index",
+    "remove": "index",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module, so that commands tell a wrong call before JAX is imported."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""Builds an artefact: encodes the items of a data set and exports the programs of a method."""
+"""Builds an artefact from a finished run: its method, its items encoded, and its programs exported."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,46 @@ import jax
 import numpy as np
 
 from tarq_jax import data
+from tarq_jax.models import TargetAttention, Tarq
+from tarq_jax.models.embedding import Tables
+from tarq_jax.models.parts import target_attention_parts
+from tarq_jax.serving import methods
 from tarq_jax.serving.artefact import write_index, write_model
 from tarq_jax.serving.index import Index, make_index
 from tarq_jax.serving.methods import Method
 from tarq_jax.serving.programs import export_method
 from tarq_jax.serving.vectors import Storage, store
+from tarq_jax.training import conversion, objectives
+from tarq_jax.training.restore import Run
 
 ITEM_BATCH = 4096  # items encoded at a time
+
+
+def method_of(run: Run, *, codewords: int | None = None, order: int = 1, seed: int = 0) -> Method:
+    """The method that serves a finished run.
+
+    Args:
+      run: of any model.
+      codewords: K, to convert a run of target attention to TARQ (see `tarq_jax.conversion`); None serves
+        the run as it is.
+      order: of the conversion; 1 corrects look-ups by their first derivative.
+      seed: of its k-means.
+
+    Raises:
+      ValueError: a run of another model is to be converted.
+    """
+    model, schema = run.config.model, run.dataset.schema
+    module = objectives.make_module(model, schema, Tables(multiple=model.table_multiple))
+    if codewords is not None:
+        if not isinstance(module, TargetAttention):
+            raise ValueError(f"the run is one of {model.name!r}, expected 'target_attention' with codewords")
+        trained = conversion.trained_model(target_attention_parts(module), run.state.params, run.dataset)
+        index = conversion.fit_index(trained, num_codewords=codewords, order=order, seed=seed)
+        return methods.converted(module, run.state.params, index)
+    if isinstance(module, Tarq) and run.state.codebook is not None:
+        served = objectives.as_served(module, model)
+        return methods.from_module(served, run.state.params, run.state.codebook.codewords)
+    return methods.from_module(module, run.state.params)
 
 
 def write(

@@ -7,7 +7,7 @@ are quantized, and look-ups corrected by their first derivative with `--order=1`
 """
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from absl import flags
 
@@ -57,31 +57,6 @@ def default_histories(longest: int) -> list[int]:
     return sorted({length for length in wanted if length < longest} | {longest})
 
 
-def load_method(run: Any) -> Any:
-    """The method that serves a run, converted if `--codewords` asks for that."""
-    from tarq_jax.models import TargetAttention, Tarq
-    from tarq_jax.models.embedding import Tables
-    from tarq_jax.models.parts import target_attention_parts
-    from tarq_jax.serving import methods
-    from tarq_jax.training import conversion, objectives
-
-    model = run.config.model
-    tables = Tables(multiple=model.table_multiple)
-    module = objectives.make_module(model, run.dataset.schema, tables)
-    if CODEWORDS.value is None:
-        if isinstance(module, Tarq):
-            codewords = run.state.codebook.codewords
-            return methods.from_module(objectives.as_served(module, model), run.state.params, codewords)
-        return methods.from_module(module, run.state.params)
-    if not isinstance(module, TargetAttention):
-        raise ValueError(
-            f"{RUN.value}: a run of {model.name!r}, expected 'target_attention' with --codewords")
-    trained = conversion.trained_model(target_attention_parts(module), run.state.params, run.dataset)
-    index = conversion.fit_index(
-        trained, num_codewords=CODEWORDS.value, order=int(ORDER.value), seed=SEED.value)
-    return methods.converted(module, run.state.params, index)
-
-
 def main() -> None:
     """Flags to artefact."""
     lengths = check_flags()
@@ -89,14 +64,15 @@ def main() -> None:
     from tarq_jax.serving.artefact import new_folder
 
     with new_folder(out) as folder:
-        from tarq_jax.serving.build import write
+        from tarq_jax.serving import build
         from tarq_jax.serving.vectors import Storage
         from tarq_jax.training import loop, restore
 
         run = restore.load_run(Path(str(RUN.value)))
+        method = build.method_of(run, codewords=CODEWORDS.value, order=int(ORDER.value), seed=SEED.value)
         lengths = lengths or default_histories(loop.batch_shapes(run.dataset)["history_length"])
-        write(load_method(run), run.dataset, folder, histories=lengths, vectors=cast(Storage, VECTORS.value),
-              platforms=PLATFORMS.value, capacity=CAPACITY.value)
+        build.write(method, run.dataset, folder, histories=lengths, vectors=cast(Storage, VECTORS.value),
+                    platforms=PLATFORMS.value, capacity=CAPACITY.value)
     print(f"{out}: written")
 
 
