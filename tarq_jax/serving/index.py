@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 FREE = -1  # the id of a slot without an item
-SLOTS = 256  # items are scored in multiples of it
+SLOTS = 512  # items are scored in multiples of it
 SPARE = 0.1  # slots beside those taken, by default
 
 

@@ -94,7 +94,7 @@ class Scorer:
           batch_sizes: requests that are scored together; a batch is padded to one of them, and more
             requests than the largest are scored one batch after the other.
           candidate_sizes: numbers of candidates that given ones are padded to, rounded up to a multiple
-            of 256; where a request of a batch has more than the largest, the whole index is scored for
+            of 512; where a request of a batch has more than the largest, the whole index is scored for
             all of them, and what was not given is left out.
           top_k: candidates that are selected on the device; a larger k is sorted on the host.
 

@@ -27,6 +27,25 @@ Arrays = Mapping[str, Any]
 Score = Callable[[Any, Arrays, Arrays], jax.Array]
 
 
+def in_blocks(score: Score) -> Score:
+    """Scores a few items at a time: what is computed on the way stays in the cache."""
+    @functools.wraps(score)
+    def by_block(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+        blocks = {name: values.reshape(-1, SLOTS, *values.shape[1:]) for name, values in items.items()}
+        return jax.lax.map(lambda block: score(weights, user, block), blocks).reshape(-1)
+
+    return by_block
+
+
+def in_blocks_on_cpu(score: Score) -> Score:
+    """As `in_blocks` on a CPU, where it halves the time of many items or users; all at once elsewhere."""
+    @functools.wraps(score)
+    def by_platform(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+        return jax.lax.platform_dependent(weights, user, items, cpu=in_blocks(score), default=score)
+
+    return by_platform
+
+
 def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
     """Sums the entries that each level's code names: [L, K, ...] and int [M, L] to [M, ...].
 
@@ -72,12 +91,14 @@ def dot(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     return _inner(vectors, read(items, "vector")) + weights["bias"]
 
 
+@in_blocks_on_cpu
 def mlp(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """The interaction head on `o`; its product with the head's first layer is looked up as well."""
     output, first = (look_up(user[name], items["codes"]) for name in ("table", "table_first"))
     return _interaction(weights, user, items, output, first)
 
 
+@in_blocks_on_cpu
 def scalar_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """As `scalar` at level 1; each further level scores its own change of the output by an MLP.
 
@@ -103,23 +124,19 @@ def dot_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     return two_tower(weights, user, items) + _inner(first_order(user, items), read(items, "key"))
 
 
+@in_blocks_on_cpu
 def mlp_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """The interaction head on the output of order 1."""
     return _on_attended(weights, user, items, first_order(user, items))
 
 
+@in_blocks
 def target_attention(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """Every item attends over the whole history, a few at a time: their weights stay in the cache."""
+    """Every item attends over the whole history."""
     heads, _, width = user["keys"].shape
-    queries = read(items, "query").reshape(-1, heads, width)
-
-    def attend(block):
-        sums = attention_sums(
-            jnp.swapaxes(block, 0, 1), user["keys"], user["values"], user["mask"][None, None])
-        return jnp.swapaxes(sums, 0, 1)
-
-    attended = jax.lax.map(attend, queries.reshape(-1, SLOTS, heads, width))
-    return _on_attended(weights, user, items, attended.reshape(-1, heads * width))
+    queries = jnp.swapaxes(read(items, "query").reshape(-1, heads, width), 0, 1)
+    attended = attention_sums(queries, user["keys"], user["values"], user["mask"][None, None])
+    return _on_attended(weights, user, items, jnp.swapaxes(attended, 0, 1).reshape(-1, heads * width))
 
 
 def _inner(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -11,14 +11,14 @@ from tarq_jax.serving import Scorer, build
 
 @pytest.fixture(scope="session")
 def artefact(tmp_path_factory) -> Callable[..., Path]:
-    """The folder of a method's artefact: 22 items in 300 slots, histories of 2 and 6."""
+    """The folder of a method's artefact: 22 items in 1024 slots, histories of 2 and 6."""
     written: dict[tuple[str, str], Path] = {}
 
     def write(name: str = "tarq_scalar", vectors: str = "float32") -> Path:
         if (name, vectors) not in written:
             folder = written[name, vectors] = tmp_path_factory.mktemp("artefact")
             build.write(served.method_of(name), served.world().dataset, folder, histories=(2, 6),
-                        vectors=vectors, capacity=300)
+                        vectors=vectors, capacity=600)
         return written[name, vectors]
 
     return write
@@ -32,7 +32,7 @@ def scorer(artefact) -> Callable[..., Scorer]:
     def load(name: str = "tarq_scalar", vectors: str = "float32") -> Scorer:
         if (name, vectors) not in loaded:
             loaded[name, vectors] = Scorer.load(
-                artefact(name, vectors), batch_sizes=(1, 3), candidate_sizes=(256,), top_k=5)
+                artefact(name, vectors), batch_sizes=(1, 3), candidate_sizes=(512,), top_k=5)
         return loaded[name, vectors]
 
     return load

@@ -35,7 +35,7 @@ def runs(command, tmp_path_factory):
 @pytest.mark.parametrize(("name", "flags", "method", "platforms"), [
     ("tarq", ["--vectors=int8", "--histories=4,8"], "mlp_first_order", ["cpu", "cuda", "tpu"]),
     ("target_attention", ["--platforms=cpu"], "target_attention", ["cpu"]),
-    ("target_attention", ["--codewords=8", "--capacity=500", "--platforms=cpu"], "mlp_first_order", ["cpu"]),
+    ("target_attention", ["--codewords=8", "--capacity=600", "--platforms=cpu"], "mlp_first_order", ["cpu"]),
     ("target_attention", ["--codewords=8", "--order=0", "--platforms=cpu"], "mlp", ["cpu"]),
 ])
 def test_export_and_serve_without_training_code(command, runs, tmp_path, name, flags, method, platforms):
@@ -51,7 +51,7 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
     assert found["facts"]["histories"] == ([4, 8] if name == "tarq" else [8])
     index = json.loads((out / "index" / "manifest.json").read_text())
     assert index["facts"]["items"] == 120
-    assert index["facts"]["arrays"]["ids"]["shape"] == [512 if "--capacity=500" in flags else 256]
+    assert index["facts"]["arrays"]["ids"]["shape"] == [1024 if "--capacity=600" in flags else 512]
 
 
 def test_scores_of_a_run(runs, tmp_path):

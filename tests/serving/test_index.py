@@ -97,18 +97,18 @@ def test_the_order_is_that_of_level_1():
     index = make_index(ids, rows(ids, 0), "f", capacity=300)
     codes = index.arrays["codes"][index.served, 0]
     assert (np.diff(codes.astype(int)) >= 0).all() and len(set(codes.tolist())) == 9
-    assert index.capacity == 512 and index.num_served == 200
+    assert index.capacity == SLOTS and index.num_served == 200
     without = make_index(ids, {"vector": rows(ids, 0)["vector"]}, "f")
     np.testing.assert_array_equal(without.ids[:200], ids)
 
 
 def test_a_tenth_is_spare_by_default():
-    assert make_index(range(1000), rows(range(1000), 0), "f").capacity == round_up(1100) == 1280
+    assert make_index(range(1000), rows(range(1000), 0), "f").capacity == round_up(1100) == 1536
 
 
 def test_slots_of_forgotten_items_are_used_again():
     full = make_index(range(SLOTS), rows(range(SLOTS), 0), "f", capacity=SLOTS)
-    with pytest.raises(ValueError, match=r"1 new items, expected at most 0, .* capacity of 256; use `grow`"):
+    with pytest.raises(ValueError, match=r"1 new items, expected at most 0, .* capacity of 512; use `grow`"):
         add(full, [1000], rows([1], 1))
     kept = remove(full, [7])
     with pytest.raises(ValueError, match="expected at most 0"):
@@ -137,8 +137,8 @@ def test_arrays_that_do_not_fit():
         wrong(good | {"vector": np.zeros((1, 4), np.float32)})
     with pytest.raises(ValueError, match=r"'codes' is int64 .*, expected uint8"):
         wrong(good | {"codes": good["codes"].astype(np.int64)})
-    with pytest.raises(ValueError, match="capacity is 100, expected at least that of the index, 512"):
-        grow(grow(index, 300), 100)
+    with pytest.raises(ValueError, match="capacity is 100, expected at least that of the index, 1024"):
+        grow(grow(index, 600), 100)
 
 
 def test_an_index_is_frozen():

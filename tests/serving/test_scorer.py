@@ -175,7 +175,7 @@ def test_encoded_items_are_those_of_the_index(scorer):
 
 
 def test_items_come_change_and_go_without_compiling(artefact, compilations):
-    scorer = Scorer.load(artefact(), batch_sizes=(1,), candidate_sizes=(256,), top_k=5).warm_up()
+    scorer = Scorer.load(artefact(), batch_sizes=(1,), candidate_sizes=(512,), top_k=5).warm_up()
     fields = served.world().dataset.items
     first, second = sorted(set(ITEMS) - set(REQUESTS[0]["history"]["item_id"]))[:2]
     row = scorer.encode({name: values[first:first + 1] for name, values in fields.items()})
@@ -193,13 +193,13 @@ def test_items_come_change_and_go_without_compiling(artefact, compilations):
     forgotten = removed.with_index(remove(removed.index, [first], forget=True))
     assert forgotten.score(with_history([first], [1])).skipped == 1
     assert forgotten.ready and compilations == []
-    larger = forgotten.with_index(grow(forgotten.index, 600))
+    larger = forgotten.with_index(grow(forgotten.index, 1100))
     assert not larger.ready
     np.testing.assert_array_equal(larger.score(REQUESTS[0]).ids, forgotten.score(REQUESTS[0]).ids)
 
 
 def test_ready_once_warm(artefact, compilations):
-    scorer = Scorer.load(artefact("target_attention"), batch_sizes=(1, 3), candidate_sizes=(256,), top_k=5)
+    scorer = Scorer.load(artefact("target_attention"), batch_sizes=(1, 3), candidate_sizes=(512,), top_k=5)
     assert not scorer.ready
     assert scorer.warm_up() is scorer and scorer.ready
     compilations.clear()
