@@ -188,7 +188,7 @@ def test_items_come_change_and_go_without_compiling(artefact, compilations):
     assert before.keys() - after.keys() == {first} and after.keys() - before.keys() == {500}
     assert after[500] == after[second] == pytest.approx(before[first], abs=1e-6)
     assert all(after[item] == before[item] for item in after.keys() - {second, 500})
-    assert removed.score(REQUESTS[0], [first, 500, 1]).unknown.tolist() == [first]
+    assert removed.score(REQUESTS[0], [int(first), 500]).unknown.tolist() == [first]
     assert removed.score(with_history([first], [1])).skipped == 0  # histories still know it
     forgotten = removed.with_index(remove(removed.index, [first], forget=True))
     assert forgotten.score(with_history([first], [1])).skipped == 1
