@@ -19,6 +19,7 @@ _HOME = {
     "grow": "index",
     "make_index": "index",
     "remove": "index",
+    "save_index": "artefact",
 }
 
 __all__ = sorted(_HOME)

@@ -114,6 +114,16 @@ def write_index(index: Index, folder: Path) -> None:
     write_manifest(folder, "index", index.fingerprint, {"arrays": described, "items": index.num_served})
 
 
+def save_index(index: Index, out: str | Path) -> None:
+    """Writes an index that was changed to a new folder, atomically: `Scorer.load(artefact, index=out)`.
+
+    Raises:
+      ValueError: `out` exists.
+    """
+    with new_folder(Path(out)) as folder:
+        write_index(index, folder)
+
+
 def read_index(folder: Path) -> Index:
     """The inverse of `write_index`; a ValueError as `read_manifest`."""
     fingerprint, facts = read_manifest(folder, "index")

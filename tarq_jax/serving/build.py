@@ -13,7 +13,7 @@ from tarq_jax.models.parts import target_attention_parts
 from tarq_jax.serving import methods
 from tarq_jax.serving.artefact import write_index, write_model
 from tarq_jax.serving.index import Index, make_index
-from tarq_jax.serving.methods import Method
+from tarq_jax.serving.method import Method
 from tarq_jax.serving.programs import export_method
 from tarq_jax.serving.vectors import Storage, store
 from tarq_jax.training import conversion, objectives

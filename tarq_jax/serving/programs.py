@@ -19,7 +19,7 @@ from jax import export
 from tarq_jax.schema import Field, Schema
 from tarq_jax.serving.artefact import program_name
 from tarq_jax.serving.index import SLOTS
-from tarq_jax.serving.methods import Method
+from tarq_jax.serving.method import Method
 from tarq_jax.serving.scoring import SCORES, for_all, for_each
 from tarq_jax.serving.vectors import Storage, store
 
@@ -120,7 +120,7 @@ def item_specs(schema: Schema, items: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def request_specs(method: Method, length: int, batch: Any) -> dict[str, Any]:
-    """What the user side takes, see `tarq_jax.serving.methods`."""
+    """What the user side takes, see `tarq_jax.serving.method`."""
     items = jax.eval_shape(method.encode, method.encode_weights, item_specs(method.schema, 1))
     width = items["embedding"].shape[-1]
     sides = {side: _columns(method.schema.side(side), batch) for side in ("user", "context")}

@@ -31,7 +31,7 @@ class Request(NamedTuple):
 class Padded(NamedTuple):
     """Requests of a batch in arrays of fixed shape."""
 
-    request: dict[str, Any]  # `user`, `context`, `events` and `mask` of `tarq_jax.serving.methods`
+    request: dict[str, Any]  # `user`, `context`, `events` and `mask` of `tarq_jax.serving.method`
     slots: np.ndarray  # [B, N] int32 of the history's items, 0 on padding
     skipped: list[int]  # events of each request whose items the index does not know
 

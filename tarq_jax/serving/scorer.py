@@ -14,20 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import export
 
-from tarq_jax.schema import Schema
-from tarq_jax.serving.artefact import check_fit, read_index, read_manifest, read_program, read_weights
+from tarq_jax.serving.artefact import check_fit, read_index
 from tarq_jax.serving.index import FREE, Index, round_up
+from tarq_jax.serving.model import Model, Scored, read_model
 from tarq_jax.serving.requests import check_columns, check_ids, check_request, pad
-from tarq_jax.serving.vectors import parts, read, rows, store
+from tarq_jax.serving.vectors import parts, store
 
 BATCH_SIZES = (1, 8)
 CANDIDATE_SIZES = (1024, 8192)
 TOP_K = 1000
-ENCODE_BATCH = 1024  # items encoded at a time
 NO_IDS = np.zeros(0, np.int64)
 
 
@@ -46,19 +43,7 @@ class Users(NamedTuple):
     state: Mapping[str, jax.Array]  # [B, ...] each
     skipped: Sequence[int]  # one a request; as many as there are real requests
     batch: int  # B, with padding
-
-
-class _Model(NamedTuple):
-    """What scorers of one model share."""
-
-    folder: Path
-    fingerprint: str
-    facts: Mapping[str, Any]
-    schema: Schema
-    weights: Mapping[str, Mapping[str, jax.Array]]
-    user_side: Any  # compiled on first use for each shape, as are the others
-    score_all: Any
-    score_each: Any
+    items: Index  # that their histories were read from
 
 
 class Scorer:
@@ -71,7 +56,7 @@ class Scorer:
       ready: whether all programs were compiled, by `warm_up`.
     """
 
-    def __init__(self, model: _Model, index: Index, batch_sizes: Sequence[int],
+    def __init__(self, model: Model, index: Index, batch_sizes: Sequence[int],
                  candidate_sizes: Sequence[int], top_k: int):
         """Puts the index on the device; a ValueError if another model made it."""
         check_fit(index.fingerprint, model.fingerprint)
@@ -105,7 +90,7 @@ class Scorer:
             if not values or min(values) < 1:
                 raise ValueError(f"{name} are {tuple(values)}, expected positive numbers")
         folder = Path(path) / "index" if index is None else Path(index)
-        return cls(_read_model(Path(path) / "model"), read_index(folder), batch_sizes, candidate_sizes, top_k)
+        return cls(read_model(Path(path) / "model"), read_index(folder), batch_sizes, candidate_sizes, top_k)
 
     def with_index(self, index: Index) -> "Scorer":
         """A scorer of the same model for another index; ready at once where its capacity is the same."""
@@ -118,22 +103,7 @@ class Scorer:
 
         A new item has `item_id` 0 in these fields, unless it was in the vocabulary that was trained.
         """
-        columns = check_columns(self.schema.side("item"), items, "items")
-        lengths = {name: len(values) for name, values in columns.items()}
-        total = max(lengths.values())
-        if min(lengths.values()) < total:
-            raise ValueError(f"items have columns of {lengths} values, expected the same of each")
-        folder, fingerprint = self._model.folder, self._model.fingerprint
-        program, weights = read_program(folder, "encode", fingerprint), read_weights(folder, "encode")
-        call, blocks = jax.jit(program.call), []
-        for start in range(0, max(total, 1), ENCODE_BATCH):
-            block = {name: values[start:start + ENCODE_BATCH] for name, values in columns.items()}
-            size = min(ENCODE_BATCH, total - start)
-            padded = {name: np.concatenate(
-                [values, np.zeros((ENCODE_BATCH - size, *values.shape[1:]), values.dtype)])
-                for name, values in block.items()}
-            blocks.append({name: np.asarray(found)[:size] for name, found in call(weights, padded).items()})
-        encoded = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        encoded = self._model.encode(check_columns(self.schema.side("item"), items, "items"))
         return store(encoded, self.facts["vectors"], self.facts["num_codewords"])
 
     def warm_up(self) -> "Scorer":
@@ -191,12 +161,14 @@ class Scorer:
 
     def _users(self, requests: Sequence[Any], batch: int, lengths: Sequence[int]) -> Users:
         padded = pad(self.schema, self.index, requests, batch=batch, lengths=lengths)
-        embedding = parts(self._arrays, "embedding")
-        state = self._model.user_side(self._model.weights["user"], embedding, padded.slots, padded.request)
-        return Users(state, padded.skipped, batch)
+        state = self._model.user_side(parts(self._arrays, "embedding"), padded.slots, padded.request)
+        return Users(state, padded.skipped, batch, self.index)
 
     def rank(self, users: Users, candidates: Sequence[Any], *, top_k: int | None = None) -> list[Ranking]:
-        """The item side: as `score`, for `users` and the candidates of each, ids or None."""
+        """The item side: as `score`, for `users` of this scorer and the candidates of each, ids or None."""
+        if users.items is not self.index:
+            raise ValueError("users are those of a scorer with another index, expected this one's: an answer "
+                             "comes from one version alone")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, expected at least 1")
         if len(candidates) != len(users.skipped):
@@ -230,27 +202,27 @@ class Scorer:
         distinct = first[slots] == places
         return _Chosen(ids[distinct], slots[distinct], unknown)
 
-    def _whole(self, users: Users, chosen: Sequence["_Chosen"]) -> tuple[jax.Array, ...]:
+    def _whole(self, users: Users, chosen: Sequence["_Chosen"]) -> Scored:
         """Scores the whole index, and leaves out what was not chosen."""
         allowed = np.zeros((users.batch, self.index.capacity), bool)
         for row, found in enumerate(chosen):
             allowed[row, found.slots] = True
         return self._score_all(users, allowed)
 
-    def _chosen(self, users: Users, chosen: Sequence["_Chosen"], size: int) -> tuple[jax.Array, ...]:
+    def _chosen(self, users: Users, chosen: Sequence["_Chosen"], size: int) -> Scored:
         """Scores the chosen candidates alone."""
         slots = np.full((users.batch, size), FREE, np.int32)
         for row, found in enumerate(chosen):
             slots[row, :len(found.slots)] = found.slots
         return self._score_each(users, slots)
 
-    def _score_all(self, users: Users, allowed: np.ndarray) -> tuple[jax.Array, ...]:
-        model, k = self._model, min(self._top_k, allowed.shape[1])
-        return model.score_all(model.weights["items"], users.state, self._arrays, allowed, top_k=k)
+    def _score_all(self, users: Users, allowed: np.ndarray) -> Scored:
+        return self._model.score_all(
+            users.state, self._arrays, allowed, top_k=min(self._top_k, allowed.shape[1]))
 
-    def _score_each(self, users: Users, slots: np.ndarray) -> tuple[jax.Array, ...]:
-        model, k = self._model, min(self._top_k, slots.shape[1])
-        return model.score_each(model.weights["items"], users.state, self._arrays, slots, top_k=k)
+    def _score_each(self, users: Users, slots: np.ndarray) -> Scored:
+        return self._model.score_each(
+            users.state, self._arrays, slots, top_k=min(self._top_k, slots.shape[1]))
 
 
 class _Chosen(NamedTuple):
@@ -261,49 +233,12 @@ class _Chosen(NamedTuple):
     unknown: np.ndarray  # [U] int64, those that are not served
 
 
-def _best(found: tuple[jax.Array, ...], top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _best(found: Scored, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The best scores of each request and where they are, [B, k]: by the device, or where that has not k."""
-    scores, best, positions = found
-    if top_k is not None and top_k <= best.shape[1]:
-        best, positions = jax.device_get((best, positions))
+    if top_k is not None and top_k <= found.best.shape[1]:
+        best, positions = jax.device_get((found.best, found.positions))
     else:
-        scores = np.asarray(scores)
+        scores = np.asarray(found.scores)
         positions = np.argsort(-scores, axis=-1, kind="stable")
         best = np.take_along_axis(scores, positions, axis=-1)
     return best[:, :top_k], positions[:, :top_k]
-
-
-def _select(scores: jax.Array, allowed: jax.Array, top_k: int) -> tuple[jax.Array, ...]:
-    scores = jnp.where(allowed, scores, -jnp.inf)
-    return scores, *jax.lax.top_k(scores, top_k)
-
-
-def _read_model(folder: Path) -> _Model:
-    """The model with its programs, ready to be compiled."""
-    fingerprint, facts = read_manifest(folder, "model")
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    if platform not in facts["platforms"]:
-        raise ValueError(f"{folder} was exported for {facts['platforms']}, expected {platform!r} among them, "
-                         "which JAX runs on here")
-    names = [name for name in facts["programs"] if name != "encode"]
-    programs = {name: read_program(folder, name, fingerprint) for name in names}
-
-    def user_side(weights, embedding, slots, request):
-        history = {name: rows(values, slots) for name, values in embedding.items()}
-        request = request | {"embedding": read(history, "embedding")}
-        return programs[f"user_{slots.shape[1]}"].call(weights, request)
-
-    def program(kind: str, state: Mapping[str, jax.Array]) -> export.Exported:
-        return programs[f"{kind}_{state['mask'].shape[1]}" if "mask" in state else kind]
-
-    def score_all(weights, state, arrays, allowed, top_k):
-        return _select(program("score_all", state).call(weights, state, arrays), allowed, top_k)
-
-    def score_each(weights, state, arrays, slots, top_k):
-        items = {name: rows(values, slots) for name, values in arrays.items()}
-        return _select(program("score_each", state).call(weights, state, items), slots != FREE, top_k)
-
-    weights = {part: jax.device_put(read_weights(folder, part)) for part in ("user", "items")}
-    score_all, score_each = (jax.jit(score, static_argnames="top_k") for score in (score_all, score_each))
-    return _Model(folder, fingerprint, facts, Schema.from_json(facts["schema"]), weights,
-                  jax.jit(user_side), score_all, score_each)

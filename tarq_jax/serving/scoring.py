@@ -2,7 +2,7 @@
 
 Each method of `SCORES` takes `(weights, user, items)` and returns logits [M]. What depends on the request
 alone was computed into `user` by the user side, what depends on the item alone was folded into `items` when
-the index was made (`tarq_jax.serving.methods`); `weights` are those of the head. Nothing here has a batch
+the index was made (`tarq_jax.serving.method`); `weights` are those of the head. Nothing here has a batch
 axis: `for_all` and `for_each` add it.
 
 Look-ups are gathers that promise to be in bounds and are summed where they are read: XLA then fuses them,

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tarq_jax.serving import Scorer, make_index
+from tarq_jax.serving import Scorer, make_index, remove, save_index
 from tarq_jax.serving import artefact as files
 
 
@@ -37,6 +37,15 @@ def test_an_index_comes_back(tmp_path, dtype):
     for name, array in index.arrays.items():
         assert found.arrays[name].dtype == array.dtype
         np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_a_changed_index_is_saved_beside_its_artefact(artefact, tmp_path):
+    changed = remove(files.read_index(artefact() / "index"), [3])
+    save_index(changed, tmp_path / "index")
+    scorer = Scorer.load(artefact(), index=tmp_path / "index")
+    assert scorer.index.num_served == 21 and not (scorer.index.ids[scorer.index.served] == 3).any()
+    with pytest.raises(ValueError, match="exists, expected a path that does not"):
+        save_index(changed, tmp_path / "index")
 
 
 FILES = ("index/ids.npy", "index/codes.npy", "index/manifest.json", "model/user_2.jaxexport",

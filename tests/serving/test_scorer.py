@@ -77,6 +77,13 @@ def test_the_user_side_alone(scorer):
         np.testing.assert_array_equal(ranking.scores, whole.scores)
 
 
+def test_users_and_candidates_are_of_one_version(scorer):
+    users = scorer().users(REQUESTS[:1])
+    other = scorer().with_index(remove(scorer().index, [4]))
+    with pytest.raises(ValueError, match="users are those of a scorer with another index"):
+        other.rank(users, [None])
+
+
 # Rankings
 
 
