@@ -11,7 +11,7 @@ A scorer does not change once it is warm, and threads may share it. Changed item
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from tarq_jax.serving.requests import check_columns, check_ids, check_request, p
 from tarq_jax.serving.vectors import parts, store
 
 BATCH_SIZES = (1, 8)
-CANDIDATE_SIZES = (1024, 8192)
+CANDIDATE_SIZES = (1024, 4096, 16384)
 TOP_K = 1000
 NO_IDS = np.zeros(0, np.int64)
 
@@ -117,6 +117,14 @@ class Scorer:
                     self._score_each(users, np.full((batch, size), FREE, np.int32))
         self.ready = True
         return self
+
+    @overload
+    def score(self, requests: Mapping[str, Any], candidates: Any = None, *, top_k: int | None = None
+              ) -> Ranking: ...
+
+    @overload
+    def score(self, requests: Sequence[Mapping[str, Any]], candidates: Any = None, *,
+              top_k: int | None = None) -> list[Ranking]: ...
 
     def score(self, requests: Any, candidates: Any = None, *, top_k: int | None = None) -> Any:
         """The best candidates of each request.
