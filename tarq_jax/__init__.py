@@ -10,10 +10,11 @@ from typing import Any
 _HOME = {
     "Batch": "types",
     "Codebook": "types",
-    "Field": "data.schema",
+    "Field": "schema",
     "FirstOrderTarq": "models",
     "QuantizerOutput": "types",
-    "Schema": "data.schema",
+    "Schema": "schema",
+    "Scorer": "serving",
     "Tarq": "models",
     "TargetAttention": "models",
     "TwoTower": "models",

@@ -7,7 +7,7 @@ Axis legend, used in every shape comment:
     H head             E = D / H, width of a head    M any flat set of items
 
 All containers are frozen pytrees: `replace` returns a new one. Masks are boolean, True where an
-entry is real. Features are dictionaries from field name to array, see `tarq_jax.data.schema`.
+entry is real. Features are dictionaries from field name to array, see `tarq_jax.schema`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -12,8 +12,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh
 
-from tarq_jax.data.schema import Field, Schema
 from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.schema import Field, Schema
 from tarq_jax.types import Batch, Codebook
 
 DEVICES = 8  # virtual CPU devices that `conftest` asks for

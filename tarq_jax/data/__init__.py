@@ -18,10 +18,10 @@ from tarq_jax.data.order import Shard
 from tarq_jax.data.pipeline import Shapes, count_candidates, eval_batches, item_batches, train_batches
 from tarq_jax.data.prefetching import prefetch
 from tarq_jax.data.records import Dataset, Requests, Split, check_dataset
-from tarq_jax.data.schema import ITEM_ID, Field, Schema, check_column, check_columns
 from tarq_jax.data.sequences import SequencesOptions
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.synthetic import SyntheticOptions
+from tarq_jax.schema import ITEM_ID, Field, Schema, check_column, check_columns
 
 BUILDERS: Mapping[str, AnySource] = {source.name: source for source in (
     synthetic.SOURCE, movielens.SOURCE, sequences.SOURCE, taobao_userbehavior.SOURCE, taobao_ads.SOURCE,

@@ -26,8 +26,8 @@ from tarq_jax.data import (
 from tarq_jax.data.options import AnySource, PipelineSource, Source, fingerprint
 from tarq_jax.data.records import Dataset
 from tarq_jax.data.rows import RowReport, check_report, merge_reports
-from tarq_jax.data.schema import Schema, Side
 from tarq_jax.data.stored import StoredRequests
+from tarq_jax.schema import Schema, Side
 
 # Extra splits, and the side of the schema that each holds.
 TABLES: dict[str, Side] = {"items": "item", "users": "user"}

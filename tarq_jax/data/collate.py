@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tarq_jax.data.records import Dataset, Requests
-from tarq_jax.data.schema import Field
+from tarq_jax.schema import Field
 from tarq_jax.types import Batch
 
 

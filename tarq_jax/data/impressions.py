@@ -26,7 +26,7 @@ from tarq_jax.data.options import (
     require,
     require_at_least,
 )
-from tarq_jax.data.schema import ITEM_ID, Field, Schema
+from tarq_jax.schema import ITEM_ID, Field, Schema
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tarq_jax.data.records import Dataset
-from tarq_jax.data.schema import Schema
+from tarq_jax.schema import Schema
 
 FORMAT = 2  # of prepared directories; raise it whenever the same data are stored in another way
 

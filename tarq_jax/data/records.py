@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tarq_jax.data.schema import ITEM_ID, Field, Schema, Side, check_column, check_columns
+from tarq_jax.schema import ITEM_ID, Field, Schema, Side, check_column, check_columns
 
 BLOCK = 512  # requests a record
 TABLE_BLOCK = 8192  # table rows a record

@@ -21,7 +21,7 @@ from tarq_jax.data.options import (
 )
 from tarq_jax.data.records import Dataset, Requests, make_requests, offsets_of, ragged_index
 from tarq_jax.data.rows import BadRow, RowReport, parse_number, read_rows
-from tarq_jax.data.schema import ITEM_ID, Field, Schema
+from tarq_jax.schema import ITEM_ID, Field, Schema
 
 PARTS = ("train", "validation", "test")
 MIN_ITEMS = 3  # of a user who gives requests

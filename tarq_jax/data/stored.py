@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tarq_jax.data.records import Requests, check_requests, requests_from_blocks
-from tarq_jax.data.schema import Schema
+from tarq_jax.schema import Schema
 
 
 @dataclasses.dataclass(frozen=True)

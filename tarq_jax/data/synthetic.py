@@ -12,7 +12,7 @@ import numpy as np
 
 from tarq_jax.data.options import Source, require, require_at_least
 from tarq_jax.data.records import Dataset, Requests, make_requests
-from tarq_jax.data.schema import ITEM_ID, Field, Schema
+from tarq_jax.schema import ITEM_ID, Field, Schema
 
 DIMENSIONS = 12  # of the hidden item vectors
 PROJECTIONS = 24  # features shown to models

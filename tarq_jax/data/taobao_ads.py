@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tarq_jax.data.options import LogOptions, PipelineSource, matching_files
-from tarq_jax.data.schema import ITEM_ID, Field, Schema
 from tarq_jax.data.taobao_userbehavior import BEHAVIORS, DAY
+from tarq_jax.schema import ITEM_ID, Field, Schema
 
 FIRST = 1_494_000_000  # 2017-05-06, 00:00 in China: ads are shown from here on
 HISTORY_DAYS = 15  # of behaviors before

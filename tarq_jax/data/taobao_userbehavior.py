@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from tarq_jax.data.options import LogOptions, PipelineSource, matching_files, require
-from tarq_jax.data.schema import ITEM_ID, Field, Schema
+from tarq_jax.schema import ITEM_ID, Field, Schema
 
 DAY = 86_400
 FIRST = 1_511_539_200  # 2017-11-25, 00:00 in China

@@ -104,17 +104,15 @@ def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:
     from tarq_jax import conversion
     from tarq_jax.training import conversion as training
 
-    rng = jax.random.key(SEED.value)
-    index = conversion.quantize_queries(
-        rng, model.queries, num_codewords=setting.codewords, weights=training.candidate_counts(model.dataset))
+    index = training.fit_index(
+        model, num_codewords=setting.codewords, order=setting.order, correction=CORRECTION.value,
+        requests=CALIBRATION.value, seed=SEED.value)
     if not setting.order:
         return index, {}
-    calibration = training.calibration(model, requests=CALIBRATION.value, seed=SEED.value)
-    corrections = conversion.CORRECTIONS[CORRECTION.value](index, model.queries, calibration)
     if not setting.levels:
-        return conversion.with_corrections(index, corrections), {"correction_error": 0.0}
-    index = conversion.with_quantized_corrections(
-        jax.random.fold_in(rng, 1), index, corrections, num_levels=setting.levels)
+        return index, {"correction_error": 0.0}
+    rng, corrections = jax.random.fold_in(jax.random.key(SEED.value), 1), index.levels[1]
+    index = conversion.with_quantized_corrections(rng, index, corrections, num_levels=setting.levels)
     return index, {"correction_error": conversion.relative_error(index, corrections)}
 
 

@@ -32,6 +32,10 @@ class FirstOrderTarq(Tarq):
         """What is quantized: the teacher's projected queries, [B, G, D]."""
         return flat_queries(teacher)
 
+    def item_latents(self, items: jax.Array) -> jax.Array:
+        """The latents of items by their embeddings x_item alone, [..., G, D]."""
+        return jnp.swapaxes(self.teacher.query(items), -2, -3).reshape(items.shape)
+
     def attend(
         self, codewords: jax.Array, quantizer: QuantizerOutput, teacher: TargetAttentionOutput,
         mask: chex.Array, num_aligned: int,
@@ -47,13 +51,13 @@ class FirstOrderTarq(Tarq):
             keys, values = teacher.keys[rows], teacher.values[rows]
             return project(self.compute.attend(queries, keys, values, mask[rows]))
 
-        mean, changes = first_order(attend, *self._centre_and_residuals(quantizer))
+        mean, changes = first_order(attend, *self.centre_and_residuals(quantizer))
         level_1 = jnp.swapaxes(codewords[0].reshape(-1, *teacher.keys.shape[1::2]), 0, 1)  # [H, K, E]
         aligned = jnp.broadcast_to(level_1, (num_aligned, *level_1.shape))
         personalized = attend(aligned, slice(num_aligned))[:, None]
         return jnp.stack([mean, *changes], axis=2), personalized
 
-    def _centre_and_residuals(self, quantizer: QuantizerOutput) -> tuple[jax.Array, jax.Array]:
+    def centre_and_residuals(self, quantizer: QuantizerOutput) -> tuple[jax.Array, jax.Array]:
         """The codeword of level 1, [B, H, G, E], and those of further levels, damped, [L - 1, B, H, G, E]."""
         heads = (self.num_heads, self.width // self.num_heads)
         chosen = quantizer.chosen.reshape(*quantizer.chosen.shape[:-1], *heads)
@@ -68,7 +72,7 @@ class FirstOrderTarq(Tarq):
         mask = batch.history_mask[:, None, None]
         value, changes = first_order(
             lambda queries: attention_weights(queries, teacher.keys, mask),
-            *self._centre_and_residuals(quantizer),
+            *self.centre_and_residuals(quantizer),
         )
         pairs = (value + changes.sum(axis=0), attention_weights(teacher.queries, teacher.keys, mask))
         return {f"head {index + 1}": AttentionWeights(*(weights[:, index] for weights in pairs))

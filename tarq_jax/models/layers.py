@@ -11,8 +11,8 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from tarq_jax.attention import multi_head_attention
-from tarq_jax.data.schema import Field
 from tarq_jax.models.embedding import ONE_DEVICE, Embedding, Tables
+from tarq_jax.schema import Field
 from tarq_jax.types import Features
 
 

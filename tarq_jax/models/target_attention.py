@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from tarq_jax.data.schema import ITEM_ID, Schema
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, MultiHeadAttention
 from tarq_jax.models.two_tower import TwoTower, TwoTowerOutput, history_encoder
+from tarq_jax.schema import ITEM_ID, Schema
 from tarq_jax.types import Batch, Features
 
 

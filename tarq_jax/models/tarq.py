@@ -11,11 +11,11 @@ from flax import struct
 
 from tarq_jax import quantization, shards
 from tarq_jax.attention import attention_weights, personalized_codebook
-from tarq_jax.data.schema import Schema
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, LevelAttention
 from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
 from tarq_jax.models.two_tower import TwoTowerOutput
+from tarq_jax.schema import Schema
 from tarq_jax.types import Batch, QuantizerOutput
 
 Head = Literal["scalar", "dot", "mlp"]
@@ -165,7 +165,11 @@ class Tarq(nn.Module):
 
     def latents(self, teacher: TargetAttentionOutput) -> jax.Array:
         """What is quantized: normalised encodings of the item embeddings, [B, G, D]."""
-        return self.latent_norm(self.encoder(teacher.backbone.candidates))
+        return self.item_latents(teacher.backbone.candidates)
+
+    def item_latents(self, items: jax.Array) -> jax.Array:
+        """The latents of items by their embeddings x_item alone, [..., G, D]."""
+        return self.latent_norm(self.encoder(items))
 
     def candidate_latents(self, batch: Batch) -> jax.Array:
         """The latents [B, G, D] of a batch's candidates, for fitting a codebook to."""

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from tarq_jax.data.schema import Schema
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, FeatureEncoder, MultiHeadAttention
+from tarq_jax.schema import Schema
 from tarq_jax.types import Batch
 
 
@@ -84,17 +84,22 @@ class TwoTower(nn.Module):
     def __call__(self, batch: Batch) -> TwoTowerOutput:
         """Scores every candidate of every request."""
         candidates = self.item_features(batch.candidates, batch.candidate_mask.shape)
-        history = self.item_features(batch.history, batch.history_mask.shape)
-        if self.event_features is not None:
-            history += self.event_features(batch.history, batch.history_mask.shape)
+        history = self.with_events(batch, self.item_features(batch.history, batch.history_mask.shape))
         candidates, history = (x.astype(self.compute.dtype) for x in (candidates, history))
-        user = self._user_vector(batch, history)
+        user = self.user_vector(batch, history)
         item = self.item_tower(candidates)
         logits = jnp.einsum("bd,bgd->bg", user, item, preferred_element_type=jnp.float32)
         logits = logits / jnp.sqrt(self.width) + self.bias
         return TwoTowerOutput(logits=logits, user=user, item=item, candidates=candidates, history=history)
 
-    def _user_vector(self, batch: Batch, history: jax.Array) -> jax.Array:
+    def with_events(self, batch: Batch, items: jax.Array) -> jax.Array:
+        """Adds what the events say to the embeddings of a history's items: X, [B, N, D]."""
+        if self.event_features is None:
+            return items
+        return items + self.event_features(batch.history, batch.history_mask.shape)
+
+    def user_vector(self, batch: Batch, history: jax.Array) -> jax.Array:
+        """v_user [B, D], from the history X [B, N, D] and the batch's user and context fields."""
         parts = [self.user_features({**batch.user, **batch.context}, batch.user_id.shape)]
         for encode, attend in zip(self.history_encoder, self.history_attention, strict=True):
             encoded = encode(history, batch.history_mask)

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tarq_jax.config import BEST, default_config
-from tarq_jax.data.schema import Schema
+from tarq_jax.schema import Schema
 from tarq_jax.training import distributed
 from tarq_jax.training.meter import NOTHING_COUNTED
 from tarq_jax.training.state import TrainState

@@ -58,6 +58,29 @@ def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterato
         yield *compute(model.params, batch), batch.history_mask
 
 
+def fit_index(
+    model: TrainedModel, *, num_codewords: int, order: int, correction: str = "fitted", requests: int = 512,
+    seed: int = 0,
+) -> ItemIndex:
+    """An index of the model's items, of order 0, or of order 1 with corrections kept as they are.
+
+    Args:
+      model: to be converted.
+      num_codewords: K of level 1.
+      order: 0 or 1.
+      correction: how an item's correction is found, a key of `tarq_jax.conversion.CORRECTIONS`.
+      requests: of the training data, that fitted corrections see.
+      seed: of k-means and of the order of the data.
+    """
+    index = conversion.quantize_queries(
+        jax.random.key(seed), model.queries, num_codewords=num_codewords,
+        weights=candidate_counts(model.dataset))
+    if order == 0:
+        return index
+    seen = calibration(model, requests=requests, seed=seed)
+    return conversion.with_corrections(index, conversion.CORRECTIONS[correction](index, model.queries, seen))
+
+
 def exact_and_approximate(
     model: TrainedModel, index: ItemIndex, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:

@@ -10,10 +10,10 @@ import ml_collections
 from flax import linen as nn
 
 from tarq_jax import losses, quantization, shards
-from tarq_jax.data.schema import Schema
 from tarq_jax.models import Compute, FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
+from tarq_jax.schema import Schema
 from tarq_jax.types import Batch, QuantizerOutput
 
 Tree = TypeVar("Tree")
@@ -205,14 +205,42 @@ def tarq(
     )
 
 
+def make_module(
+    model: ml_collections.ConfigDict, schema: Schema, tables: Tables = ONE_DEVICE
+) -> TwoTower | TargetAttention | Tarq:
+    """The module that `config.model` describes, as it trains.
+
+    `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
+    encoder and attention, and hidden layers four times as wide in place of TARQ's further networks.
+    """
+    compute = Compute(jnp.dtype(model.dtype), model.remat, model.attention_block)
+    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads, "compute": compute,
+              "tables": tables}
+    hidden = tuple(model.hidden)
+    if model.name == "two_tower":
+        return TwoTower(**common, hidden=hidden)
+    if model.name == "two_tower_large":
+        return TwoTower(**common, hidden=tuple(4 * size for size in hidden), num_encoders=2)
+    if model.name == "target_attention":
+        return TargetAttention(**common, hidden=hidden)
+    return TARQ_OF_ORDER[model.order](
+        **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
+        decoded=model.decoded, aligned_share=model.aligned_share, student_gradient=model.student_gradient,
+        encode=functools.partial(quantization.encode, assign=ASSIGN[model.assign]),
+        pass_through=PASS_THROUGH[model.pass_through],
+    )
+
+
+def as_served(module: Tarq, model: ml_collections.ConfigDict) -> Tarq:
+    """The module with the assignment of codes that predictions use, see `SERVED_ASSIGN`."""
+    return module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
+
+
 def build(
     model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema,
     tables: Tables = ONE_DEVICE, axis_name: shards.AxisName = None,
 ) -> Objective:
     """The objective that `config.model` describes.
-
-    `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
-    encoder and attention, and hidden layers four times as wide in place of TARQ's further networks.
 
     Args:
       model: `config.model`.
@@ -221,22 +249,7 @@ def build(
       tables: how embedding tables are kept and looked up.
       axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
     """
-    compute = Compute(jnp.dtype(model.dtype), model.remat, model.attention_block)
-    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads, "compute": compute,
-              "tables": tables}
-    hidden = tuple(model.hidden)
-    if model.name == "two_tower":
-        return supervised(TwoTower(**common, hidden=hidden), model.name, axis_name)
-    if model.name == "two_tower_large":
-        wide = tuple(4 * size for size in hidden)
-        return supervised(TwoTower(**common, hidden=wide, num_encoders=2), model.name, axis_name)
-    if model.name == "target_attention":
-        return supervised(TargetAttention(**common, hidden=hidden), model.name, axis_name)
-    module = TARQ_OF_ORDER[model.order](
-        **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
-        decoded=model.decoded, aligned_share=model.aligned_share, student_gradient=model.student_gradient,
-        encode=functools.partial(quantization.encode, assign=ASSIGN[model.assign]),
-        pass_through=PASS_THROUGH[model.pass_through],
-    )
-    served = module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
-    return tarq(module, dict(loss_weights), served, axis_name)
+    module = make_module(model, schema, tables)
+    if not isinstance(module, Tarq):
+        return supervised(module, model.name, axis_name)
+    return tarq(module, dict(loss_weights), as_served(module, model), axis_name)

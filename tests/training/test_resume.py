@@ -11,7 +11,7 @@ import pytest
 
 from tarq_jax.cli import Interrupted
 from tarq_jax.config import default_config
-from tarq_jax.data.schema import Field, Schema
+from tarq_jax.schema import Field, Schema
 from tarq_jax.training import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -10,7 +10,7 @@ from apache_beam.pvalue import AsSingleton, PCollection
 from tarq_jax.data import records
 from tarq_jax.data.beam.requests import Request
 from tarq_jax.data.beam.vocabulary import stable_hash
-from tarq_jax.data.schema import ITEM_ID, Field, Schema, Side
+from tarq_jax.schema import ITEM_ID, Field, Schema, Side
 
 Numbered = tuple[int, records.Columns]
 

@@ -13,7 +13,7 @@ from tarq_jax.data.beam.forms import Parts
 from tarq_jax.data.beam.requests import PARTS, KeepLast, Rules, make_requests
 from tarq_jax.data.beam.vocabulary import Vocabulary, encode, make_vocabulary, stable_hash
 from tarq_jax.data.options import LogOptions, PipelineSource
-from tarq_jax.data.schema import ITEM_ID, Schema
+from tarq_jax.schema import ITEM_ID, Schema
 
 POOL = 1 << 17  # training candidates that negatives are drawn from
 

@@ -1,0 +1,201 @@
+"""Folders of files with a manifest: how an index and a model are kept on disk, checked, and told apart.
+
+An artefact is a folder with two such folders, `index` and `model`, either of which can be replaced by
+another with the same fingerprint. A manifest is JSON: kind and version of the format, the versions of what
+wrote it, the fingerprint, facts of the kind, size and SHA-256 of every file, and a checksum of itself.
+Everything that does not hold when it is read is a ValueError that names the file, what was found and what
+was expected.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax import export
+
+from tarq_jax.serving.index import Index
+
+Kind = Literal["index", "model"]
+
+MANIFEST = "manifest.json"
+SHOWN = 16  # characters of a fingerprint in a program's name
+VERSION = 1  # of the format; another one is refused
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name at the end, unless something was raised.
+
+    A folder that exists cannot be replaced atomically, so it is refused: write versions side by side.
+
+    Raises:
+      ValueError: `out` exists.
+    """
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists, expected a path that does not: a folder cannot be replaced in one "
+                         "step. Write a new version beside it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(folder: Path, kind: Kind, fingerprint: str, facts: Mapping[str, Any]) -> None:
+    """Describes all files of a folder, once they are there."""
+    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+             for path in sorted(folder.rglob("*")) if path.is_file()}
+    versions = {name: metadata.version(name) for name in ("jax", "numpy")}
+    manifest = {"format": f"tarq_jax/{kind}", "version": VERSION, "fingerprint": fingerprint,
+                "versions": versions, "facts": facts, "files": files}
+    text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n")
+
+
+class Manifest(NamedTuple):
+    """What a folder says of itself."""
+
+    fingerprint: str
+    facts: dict[str, Any]
+
+
+def read_manifest(folder: Path, kind: Kind) -> Manifest:
+    """The manifest of a folder, once all of its files were found to be as it says.
+
+    Raises:
+      ValueError: something is missing, of another version, truncated or changed.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["format"], manifest["version"]
+    except OSError:
+        raise ValueError(f"{path} is missing, expected the manifest of an exported {kind}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error}), expected the JSON of an export") from None
+    if found != (f"tarq_jax/{kind}", VERSION):
+        raise ValueError(f"{path} is of format {found[0]!r}, version {found[1]!r}, expected "
+                         f"'tarq_jax/{kind}', version {VERSION}")
+    checksum = manifest.pop("checksum", None)
+    if checksum != _checksum(manifest):
+        raise ValueError(f"{path} has checksum {checksum}, expected {_checksum(manifest)}: it was changed")
+    for name, facts in manifest["files"].items():
+        _check_file(folder / name, facts)
+    return Manifest(manifest["fingerprint"], manifest["facts"])
+
+
+def check_fit(index: str, model: str) -> None:
+    """Raises ValueError, naming both, unless the fingerprints of an index and a model are equal."""
+    if index != model:
+        raise ValueError(f"the index has fingerprint {index}, the model {model}, expected the same: the "
+                         "index was made by another model")
+
+
+def write_index(index: Index, folder: Path) -> None:
+    """Writes an index into an empty folder; wrap it in `new_folder` to do so atomically."""
+    arrays = {"ids": index.ids, "served": index.served} | dict(index.arrays)
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values.view(np.uint16) if values.dtype == BFLOAT16 else values)
+    described = {name: {"dtype": str(values.dtype), "shape": list(values.shape)}
+                 for name, values in arrays.items()}
+    write_manifest(folder, "index", index.fingerprint, {"arrays": described, "items": index.num_served})
+
+
+def save_index(index: Index, out: str | Path) -> None:
+    """Writes an index that was changed to a new folder, atomically: `Scorer.load(artefact, index=out)`.
+
+    Raises:
+      ValueError: `out` exists.
+    """
+    with new_folder(Path(out)) as folder:
+        write_index(index, folder)
+
+
+def read_index(folder: Path) -> Index:
+    """The inverse of `write_index`; a ValueError as `read_manifest`."""
+    fingerprint, facts = read_manifest(folder, "index")
+    arrays = {name: _read_array(folder / f"{name}.npy", described)
+              for name, described in facts["arrays"].items()}
+    return Index(ids=arrays.pop("ids"), served=arrays.pop("served"), arrays=arrays, fingerprint=fingerprint)
+
+
+def _read_array(path: Path, described: Mapping[str, Any]) -> np.ndarray:
+    values = np.load(path, allow_pickle=False)
+    if described["dtype"] == "bfloat16":
+        values = values.view(BFLOAT16)
+    if (str(values.dtype), list(values.shape)) != (described["dtype"], described["shape"]):
+        raise ValueError(f"{path} holds {values.dtype} {list(values.shape)}, expected {described['dtype']} "
+                         f"{described['shape']}")
+    return values
+
+
+def write_model(
+    programs: Mapping[str, bytes], weights: Mapping[str, Mapping[str, np.ndarray]], fingerprint: str,
+    facts: Mapping[str, Any], folder: Path,
+) -> None:
+    """Writes programs and the weights of each part into an empty folder."""
+    for name, program in programs.items():
+        (folder / f"{name}.jaxexport").write_bytes(program)
+    for part, arrays in weights.items():
+        np.savez(folder / f"{part}.npz", allow_pickle=False, **arrays)
+    write_manifest(folder, "model", fingerprint, dict(facts) | {"programs": sorted(programs)})
+
+
+def read_weights(folder: Path, part: str) -> dict[str, np.ndarray]:
+    """The weights of a part of a model, by name."""
+    with np.load(folder / f"{part}.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def read_program(folder: Path, name: str, fingerprint: str) -> export.Exported:
+    """A program of a model, which has to carry the model's fingerprint."""
+    path = folder / f"{name}.jaxexport"
+    try:
+        program = export.deserialize(bytearray(path.read_bytes()))
+    except Exception as error:  # whatever this version of JAX makes of what another one wrote
+        raise ValueError(f"{path} cannot be read by JAX {jax.__version__} ({error}), expected a program of "
+                         "jax.export") from None
+    if (expected := program_name(name, fingerprint)) != program.fun_name:
+        raise ValueError(f"{path} holds the program {program.fun_name!r}, expected {expected!r}")
+    return program
+
+
+def program_name(name: str, fingerprint: str) -> str:
+    """What a program calls itself: it carries the fingerprint of its weights.
+
+    Example:
+      >>> program_name("score_all", "0123456789abcdef" * 4)
+      'score_all_0123456789abcdef'
+    """
+    return f"{name}_{fingerprint[:SHOWN]}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_file(path: Path, facts: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, expected a file of {facts['bytes']} bytes")
+    if (size := path.stat().st_size) != facts["bytes"]:
+        raise ValueError(f"{path} has {size} bytes, expected {facts['bytes']}: it was cut or changed")
+    if (digest := _digest(path)) != facts["sha256"]:
+        raise ValueError(f"{path} has SHA-256 {digest}, expected {facts['sha256']}: it was changed")

@@ -1,0 +1,80 @@
+"""Builds an artefact from a finished run: its method, its items encoded, and its programs exported."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tarq_jax import data
+from tarq_jax.models import TargetAttention, Tarq
+from tarq_jax.models.embedding import Tables
+from tarq_jax.models.parts import target_attention_parts
+from tarq_jax.serving import methods
+from tarq_jax.serving.artefact import write_index, write_model
+from tarq_jax.serving.index import Index, make_index
+from tarq_jax.serving.method import Method
+from tarq_jax.serving.programs import export_method
+from tarq_jax.serving.vectors import Storage, store
+from tarq_jax.training import conversion, objectives
+from tarq_jax.training.restore import Run
+
+ITEM_BATCH = 4096  # items encoded at a time
+
+
+def method_of(run: Run, *, codewords: int | None = None, order: int = 1, seed: int = 0) -> Method:
+    """The method that serves a finished run.
+
+    Args:
+      run: of any model.
+      codewords: K, to convert a run of target attention to TARQ (see `tarq_jax.conversion`); None serves
+        the run as it is.
+      order: of the conversion; 1 corrects look-ups by their first derivative.
+      seed: of its k-means.
+
+    Raises:
+      ValueError: a run of another model is to be converted.
+    """
+    model, schema = run.config.model, run.dataset.schema
+    module = objectives.make_module(model, schema, Tables(multiple=model.table_multiple))
+    if codewords is not None:
+        if not isinstance(module, TargetAttention):
+            raise ValueError(f"the run is one of {model.name!r}, expected 'target_attention' with codewords")
+        trained = conversion.trained_model(target_attention_parts(module), run.state.params, run.dataset)
+        index = conversion.fit_index(trained, num_codewords=codewords, order=order, seed=seed)
+        return methods.converted(module, run.state.params, index)
+    if isinstance(module, Tarq) and run.state.codebook is not None:
+        served = objectives.as_served(module, model)
+        return methods.from_module(served, run.state.params, run.state.codebook.codewords)
+    return methods.from_module(module, run.state.params)
+
+
+def write(
+    method: Method, dataset: data.Dataset, folder: Path, *, histories: Sequence[int],
+    vectors: Storage = "float32", platforms: Sequence[str] = ("cpu",), capacity: int | None = None,
+) -> Index:
+    """Writes `index` and `model` into an existing folder; see `tarq_jax.serving.export` for the arguments.
+
+    Items have the ids of the data set, 1 to V - 1.
+    """
+    exported = export_method(method, histories=histories, vectors=vectors, platforms=platforms)
+    arrays = store(encode_items(method, dataset), vectors, method.num_codewords)
+    ids = np.arange(1, dataset.schema.num_items)
+    index = make_index(ids, arrays, exported.fingerprint, capacity=capacity)
+    facts = {"method": method.name, "schema": dataset.schema.to_json(), "histories": list(histories),
+             "vectors": vectors, "platforms": list(platforms), "num_codewords": method.num_codewords}
+    for name in ("index", "model"):
+        (folder / name).mkdir()
+    write_index(index, folder / "index")
+    write_model(exported.programs, exported.weights, exported.fingerprint, facts, folder / "model")
+    return index
+
+
+def encode_items(method: Method, dataset: data.Dataset) -> dict[str, np.ndarray]:
+    """What the index keeps of all real items, [V - 1, ...] each."""
+    compute = jax.jit(method.encode)
+    found = [{name: np.asarray(values)[mask]
+              for name, values in compute(method.encode_weights, features).items()}
+             for features, mask in data.item_batches(dataset, ITEM_BATCH)]
+    encoded = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return encoded | {name: values[1:] for name, values in method.known.items()}

@@ -1,0 +1,80 @@
+"""Exports a trained run as an artefact that a scorer serves: an index of its items, and programs.
+
+    python -m tarq_jax.serving.export --run=runs/synthetic --out=artefacts/1
+
+A run of target attention is exported as it is, or as TARQ where `--codewords` is given: its items' queries
+are quantized, and look-ups corrected by their first derivative with `--order=1` (see `tarq_jax.conversion`).
+"""
+
+from pathlib import Path
+from typing import cast
+
+from absl import flags
+
+from tarq_jax import cli
+
+RUN = cli.run_flag()
+OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist yet.", required=True)
+CODEWORDS = flags.DEFINE_integer(
+    "codewords", None, "Codewords that the queries of a target-attention run are quantized with.")
+ORDER = flags.DEFINE_enum("order", "1", ["0", "1"], "With --codewords: 1 corrects look-ups, 0 does not.")
+VECTORS = flags.DEFINE_enum(
+    "vectors", "float32", ["float32", "bfloat16", "int8"], "How the index keeps its vectors.")
+PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "What the programs can run on.")
+HISTORIES = flags.DEFINE_list(
+    "histories", None, "Lengths that histories are padded to; by default the longest of the data, and a "
+    "fourth and a sixteenth of it. Longer ones keep their newest events.")
+CAPACITY = flags.DEFINE_integer("capacity", None, "Slots of the index; by default a tenth more than items.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the k-means of --codewords.")
+
+KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+SHORTEST = 16  # history length by default
+
+
+def check_flags() -> list[int] | None:
+    """The lengths of `--histories`; wrong values of any flag are wrong calls."""
+    for platform in PLATFORMS.value:
+        if platform not in KNOWN_PLATFORMS:
+            cli.wrong_call(f"--platforms has {platform!r}, expected some of {','.join(KNOWN_PLATFORMS)}")
+    for flag, least in ((CODEWORDS, 2), (CAPACITY, 1)):
+        if flag.value is not None and flag.value < least:
+            cli.wrong_call(f"--{flag.name} is {flag.value}, expected at least {least}")
+    if HISTORIES.value is None:
+        return None
+    if not HISTORIES.value or not all(text.isdecimal() and int(text) for text in HISTORIES.value):
+        cli.wrong_call(f"--histories is {','.join(HISTORIES.value)!r}, expected positive lengths")
+    return sorted({int(text) for text in HISTORIES.value})
+
+
+def default_histories(longest: int) -> list[int]:
+    """The longest history, and a fourth and a sixteenth of it where that is not short already.
+
+    Example:
+      >>> default_histories(1000), default_histories(50)
+      ([63, 250, 1000], [16, 50])
+    """
+    wanted = {max(-(-longest // part), SHORTEST) for part in (4, 16)}
+    return sorted({length for length in wanted if length < longest} | {longest})
+
+
+def main() -> None:
+    """Flags to artefact."""
+    lengths = check_flags()
+    out = Path(str(OUT.value))
+    from tarq_jax.serving.artefact import new_folder
+
+    with new_folder(out) as folder:
+        from tarq_jax.serving import build
+        from tarq_jax.serving.vectors import Storage
+        from tarq_jax.training import loop, restore
+
+        run = restore.load_run(Path(str(RUN.value)))
+        method = build.method_of(run, codewords=CODEWORDS.value, order=int(ORDER.value), seed=SEED.value)
+        lengths = lengths or default_histories(loop.batch_shapes(run.dataset)["history_length"])
+        build.write(method, run.dataset, folder, histories=lengths, vectors=cast(Storage, VECTORS.value),
+                    platforms=PLATFORMS.value, capacity=CAPACITY.value)
+    print(f"{out}: written")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,224 @@
+"""Items as a scorer looks them up: arrays of one row a slot, and pure functions that change some rows.
+
+An index has more slots than items, so that items come and go without a change of shape, for which programs
+would have to be compiled again. It is made in the order of level-1 codes; items that are added take free
+slots wherever they are, which costs look-ups some locality and nothing else: make it anew now and then.
+
+All functions return a new index and leave the old one as it is, so that a service can go on with that.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+FREE = -1  # the id of a slot without an item
+SLOTS = 512  # items are scored in multiples of it
+SPARE = 0.1  # slots beside those taken, by default
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Items in C slots; each array has one row a slot."""
+
+    ids: np.ndarray  # [C] int64, or `FREE`
+    served: np.ndarray  # [C] bool, whether the item is a candidate; if not, histories alone know it
+    arrays: Mapping[str, np.ndarray]  # [C, ...], as `encode` and `store` made them
+    fingerprint: str  # of the model that they were made by
+
+    @property
+    def capacity(self) -> int:
+        """C."""
+        return len(self.ids)
+
+    @property
+    def num_served(self) -> int:
+        """Items that are candidates."""
+        return int(self.served.sum())
+
+    @cached_property
+    def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
+        """The slots that are taken in the order of their ids, and those ids."""
+        taken = np.flatnonzero(self.ids != FREE)
+        slots = taken[np.argsort(self.ids[taken], kind="stable")]
+        return slots, self.ids[slots]
+
+    @cached_property
+    def _table(self) -> np.ndarray | None:
+        """Slot by id, where ids are dense enough for a table."""
+        slots, ids = self._by_id
+        if not len(ids) or ids[-1] >= 8 * self.capacity:
+            return None
+        table = np.full(int(ids[-1]) + 1, FREE, np.int32)
+        table[ids] = slots
+        return table
+
+    def slots_of(self, ids: np.ndarray) -> np.ndarray:
+        """Where items are: int [M] to int32 [M], `FREE` for ids that the index does not have."""
+        slots, known = self._by_id
+        ids = np.asarray(ids, np.int64)
+        if not len(known):
+            return np.full(ids.shape, FREE, np.int32)
+        if self._table is not None:
+            inside = (ids >= 0) & (ids < len(self._table))
+            return np.where(inside, self._table[np.where(inside, ids, 0)], FREE)
+        places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        return np.where(known[places] == ids, slots[places], FREE).astype(np.int32)
+
+
+def make_index(
+    ids: Any, arrays: Mapping[str, np.ndarray], fingerprint: str, *, capacity: int | None = None
+) -> Index:
+    """An index of the given items, in the order of their level-1 codes where they have any.
+
+    Args:
+      ids: [M] integers of at least 0, each once.
+      arrays: [M, ...] each, as `tarq_jax.serving.vectors.store` gives them.
+      fingerprint: of the model.
+      capacity: C, rounded up to a multiple of `SLOTS`; a tenth more than items by default.
+
+    Raises:
+      ValueError: an id is negative or given twice, arrays differ in length, or items exceed the capacity.
+    """
+    ids = _checked_ids(ids)
+    _check_lengths(ids, arrays)
+    order = np.argsort(arrays["codes"][:, 0], kind="stable") if "codes" in arrays else slice(None)
+    wanted = int(np.ceil((1 + SPARE) * len(ids))) if capacity is None else capacity
+    empty = Index(
+        ids=np.full(0, FREE, np.int64), served=np.zeros(0, bool), fingerprint=fingerprint,
+        arrays={name: values[:0] for name, values in arrays.items()})
+    return add(grow(empty, wanted), ids[order], {name: values[order] for name, values in arrays.items()})
+
+
+def add(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
+    """With further items, or items that were removed, as candidates.
+
+    Args:
+      index: with as many free slots as there are new items.
+      ids: [M], each once.
+      arrays: [M, ...] each, as those of the index.
+
+    Raises:
+      ValueError: an id is served already, slots do not suffice, or arrays do not fit those of the index.
+    """
+    ids = _checked_ids(ids)
+    _check_arrays(index, ids, arrays)
+    slots = index.slots_of(ids)
+    new = slots == FREE
+    taken = ids[~new][index.served[slots[~new]]]
+    if len(taken):
+        raise ValueError(f"ids: {taken[0]} is in the index, expected items that are not; use `change`")
+    free = np.flatnonzero(index.ids == FREE)
+    if new.sum() > len(free):
+        raise ValueError(f"ids: {new.sum()} new items, expected at most {len(free)}, the free slots of a "
+                         f"capacity of {index.capacity}; use `grow` first, or forget removed items")
+    slots[new] = free[: new.sum()]
+    return _with_rows(index, slots, ids, arrays)
+
+
+def change(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
+    """With other arrays for items that are served.
+
+    Raises:
+      ValueError: an id is not served, or arrays do not fit those of the index.
+    """
+    ids = _checked_ids(ids)
+    _check_arrays(index, ids, arrays)
+    return _with_rows(index, _served_slots(index, ids), ids, arrays)
+
+
+def remove(index: Index, ids: Any, *, forget: bool = False) -> Index:
+    """Without the given candidates. Histories go on to know them, unless they are forgotten.
+
+    Args:
+      index: that has them; only what is served can be removed, what was removed can still be forgotten.
+      ids: [M], each once.
+      forget: frees their slots; history events with these items are skipped from then on.
+
+    Raises:
+      ValueError: an id is not in the index.
+    """
+    ids = _checked_ids(ids)
+    slots = index.slots_of(ids) if forget else _served_slots(index, ids)
+    if (slots == FREE).any():
+        raise ValueError(f"ids: {ids[slots == FREE][0]} is not in the index, expected items that are")
+    served, kept = index.served.copy(), index.ids.copy()
+    served[slots] = False
+    if forget:
+        kept[slots] = FREE
+    return dataclasses.replace(index, ids=kept, served=served)
+
+
+def round_up(size: int) -> int:
+    """The next multiple of `SLOTS`, at least one."""
+    return max(-(-size // SLOTS), 1) * SLOTS
+
+
+def grow(index: Index, capacity: int) -> Index:
+    """With at least `capacity` slots; programs for the new shape are compiled when they are first used.
+
+    Raises:
+      ValueError: the index has more slots than that.
+    """
+    slots = round_up(capacity)
+    if slots < index.capacity:
+        raise ValueError(f"capacity is {capacity}, expected at least that of the index, {index.capacity}")
+
+    def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
+        further = np.full((slots - len(values), *values.shape[1:]), fill, values.dtype)
+        return np.concatenate([values, further])
+
+    return dataclasses.replace(
+        index, ids=padded(index.ids, FREE), served=padded(index.served),
+        arrays={name: padded(values) for name, values in index.arrays.items()})
+
+
+def _with_rows(index: Index, slots: np.ndarray, ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Index:
+    def written(old: np.ndarray, new: Any) -> np.ndarray:
+        copy = old.copy()
+        copy[slots] = new
+        return copy
+
+    return dataclasses.replace(
+        index, ids=written(index.ids, ids), served=written(index.served, True),
+        arrays={name: written(values, arrays[name]) for name, values in index.arrays.items()})
+
+
+def _served_slots(index: Index, ids: np.ndarray) -> np.ndarray:
+    slots = index.slots_of(ids)
+    missing = ids[(slots == FREE) | ~index.served[slots]]
+    if len(missing):
+        raise ValueError(f"ids: {missing[0]} is not served, expected items of the index")
+    return slots
+
+
+def _checked_ids(ids: Any) -> np.ndarray:
+    values = np.asarray(ids)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise ValueError(f"ids are {values.dtype} of shape {values.shape}, expected integers [M]")
+    values = values.astype(np.int64)
+    if (values < 0).any():
+        raise ValueError(f"ids: {values.min()} is negative, expected at least 0")
+    unique, counts = np.unique(values, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"ids: {unique[counts > 1][0]} is given {counts.max()} times, expected once")
+    return values
+
+
+def _check_lengths(ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, values in arrays.items():
+        if len(values) != len(ids):
+            raise ValueError(f"arrays: {name!r} has {len(values)} rows, expected {len(ids)}, one for each id")
+
+
+def _check_arrays(index: Index, ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+    if arrays.keys() != index.arrays.keys():
+        raise ValueError(f"arrays are {sorted(arrays)}, expected {sorted(index.arrays)}")
+    _check_lengths(ids, arrays)
+    for name, values in index.arrays.items():
+        found = arrays[name]
+        if (found.dtype, found.shape[1:]) != (values.dtype, values.shape[1:]):
+            raise ValueError(f"arrays: {name!r} is {found.dtype} {found.shape}, expected {values.dtype} "
+                             f"[M, *{values.shape[1:]}]")

@@ -1,0 +1,149 @@
+"""What serves a trained model, and the parts that all methods share.
+
+A `Method` is three pure functions with the weights of each. The user side runs once a request, the item side
+is one of `tarq_jax.serving.scoring.SCORES`, and `encode` makes what the index keeps of an item. Products
+that do not depend on the request are folded into the items or the weights. Everything is served in float32,
+whatever a model computed in while it trained.
+
+A request as the user side sees it, with shapes of `tarq_jax.types`: `user` and `context` (name -> [B, ...]),
+`events` (name -> [B, N, ...]), `embedding` [B, N, D] of the history's items, and `mask` [B, N].
+
+Functions below take a module that is bound to its variables, or parameters as NumPy arrays.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tarq_jax.expansion import expand
+from tarq_jax.models import Compute, TargetAttention, TwoTower
+from tarq_jax.schema import ITEM_ID, Schema
+from tarq_jax.serving.scoring import Arrays
+from tarq_jax.types import Batch, Features
+
+SERVED = Compute(attention_block=256)  # longer histories attend in blocks: bounded memory, and faster on CPU
+EXPANSION_BLOCK = 2048  # the same for order 1, whose moments are slower in small blocks
+
+
+class Method(NamedTuple):
+    """A trained model, ready to be exported.
+
+    Attributes:
+      name: of the item side, in `SCORES`.
+      schema: of requests and items.
+      user_side: (weights, request) -> state of the users, [B, ...] each.
+      encode: (weights, item features name -> [M, ...]) -> what the index keeps of items, [M, ...] each.
+      user_weights: of `user_side`; may hold more than it reads.
+      item_weights: of the item side.
+      encode_weights: of `encode`; may hold more than it reads.
+      num_codewords: K of the largest level; 0 without a codebook.
+      keeps_history: whether the state of a user grows with the history.
+      known: arrays [V, ...] of the items of the training data that take the place of what `encode` finds.
+    """
+
+    name: str
+    schema: Schema
+    user_side: Callable[[Any, Arrays], Arrays]
+    encode: Callable[[Any, Features], Arrays]
+    user_weights: Any
+    item_weights: Any
+    encode_weights: Any
+    num_codewords: int = 0
+    keeps_history: bool = False
+    known: Mapping[str, np.ndarray] = {}
+
+
+def bound(function: Callable[..., Any], module: nn.Module) -> Callable[[Any, Any], Any]:
+    """`function(bound module, weights, inputs)` as a pure function of weights and inputs."""
+    applied = nn.apply(function, module)
+    return lambda weights, inputs: applied(weights["variables"], weights, inputs)
+
+
+def user_and_history(backbone: TwoTower, request: Arrays) -> tuple[jax.Array, jax.Array]:
+    """v_user [B, D] and the history X [B, N, D]."""
+    mask = request["mask"]
+    nothing = jnp.zeros((mask.shape[0], 0))
+    batch = Batch(
+        user_id=jnp.zeros(mask.shape[0], jnp.int32), user=request["user"], context=request["context"],
+        history=request["events"], history_mask=mask, candidates={}, candidate_mask=nothing > 0,
+        labels=nothing, weights=nothing)
+    history = backbone.with_events(batch, request["embedding"])
+    return backbone.user_vector(batch, history), history
+
+
+def history_of_teacher(module: TargetAttention, request: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """v_user [B, D], keys and values [B, H, N, E]."""
+    user, history = user_and_history(module.backbone, request)
+    return user, *module.attention.keys_values(module.history_encoder(history, request["mask"]))
+
+
+def item_towers(backbone: TwoTower, features: Features) -> dict[str, jax.Array]:
+    """x_item and v_item, [M, D] each."""
+    embedding = backbone.item_features(features, features[ITEM_ID].shape)
+    return {"embedding": embedding, "vector": backbone.item_tower(embedding)}
+
+
+def interaction_items(backbone: TwoTower, weights: Arrays, features: Features) -> dict[str, jax.Array]:
+    """`item_towers`, and the part of x_item in the first layer of the interaction head, [M, F]."""
+    arrays = item_towers(backbone, features)
+    head = weights["head"]
+    return arrays | {"first": arrays["embedding"] @ head["first_item"] + head["first_bias"]}
+
+
+def interaction_user(user: jax.Array, weights: Arrays) -> dict[str, jax.Array]:
+    """v_user [B, D] as the backbone and the interaction head multiply v_item with it: `towers` [B, D, F]."""
+    towers = user[:, :, None] * weights["head"]["first_towers"]
+    return {"vector": user / math.sqrt(user.shape[-1]), "towers": towers}
+
+
+def tables(attended: jax.Array, weights: Arrays) -> dict[str, jax.Array]:
+    """Personalised codebooks [B, L, K, D], as they are and multiplied by the head's first layer."""
+    return {"table": attended, "table_first": attended @ weights["head"]["first_output"]}
+
+
+def expansion(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> dict[str, Any]:
+    """Means [B, K, D], and Jacobians [B, K, E, H, E] by query first, see `scoring.change`."""
+    found = expand(queries, keys, values, mask, block=EXPANSION_BLOCK)
+    means = jnp.swapaxes(found.means, 1, 2)
+    return {"means": means.reshape(*means.shape[:2], -1),
+            "jacobians": jnp.transpose(found.jacobians, (0, 2, 4, 1, 3))}
+
+
+def side_by_side(heads: jax.Array) -> jax.Array:
+    """[H, M, E] to [M, D]."""
+    return jnp.swapaxes(heads, 0, 1).reshape(heads.shape[1], -1)
+
+
+def backbone_bias(params: Any) -> dict[str, np.ndarray]:
+    """The bias of a target-attention model's backbone."""
+    return {"bias": params["backbone"]["bias"]}
+
+
+def output_projection(params: Any) -> tuple[Any, Any]:
+    """`o = attended @ kernel + bias`, the heads side by side: [D, D] and [D]."""
+    projection = params["attention"]["output_projection"]
+    return projection["kernel"].reshape(-1, projection["kernel"].shape[-1]), projection["bias"]
+
+
+def dense_layers(params: Any) -> list[dict[str, np.ndarray]]:
+    """The dense layers of an `MLP`, in order."""
+    return [params[f"Dense_{index}"] for index in range(len(params))]
+
+
+def interaction_head(params: Any) -> dict[str, Any]:
+    """An MLP of `[o, x_item, o * x_item, v_user * v_item]`, its first layer in four parts [D, F]."""
+    first, *layers = dense_layers(params)
+    names = ("first_output", "first_item", "first_product", "first_towers")
+    quarters = dict(zip(names, np.split(first["kernel"], 4), strict=True))
+    return quarters | {"first_bias": first["bias"], "layers": layers}
+
+
+def head_on_attended(params: Any, head: dict[str, Any]) -> dict[str, Any]:
+    """Weights of a head on what the heads of a target-attention model attended."""
+    kernel, bias = output_projection(params)
+    return head | backbone_bias(params) | {"output_kernel": kernel, "output_bias": bias}

@@ -1,0 +1,129 @@
+"""Methods of two towers and of target attention, as it is or converted; `from_module` is for all modules."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarq_jax import quantization
+from tarq_jax.conversion import ItemIndex
+from tarq_jax.corrections import damping
+from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.serving.method import (
+    SERVED,
+    Method,
+    backbone_bias,
+    bound,
+    expansion,
+    head_on_attended,
+    history_of_teacher,
+    interaction_head,
+    interaction_items,
+    interaction_user,
+    item_towers,
+    side_by_side,
+    tables,
+    user_and_history,
+)
+from tarq_jax.serving.tarq_methods import first_order, order_0
+
+REACH = 2.0  # radius of the damping of new items' corrections, in lengths of all but a tenth of the others
+
+
+def from_module(module: TwoTower | TargetAttention | Tarq, variables: Any, codewords: Any = None) -> Method:
+    """The method that serves a trained module.
+
+    Args:
+      module: as it predicts.
+      variables: of the module.
+      codewords: [L, K, D], of TARQ.
+    """
+    variables = jax.tree.map(np.asarray, variables)
+    module = module.clone(compute=SERVED)
+    if isinstance(module, TwoTower):
+        return _two_tower(module, variables)
+    if isinstance(module, TargetAttention):
+        return _target_attention(module, variables)
+    if isinstance(module, FirstOrderTarq):
+        return first_order(module, variables, np.asarray(codewords))
+    return order_0(module, variables, np.asarray(codewords))
+
+
+def _two_tower(module: TwoTower, variables: Any) -> Method:
+    def user_side(module, weights, request):
+        return {"vector": user_and_history(module, request)[0] / math.sqrt(module.width)}
+
+    def encode(module, weights, features):
+        return item_towers(module, features)
+
+    weights = {"variables": variables}
+    return Method("two_tower", module.schema, bound(user_side, module), bound(encode, module),
+                  weights, {"bias": variables["params"]["bias"]}, weights)
+
+
+def _target_attention(module: TargetAttention, variables: Any) -> Method:
+    def user_side(module, weights, request):
+        user, keys, values = history_of_teacher(module, request)
+        state = {"keys": keys, "values": values, "mask": request["mask"]}
+        return state | interaction_user(user, weights)
+
+    def encode(module, weights, features):
+        arrays = interaction_items(module.backbone, weights, features)
+        return arrays | {"query": side_by_side(module.query(arrays["embedding"]))}
+
+    params = variables["params"]
+    head = interaction_head(params["head"])
+    weights = {"variables": variables, "head": head}
+    return Method("target_attention", module.schema, bound(user_side, module), bound(encode, module),
+                  weights, head_on_attended(params, head), weights, keeps_history=True)
+
+
+def converted(module: TargetAttention, variables: Any, index: ItemIndex) -> Method:
+    """A trained target-attention model, served by an index of its items, see `tarq_jax.conversion`.
+
+    Items of the index keep its codes, and its corrections where it is of order 1. Of new items the
+    correction is the residual of their query, damped where it is longer than most of the index.
+    """
+    variables = jax.tree.map(np.asarray, variables)
+    module = module.clone(compute=SERVED)
+    level_1 = np.asarray(index.levels[0])  # [K, H, E]
+    corrected = len(index.levels) > 1
+    params = variables["params"]
+    head = interaction_head(params["head"])
+
+    def user_side(module, weights, request):
+        user, keys, values = history_of_teacher(module, request)
+        queries, state = jnp.swapaxes(weights["level_1"], 0, 1), interaction_user(user, weights)
+        if corrected:
+            return state | expansion(queries, keys, values, request["mask"])
+        queries = jnp.broadcast_to(queries, (keys.shape[0], *queries.shape))
+        attended = module.attention.outputs(module.compute.attend(queries, keys, values, request["mask"]))
+        return state | tables(attended[:, None], weights)
+
+    def encode(module, weights, features):
+        arrays = interaction_items(module.backbone, weights, features)
+        queries = side_by_side(module.query(arrays["embedding"]))
+        flat = weights["level_1"].reshape(len(level_1), -1)
+        found = quantization.encode(flat[None], queries)
+        arrays |= {"codes": found.codes}
+        if corrected:
+            residuals = (queries - found.quantized).reshape(-1, *weights["level_1"].shape[1:])
+            arrays["correction"] = (residuals * damping(residuals, radius=weights["radius"])).reshape(
+                queries.shape)
+        return arrays
+
+    weights = {"variables": variables, "head": head, "level_1": level_1}
+    known = {"codes": np.asarray(index.codes[:, :1])}
+    if corrected:
+        further = index.chosen(np.arange(len(index.codes)))[1:]
+        corrections = np.sum([np.asarray(level) for level in further], axis=0)
+        known["correction"] = corrections.reshape(len(corrections), -1)
+        lengths = np.linalg.norm(corrections[1:], axis=-1)
+        longest = np.quantile(lengths, 0.9, axis=0).astype(np.float32)[:, None]
+        weights["radius"] = REACH * longest + np.finfo(np.float32).tiny
+    item_weights = head_on_attended(params, head) if corrected else head | backbone_bias(params)
+    return Method("mlp_first_order" if corrected else "mlp", module.schema, bound(user_side, module),
+                  bound(encode, module), weights, item_weights, weights, num_codewords=len(level_1),
+                  known=known)

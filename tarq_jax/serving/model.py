@@ -1,0 +1,119 @@
+"""An exported model as functions that run on the device: its programs with their weights, and top-k."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from tarq_jax.schema import Schema
+from tarq_jax.serving.artefact import read_manifest, read_program, read_weights
+from tarq_jax.serving.index import FREE
+from tarq_jax.serving.vectors import read, rows
+
+ENCODE_BATCH = 1024  # items encoded at a time
+PLATFORMS = {"gpu": {"cuda", "rocm"}}  # of jax.export, by the name of a backend where they differ
+
+
+class Scored(NamedTuple):
+    """Scores of B requests, minus infinity where there is no candidate."""
+
+    scores: jax.Array  # [B, M]
+    best: jax.Array  # [B, k], the largest, falling; equals by position
+    positions: jax.Array  # [B, k] int32, where they are among the M
+
+
+class Model(NamedTuple):
+    """A model as scorers share it. Programs are compiled when they are first called with a shape.
+
+    Attributes:
+      fingerprint: of the model.
+      facts: of its manifest.
+      schema: of requests and items.
+      user_side: (embeddings of the index, slots [B, N] of the histories, request) -> state of the users.
+      score_all: (state, arrays of the index, allowed [B, C] bool, top_k) -> Scored, over the C slots.
+      score_each: (state, arrays, slots [B, M] or FREE, top_k) -> Scored, over the M slots.
+      encode: item fields, name -> [M, ...], to what an index keeps, in float32; reads its weights when it
+        is first called.
+    """
+
+    fingerprint: str
+    facts: Mapping[str, Any]
+    schema: Schema
+    user_side: Callable[..., Mapping[str, jax.Array]]
+    score_all: Callable[..., Scored]
+    score_each: Callable[..., Scored]
+    encode: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def read_model(folder: Path) -> Model:
+    """The model in a folder of an artefact.
+
+    Raises:
+      ValueError: it is damaged, of another version, or not for the platform that JAX runs on here.
+    """
+    fingerprint, facts = read_manifest(folder, "model")
+    backend = jax.default_backend()
+    if not PLATFORMS.get(backend, {backend}) & set(facts["platforms"]):
+        raise ValueError(f"{folder} was exported for {facts['platforms']}, expected {backend!r} among them, "
+                         "which JAX runs on here")
+    names = [name for name in facts["programs"] if name != "encode"]
+    programs = {name: read_program(folder, name, fingerprint) for name in names}
+
+    def user_side(weights, embedding, slots, request):
+        history = {name: rows(values, slots) for name, values in embedding.items()}
+        request = request | {"embedding": read(history, "embedding")}
+        return programs[f"user_{slots.shape[1]}"].call(weights, request)
+
+    def program(kind: str, state: Mapping[str, jax.Array]) -> export.Exported:
+        return programs[f"{kind}_{state['mask'].shape[1]}" if "mask" in state else kind]
+
+    def score_all(weights, state, arrays, allowed, top_k):
+        return _select(program("score_all", state).call(weights, state, arrays), allowed, top_k)
+
+    def score_each(weights, state, arrays, slots, top_k):
+        items = {name: rows(values, slots) for name, values in arrays.items()}
+        return _select(program("score_each", state).call(weights, state, items), slots != FREE, top_k)
+
+    user_weights, item_weights = (jax.device_put(read_weights(folder, part)) for part in ("user", "items"))
+    score_all, score_each = (
+        functools.partial(jax.jit(score, static_argnames="top_k"), item_weights)
+        for score in (score_all, score_each))
+    return Model(fingerprint, facts, Schema.from_json(facts["schema"]),
+                 functools.partial(jax.jit(user_side), user_weights), score_all, score_each,
+                 _encoder(folder, fingerprint))
+
+
+def _select(scores: jax.Array, allowed: jax.Array, top_k: int) -> Scored:
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    return Scored(scores, *jax.lax.top_k(scores, top_k))
+
+
+def _encoder(folder: Path, fingerprint: str) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    @functools.cache
+    def program() -> Callable[..., Mapping[str, jax.Array]]:
+        """Holds the embedding tables, so it is read only where items are encoded."""
+        call = jax.jit(read_program(folder, "encode", fingerprint).call)
+        return functools.partial(call, jax.device_put(read_weights(folder, "encode")))
+
+    def encode(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"items have columns of {lengths} values, expected the same of each")
+        total = next(iter(lengths.values()))
+        blocks = []
+        for start in range(0, max(total, 1), ENCODE_BATCH):
+            block = {name: values[start:start + ENCODE_BATCH] for name, values in columns.items()}
+            found = program()({name: _padded(values, ENCODE_BATCH) for name, values in block.items()})
+            blocks.append({name: np.asarray(values)[:total - start] for name, values in found.items()})
+        return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+    return encode
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([values, np.zeros((length - len(values), *values.shape[1:]), values.dtype)])

@@ -1,0 +1,169 @@
+"""Requests as plain dictionaries, checked against the schema and padded into arrays.
+
+    {"user": {"user_group": 3}, "context": {"hour": 0.4},
+     "history": {"item_id": [17, 4, 256], "event_type": [1, 1, 2]}}
+
+`user` and `context` hold one value a field, `history` a list a field, oldest event first; `item_id` in it
+are ids of the index. All fields of the schema have to be there. A side without fields may be left out, and
+so may `history` of a user who has none.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tarq_jax.schema import ITEM_ID, Field, Schema, check_column
+from tarq_jax.serving.index import FREE, Index
+
+SIDES = ("user", "context", "history")
+
+
+class Request(NamedTuple):
+    """A request that was found valid."""
+
+    user: dict[str, np.ndarray]  # name -> [...]
+    context: dict[str, np.ndarray]
+    items: np.ndarray  # [N] int64 ids of the history
+    events: dict[str, np.ndarray]  # name -> [N, ...]
+
+
+class Padded(NamedTuple):
+    """Requests of a batch in arrays of fixed shape."""
+
+    request: dict[str, Any]  # `user`, `context`, `events` and `mask` of `tarq_jax.serving.method`
+    slots: np.ndarray  # [B, N] int32 of the history's items, 0 on padding
+    skipped: list[int]  # events of each request whose items the index does not know
+
+
+def check_request(schema: Schema, request: Any, where: str = "request") -> Request:
+    """The request in the types of the schema.
+
+    Raises:
+      ValueError: names the field, its value and what was expected.
+    """
+    if not isinstance(request, Mapping):
+        raise ValueError(f"{where} is {_shown(request)}, expected an object with {list(SIDES)}")
+    _refuse_others(request, SIDES, where)
+    parts = {side: request.get(side) or {} for side in SIDES}
+    for side, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{where}: {side!r} is {_shown(part)}, expected an object, field -> value")
+    user, context = ({name: column[0] for name, column in _columns(
+        schema.side(side), {name: [value] for name, value in parts[side].items()}, f"{where}: {side!r}"
+    ).items()} for side in ("user", "context"))
+    return Request(user, context, *_history(schema, parts["history"], f"{where}: 'history'"))
+
+
+def _history(schema: Schema, history: Mapping[str, Any], where: str) -> tuple[np.ndarray, dict[str, Any]]:
+    fields = schema.side("event")
+    if not history:
+        history = {field.name: [] for field in fields} | {ITEM_ID: []}
+    if ITEM_ID not in history:
+        raise ValueError(f"{where} has no field {ITEM_ID!r}, expected a list of ids")
+    items = check_ids(history[ITEM_ID], f"{where}: field {ITEM_ID!r}")
+    events = _columns(fields, {name: values for name, values in history.items() if name != ITEM_ID}, where)
+    for name, values in events.items():
+        if len(values) != len(items):
+            raise ValueError(f"{where}: field {name!r} has {len(values)} values, expected {len(items)}, as "
+                             f"many as {ITEM_ID!r}")
+    return items, events
+
+
+def check_ids(values: Any, where: str) -> np.ndarray:
+    """Ids of items as [M] int64; a ValueError unless they are a list of integers."""
+    ids = _array(values, where)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"{where} is {_shown(values)}, expected a list of integers")
+    if ids.size and ids.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{where} is {ids.max()}, expected at most {np.iinfo(np.int64).max}")
+    return ids.astype(np.int64)
+
+
+def check_columns(fields: Sequence[Field], columns: Any, where: str) -> dict[str, np.ndarray]:
+    """Columns of values [M, ...] for all fields and no others, in the types of the schema.
+
+    Raises:
+      ValueError: names the field, its value and what was expected.
+    """
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"{where} is {_shown(columns)}, expected an object, field -> values")
+    return _columns(fields, columns, where)
+
+
+def _columns(fields: Sequence[Field], columns: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
+    _refuse_others(columns, [field.name for field in fields], where)
+    missing = [field.name for field in fields if field.name not in columns]
+    if missing:
+        raise ValueError(f"{where} has no field {missing[0]!r}, expected {[f.name for f in fields]}")
+    return {field.name: _column(field, columns[field.name], where) for field in fields}
+
+
+def _column(field: Field, values: Any, where: str) -> np.ndarray:
+    array = _array(values, f"{where}: field {field.name!r}")
+    categorical = field.kind == "categorical"
+    if array.ndim == 1 and not array.size:
+        array = np.zeros((0, *field.shape), field.dtype)
+    if array.dtype.kind not in ("iu" if categorical else "iuf"):
+        raise ValueError(f"{where}: field {field.name!r} is {_shown(values)}, expected "
+                         f"{'integers' if categorical else 'numbers'}")
+    check_column(field, array, where)
+    with np.errstate(over="ignore"):
+        converted = array.astype(field.dtype)
+    check_column(field, converted, where)  # what float32 cannot hold is infinite
+    return converted
+
+
+def _array(values: Any, where: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError):  # lists of different lengths, say
+        raise ValueError(f"{where} is {_shown(values)}, expected an array of numbers") from None
+
+
+def _refuse_others(found: Mapping[str, Any], expected: Sequence[str], where: str) -> None:
+    others = [name for name in found if name not in expected]
+    if others:
+        raise ValueError(f"{where} has {others[0]!r}, expected {list(expected) or 'no fields'}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def pad(
+    schema: Schema, index: Index, requests: Sequence[Request], *, batch: int, lengths: Sequence[int]
+) -> Padded:
+    """Arrays of `batch` requests, histories padded to the shortest of `lengths` that holds them all.
+
+    Events with items that the index does not know are skipped. Of a history that is longer than all
+    `lengths` the newest events are kept.
+    """
+    slots = [index.slots_of(request.items) for request in requests]
+    kept = [np.flatnonzero(found != FREE)[-lengths[-1]:] for found in slots]
+    longest = max(map(len, kept), default=0)
+    length = next(length for length in lengths if length >= longest)
+    events = [{name: values[places] for name, values in request.events.items()}
+              for request, places in zip(requests, kept, strict=True)]
+    history = np.zeros((batch, length), np.int32)
+    mask = np.zeros((batch, length), bool)
+    for row, (found, places) in enumerate(zip(slots, kept, strict=True)):
+        history[row, :len(places)] = found[places]
+        mask[row, :len(places)] = True
+    columns = {
+        "user": _stacked(schema.side("user"), [request.user for request in requests], batch),
+        "context": _stacked(schema.side("context"), [request.context for request in requests], batch),
+        "events": _stacked(schema.side("event"), events, batch, length), "mask": mask}
+    return Padded(columns, history, [int((found == FREE).sum()) for found in slots])
+
+
+def _stacked(
+    fields: Sequence[Field], requests: Sequence[Mapping[str, np.ndarray]], batch: int, *length: int
+) -> dict[str, np.ndarray]:
+    """One row a request, zeros in further rows and, of columns with a `length`, behind the values."""
+    columns = {field.name: np.zeros((batch, *length, *field.shape), field.dtype) for field in fields}
+    for name, column in columns.items():
+        for row, request in enumerate(requests):
+            column[(row, slice(len(request[name]))) if length else row] = request[name]
+    return columns

@@ -1,0 +1,253 @@
+"""Ranks candidates by an exported model: the user side once a request, look-ups and top-k on device.
+
+    scorer = Scorer.load("artefacts/1")
+    scorer.warm_up()
+    best = scorer.score({"history": {"item_id": [17, 4, 256]}}, top_k=500)
+
+A scorer does not change once it is warm, and threads may share it. Changed items come as another scorer,
+`with_index`, which shares the compiled programs. Needs neither Flax nor the code that models are trained by.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import jax
+import numpy as np
+
+from tarq_jax.serving.artefact import check_fit, read_index
+from tarq_jax.serving.index import FREE, Index, round_up
+from tarq_jax.serving.model import Model, Scored, read_model
+from tarq_jax.serving.requests import check_columns, check_ids, check_request, pad
+from tarq_jax.serving.vectors import parts, store
+
+BATCH_SIZES = (1, 8)
+CANDIDATE_SIZES = (1024, 4096, 16384)
+TOP_K = 1000
+NO_IDS = np.zeros(0, np.int64)
+
+
+class Ranking(NamedTuple):
+    """The best candidates of a request, the best first; equals in the order they are given or kept in."""
+
+    ids: np.ndarray  # [k] int64; fewer than asked for where there are not as many candidates
+    scores: np.ndarray  # [k] float32 logits
+    unknown: np.ndarray  # [U] int64, candidates that were asked for and are not served
+    skipped: int  # events of the history with items that the index does not know
+
+
+class Users(NamedTuple):
+    """The state of a batch of users, on device: all that ranking needs of their requests."""
+
+    state: Mapping[str, jax.Array]  # [B, ...] each
+    skipped: Sequence[int]  # one a request; as many as there are real requests
+    batch: int  # B, with padding
+    items: Index  # that their histories were read from
+
+
+class Scorer:
+    """See the module; made by `load` and `with_index`.
+
+    Attributes:
+      schema: of requests.
+      facts: what the model says of itself: `method`, `histories`, `vectors`, `platforms`, ...
+      index: of the items, on the host.
+      batch_sizes, candidate_sizes, top_k: what programs are compiled for, see `load`.
+      ready: whether all programs were compiled, by `warm_up`.
+    """
+
+    def __init__(self, model: Model, index: Index, batch_sizes: Sequence[int],
+                 candidate_sizes: Sequence[int], top_k: int):
+        """Puts the index on the device; a ValueError if another model made it."""
+        check_fit(index.fingerprint, model.fingerprint)
+        self.schema, self.facts, self.index, self.ready = model.schema, model.facts, index, False
+        self._model, self.top_k = model, top_k
+        self.batch_sizes = sorted(batch_sizes)
+        sizes = sorted({round_up(size) for size in candidate_sizes})
+        self.candidate_sizes = [size for size in sizes if size < index.capacity]
+        self._arrays = jax.device_put(dict(index.arrays))
+
+    @classmethod
+    def load(cls, path: str | Path, *, index: str | Path | None = None,
+             batch_sizes: Sequence[int] = BATCH_SIZES, candidate_sizes: Sequence[int] = CANDIDATE_SIZES,
+             top_k: int = TOP_K) -> "Scorer":
+        """Reads and checks what `python -m tarq_jax.serving.export` wrote.
+
+        Args:
+          path: of the artefact.
+          index: folder of another index for its model; `path/index` if None.
+          batch_sizes: requests that are scored together; a batch is padded to one of them, and more
+            requests than the largest are scored one batch after the other.
+          candidate_sizes: numbers of candidates that given ones are padded to, rounded up to a multiple
+            of 512; where a request of a batch has more than the largest, the whole index is scored for
+            all of them, and what was not given is left out.
+          top_k: candidates that are selected on the device; a larger k is sorted on the host.
+
+        Raises:
+          ValueError: the artefact is damaged, of another version or platform, or index and model differ.
+        """
+        for name, values in (("batch_sizes", batch_sizes), ("candidate_sizes", (*candidate_sizes, top_k))):
+            if not values or min(values) < 1:
+                raise ValueError(f"{name} are {tuple(values)}, expected positive numbers")
+        folder = Path(path) / "index" if index is None else Path(index)
+        return cls(read_model(Path(path) / "model"), read_index(folder), batch_sizes, candidate_sizes, top_k)
+
+    def with_index(self, index: Index) -> "Scorer":
+        """A scorer of the same model for another index; ready at once where its capacity is the same."""
+        scorer = Scorer(self._model, index, self.batch_sizes, self.candidate_sizes, self.top_k)
+        scorer.ready = self.ready and index.capacity == self.index.capacity
+        return scorer
+
+    def encode(self, items: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """What `tarq_jax.serving.index.add` and `change` take, for items by their fields, [M, ...] each.
+
+        A new item has `item_id` 0 in these fields, unless it was in the vocabulary that was trained.
+        """
+        encoded = self._model.encode(check_columns(self.schema.side("item"), items, "items"))
+        return store(encoded, self.facts["vectors"], self.facts["num_codewords"])
+
+    def warm_up(self) -> "Scorer":
+        """Compiles every program for every shape; `ready` from then on."""
+        for batch in self.batch_sizes:
+            for length in self.facts["histories"]:
+                users = self._users([], batch, [length])
+                self._score_all(users, np.zeros((batch, self.index.capacity), bool))
+                for size in self.candidate_sizes:
+                    self._score_each(users, np.full((batch, size), FREE, np.int32))
+        self.ready = True
+        return self
+
+    @overload
+    def score(self, requests: Mapping[str, Any], candidates: Any = None, *, top_k: int | None = None
+              ) -> Ranking: ...
+
+    @overload
+    def score(self, requests: Sequence[Mapping[str, Any]], candidates: Any = None, *,
+              top_k: int | None = None) -> list[Ranking]: ...
+
+    def score(self, requests: Any, candidates: Any = None, *, top_k: int | None = None) -> Any:
+        """The best candidates of each request.
+
+        Args:
+          requests: one, as `tarq_jax.serving.requests` has them, or a list of them.
+          candidates: ids to rank, or None for all that the index serves; for a list of requests None or
+            a list of such. An id that is not served is reported as unknown; one that is given twice is
+            ranked once.
+          top_k: how many to return; all if None.
+
+        Returns:
+          A `Ranking`, or a list of them.
+
+        Raises:
+          ValueError: names the request, the field, its value and what was expected.
+        """
+        if isinstance(requests, Mapping):
+            return self.rank(self.users([requests]), [candidates], top_k=top_k)[0]
+        chosen = [None] * len(requests) if candidates is None else candidates
+        if len(chosen) != len(requests):
+            raise ValueError(f"candidates are {len(chosen)} lists, expected {len(requests)}, one a request")
+        rankings: list[Ranking] = []
+        for start in range(0, len(requests), self.batch_sizes[-1]):
+            part = slice(start, start + self.batch_sizes[-1])
+            rankings += self.rank(self.users(requests[part], first=start), chosen[part], top_k=top_k)
+        return rankings
+
+    def users(self, requests: Sequence[Any], *, first: int = 0) -> Users:
+        """The user side alone, which can run while candidates are still being retrieved.
+
+        Args:
+          requests: at most as many as the largest batch.
+          first: number of the first one, for what errors say.
+        """
+        if len(requests) > self.batch_sizes[-1]:
+            raise ValueError(f"requests are {len(requests)}, expected at most {self.batch_sizes[-1]}, the "
+                             "largest of batch_sizes")
+        checked = [check_request(self.schema, request, f"request {first + place}")
+                   for place, request in enumerate(requests)]
+        batch = next(size for size in self.batch_sizes if size >= len(requests))
+        return self._users(checked, batch, self.facts["histories"])
+
+    def _users(self, requests: Sequence[Any], batch: int, lengths: Sequence[int]) -> Users:
+        padded = pad(self.schema, self.index, requests, batch=batch, lengths=lengths)
+        state = self._model.user_side(parts(self._arrays, "embedding"), padded.slots, padded.request)
+        return Users(state, padded.skipped, batch, self.index)
+
+    def rank(self, users: Users, candidates: Sequence[Any], *, top_k: int | None = None) -> list[Ranking]:
+        """The item side: as `score`, for `users` of this scorer and the candidates of each, ids or None."""
+        if users.items is not self.index:
+            raise ValueError("users are those of a scorer with another index, expected this one's: an answer "
+                             "comes from one version alone")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, expected at least 1")
+        if len(candidates) != len(users.skipped):
+            raise ValueError(f"candidates are {len(candidates)} lists, expected {len(users.skipped)}, one a "
+                             "request")
+        chosen = [self._all if ids is None else self._choose(ids, f"candidates of request {row}")
+                  for row, ids in enumerate(candidates)]
+        most = max((len(found.slots) for found in chosen), default=0)
+        size = next((size for size in self.candidate_sizes if size >= most), None)
+        scores = self._whole(users, chosen) if size is None else self._chosen(users, chosen, size)
+        selected, rankings = _best(scores, top_k), []
+        for found, skipped, best, positions in zip(chosen, users.skipped, *selected, strict=False):
+            real = best > -np.inf
+            ids = self.index.ids if size is None else found.ids
+            rankings.append(Ranking(ids[positions[real]], best[real], found.unknown, skipped))
+        return rankings
+
+    @cached_property
+    def _all(self) -> "_Chosen":
+        slots = np.flatnonzero(self.index.served)
+        return _Chosen(self.index.ids[slots], slots, NO_IDS)
+
+    def _choose(self, candidates: Any, where: str) -> "_Chosen":
+        ids = check_ids(candidates, where)
+        slots = self.index.slots_of(ids)
+        served = (slots != FREE) & self.index.served[slots]
+        unknown, ids, slots = ids[~served], ids[served], slots[served]
+        places = np.arange(len(slots))
+        first = np.empty(self.index.capacity, np.int64)
+        first[slots[::-1]] = places[::-1]  # of equals the last assignment stays
+        distinct = first[slots] == places
+        return _Chosen(ids[distinct], slots[distinct], unknown)
+
+    def _whole(self, users: Users, chosen: Sequence["_Chosen"]) -> Scored:
+        """Scores the whole index, and leaves out what was not chosen."""
+        allowed = np.zeros((users.batch, self.index.capacity), bool)
+        for row, found in enumerate(chosen):
+            allowed[row, found.slots] = True
+        return self._score_all(users, allowed)
+
+    def _chosen(self, users: Users, chosen: Sequence["_Chosen"], size: int) -> Scored:
+        """Scores the chosen candidates alone."""
+        slots = np.full((users.batch, size), FREE, np.int32)
+        for row, found in enumerate(chosen):
+            slots[row, :len(found.slots)] = found.slots
+        return self._score_each(users, slots)
+
+    def _score_all(self, users: Users, allowed: np.ndarray) -> Scored:
+        return self._model.score_all(
+            users.state, self._arrays, allowed, top_k=min(self.top_k, allowed.shape[1]))
+
+    def _score_each(self, users: Users, slots: np.ndarray) -> Scored:
+        return self._model.score_each(
+            users.state, self._arrays, slots, top_k=min(self.top_k, slots.shape[1]))
+
+
+class _Chosen(NamedTuple):
+    """Candidates that were given and are served, each once."""
+
+    ids: np.ndarray  # [G] int64
+    slots: np.ndarray  # [G] int32
+    unknown: np.ndarray  # [U] int64, those that are not served
+
+
+def _best(found: Scored, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The best scores of each request and where they are, [B, k]: by the device, or where that has not k."""
+    if top_k is not None and top_k <= found.best.shape[1]:
+        best, positions = jax.device_get((found.best, found.positions))
+    else:
+        scores = np.asarray(found.scores)
+        positions = np.argsort(-scores, axis=-1, kind="stable")
+        best = np.take_along_axis(scores, positions, axis=-1)
+    return best[:, :top_k], positions[:, :top_k]

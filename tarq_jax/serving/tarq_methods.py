@@ -1,0 +1,131 @@
+"""Methods of TARQ, of order 0 and 1, with each of its heads."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from tarq_jax.models import FirstOrderTarq, Tarq
+from tarq_jax.serving.method import (
+    Method,
+    backbone_bias,
+    bound,
+    dense_layers,
+    expansion,
+    head_on_attended,
+    history_of_teacher,
+    interaction_head,
+    interaction_items,
+    interaction_user,
+    item_towers,
+    output_projection,
+    tables,
+    user_and_history,
+)
+
+
+def order_0(module: Tarq, variables: Any, codewords: np.ndarray) -> Method:
+    """Personalised codebooks are tables that items look up, level by level.
+
+    Their rows are what the head can be computed to before an item is known: a scalar with `scalar`, a vector
+    to multiply v_item with in `dot`, the output and its product with the head's first layer in `mlp`.
+    """
+    params = variables["params"]
+    weights = {"variables": variables, "codewords": codewords}
+    if module.head == "mlp":
+        weights["head"] = interaction_head(params["student_head"])
+
+    def user_side(module, weights, request):
+        user, history = user_and_history(module.teacher.backbone, request)
+        encoded = module.teacher.history_encoder(history, request["mask"])
+        table = module.personalize(weights["codewords"], encoded, request["mask"])
+        if module.head == "mlp":
+            return interaction_user(user, weights) | tables(table, weights)
+        scale = math.sqrt(module.width)
+        if module.head == "dot":
+            projection = weights["variables"]["params"]["student_head"]
+            return {"vector": (user + projection["bias"]) / scale,
+                    "table": table @ (projection["kernel"] / scale)}
+        levels = (jnp.swapaxes(values, -2, -3) for values in (table, weights["codewords"]))  # [.., K, L, D]
+        scores = module.codeword_scores(*jnp.broadcast_arrays(*levels))
+        return {"vector": user / scale, "table": jnp.swapaxes(scores, -1, -2)}
+
+    def encode(module, weights, features):
+        backbone = module.teacher.backbone
+        arrays = (interaction_items(backbone, weights, features) if module.head == "mlp"
+                  else item_towers(backbone, features))
+        latents = module.item_latents(arrays["embedding"])
+        return arrays | {"codes": module.encode(weights["codewords"], latents).codes}
+
+    item_weights = weights.get("head", {}) | backbone_bias(params["teacher"])
+    return Method(module.head, module.schema, bound(user_side, module), bound(encode, module),
+                  weights, item_weights, weights, num_codewords=codewords.shape[1])
+
+
+def first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) -> Method:
+    """Means and Jacobians of level 1, and of each item the correction that its Jacobian multiplies.
+
+    The correction sums the codewords of further levels, damped; with the head `scalar` each has its own.
+    """
+    params = variables["params"]
+    teacher, width = params["teacher"], module.width
+    kernel, bias = output_projection(teacher)
+    weights = {"variables": variables, "codewords": codewords}
+    if module.head == "mlp":
+        head = weights["head"] = interaction_head(params["student_head"])
+        item_weights = head_on_attended(teacher, head)
+    elif module.head == "dot":
+        projection = params["student_head"]
+        weights["key_kernel"] = (kernel @ projection["kernel"]).T / math.sqrt(width)
+        weights["added"] = bias @ projection["kernel"] + projection["bias"]
+        item_weights = backbone_bias(teacher)
+    else:
+        heads = [params[f"level_scores_{level}"] for level in range(1, module.num_levels)]
+        item_weights = backbone_bias(teacher) | _level_heads(heads, kernel, codewords[1:])
+
+    def user_side(module, weights, request):
+        user, keys, values = history_of_teacher(module.teacher, request)
+        level_1 = weights["codewords"][0]
+        heads = jnp.swapaxes(level_1.reshape(len(level_1), *keys.shape[1::2]), 0, 1)  # [H, K, E]
+        state = expansion(heads, keys, values, request["mask"])
+        if module.head == "mlp":
+            return state | interaction_user(user, weights)
+        if module.head == "dot":
+            return state | {"vector": (user + weights["added"]) / math.sqrt(width)}
+        kernel, bias = output_projection(weights["variables"]["params"]["teacher"])
+        outputs = state["means"] @ kernel + bias
+        inputs = jnp.concatenate([outputs, jnp.broadcast_to(level_1, outputs.shape)], axis=-1)
+        return state | {"vector": user / math.sqrt(width), "table": module.level_scores[0](inputs)[..., 0]}
+
+    def encode(module, weights, features):
+        backbone = module.teacher.backbone
+        arrays = (interaction_items(backbone, weights, features) if module.head == "mlp"
+                  else item_towers(backbone, features))
+        found = module.encode(weights["codewords"], module.item_latents(arrays["embedding"][None]))
+        _, corrections = module.centre_and_residuals(found)  # [L - 1, 1, H, M, E]
+        corrections = jnp.moveaxis(corrections[:, 0], 2, 0).reshape(-1, module.num_levels - 1, width)
+        if module.head == "dot":
+            arrays["key"] = arrays["vector"] @ weights["key_kernel"]
+        if module.head != "scalar":
+            corrections = corrections.sum(axis=1)
+        return arrays | {"codes": found.codes[0], "correction": corrections}
+
+    return Method(f"{module.head}_first_order", module.schema, bound(user_side, module),
+                  bound(encode, module), weights, item_weights, weights, num_codewords=codewords.shape[1])
+
+
+def _level_heads(heads: Sequence[Any], output_kernel: np.ndarray, codewords: np.ndarray) -> dict[str, Any]:
+    """MLPs of `[change of o, codeword]`, one a level: the projection and the codeword's part are folded.
+
+    `attended` is block-diagonal, [(L - 1) D, (L - 1) F]: one product for the first layers of all levels.
+    """
+    attended, levels = [], []
+    for params, level in zip(heads, codewords, strict=True):
+        first, *layers = dense_layers(params)
+        of_change, of_codeword = np.split(first["kernel"], 2)
+        attended.append(output_kernel @ of_change)
+        levels.append({"codeword_first": level @ of_codeword + first["bias"], "layers": layers})
+    return {"attended": scipy.linalg.block_diag(*attended), "levels": levels}

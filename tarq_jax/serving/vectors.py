@@ -1,0 +1,70 @@
+"""How an index keeps its vectors: float32, bfloat16, or int8 with a scale a row.
+
+Codes are kept in the smallest integer. An int8 array `name` has a companion
+`name_scale` with one float32 for each row of its last axis.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+Storage = Literal["float32", "bfloat16", "int8"]
+
+SCALE = "_scale"
+LARGEST = 127  # of int8, symmetric
+
+
+def store(arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int) -> dict[str, np.ndarray]:
+    """The arrays as an index keeps them, on the host.
+
+    The error of an entry is at most 2^-9 of itself in bfloat16, and 1/254 of the row's largest in int8.
+
+    Args:
+      arrays: floats [M, ..., D], stored, and integers, which are codes.
+      storage: of the floats.
+      num_codewords: codes are in [0, num_codewords), and kept in the smallest integer that holds them.
+
+    Raises:
+      ValueError: `storage` is unknown.
+    """
+    if storage not in get_args(Storage):
+        raise ValueError(f"vectors is {storage!r}, expected one of {get_args(Storage)}")
+    stored: dict[str, np.ndarray] = {}
+    for name, values in arrays.items():
+        if values.dtype.kind != "f":
+            stored[name] = values.astype(np.min_scalar_type(num_codewords - 1))
+        elif storage == "float32":
+            stored[name] = values
+        elif storage == "bfloat16":
+            stored[name] = values.astype(ml_dtypes.bfloat16)
+        else:
+            scale = np.abs(values).max(axis=-1) / LARGEST
+            rounded = np.rint(values / np.where(scale > 0, scale, 1.0)[..., None])
+            stored |= {name: rounded.astype(np.int8), name + SCALE: scale.astype(np.float32)}
+    return stored
+
+
+def read(arrays: Mapping[str, jax.Array], name: str) -> jax.Array:
+    """An array in float32, whatever it is stored as.
+
+    Example:
+      >>> read(store({"x": np.array([[0.5, -1.0]], np.float32)}, "int8", 0), "x").round(2).tolist()
+      [[0.5, -1.0]]
+    """
+    values = jnp.asarray(arrays[name]).astype(jnp.float32)
+    scale = arrays.get(name + SCALE)
+    return values if scale is None else values * scale[..., None]
+
+
+def rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of a table [V, ...] for indices [...] in [-V, V): [..., ...]."""
+    return jnp.asarray(table).at[indices].get(mode="promise_in_bounds")
+
+
+def parts(arrays: Mapping[str, jax.Array], name: str) -> dict[str, jax.Array]:
+    """The entries of an array that `read` needs."""
+    return {key: arrays[key] for key in (name, name + SCALE) if key in arrays}

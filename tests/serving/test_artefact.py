@@ -1,0 +1,130 @@
+"""What is on disk: written as a whole or not at all, and refused unless it is as it was written."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tarq_jax.serving import Scorer, make_index, remove, save_index
+from tarq_jax.serving import artefact as files
+
+
+@pytest.fixture
+def copied(artefact, tmp_path):
+    """An artefact that may be damaged."""
+    return shutil.copytree(artefact(), tmp_path / "copy")
+
+
+def edit(path, **changes):
+    """Changes fields of a manifest and its checksum with them."""
+    manifest = json.loads(path.read_text()) | changes
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest | {"checksum": files._checksum(manifest)}))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int8, ml_dtypes.bfloat16])
+def test_an_index_comes_back(tmp_path, dtype):
+    values = np.arange(-3, 9).reshape(4, 3).astype(dtype)
+    codes = np.array([[3], [1], [2], [0]], np.uint8)
+    index = make_index([5, 2, 9, 0], {"vector": values, "codes": codes}, "f")
+    files.write_index(index, tmp_path)
+    found = files.read_index(tmp_path)
+    assert found.fingerprint == "f" and found.arrays.keys() == {"vector", "codes"}
+    for name in ("ids", "served"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(index, name))
+    for name, array in index.arrays.items():
+        assert found.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_a_changed_index_is_saved_beside_its_artefact(artefact, tmp_path):
+    changed = remove(files.read_index(artefact() / "index"), [3])
+    save_index(changed, tmp_path / "index")
+    scorer = Scorer.load(artefact(), index=tmp_path / "index")
+    assert scorer.index.num_served == 21 and not (scorer.index.ids[scorer.index.served] == 3).any()
+    with pytest.raises(ValueError, match="exists, expected a path that does not"):
+        save_index(changed, tmp_path / "index")
+
+
+FILES = ("index/ids.npy", "index/codes.npy", "index/manifest.json", "model/user_2.jaxexport",
+         "model/items.npz", "model/manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(ValueError, match=rf"{copied / name} is missing, expected"):
+        Scorer.load(copied)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short(copied, name):
+    path = copied / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"{path} (has \d+ bytes|cannot be read).*expected"):
+        Scorer.load(copied)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_byte(copied, name):
+    path = copied / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path} .*expected"):
+        Scorer.load(copied)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"version": 2}, "is of format 'tarq_jax/model', version 2, expected 'tarq_jax/model', version 1"),
+    ({"format": "other"}, "is of format 'other', version 1, expected"),
+])
+def test_other_formats(copied, changes, words):
+    edit(copied / "model" / "manifest.json", **changes)
+    with pytest.raises(ValueError, match=words):
+        Scorer.load(copied)
+
+
+def test_an_index_is_not_a_model(copied):
+    with pytest.raises(ValueError, match="is of format 'tarq_jax/index', version 1, expected"):
+        files.read_manifest(copied / "index", "model")
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="is missing, expected the manifest of an exported model"):
+        Scorer.load(tmp_path / "nowhere")
+
+
+def test_a_program_of_another_model(copied, artefact):
+    """Even where checksums were made to fit, a program says which weights it is of."""
+    path = copied / "model" / "score_all.jaxexport"
+    content = path.read_bytes()
+    own = json.loads((copied / "model" / "manifest.json").read_text())["fingerprint"]
+    other = json.loads((artefact("tarq_dot") / "model" / "manifest.json").read_text())["fingerprint"]
+    path.write_bytes(content.replace(own[:16].encode(), other[:16].encode()))
+    names = f"'score_all_{other[:16]}', expected 'score_all_{own[:16]}'"
+    with pytest.raises(ValueError, match=names):
+        files.read_program(copied / "model", "score_all", own)
+
+
+def test_another_platform(copied):
+    manifest = json.loads((copied / "model" / "manifest.json").read_text())
+    edit(copied / "model" / "manifest.json", facts=manifest["facts"] | {"platforms": ["tpu"]})
+    with pytest.raises(ValueError, match=r"was exported for \['tpu'\], expected 'cpu' among them"):
+        Scorer.load(copied)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(RuntimeError), files.new_folder(out) as folder:
+        (folder / "half").write_text("a")
+        raise RuntimeError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "deep"]
+    with files.new_folder(out) as folder:
+        (folder / "whole").write_text("a")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["whole"] and list(out.parent.iterdir()) == [out]
+    with pytest.raises(ValueError, match=r"out exists, expected a path that does not"), files.new_folder(out):
+        pass

@@ -1,0 +1,107 @@
+"""The command that exports, on finished runs; and what it wrote, served without the code it was made of."""
+
+import json
+
+import numpy as np
+import pytest
+from jax import export
+
+EXPORT = ("-m", "tarq_jax.serving.export")
+
+SERVE = """
+import json, sys
+from tarq_jax.serving import Scorer
+scorer = Scorer.load(sys.argv[1], batch_sizes=(1,), candidate_sizes=(256,), top_k=4)
+ranking = scorer.score({"history": {"item_id": [4, 9, 4]}}, top_k=3)
+scorer.encode({"item_id": [3], "features": [[0.0] * 24]})
+code = [name for name in sys.modules
+        if name.split(".")[0] in ("flax", "optax", "orbax", "tensorflow_datasets")
+        or name.startswith(("tarq_jax.training", "tarq_jax.models", "tarq_jax.data"))]
+print(json.dumps({"ids": ranking.ids.tolist(), "code": code, "facts": scorer.facts}))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(command, tmp_path_factory):
+    """Finished runs at smoke size."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("target_attention", "tarq"):
+        done = command("train.py", "--config=configs/synthetic.py:smoke", f"--config.model.name={name}",
+                       "--config.model.assign=balanced", "--config.baselines=()",
+                       f"--config.data.data_dir={folder}/data", f"--workdir={folder}/{name}")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("name", "flags", "method", "platforms"), [
+    ("tarq", ["--vectors=int8", "--histories=4,8"], "mlp_first_order", ["cpu", "cuda", "tpu"]),
+    ("target_attention", ["--platforms=cpu"], "target_attention", ["cpu"]),
+    ("target_attention", ["--codewords=8", "--capacity=600", "--platforms=cpu"], "mlp_first_order", ["cpu"]),
+    ("target_attention", ["--codewords=8", "--order=0", "--platforms=cpu"], "mlp", ["cpu"]),
+])
+def test_export_and_serve_without_training_code(command, runs, tmp_path, name, flags, method, platforms):
+    out = tmp_path / "out"
+    done = command(*EXPORT, f"--run={runs / name}", f"--out={out}", *flags)
+    assert (done.returncode, done.stdout) == (0, f"{out}: written\n"), done.stderr
+    served = command("-c", SERVE, out)
+    assert served.returncode == 0, served.stderr
+    found = json.loads(served.stdout)
+    assert found["code"] == []
+    assert len(set(found["ids"])) == 3 and set(found["ids"]) <= set(range(1, 121))
+    assert (found["facts"]["method"], found["facts"]["platforms"]) == (method, platforms)
+    for program in found["facts"]["programs"]:
+        serialized = (out / "model" / f"{program}.jaxexport").read_bytes()
+        assert list(export.deserialize(bytearray(serialized)).platforms) == platforms
+    assert found["facts"]["histories"] == ([4, 8] if name == "tarq" else [8])
+    index = json.loads((out / "index" / "manifest.json").read_text())
+    assert index["facts"]["items"] == 120
+    assert index["facts"]["arrays"]["ids"]["shape"] == [1024 if "--capacity=600" in flags else 512]
+
+
+def test_scores_of_a_run(runs, tmp_path):
+    """What the served run says of its test requests is what its evaluation says."""
+    from tarq_jax import data
+    from tarq_jax.serving import Scorer, build
+    from tarq_jax.training import loop, restore
+
+    run = restore.load_run(runs / "tarq")
+    build.write(build.method_of(run), run.dataset, tmp_path, histories=[8])
+    scorer = Scorer.load(tmp_path, batch_sizes=(8,), candidate_sizes=(), top_k=4)
+    batch = next(data.eval_batches(run.dataset, "test", batch_size=8, **loop.batch_shapes(run.dataset)))
+    expected = run.objective.predict(run.state.params, run.state.codebook.codewords, batch).logits["tarq"]
+    ids = batch.candidates["item_id"]
+    requests = [{"history": {"item_id": items[mask].tolist()}}
+                for items, mask in zip(batch.history["item_id"], batch.history_mask, strict=True)]
+    for row, ranking in enumerate(scorer.score(requests, list(ids))):
+        scores = dict(zip(ranking.ids.tolist(), ranking.scores, strict=True))
+        np.testing.assert_allclose(
+            [scores[item] for item in ids[row].tolist()], expected[row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--vectors=int4"], "vectors"),
+    (["--platforms=cpu,gpu"], "--platforms has 'gpu', expected some of cpu,cuda,rocm,tpu"),
+    (["--histories=8,none"], "--histories is '8,none', expected positive lengths"),
+    (["--histories=0"], "--histories is '0'"),
+    (["--codewords=1"], "--codewords is 1, expected at least 2"),
+    (["--capacity=0"], "--capacity is 0"),
+    (["--order=2"], "order"),
+    (["extra"], "extra"),
+])
+def test_wrong_calls(wrong_call, tmp_path, flags, words):
+    assert words in wrong_call(*EXPORT, f"--run={tmp_path}", f"--out={tmp_path / 'out'}", *flags)
+
+
+def test_what_cannot_be_done(command, runs, tmp_path):
+    def fails(*flags):
+        done = command(*EXPORT, *flags)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr
+
+    out = tmp_path / "out"
+    assert "no checkpoints in it" in fails(f"--run={tmp_path}", f"--out={out}")
+    assert "one of 'tarq', expected 'target_attention' with codewords" in fails(
+        f"--run={runs / 'tarq'}", f"--out={out}", "--codewords=8")
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    assert f"{out} exists, expected a path that does not" in fails(f"--run={runs / 'tarq'}", f"--out={out}")

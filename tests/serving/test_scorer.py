@@ -1,0 +1,266 @@
+"""Scores and rankings of exported models, against those of the training code."""
+
+import concurrent.futures
+import copy
+
+import jax
+import numpy as np
+import pytest
+import served
+
+from tarq_jax.serving import Scorer, add, change, grow, remove
+
+REQUESTS = served.world().requests
+ITEMS = np.arange(1, served.ITEMS)
+
+
+def by_id(ranking):
+    """Scores in the order of the ids, which have to be all items."""
+    order = np.argsort(ranking.ids)
+    np.testing.assert_array_equal(ranking.ids[order], ITEMS)
+    return ranking.scores[order]
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """A list that grows by one entry with each program that is compiled."""
+    found = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Scores
+
+
+@pytest.mark.parametrize("name", served.METHODS)
+def test_scores_are_those_of_training(scorer, name):
+    """Histories from none to the longest, whole batches and padded ones."""
+    for expected, ranking in zip(served.expected(name), scorer(name).score(REQUESTS), strict=True):
+        assert ranking.scores.dtype == np.float32
+        np.testing.assert_allclose(by_id(ranking), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", served.METHODS)
+def test_a_subset_scores_as_it_does_among_all(scorer, name):
+    chosen = [3, 19, 7, 11]
+    for row, request in enumerate(REQUESTS):
+        ranking = scorer(name).score(request, chosen)
+        assert sorted(ranking.ids) == sorted(chosen)
+        np.testing.assert_allclose(
+            ranking.scores, served.expected(name)[row][ranking.ids - 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "vectors", "bound"), [
+    ("tarq_mlp", "bfloat16", 0.01), ("order_1_dot", "int8", 0.02), ("two_tower", "int8", 0.02)])
+def test_smaller_vectors_cost_little(scorer, name, vectors, bound):
+    """Relative to the largest logit; codes are those of float32."""
+    stored = scorer(name, vectors)
+    found = np.stack([by_id(ranking) for ranking in stored.score(REQUESTS)])
+    expected = served.expected(name)
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 0 < error < bound
+    if "codes" in stored.index.arrays:
+        np.testing.assert_array_equal(
+            stored.index.arrays["codes"], scorer(name).index.arrays["codes"])
+
+
+def test_the_user_side_alone(scorer):
+    users = scorer().users(REQUESTS[:3])
+    for ranking, whole in zip(scorer().rank(users, [None] * 3), scorer().score(REQUESTS[:3]), strict=True):
+        np.testing.assert_array_equal(ranking.ids, whole.ids)
+        np.testing.assert_array_equal(ranking.scores, whole.scores)
+
+
+def test_users_and_candidates_are_of_one_version(scorer):
+    users = scorer().users(REQUESTS[:1])
+    other = scorer().with_index(remove(scorer().index, [4]))
+    with pytest.raises(ValueError, match="users are those of a scorer with another index"):
+        other.rank(users, [None])
+
+
+# Rankings
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 5, 6, 22, 1000])
+@pytest.mark.parametrize("candidates", [None, [4, 8, 15, 16, 21, 1, 2]], ids=["all", "some"])
+def test_top_k(scorer, top_k, candidates):
+    """Selected on the device up to 5, sorted on the host beyond; never more than there are."""
+    chosen = ITEMS if candidates is None else np.array(candidates)
+    scores = served.expected("tarq_scalar")[0][chosen - 1]
+    ranking = scorer().score(REQUESTS[0], candidates, top_k=top_k)
+    np.testing.assert_array_equal(ranking.ids, chosen[np.argsort(-scores)][:top_k])
+    assert (np.diff(ranking.scores) <= 0).all() and len(ranking.scores) == min(top_k, len(chosen))
+
+
+def test_ties_keep_their_order(scorer):
+    """Of the given candidates their order; of the whole index that of its slots."""
+    index = scorer().index
+    row = index.slots_of(np.array([7]))
+    equal = {name: np.repeat(values[row], 6, axis=0) for name, values in index.arrays.items()}
+    tied = scorer().with_index(change(index, [3, 5, 7, 9, 11, 13], equal))
+    for top_k in (3, 6):
+        ranking = tied.score(REQUESTS[0], [9, 3, 13, 7, 11, 5], top_k=top_k)
+        assert ranking.ids.tolist() == [9, 3, 13, 7, 11, 5][:top_k]
+        assert len(set(ranking.scores)) == 1
+    everything = tied.score(REQUESTS[0])
+    found = [item for item in everything.ids if item in (3, 5, 7, 9, 11, 13)]
+    assert found == sorted(found, key=lambda item: index.slots_of(np.array([item]))[0])
+
+
+def test_padding_never_wins(scorer):
+    """Neither slots without an item nor places without a candidate, where all that is real is worse."""
+    index = scorer("two_tower").index
+    user = np.asarray(scorer("two_tower").users(REQUESTS[:1]).state["vector"][0])
+    arrays = {name: values[index.slots_of(ITEMS)] for name, values in index.arrays.items()}
+    arrays["vector"] = np.tile(-100.0 * user, (len(ITEMS), 1)).astype(np.float32)
+    worst = scorer("two_tower").with_index(change(index, ITEMS, arrays))
+    for candidates, top_k, count in ((None, 5, 5), (None, 99, 22), ([4, 3], 5, 2)):
+        ranking = worst.score(REQUESTS[0], candidates, top_k=top_k)
+        assert len(ranking.ids) == count and set(ranking.ids) <= set(candidates or ITEMS)
+        assert (ranking.scores < -10).all()
+
+
+def test_unknown_and_repeated_candidates(scorer):
+    ranking = scorer().score(REQUESTS[0], [5, 99, 5, 3, 0, 5])
+    assert sorted(ranking.ids) == [3, 5]
+    assert ranking.unknown.tolist() == [99, 0]
+    nothing = scorer().score(REQUESTS[0], [99])
+    assert (len(nothing.ids), len(nothing.scores), nothing.unknown.tolist()) == (0, 0, [99])
+    assert len(scorer().score(REQUESTS[0], []).ids) == 0
+
+
+def test_batches_of_any_size(scorer):
+    """Requests beyond the largest batch follow in another one; all and some in one batch."""
+    requests = [REQUESTS[row] for row in (0, 1, 2, 3, 0, 2, 1)]
+    candidates = [None, [5, 4], None, [1], [9, 8, 7], None, [2]]
+    together = scorer().score(requests, candidates, top_k=4)
+    for request, chosen, ranking in zip(requests, candidates, together, strict=True):
+        alone = scorer().score(request, chosen, top_k=4)
+        np.testing.assert_array_equal(ranking.ids, alone.ids)
+        np.testing.assert_allclose(ranking.scores, alone.scores, rtol=0, atol=1e-5)
+    assert scorer().score([]) == []
+
+
+def test_threads_share_a_scorer(scorer):
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        rankings = list(threads.map(lambda row: scorer().score(REQUESTS[row % 4], top_k=5), range(40)))
+    for row, ranking in enumerate(rankings):
+        np.testing.assert_array_equal(ranking.ids, scorer().score(REQUESTS[row % 4], top_k=5).ids)
+
+
+# Histories
+
+
+def with_history(items, types):
+    return REQUESTS[0] | {"history": {"item_id": items, "event_type": types}}
+
+
+def test_long_histories_keep_their_newest_events(scorer):
+    items, types = [9, 8, 7, 6, 5, 4, 3, 2, 1], [1, 2, 3] * 3
+    long, newest = scorer().score([with_history(items, types), with_history(items[-6:], types[-6:])])
+    np.testing.assert_array_equal(long.scores, newest.scores)
+    older = scorer().score(with_history(items[:6], types[:6]))
+    assert np.abs(by_id(older) - by_id(long)).max() > 1e-3
+
+
+def test_events_of_unknown_items_are_skipped(scorer):
+    some, known = scorer().score([with_history([9, 77, 3, 0], [1, 2, 3, 1]), with_history([9, 3], [1, 3])])
+    np.testing.assert_allclose(by_id(some), by_id(known), rtol=0, atol=1e-6)
+    assert (some.skipped, known.skipped) == (2, 0)
+
+
+def test_no_history_may_be_left_out(scorer):
+    request = {side: REQUESTS[1][side] for side in ("user", "context")}
+    np.testing.assert_array_equal(scorer().score(request).scores, scorer().score(REQUESTS[1]).scores)
+
+
+# Another index
+
+
+def test_encoded_items_are_those_of_the_index(scorer):
+    """New items come from the artefact's own program: of known items it makes what is there."""
+    items = {name: values[1:] for name, values in served.world().dataset.items.items()}
+    for name in ("tarq_mlp", "order_1_scalar", "converted_0"):
+        index = scorer(name).index
+        slots = index.slots_of(ITEMS)
+        for array, values in scorer(name).encode(items).items():
+            assert values.dtype == index.arrays[array].dtype
+            np.testing.assert_allclose(values, index.arrays[array][slots], rtol=1e-5, atol=1e-5)
+
+
+def test_items_come_change_and_go_without_compiling(artefact, compilations):
+    scorer = Scorer.load(artefact(), batch_sizes=(1,), candidate_sizes=(512,), top_k=5).warm_up()
+    fields = served.world().dataset.items
+    first, second = sorted(set(ITEMS) - set(REQUESTS[0]["history"]["item_id"]))[:2]
+    row = scorer.encode({name: values[first:first + 1] for name, values in fields.items()})
+    compilations.clear()
+    added = scorer.with_index(add(scorer.index, [500], row))
+    changed = added.with_index(change(added.index, [second], row))
+    removed = changed.with_index(remove(changed.index, [first]))
+    before, after = (dict(zip(found.ids.tolist(), found.scores, strict=True))
+                     for found in (scorer.score(REQUESTS[0]), removed.score(REQUESTS[0])))
+    assert before.keys() - after.keys() == {first} and after.keys() - before.keys() == {500}
+    assert after[500] == after[second] == pytest.approx(before[first], abs=1e-6)
+    assert all(after[item] == before[item] for item in after.keys() - {second, 500})
+    assert removed.score(REQUESTS[0], [int(first), 500]).unknown.tolist() == [first]
+    assert removed.score(with_history([first], [1])).skipped == 0  # histories still know it
+    forgotten = removed.with_index(remove(removed.index, [first], forget=True))
+    assert forgotten.score(with_history([first], [1])).skipped == 1
+    assert forgotten.ready and compilations == []
+    larger = forgotten.with_index(grow(forgotten.index, 1100))
+    assert not larger.ready
+    np.testing.assert_array_equal(larger.score(REQUESTS[0]).ids, forgotten.score(REQUESTS[0]).ids)
+
+
+def test_ready_once_warm(artefact, compilations):
+    scorer = Scorer.load(artefact("target_attention"), batch_sizes=(1, 3), candidate_sizes=(512,), top_k=5)
+    assert not scorer.ready
+    assert scorer.warm_up() is scorer and scorer.ready
+    compilations.clear()
+    scorer.score(REQUESTS, [None, [1], [2], None])
+    scorer.score(REQUESTS[3], [1, 2], top_k=2)
+    scorer.score(REQUESTS[:2], [[1], [4, 2]], top_k=9)
+    assert compilations == []
+
+
+# Refusals
+
+
+def test_an_index_of_another_model_is_refused(artefact, scorer):
+    with pytest.raises(ValueError) as error:
+        Scorer.load(artefact("tarq_scalar"), index=artefact("tarq_dot") / "index")
+    for name in ("tarq_scalar", "tarq_dot"):
+        assert scorer(name).index.fingerprint in str(error.value)
+    with pytest.raises(ValueError, match="made by another model"):
+        scorer("tarq_scalar").with_index(scorer("tarq_dot").index)
+    with pytest.raises(ValueError, match="made by another model"):  # the same model, other vectors
+        Scorer.load(artefact("tarq_scalar"), index=artefact("tarq_scalar", "int8") / "index")
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"top_k": 0}, "top_k is 0, expected at least 1"),
+    ({"candidates": ["a"]}, r"candidates of request 0 is \['a'\], expected a list of integers"),
+    ({"candidates": [[1], [2]]}, "expected a list of integers"),
+    ({"candidates": [2**63]}, f"is {2**63}, expected at most"),
+    ({"requests": [REQUESTS[0]], "candidates": []}, "candidates are 0 lists, expected 1"),
+    ({"requests": [REQUESTS[0], 7]}, "request 1 is 7, expected an object"),
+])
+def test_wrong_calls(scorer, change, words):
+    arguments = {"requests": REQUESTS[0]} | copy.deepcopy(change)
+    with pytest.raises(ValueError, match=words):
+        scorer().score(**arguments)
+
+
+def test_wrong_options(artefact, scorer):
+    with pytest.raises(ValueError, match=r"batch_sizes are \(\), expected positive numbers"):
+        Scorer.load(artefact(), batch_sizes=())
+    with pytest.raises(ValueError, match="requests are 4, expected at most 3"):
+        scorer().users(REQUESTS)
+    with pytest.raises(ValueError, match=r"items have columns of .* values, expected the same"):
+        scorer().encode({"item_id": [1, 2], "item_vector": [[0.0] * 3], "item_price": [1.0]})

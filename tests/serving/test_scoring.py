@@ -1,0 +1,62 @@
+"""The look-ups of the item side, by gathers, against those of the library."""
+
+import jax
+import numpy as np
+import pytest
+
+from tarq_jax.expansion import expand, look_up_expansion
+from tarq_jax.serving import scoring
+from tarq_jax.serving.vectors import read, store
+
+B, H, N, E, K, M = 3, 2, 7, 4, 5, 11
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_changes_are_those_of_the_expansion():
+    """`m_c + J_c r` by gathers of rows, for codes in any order."""
+    mask = np.arange(N) < np.array([7, 0, 3])[:, None]
+    expansion = expand(normal(0, H, K, E), normal(1, B, H, N, E), normal(2, B, H, N, E), mask)
+    codes = np.random.default_rng(3).integers(0, K, M).astype(np.uint8)
+    corrections = normal(4, M, H, E)
+    residuals = np.tile(np.swapaxes(corrections, 0, 1), (B, 1, 1, 1))
+    expected = look_up_expansion(expansion, np.tile(codes.astype(np.int32), (B, 1)), residuals)
+    users = {"means": np.swapaxes(expansion.means, 1, 2).reshape(B, K, H * E),
+             "jacobians": np.transpose(expansion.jacobians, (0, 2, 4, 1, 3))}
+    items = {"codes": codes[:, None], "correction": corrections.reshape(M, H * E)}
+    found = jax.vmap(scoring.first_order, in_axes=(0, None))(users, items)
+    np.testing.assert_allclose(
+        found, np.swapaxes(expected, 1, 2).reshape(B, M, H * E), rtol=1e-5, atol=1e-5)
+
+
+def test_one_set_of_items_or_one_for_each():
+    users = {"vector": normal(0, B, 6), "table": normal(1, B, 2, K)}
+    items = {"vector": normal(2, M, 6), "codes": np.random.default_rng(3).integers(0, K, (M, 2))}
+    weights = {"bias": np.float32(0.5)}
+    for_all = scoring.for_all(scoring.scalar)(weights, users, items)
+    each = {name: np.broadcast_to(values, (B, *values.shape)) for name, values in items.items()}
+    np.testing.assert_allclose(
+        scoring.for_each(scoring.scalar)(weights, users, each), for_all, rtol=1e-5, atol=1e-5)
+    by_hand = users["vector"] @ items["vector"].T + 0.5
+    by_hand += sum(users["table"][:, level, items["codes"][:, level]] for level in range(2))
+    np.testing.assert_allclose(for_all, by_hand, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("storage", "bound"), [("float32", 0.0), ("bfloat16", 2**-8), ("int8", 1 / 254)])
+def test_the_error_of_stored_vectors(storage, bound):
+    """Relative to the entry in bfloat16, to the largest entry of the row in int8; zeros stay zeros."""
+    values = normal(0, 50, 2, 16) * np.array([1e-6, 1e4], np.float32)[:, None]
+    values[3] = 0.0
+    arrays = store({"vector": values, "codes": np.array([[299]])}, storage, 300)
+    error = np.abs(np.asarray(read(arrays, "vector")) - values)
+    size = np.abs(values) if storage == "bfloat16" else np.abs(values).max(axis=-1, keepdims=True)
+    assert (error <= 1.001 * bound * size).all()
+    assert arrays["codes"].dtype == np.uint16
+    assert store({"codes": np.array([[255]])}, storage, 256)["codes"].dtype == np.uint8
+
+
+def test_unknown_storage():
+    with pytest.raises(ValueError, match="vectors is 'int4', expected one of"):
+        store({}, "int4", 0)
