@@ -10,7 +10,7 @@ import tiny
 
 from tarq_jax.training import checkpoint, loop
 
-KILLS, STEPS = 20, 400
+KILLS, STEPS = 20, 150
 
 TRAIN = """
 import pathlib, sys
@@ -45,11 +45,11 @@ def test_twenty_kills_leave_no_trace(tmp_path, silent, start_command, same_bits)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed: raise STEPS"
     finished = start_command("-c", TRAIN, tmp_path / "killed", STEPS)
-    _, errors = finished.communicate(timeout=300)
+    _, errors = finished.communicate(timeout=900)
     assert finished.returncode == 0, errors[-3000:]
 
     undisturbed = start_command("-c", TRAIN, tmp_path / "undisturbed", STEPS)
-    _, errors = undisturbed.communicate(timeout=300)
+    _, errors = undisturbed.communicate(timeout=900)
     assert undisturbed.returncode == 0, errors[-3000:]
     config = tiny.make_config()
     config.steps, config.checkpoint_every = STEPS, 1
