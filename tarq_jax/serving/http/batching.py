@@ -90,7 +90,13 @@ class _Waiting(NamedTuple, Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """See the module. Made and used within a running event loop."""
+    """See the module. Made and used within a running event loop.
+
+    Attributes:
+      largest: items of a batch.
+      budget: seconds from arrival to answer; may be set.
+      waiting: items in the queue.
+    """
 
     def __init__(
         self, run: Callable[[Sequence[Item]], Sequence[Result | Exception]], executor: Executor,

@@ -7,8 +7,10 @@ the old one is still answered by it. All versions share the one thread that comp
 
 import asyncio
 import dataclasses
+import gc
 import hashlib
 import re
+import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -24,7 +26,9 @@ from tarq_jax.serving.http.options import Options
 from tarq_jax.serving.http.queries import Query, answer, check_query, example
 from tarq_jax.serving.scorer import Ranking, Scorer
 
-TRIALS = 5  # of each size of batch
+TRIALS = 10  # of each size of batch
+PATIENCE = 4  # times the budget of requests while a version is loaded, and ...
+LEAST_PATIENCE = 0.5  # ... at least so many seconds
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder beside the one that is served
 
 
@@ -39,6 +43,7 @@ class Version:
     name: str  # of the folder, and a digest of what is in it
     scorer: Scorer
     seconds: Mapping[int, float]  # that a batch of each size takes
+    budget: float  # seconds from arrival to answer
     batcher: Batcher[Query, Ranking]
     options: Options
 
@@ -104,6 +109,8 @@ class Versions:
     async def swap(self, artefact: Path, index: Path | None = None) -> Version:
         """Loads, warms and tries an artefact, then lets it take over; returns when the old one is done.
 
+        Meanwhile the machine is shared, and requests rather wait longer than usual than be refused.
+
         Raises:
           ValueError: it is refused, and the old version goes on.
           Busy: another one is being loaded.
@@ -111,31 +118,48 @@ class Versions:
         if self._loading.locked():
             raise Busy
         async with self._loading:
-            old = self.current
-            new = await self._prepare(artefact, artefact / "index" if index is None else index, old)
-            self.current = new
-            self._metrics.serves(new.name, old.name if old else None)
-            if old is not None:
-                await old.batcher.drained()
+            try:
+                self._be_patient()
+                gc.unfreeze()
+                new = await self._prepare(artefact, artefact / "index" if index is None else index)
+                await self._take_over(new)
+            finally:
+                gc.collect()  # versions are full of cycles, which would keep the old one's arrays
+                gc.freeze()  # what is there now stays, and need not be looked through again and again
+                if self.current is not None:
+                    self.current.batcher.budget = self.current.budget
         return new
 
-    async def _prepare(self, artefact: Path, index: Path, old: Version | None) -> Version:
+    def _be_patient(self) -> None:
+        if self.current is not None:
+            longer = max(PATIENCE * self.current.budget, LEAST_PATIENCE)
+            self.current.batcher.budget = min(longer, self._options.limits.seconds)
+
+    async def _take_over(self, new: Version) -> None:
+        old, self.current = self.current, new
+        self._be_patient()
+        self._metrics.serves(new.name, old.name if old else None)
+        if old is not None:
+            await old.batcher.drained()
+
+    async def _prepare(self, artefact: Path, index: Path) -> Version:
         options, name = self._options, version_name(artefact, index)
-        scorer = await asyncio.to_thread(load, artefact, index, options, old.scorer if old else None)
+        like = self.current.scorer if self.current else None
+        scorer = await asyncio.to_thread(load, artefact, index, options, like)
         if version_name(artefact, index) != name:
             raise ValueError(f"{artefact} changed while it was read, expected a folder that stays as it is")
-        seconds = {size: await self._try(scorer, size) for size in options.batch_sizes}
-        smallest = min(seconds)
-        alone = options.delay + seconds[smallest]
-        budget = options.budget or 2 * alone + options.delay  # twice an unloaded answer, and the delay
+        trials = {size: await self._try(scorer, size) for size in options.batch_sizes}
+        seconds = {size: statistics.median(times) for size, times in trials.items()}
+        alone = options.delay + max(trials[min(trials)])  # what an answer takes without load, about its p99
+        budget = options.budget or 2 * alone + options.delay
         largest = useful_sizes(seconds, budget)[-1]
         batcher = Batcher(
             partial(answer, scorer), self._executor, ServiceTimes(seconds), largest=largest, budget=budget,
             delay=options.delay if largest > 1 else 0.0, limit=options.queue, on_batch=self._metrics.batch)
-        return Version(name, scorer, seconds, batcher, options)
+        return Version(name, scorer, seconds, budget, batcher, options)
 
-    async def _try(self, scorer: Scorer, size: int) -> float:
-        """Seconds that a batch takes, the median of some: of the longest histories and many candidates.
+    async def _try(self, scorer: Scorer, size: int) -> list[float]:
+        """Seconds that some batches take, of the longest histories and many candidates.
 
         In the thread that computes, so that answers of the old version come between, not at the same time.
         """
@@ -144,10 +168,9 @@ class Versions:
         ids = scorer.index.ids[scorer.index.served][:max(self._options.candidate_sizes)]
         query = check_query(example(scorer, longest), scorer.schema, limits)
         query = query._replace(candidates=ids, top_k=limits.top_k)
-        loop, times = asyncio.get_running_loop(), []
-        for _ in range(TRIALS):
-            times.append(await loop.run_in_executor(self._executor, _timed, scorer, [query] * size))
-        return sorted(times)[TRIALS // 2]
+        loop = asyncio.get_running_loop()
+        return [await loop.run_in_executor(self._executor, _timed, scorer, [query] * size)
+                for _ in range(TRIALS)]
 
 
 def _timed(scorer: Scorer, queries: list[Query]) -> float:
