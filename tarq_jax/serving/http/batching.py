@@ -136,12 +136,11 @@ class Batcher(Generic[Item, Result]):
 
         What is expected is not asked while nothing runs or waits: if it were wrong, nothing would correct it.
         """
+        end = self._expected_answer(arrived)
+        seconds = end - self._loop.time()
         if len(self._queue) >= self._limit:
-            raise Refused("full", self._expected_seconds())
-        if self._idle.is_set():
-            return
-        seconds = self._expected_seconds()
-        if self._loop.time() - arrived + seconds > self.budget:
+            raise Refused("full", seconds)
+        if not self._idle.is_set() and end > arrived + self.budget:
             raise Refused("slow", seconds)
 
     async def submit(self, item: Item, arrived: float | None = None) -> Result:
@@ -162,13 +161,14 @@ class Batcher(Generic[Item, Result]):
         """Returns once nothing waits or runs."""
         await self._idle.wait()
 
-    def _expected_seconds(self) -> float:
-        """Until a further item would be answered."""
-        batches, ahead = divmod(len(self._queue), self.largest)
-        seconds = batches * self._times.estimate(self.largest) + self._times.estimate(ahead + 1)
-        if self._expected_end is None:
-            return seconds + self._delay
-        return seconds + abs(self._expected_end - self._loop.time())  # what is late may stay late as long
+    def _expected_answer(self, arrived: float) -> float:
+        """When a further item would be answered, if its batch fills up."""
+        now, seconds = self._loop.time(), self._times.estimate(self.largest)
+        # What is late already is taken to be late for as long again.
+        remaining = 0.0 if self._expected_end is None else abs(self._expected_end - now)
+        batches, place = divmod(len(self._queue), self.largest)
+        first = self._queue[-place].arrived if place else arrived
+        return max(now + remaining + batches * seconds, first + self._delay) + seconds
 
     def _advance(self) -> None:
         """Starts the next batch, unless one runs, or more items may come before the first has to go."""

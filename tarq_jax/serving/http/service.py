@@ -32,7 +32,12 @@ class Json(Response):
 
 
 class Service:
-    """What all requests share; made within a running event loop."""
+    """What all requests share; made within a running event loop.
+
+    Attributes:
+      executor: the one thread that computes.
+      versions: what is served.
+    """
 
     def __init__(self, root: Path, options: Options, metrics: Metrics):
         """Loads nothing.
@@ -43,13 +48,13 @@ class Service:
           metrics: that it moves.
         """
         self._root, self._options, self._metrics = root, options, metrics
-        self._executor = ThreadPoolExecutor(1, "scorer")
-        self.versions = Versions(options, metrics, self._executor)
+        self.executor = ThreadPoolExecutor(1, "scorer")
+        self.versions = Versions(options, metrics, self.executor)
         self._in_flight = 0
 
     def close(self) -> None:
         """Ends the thread that computes."""
-        self._executor.shutdown()
+        self.executor.shutdown()
 
     async def score(self, request: Request) -> Response:
         """POST /score."""
