@@ -14,6 +14,7 @@ _HOME = {
     "FirstOrderTarq": "models",
     "QuantizerOutput": "types",
     "Schema": "schema",
+    "Scorer": "serving",
     "Tarq": "models",
     "TargetAttention": "models",
     "TwoTower": "models",

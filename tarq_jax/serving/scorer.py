@@ -11,7 +11,7 @@ A scorer does not change once it is warm, and threads may share it. Changed item
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from tarq_jax.serving.requests import check_columns, check_ids, check_request, p
 from tarq_jax.serving.vectors import parts, store
 
 BATCH_SIZES = (1, 8)
-CANDIDATE_SIZES = (1024, 8192)
+CANDIDATE_SIZES = (1024, 4096, 16384)
 TOP_K = 1000
 NO_IDS = np.zeros(0, np.int64)
 
@@ -53,6 +53,7 @@ class Scorer:
       schema: of requests.
       facts: what the model says of itself: `method`, `histories`, `vectors`, `platforms`, ...
       index: of the items, on the host.
+      batch_sizes, candidate_sizes, top_k: what programs are compiled for, see `load`.
       ready: whether all programs were compiled, by `warm_up`.
     """
 
@@ -61,10 +62,10 @@ class Scorer:
         """Puts the index on the device; a ValueError if another model made it."""
         check_fit(index.fingerprint, model.fingerprint)
         self.schema, self.facts, self.index, self.ready = model.schema, model.facts, index, False
-        self._model, self._top_k = model, top_k
-        self._batch_sizes = sorted(batch_sizes)
+        self._model, self.top_k = model, top_k
+        self.batch_sizes = sorted(batch_sizes)
         sizes = sorted({round_up(size) for size in candidate_sizes})
-        self._candidate_sizes = [size for size in sizes if size < index.capacity]
+        self.candidate_sizes = [size for size in sizes if size < index.capacity]
         self._arrays = jax.device_put(dict(index.arrays))
 
     @classmethod
@@ -94,7 +95,7 @@ class Scorer:
 
     def with_index(self, index: Index) -> "Scorer":
         """A scorer of the same model for another index; ready at once where its capacity is the same."""
-        scorer = Scorer(self._model, index, self._batch_sizes, self._candidate_sizes, self._top_k)
+        scorer = Scorer(self._model, index, self.batch_sizes, self.candidate_sizes, self.top_k)
         scorer.ready = self.ready and index.capacity == self.index.capacity
         return scorer
 
@@ -108,14 +109,22 @@ class Scorer:
 
     def warm_up(self) -> "Scorer":
         """Compiles every program for every shape; `ready` from then on."""
-        for batch in self._batch_sizes:
+        for batch in self.batch_sizes:
             for length in self.facts["histories"]:
                 users = self._users([], batch, [length])
                 self._score_all(users, np.zeros((batch, self.index.capacity), bool))
-                for size in self._candidate_sizes:
+                for size in self.candidate_sizes:
                     self._score_each(users, np.full((batch, size), FREE, np.int32))
         self.ready = True
         return self
+
+    @overload
+    def score(self, requests: Mapping[str, Any], candidates: Any = None, *, top_k: int | None = None
+              ) -> Ranking: ...
+
+    @overload
+    def score(self, requests: Sequence[Mapping[str, Any]], candidates: Any = None, *,
+              top_k: int | None = None) -> list[Ranking]: ...
 
     def score(self, requests: Any, candidates: Any = None, *, top_k: int | None = None) -> Any:
         """The best candidates of each request.
@@ -139,8 +148,8 @@ class Scorer:
         if len(chosen) != len(requests):
             raise ValueError(f"candidates are {len(chosen)} lists, expected {len(requests)}, one a request")
         rankings: list[Ranking] = []
-        for start in range(0, len(requests), self._batch_sizes[-1]):
-            part = slice(start, start + self._batch_sizes[-1])
+        for start in range(0, len(requests), self.batch_sizes[-1]):
+            part = slice(start, start + self.batch_sizes[-1])
             rankings += self.rank(self.users(requests[part], first=start), chosen[part], top_k=top_k)
         return rankings
 
@@ -151,12 +160,12 @@ class Scorer:
           requests: at most as many as the largest batch.
           first: number of the first one, for what errors say.
         """
-        if len(requests) > self._batch_sizes[-1]:
-            raise ValueError(f"requests are {len(requests)}, expected at most {self._batch_sizes[-1]}, the "
+        if len(requests) > self.batch_sizes[-1]:
+            raise ValueError(f"requests are {len(requests)}, expected at most {self.batch_sizes[-1]}, the "
                              "largest of batch_sizes")
         checked = [check_request(self.schema, request, f"request {first + place}")
                    for place, request in enumerate(requests)]
-        batch = next(size for size in self._batch_sizes if size >= len(requests))
+        batch = next(size for size in self.batch_sizes if size >= len(requests))
         return self._users(checked, batch, self.facts["histories"])
 
     def _users(self, requests: Sequence[Any], batch: int, lengths: Sequence[int]) -> Users:
@@ -177,7 +186,7 @@ class Scorer:
         chosen = [self._all if ids is None else self._choose(ids, f"candidates of request {row}")
                   for row, ids in enumerate(candidates)]
         most = max((len(found.slots) for found in chosen), default=0)
-        size = next((size for size in self._candidate_sizes if size >= most), None)
+        size = next((size for size in self.candidate_sizes if size >= most), None)
         scores = self._whole(users, chosen) if size is None else self._chosen(users, chosen, size)
         selected, rankings = _best(scores, top_k), []
         for found, skipped, best, positions in zip(chosen, users.skipped, *selected, strict=False):
@@ -218,11 +227,11 @@ class Scorer:
 
     def _score_all(self, users: Users, allowed: np.ndarray) -> Scored:
         return self._model.score_all(
-            users.state, self._arrays, allowed, top_k=min(self._top_k, allowed.shape[1]))
+            users.state, self._arrays, allowed, top_k=min(self.top_k, allowed.shape[1]))
 
     def _score_each(self, users: Users, slots: np.ndarray) -> Scored:
         return self._model.score_each(
-            users.state, self._arrays, slots, top_k=min(self._top_k, slots.shape[1]))
+            users.state, self._arrays, slots, top_k=min(self.top_k, slots.shape[1]))
 
 
 class _Chosen(NamedTuple):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from jax import export
 
 EXPORT = ("-m", "tarq_jax.serving.export")
 
@@ -48,6 +49,9 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
     assert found["code"] == []
     assert len(set(found["ids"])) == 3 and set(found["ids"]) <= set(range(1, 121))
     assert (found["facts"]["method"], found["facts"]["platforms"]) == (method, platforms)
+    for program in found["facts"]["programs"]:
+        serialized = (out / "model" / f"{program}.jaxexport").read_bytes()
+        assert list(export.deserialize(bytearray(serialized)).platforms) == platforms
     assert found["facts"]["histories"] == ([4, 8] if name == "tarq" else [8])
     index = json.loads((out / "index" / "manifest.json").read_text())
     assert index["facts"]["items"] == 120

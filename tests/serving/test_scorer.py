@@ -113,6 +113,19 @@ def test_ties_keep_their_order(scorer):
     assert found == sorted(found, key=lambda item: index.slots_of(np.array([item]))[0])
 
 
+def test_padding_never_wins(scorer):
+    """Neither slots without an item nor places without a candidate, where all that is real is worse."""
+    index = scorer("two_tower").index
+    user = np.asarray(scorer("two_tower").users(REQUESTS[:1]).state["vector"][0])
+    arrays = {name: values[index.slots_of(ITEMS)] for name, values in index.arrays.items()}
+    arrays["vector"] = np.tile(-100.0 * user, (len(ITEMS), 1)).astype(np.float32)
+    worst = scorer("two_tower").with_index(change(index, ITEMS, arrays))
+    for candidates, top_k, count in ((None, 5, 5), (None, 99, 22), ([4, 3], 5, 2)):
+        ranking = worst.score(REQUESTS[0], candidates, top_k=top_k)
+        assert len(ranking.ids) == count and set(ranking.ids) <= set(candidates or ITEMS)
+        assert (ranking.scores < -10).all()
+
+
 def test_unknown_and_repeated_candidates(scorer):
     ranking = scorer().score(REQUESTS[0], [5, 99, 5, 3, 0, 5])
     assert sorted(ranking.ids) == [3, 5]
