@@ -41,7 +41,10 @@ def read_query(body: bytes, schema: Schema, limits: Limits) -> Query:
     except orjson.JSONDecodeError as error:
         shown = body[:40].decode(errors="replace")
         raise NotJson(f"body is {shown!r}: {error}, expected a JSON object with {list(KEYS)}") from None
-    return check_query(found, schema, limits)
+    try:
+        return check_query(found, schema, limits)
+    except RecursionError:
+        raise ValueError(f"body is nested too deeply, expected an object with {list(KEYS)}") from None
 
 
 def check_query(found: Any, schema: Schema, limits: Limits) -> Query:

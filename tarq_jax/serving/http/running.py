@@ -22,6 +22,7 @@ class Server(uvicorn.Server):
     """Goes on for a while after SIGTERM, and ends with exit code 0 instead of by the signal.
 
     Attributes:
+      app: what it runs.
       failure: why the first artefact was refused.
     """
 
@@ -32,7 +33,7 @@ class Server(uvicorn.Server):
             app, lifespan="on", ws="none", log_config=None, access_log=False, server_header=False,
             timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=math.ceil(options.limits.seconds) + 1))
         self.failure: Exception | None = None
-        self._state, self._drain, self._end = app.state, drain, math.inf
+        self.app, self._drain, self._end = app, drain, math.inf
         self._signal: int | None = None
 
     def fail(self, error: Exception) -> None:
@@ -47,8 +48,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end now, asked ten times a second."""
-        if self._signal is not None and not self._state.draining:
-            self._state.draining = True
+        if self._signal is not None and not self.app.state.draining:
+            self.app.state.draining = True
             self._end = time.monotonic() + (self._drain if self._signal == signal.SIGTERM else 0.0)
             log("drains", signal=signal.Signals(self._signal).name)
         return await super().on_tick(counter) or time.monotonic() >= self._end

@@ -35,6 +35,7 @@ class Service:
     """What all requests share; made within a running event loop.
 
     Attributes:
+      root: folder of artefacts that /swap may name.
       executor: the one thread that computes.
       versions: what is served.
     """
@@ -47,7 +48,7 @@ class Service:
           options: see there.
           metrics: that it moves.
         """
-        self._root, self._options, self._metrics = root, options, metrics
+        self.root, self._options, self._metrics = root, options, metrics
         self.executor = ThreadPoolExecutor(1, "scorer")
         self.versions = Versions(options, metrics, self.executor)
         self._in_flight = 0
@@ -99,7 +100,7 @@ class Service:
         body = await self._body(request)
         try:
             artefact, index = read_swap(body)
-            version = await self.load(self._root / artefact, self._root / index if index else None)
+            version = await self.load(self.root / artefact, self.root / index if index else None)
         except ValueError as error:
             raise _invalid(error) from None
         except Busy:
