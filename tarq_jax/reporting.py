@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 Row = Mapping[str, Any]
 
@@ -26,6 +25,8 @@ class MetricsWriter:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         self._lines = (workdir / "metrics.jsonl").open("a")
+        from tensorboardX import SummaryWriter  # imports PyTorch where it is installed: that takes seconds
+
         self._events = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -7,8 +7,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICES = 8
 
 # Before anything imports JAX: a mesh to test on, and programs that are compiled fast, since most run but
-# a few times, and once for all tests and the commands that they start.
-XLA_FLAGS = {"xla_force_host_platform_device_count": DEVICES, "xla_backend_optimization_level": 0}
+# a few times, and once for all tests and the commands that they start. A training step takes a quarter of
+# the time to compile without XLA's emitters of fusions.
+XLA_FLAGS = {"xla_force_host_platform_device_count": DEVICES, "xla_backend_optimization_level": 0,
+             "xla_cpu_use_fusion_emitters": "false"}
 for name, value in XLA_FLAGS.items():
     if name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
@@ -118,15 +120,29 @@ def silent() -> Console:
 
 @pytest.fixture(scope="module")
 def one_device() -> Iterator[None]:
-    """Trains on one device of the eight, for tests where a mesh only costs time."""
-    import jax
-
-    from tarq_jax.training import sharding
-
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda data=0, model=1: mesh)
+    """Trains on one device of the eight, for modules where a mesh only costs time."""
+    with tiny.one_device():
         yield
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory, silent) -> Callable[[str], Path]:
+    """`smoke_run("tarq")`: the folder of a run of that model, `configs/synthetic.py:smoke`, trained once."""
+    from configs import synthetic
+    from tarq_jax.training import loop
+
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(model: str) -> Path:
+        workdir = folder / model
+        if not workdir.exists():
+            config = loop.with_model(synthetic.get_config("smoke"), model)
+            config.data.data_dir = str(folder / "data")
+            with tiny.one_device():
+                loop.train(config, loop.load_data(config), workdir, silent)
+        return workdir
+
+    return run
 
 
 MAPS = Path("/proc/self/maps")  # of Linux, which ends a process that has more of them than this twice over

@@ -3,10 +3,16 @@
 A module of its own, not fixtures alone, because processes that tests start need it too.
 """
 
+import contextlib
+from collections.abc import Iterator
+
+import jax
 import ml_collections
+import pytest
 
 from tarq_jax.config import default_config, smoke
 from tarq_jax.data import Dataset, SyntheticOptions, synthetic
+from tarq_jax.training import sharding
 
 
 def make_config() -> ml_collections.ConfigDict:
@@ -26,3 +32,12 @@ def make_dataset() -> Dataset:
     return synthetic.generate(SyntheticOptions(
         num_items=60, num_clusters=8, history_length=5, num_candidates=3, max_interests=5,
         train_requests=40, validation_requests=16, test_requests=24))
+
+
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+    """Trains on one device, however many there are."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda *_, **__: mesh)
+        yield

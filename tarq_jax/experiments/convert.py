@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import track
 
 from tarq_jax import cli, reporting
-from tarq_jax.metrics import gap_recovered
 
 CHECKPOINTS = flags.DEFINE_multi_string(
     "checkpoint", None, "Working directory of a finished run of target attention; repeat for more seeds.",
@@ -61,7 +60,8 @@ def convert(
 ) -> list[dict[str, Any]]:
     """A row for the model as it is, then one for each setting, and one more where it was fine-tuned."""
     floor = None if two_tower is None else _auc_of(two_tower)
-    from tarq_jax.training import conversion as training  # after the flags: importing JAX takes seconds
+    from tarq_jax.metrics import gap_recovered  # after the flags: importing JAX takes seconds
+    from tarq_jax.training import conversion as training
 
     model, config = load_model(checkpoint)
     evaluate = functools.partial(

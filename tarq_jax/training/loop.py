@@ -154,7 +154,7 @@ def train(
                 meter.pause()
                 watch.check()
             if measured:
-                rows = test(config, objective, state, dataset, "validation")
+                rows = test(config, objective, state, dataset, "validation", mesh)
                 writer.write(done, _flat_scalars(rows, "validation"))
                 validated = {name: rows[0][name] for name in BEST}
             if saved or (measured and config.best_metric):
@@ -164,7 +164,7 @@ def train(
         batches.close()
         if config.best_metric:
             state = best_state(checkpoints, config.best_metric, state, console)
-        rows = test(config, objective, state, dataset, "test")
+        rows = test(config, objective, state, dataset, "test", mesh)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(trainable(state.params, state.codebook)))
         rows = [row | {"parameters": parameters} | meter.total() for row in rows]
         writer.write(config.steps, _flat_scalars(rows, "test"))
@@ -312,15 +312,16 @@ def initialise_codebook(
 
 def test(
     config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset,
-    split: str,
+    split: str, mesh: jax.sharding.Mesh | None = None,
 ) -> list[Row]:
-    """Evaluates the state on a split."""
+    """Evaluates the state on a split; its batches are split over the mesh that the state is on, if any."""
     codewords = trainable(None, state.codebook)["codewords"]
     predict = jax.jit(objective.predict, out_shardings=state.step.sharding)  # a copy on every device
     batches = data.eval_batches(dataset, split, batch_size=config.eval_batch_size, **batch_shapes(dataset))
     return evaluate(
-        lambda batch: predict(state.params, codewords, batch), batches,
-        codewords=codewords, recall_k=config.recall_k,
+        lambda batch: predict(
+            state.params, codewords, batch if mesh is None else sharding.split_evaluation(batch, mesh)),
+        batches, codewords=codewords, recall_k=config.recall_k,
     )
 
 

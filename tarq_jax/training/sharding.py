@@ -58,6 +58,12 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, split), batch)
 
 
+def split_evaluation(batch: Batch, mesh: Mesh) -> Batch:
+    """As `shard_batch`, of a batch that every process holds whole; one that does not divide stays whole."""
+    split = NamedSharding(mesh, PartitionSpec(BATCH if len(batch.weights) % mesh.size == 0 else None))
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, split, leaf.__getitem__), batch)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())

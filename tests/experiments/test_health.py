@@ -97,15 +97,12 @@ def test_a_model_without_codebook_is_refused(tiny_config, tiny_dataset, tmp_path
         health.observe(load_run(tmp_path), "test", 10)
 
 
-def test_command(command, tmp_path):
-    data_dir = f"--config.data.data_dir={tmp_path}/data"
-    done = command("train.py", "--config=configs/synthetic.py:smoke", f"--workdir={tmp_path}/run", data_dir)
-    assert done.returncode == 0, done.stderr
+def test_command(command, smoke_run, tmp_path):
     report = ("-m", "tarq_jax.experiments.health")
-    done = command(*report, f"--run={tmp_path}/run", f"--json={tmp_path}/rows.json")
+    done = command(*report, f"--run={smoke_run('tarq')}", f"--out={tmp_path}", f"--json={tmp_path}/rows.json")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "health" / "index.html").is_file()
-    assert {path.stem for path in (tmp_path / "run" / "health").glob("*.png")} == FIGURES
+    assert (tmp_path / "index.html").is_file()
+    assert {path.stem for path in tmp_path.glob("*.png")} == FIGURES
     assert [row["level"] for row in json.loads((tmp_path / "rows.json").read_text())] == [1, 2, 3]
     missing = command(*report, f"--run={tmp_path}/nowhere")
     assert missing.returncode == 1 and "no checkpoints in it" in missing.stderr

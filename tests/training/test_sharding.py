@@ -280,3 +280,14 @@ def test_batches_are_split_by_request(way, tiny_dataset):
         for number, shard in enumerate(found.addressable_shards):
             rows = np.reshape(shard.data, (2, *expected.shape[1:]))
             np.testing.assert_array_equal(rows, expected[order[number]])
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(16, 2), (12, 12)])
+def test_evaluation_is_split_where_the_batch_divides(batch_size, rows, tiny_dataset):
+    mesh = sharding.make_mesh(2, 4)
+    batch = next(data.eval_batches(
+        tiny_dataset, "test", batch_size=batch_size, **loop.batch_shapes(tiny_dataset)))
+    leaves = map(jax.tree.leaves, (sharding.split_evaluation(batch, mesh), batch))
+    for found, expected in zip(*leaves, strict=True):
+        assert {shard.data.shape[0] for shard in found.addressable_shards} == {rows}
+        np.testing.assert_array_equal(found, expected)
