@@ -9,7 +9,6 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -155,8 +154,3 @@ def _message(found: bytes) -> str:
         return str(json.loads(found)["error"])
     except (ValueError, TypeError, KeyError):
         return found[:200].decode(errors="replace")
-
-
-def read_token(path: str | None) -> str | None:
-    """The token in a file, if there is one to read."""
-    return None if path is None else Path(path).read_text().strip()

@@ -18,19 +18,19 @@ import numpy as np
 from absl import flags
 
 from tarq_jax import cli, reporting
-from tarq_jax.serving.client import Client, Unavailable, Wrong, read_token
+from tarq_jax.serving.client import Client, Unavailable, Wrong
 
-URL = flags.DEFINE_string("url", "http://localhost:8000", "Of the service.")
+URL = cli.url_flag()
 RATE = flags.DEFINE_float("rate", 100.0, "Requests a second.", lower_bound=0.001)
-SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to send.", lower_bound=0.001)
-HISTORY = flags.DEFINE_integer("history", 50, "Events of a history.", lower_bound=0)
-CANDIDATES = flags.DEFINE_integer("candidates", 0, "Of a request, drawn from all; 0 ranks all.",
+SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to send.", lower_bound=0.001, allow_override=True)
+HISTORY = flags.DEFINE_integer("history_length", 50, "Events of a history.", lower_bound=0)
+CANDIDATES = flags.DEFINE_integer("num_candidates", 0, "Of a request, drawn from all; 0 ranks all.",
                                   lower_bound=0)
-TOP_K = flags.DEFINE_integer("top_k", 100, "How many to ask for.", lower_bound=1)
+TOP_K = flags.DEFINE_integer("top_k", 10, "How many to ask for.", lower_bound=1, allow_override=True)
 CONNECTIONS = flags.DEFINE_integer("connections", 64, "Requests that may be on their way.", lower_bound=1)
 TIMEOUT = flags.DEFINE_float("timeout", 10.0, "Seconds after which an answer is an error.", lower_bound=0.001)
-SEED = flags.DEFINE_integer("seed", 0, "Of arrivals and requests.")
-TOKEN = flags.DEFINE_string("token_file", None, "File with the token that the service asks for.")
+SEED = flags.DEFINE_integer("seed", 0, "Of arrivals and requests.", allow_override=True)
+TOKEN = cli.token_flag()
 JSON = cli.json_flag()
 
 DISTINCT = 64  # requests, sent again and again
@@ -131,13 +131,14 @@ def summary(sent: Sequence[Sent], seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     """Flags to table."""
-    token, times = read_token(TOKEN.value), arrivals(RATE.value, SECONDS.value, SEED.value)
-    with Client(URL.value, token=token) as client:
+    token, times = cli.read_token(TOKEN), arrivals(RATE.value, SECONDS.value, SEED.value)
+    url = cli.url(URL)
+    with Client(url, token=token) as client:
         bodies = make_requests(client, history=HISTORY.value, candidates=CANDIDATES.value, top_k=TOP_K.value,
                                seed=SEED.value)
-    sent = send(URL.value, bodies, times, connections=CONNECTIONS.value, token=token, timeout=TIMEOUT.value)
+    sent = send(url, bodies, times, connections=CONNECTIONS.value, token=token, timeout=TIMEOUT.value)
     row = {"rate": RATE.value, "seconds": SECONDS.value} | summary(sent, SECONDS.value)
-    reporting.print_table([row], title=URL.value)
+    reporting.print_table([row], title=url)
     for outcome, count in Counter(one.outcome for one in sent).most_common():
         if outcome not in ("answered", "rejected"):
             print(f"{count} x {outcome}")

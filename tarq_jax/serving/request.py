@@ -13,15 +13,15 @@ from typing import Any
 from absl import flags
 
 from tarq_jax import cli, reporting
-from tarq_jax.serving.client import Client, read_token
+from tarq_jax.serving.client import Client
 
-URL = flags.DEFINE_string("url", "http://localhost:8000", "Of the service.")
+URL = cli.url_flag()
 REQUEST = flags.DEFINE_string("request", None, "File with a request in JSON.")
 HISTORY = flags.DEFINE_list("history", None, "Ids of the items of the history, the oldest first.")
 CANDIDATES = flags.DEFINE_list("candidates", None, "Ids to rank; all that are served by default.")
-TOP_K = flags.DEFINE_integer("top_k", 10, "How many to return.", lower_bound=1)
+TOP_K = flags.DEFINE_integer("top_k", 10, "How many to return.", lower_bound=1, allow_override=True)
 RETRIES = flags.DEFINE_integer("retries", 3, "Further attempts where the service is busy.", lower_bound=0)
-TOKEN = flags.DEFINE_string("token_file", None, "File with the token that the service asks for.")
+TOKEN = cli.token_flag()
 JSON = cli.json_flag()
 
 
@@ -47,8 +47,8 @@ def read_request() -> dict[str, Any]:
 
 def main() -> None:
     """Flags to table."""
-    request, candidates = read_request(), ids_of(CANDIDATES)
-    with Client(URL.value, token=read_token(TOKEN.value), retries=RETRIES.value) as client:
+    request, candidates, token = read_request(), ids_of(CANDIDATES), cli.read_token(TOKEN)
+    with Client(cli.url(URL), token=token, retries=RETRIES.value) as client:
         answer = client.score(request, candidates, top_k=TOP_K.value)
     rows = [{"rank": rank, "id": item, "score": score} for rank, (item, score) in enumerate(
         zip(answer.ids, answer.scores, strict=True), 1)]

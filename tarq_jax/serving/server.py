@@ -21,7 +21,7 @@ ARTEFACT = flags.DEFINE_string("artefact", None, "Folder to serve; /swap names o
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which the log tells.",
                             lower_bound=0, upper_bound=65535)
-TOKEN = flags.DEFINE_string("token_file", None, "File with a token that /score and /swap ask for.")
+TOKEN = cli.token_flag()
 DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
                            lower_bound=0.0)
 BUDGET = flags.DEFINE_float(
@@ -52,20 +52,6 @@ def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
     return tuple(sorted({int(text) for text in flag.value}))
 
 
-def read_token() -> str | None:
-    """What is in `--token_file`; a file that is missing, or holds no token, is a wrong call."""
-    if TOKEN.value is None:
-        return None
-    try:
-        token = Path(TOKEN.value).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        cli.wrong_call(f"--token_file cannot be read: {error}")
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        cli.wrong_call(f"--token_file {TOKEN.value} has {len(token)} characters, expected some of ASCII, and "
-                       "no spaces")
-    return token
-
-
 def listen() -> socket.socket:
     """A socket that listens, before anything slow is done."""
     family = socket.AF_INET6 if ":" in HOST.value else socket.AF_INET
@@ -74,7 +60,7 @@ def listen() -> socket.socket:
 
 def main() -> None:
     """Flags to service."""
-    batch_sizes, candidate_sizes, token = numbers(BATCHES), numbers(SIZES), read_token()
+    batch_sizes, candidate_sizes, token = numbers(BATCHES), numbers(SIZES), cli.read_token(TOKEN)
     artefact = Path(ARTEFACT.value)
     if not artefact.is_dir():
         raise ValueError(f"{artefact} is no folder, expected what `python -m tarq_jax.serving.export` wrote")

@@ -1,5 +1,7 @@
 """The load generator: arrivals, latency from when a request was due, and its summary."""
 
+import itertools
+
 import numpy as np
 import pytest
 from test_client import ANSWER, answering, reply
@@ -23,7 +25,7 @@ def test_latency_counts_from_when_a_request_was_due():
     assert [one.outcome for one in sent] == ["answered"] * 3 and {one.version for one in sent} == {"1"}
     assert all(one.seconds >= one.late for one in sent)
     by_late = sorted(sent, key=lambda one: one.late)
-    assert all(after.late >= before.seconds for before, after in zip(by_late, by_late[1:], strict=False))
+    assert all(after.late >= before.seconds for before, after in itertools.pairwise(by_late))
 
 
 def test_outcomes():

@@ -12,6 +12,7 @@ import served
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
 import services
+
 from tarq_jax.serving.client import Client
 
 SERVER, REQUEST, LOAD = (("-m", f"tarq_jax.serving.{name}") for name in ("server", "request", "load"))
@@ -58,8 +59,8 @@ def test_commands_and_drain(started, command, tmp_path):
     done = command(*asked, "--history=1,2")
     assert done.returncode == 1 and "'authorization'" in done.stderr and len(done.stderr.splitlines()) == 1
 
-    load = (*LOAD, f"--url={url}", "--rate=40", "--seconds=2", "--history=3", "--candidates=4", "--top_k=2",
-            f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'load.json'}")
+    load = (*LOAD, f"--url={url}", "--rate=40", "--seconds=2", "--history_length=3", "--num_candidates=4",
+            "--top_k=2", f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'load.json'}")
     done = command(*load)
     assert done.returncode == 0, done.stderr
     row, = json.loads((tmp_path / "load.json").read_text())
@@ -125,9 +126,9 @@ def test_what_cannot_be_served(command, artefact, tmp_path):
     ([*SERVER, "--artefact=x", "--token_file=/nowhere"], "--token_file cannot be read"),
     ([*REQUEST, "--history=a"], "--history is 'a', expected integers"),
     ([*REQUEST, "--top_k=0"], "top_k"),
-    ([*REQUEST, "--url=localhost:8000"], "url is 'localhost:8000', expected http://HOST:PORT"),
+    ([*REQUEST, "--url=localhost:8000"], "--url is 'localhost:8000', expected http://HOST:PORT"),
     ([*LOAD, "--rate=0"], "rate"),
-    ([*LOAD, "--url=ftp://x"], "url is 'ftp://x'"),
+    ([*LOAD, "--url=ftp://x"], "--url is 'ftp://x'"),
 ])
 def test_wrong_calls(wrong_call, flags, words):
     assert words in wrong_call(*flags)

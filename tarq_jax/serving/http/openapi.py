@@ -14,7 +14,7 @@ INTEGERS = np.iinfo(np.int64)
 NUMBERS = np.finfo(np.float32)
 ID = {"type": "integer", "minimum": int(INTEGERS.min), "maximum": int(INTEGERS.max)}
 TEXT = {"type": "string"}
-SECURITY = [{"token": []}]
+SECURITY: list[dict[str, list[str]]] = [{"token": []}]
 
 
 def document(scorer: Scorer, options: Options) -> dict[str, Any]:

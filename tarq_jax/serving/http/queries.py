@@ -1,6 +1,6 @@
 """What is asked of the service: JSON to queries within limits, and queries to rankings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +112,7 @@ def example(scorer: Scorer, length: int = SHOWN) -> dict[str, Any]:
     schema, known = scorer.schema, scorer.index.ids[scorer.index.ids != FREE]
     items = np.resize(known, length if len(known) else 0).tolist()
 
-    def zeros(side: Any, *leading: int) -> Mapping[str, Any]:
+    def zeros(side: Any, *leading: int) -> dict[str, Any]:
         return {field.name: np.zeros((*leading, *field.shape), field.dtype).tolist()
                 for field in schema.side(side)}
 

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from tarq_jax.serving.http.batching import Refused, whole_seconds
 from tarq_jax.serving.http.logs import log
@@ -18,13 +18,9 @@ from tarq_jax.serving.http.options import Options
 from tarq_jax.serving.http.queries import NotJson, read_query
 from tarq_jax.serving.http.versions import NAME, Busy, Version, Versions
 
-JSON = "application/json"
 
-
-class Json(Response):
+class Json(JSONResponse):
     """An answer in JSON; arrays are written as they are."""
-
-    media_type = JSON
 
     def render(self, content: Any) -> bytes:
         """The body."""

@@ -34,5 +34,6 @@ def guarded(artefacts):
     """A service with a token."""
     import services
 
-    with services.running(artefacts / "1", dataclasses.replace(services.PATIENT, token=services.TOKEN)) as running:
+    options = dataclasses.replace(services.PATIENT, token=services.TOKEN)
+    with services.running(artefacts / "1", options) as running:
         yield running

@@ -9,6 +9,7 @@ import served
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
 import services
+
 from tarq_jax.serving import Scorer
 from tarq_jax.serving.client import Client, Wrong
 from tarq_jax.serving.http.versions import load, version_name
