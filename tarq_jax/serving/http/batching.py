@@ -83,6 +83,16 @@ def useful_sizes(seconds: Mapping[int, float], budget: float) -> list[int]:
     return kept
 
 
+def default_budget(seconds: float, delay: float) -> float:
+    """Twice what an item takes without load, which is the delay and a batch of one, and the delay again.
+
+    Example:
+      >>> default_budget(1.0, delay=0.25)
+      2.75
+    """
+    return 2 * (delay + seconds) + delay
+
+
 class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     arrived: float  # by the loop's clock
@@ -94,13 +104,13 @@ class Batcher(Generic[Item, Result]):
 
     Attributes:
       largest: items of a batch.
-      budget: seconds from arrival to answer; may be set.
+      patience: seconds on top of the budget; may be set at any time.
       waiting: items in the queue.
     """
 
     def __init__(
         self, run: Callable[[Sequence[Item]], Sequence[Result | Exception]], executor: Executor,
-        times: ServiceTimes, *, largest: int, delay: float, budget: float, limit: int,
+        times: ServiceTimes, *, largest: int, delay: float, budget: float | None, limit: int,
         on_batch: Callable[[int, float, float], None] = lambda size, waited, seconds: None,
     ):
         """Starts nothing.
@@ -111,13 +121,13 @@ class Batcher(Generic[Item, Result]):
           times: of batches.
           largest: items of a batch.
           delay: seconds to wait for more items while nothing runs.
-          budget: seconds from arrival to answer.
+          budget: seconds from arrival to answer; None for those of `default_budget`, which follow `times`.
           limit: items that may wait, whatever their expected time.
           on_batch: told of each batch its size, how long its first item waited, and how long it ran.
         """
         self._run, self._executor, self._times = run, executor, times
-        self.largest, self.budget = largest, budget
-        self._delay, self._limit = delay, limit
+        self.largest, self.patience = largest, 0.0
+        self._delay, self._budget, self._limit = delay, budget, limit
         self._on_batch = on_batch
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting[Item, Result]] = deque()
@@ -125,6 +135,13 @@ class Batcher(Generic[Item, Result]):
         self._expected_end: float | None = None  # of the batch that runs
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def budget(self) -> float:
+        """Seconds from arrival to answer, as of now."""
+        if self._budget is not None:
+            return self._budget + self.patience
+        return default_budget(self._times.estimate(1), self._delay) + self.patience
 
     @property
     def waiting(self) -> int:

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from tarq_jax.serving.artefact import MANIFEST, read_index, read_manifest
-from tarq_jax.serving.http.batching import Batcher, ServiceTimes, useful_sizes
+from tarq_jax.serving.http.batching import Batcher, ServiceTimes, default_budget, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.openapi import document
 from tarq_jax.serving.http.options import Options
 from tarq_jax.serving.http.queries import Query, answer, check_query, example
 from tarq_jax.serving.scorer import Ranking, Scorer
 
-TRIALS = 10  # of each size of batch
-PATIENCE = 4  # times the budget of requests while a version is loaded, and ...
-LEAST_PATIENCE = 0.5  # ... at least so many seconds
+TRIALS = 7  # of each size of batch
+PATIENCE = 0.5  # seconds that requests may take beyond their budget while a version is loaded
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder beside the one that is served
 
 
@@ -43,7 +42,6 @@ class Version:
     name: str  # of the folder, and a digest of what is in it
     scorer: Scorer
     seconds: Mapping[int, float]  # that a batch of each size takes
-    budget: float  # seconds from arrival to answer
     batcher: Batcher[Query, Ranking]
     options: Options
 
@@ -119,7 +117,8 @@ class Versions:
             raise Busy
         async with self._loading:
             try:
-                self._be_patient()
+                if self.current is not None:
+                    self.current.batcher.patience = PATIENCE
                 gc.unfreeze()
                 new = await self._prepare(artefact, artefact / "index" if index is None else index)
                 await self._take_over(new)
@@ -127,17 +126,12 @@ class Versions:
                 gc.collect()  # versions are full of cycles, which would keep the old one's arrays
                 gc.freeze()  # what is there now stays, and need not be looked through again and again
                 if self.current is not None:
-                    self.current.batcher.budget = self.current.budget
+                    self.current.batcher.patience = 0.0
         return new
-
-    def _be_patient(self) -> None:
-        if self.current is not None:
-            longer = max(PATIENCE * self.current.budget, LEAST_PATIENCE)
-            self.current.batcher.budget = min(longer, self._options.limits.seconds)
 
     async def _take_over(self, new: Version) -> None:
         old, self.current = self.current, new
-        self._be_patient()
+        new.batcher.patience = PATIENCE
         self._metrics.serves(new.name, old.name if old else None)
         if old is not None:
             await old.batcher.drained()
@@ -148,18 +142,16 @@ class Versions:
         scorer = await asyncio.to_thread(load, artefact, index, options, like)
         if version_name(artefact, index) != name:
             raise ValueError(f"{artefact} changed while it was read, expected a folder that stays as it is")
-        trials = {size: await self._try(scorer, size) for size in options.batch_sizes}
-        seconds = {size: statistics.median(times) for size, times in trials.items()}
-        alone = options.delay + max(trials[min(trials)])  # what an answer takes without load, about its p99
-        budget = options.budget or 2 * alone + options.delay
-        largest = useful_sizes(seconds, budget)[-1]
+        seconds = {size: await self._try(scorer, size) for size in options.batch_sizes}
+        budget = options.budget or default_budget(seconds[min(seconds)], options.delay)
         batcher = Batcher(
-            partial(answer, scorer), self._executor, ServiceTimes(seconds), largest=largest, budget=budget,
-            delay=options.delay if largest > 1 else 0.0, limit=options.queue, on_batch=self._metrics.batch)
-        return Version(name, scorer, seconds, budget, batcher, options)
+            partial(answer, scorer), self._executor, ServiceTimes(seconds), delay=options.delay,
+            largest=useful_sizes(seconds, budget)[-1], budget=options.budget, limit=options.queue,
+            on_batch=self._metrics.batch)
+        return Version(name, scorer, seconds, batcher, options)
 
-    async def _try(self, scorer: Scorer, size: int) -> list[float]:
-        """Seconds that some batches take, of the longest histories and many candidates.
+    async def _try(self, scorer: Scorer, size: int) -> float:
+        """Seconds that a batch takes, the median of some, of the longest histories and many candidates.
 
         In the thread that computes, so that answers of the old version come between, not at the same time.
         """
@@ -169,8 +161,9 @@ class Versions:
         query = check_query(example(scorer, longest), scorer.schema, limits)
         query = query._replace(candidates=ids, top_k=limits.top_k)
         loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._executor, _timed, scorer, [query] * size)
-                for _ in range(TRIALS)]
+        return statistics.median([
+            await loop.run_in_executor(self._executor, _timed, scorer, [query] * size)
+            for _ in range(TRIALS)])
 
 
 def _timed(scorer: Scorer, queries: list[Query]) -> float:

@@ -83,7 +83,7 @@ def test_a_bad_one_is_refused_and_the_old_one_goes_on(guarded, body, status, wor
     found = guarded.ask("POST", "/swap", body, authorization=f"Bearer {services.TOKEN}")
     assert found.status == status and words in found.json["error"]
     assert guarded.service.versions.current is version
-    assert version.batcher.budget == version.budget
+    assert version.batcher.patience == 0
     with guarded.client(token=services.TOKEN) as client:
         assert client.score(GOOD).version == version.name
 
