@@ -7,6 +7,7 @@ differ in size. How a level assigns its points is a function `(points [M, D], co
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import chex
 import jax
@@ -16,6 +17,7 @@ from tarq_jax.types import Levels, QuantizerOutput
 
 GROUP = 16  # entries that `_top` looks at together
 Assign = Callable[[jax.Array, jax.Array], jax.Array]
+Tree = TypeVar("Tree")
 
 
 def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
@@ -104,13 +106,18 @@ def balanced(
     return argmax(jax.lax.fori_loop(0, iterations, normalise, log_plan))
 
 
-def encode(codewords: Levels, latents: jax.Array, *, assign: Assign = nearest) -> QuantizerOutput:
+def encode(
+    codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, block: int | None = None
+) -> QuantizerOutput:
     """Greedy residual quantization: each level assigns what the ones before left over.
 
     Args:
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [..., D].
       assign: of the points of one level.
+      block: latents that go through all levels at a time, so that their distances stay in the cache: for
+        many on CPU, where 512 takes half the time. None takes all at once, as latents split over devices
+        and an `assign` that depends on the batch need.
 
     Returns:
       Codes [..., L], quantized latents [..., D], residuals and chosen codewords [..., L, D]; all
@@ -124,6 +131,10 @@ def encode(codewords: Levels, latents: jax.Array, *, assign: Assign = nearest) -
     """
     residual, codes = jnp.asarray(latents), []
     levels = as_levels(codewords, latents)
+    if block is not None:
+        flat = residual.reshape(-1, residual.shape[-1])
+        found = _in_blocks(functools.partial(encode, levels, assign=assign), flat, block)
+        return jax.tree.map(lambda leaf: leaf.reshape(*latents.shape[:-1], *leaf.shape[1:]), found)
     residuals, chosen = [], []
     for level in levels:
         code = assign(residual.reshape(-1, residual.shape[-1]), level).reshape(residual.shape[:-1])
@@ -157,7 +168,7 @@ def beam_encode(
     if beam < 1:
         raise ValueError(f"beam is {beam}, expected at least 1")
     levels = as_levels(codewords, latents)
-    greedy = encode(levels, latents)
+    greedy = encode(levels, latents, block=block)
     if beam == 1 or len(levels) == 1:
         return greedy
     flat = jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))
@@ -215,13 +226,13 @@ def _squared_error(output: QuantizerOutput, latents: jax.Array) -> jax.Array:
     return jnp.sum((latents - output.quantized) ** 2, axis=-1)
 
 
-def _in_blocks(function: Callable[[jax.Array], jax.Array], points: jax.Array, block: int | None) -> jax.Array:
-    """`function` of [M, D], block by block of points."""
+def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: int | None) -> Tree:
+    """`function` of [M, D] to a tree of [M, ...], block by block of points."""
     if block is None or block >= len(points):
         return function(points)
     padded = jnp.pad(points, ((0, -len(points) % block), (0, 0)))
     found = jax.lax.map(function, padded.reshape(-1, block, points.shape[-1]))
-    return found.reshape(-1, found.shape[-1])[: len(points)]
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: len(points)], found)
 
 
 def _beam_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) -> jax.Array:

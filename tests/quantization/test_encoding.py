@@ -229,6 +229,16 @@ def test_beam_lowers_the_error(quantized):
 
 
 @pytest.mark.parametrize("block", [1, 7, 30, 64])
+def test_greedy_in_blocks_is_the_same(quantized, block):
+    codewords, latents, *_ = quantized
+    found = quantization.encode(codewords, latents, block=block)
+    expected = quantization.encode(codewords, latents)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_allclose(found.residuals, expected.residuals, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 7, 30, 64])
 def test_beam_in_blocks_is_the_same(quantized, block):
     codewords, latents, _ = quantized
     whole = quantization.beam_encode(codewords, latents, beam=3)
