@@ -1,6 +1,7 @@
 """The handlers of a service's requests."""
 
 import asyncio
+import gc
 import hmac
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,8 +51,9 @@ class Service:
         self._in_flight = 0
 
     def close(self) -> None:
-        """Ends the thread that computes."""
+        """Ends the thread that computes, and has what was served looked through for garbage again."""
         self.executor.shutdown()
+        gc.unfreeze()
 
     async def score(self, request: Request) -> Response:
         """POST /score."""
@@ -97,7 +99,7 @@ class Service:
         try:
             artefact, index = read_swap(body)
             version = await self.load(self.root / artefact, self.root / index if index else None)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise _invalid(error) from None
         except Busy:
             raise HTTPException(409, "another version is being loaded, expected one at a time") from None
@@ -108,7 +110,7 @@ class Service:
         start = asyncio.get_running_loop().time()
         try:
             version = await self.versions.swap(artefact, index)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._metrics.swap("refused")
             log("refused version", artefact=artefact, index=index, error=str(error))
             raise
@@ -185,7 +187,7 @@ def read_swap(body: bytes) -> tuple[str, str | None]:
     return found["artefact"], found.get("index")
 
 
-def _invalid(error: ValueError) -> HTTPException:
+def _invalid(error: Exception) -> HTTPException:
     return HTTPException(400 if isinstance(error, NotJson) else 422, str(error))
 
 
