@@ -153,11 +153,11 @@ class Batcher(Generic[Item, Result]):
 
         What is expected is not asked while nothing runs or waits: if it were wrong, nothing would correct it.
         """
-        end = self._expected_answer(arrived)
-        seconds = end - self._loop.time()
+        end, now = self._expected_answer(arrived), self._loop.time()
+        seconds = end - now
         if len(self._queue) >= self._limit:
             raise Refused("full", seconds)
-        if not self._idle.is_set() and end > arrived + self.budget:
+        if arrived + self.budget < (now if self._idle.is_set() else end):
             raise Refused("slow", seconds)
 
     async def submit(self, item: Item, arrived: float | None = None) -> Result:

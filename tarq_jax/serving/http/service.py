@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from tarq_jax.serving.http.batching import Refused, whole_seconds
+from tarq_jax.serving.http.lag import Lag
 from tarq_jax.serving.http.logs import log
 from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.options import Options
@@ -48,10 +49,11 @@ class Service:
         self.root, self._options, self._metrics = root, options, metrics
         self.executor = ThreadPoolExecutor(1, "scorer")
         self.versions = Versions(options, metrics, self.executor)
-        self._in_flight = 0
+        self._in_flight, self._lag = 0, Lag()
 
     def close(self) -> None:
         """Ends the thread that computes, and has what was served looked through for garbage again."""
+        self._lag.close()
         self.executor.shutdown()
         gc.unfreeze()
 
@@ -70,7 +72,7 @@ class Service:
 
     async def _score(self, request: Request) -> Response:
         loop = asyncio.get_running_loop()
-        arrived = loop.time()
+        arrived = loop.time() - self._lag.seconds
         self._current().batcher.check(arrived)  # before the body is read
         body = await self._body(request)
         version = self._current()
