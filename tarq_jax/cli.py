@@ -4,7 +4,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import ml_collections
 from absl import app, flags, logging
@@ -50,6 +52,43 @@ def json_flag() -> flags.Flag:
     if "json" not in flags.FLAGS:
         flags.DEFINE_string("json", None, "File to write the rows of the table to.")
     return flags.FLAGS["json"]
+
+
+def url_flag() -> flags.Flag:
+    """Defines `--url=URL`, of a service to ask."""
+    if "url" not in flags.FLAGS:
+        flags.DEFINE_string("url", "http://localhost:8000", "Of the service.")
+    return flags.FLAGS["url"]
+
+
+def url(flag: flags.Flag) -> str:
+    """The URL of `url_flag`; what is none is a wrong call."""
+    found = str(flag.value)
+    parts = urlsplit(found)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        wrong_call(f"--url is {found!r}, expected http://HOST:PORT or https://HOST:PORT")
+    return found
+
+
+def token_flag() -> flags.Flag:
+    """Defines `--token_file=FILE`, with the token of a service."""
+    if "token_file" not in flags.FLAGS:
+        flags.DEFINE_string("token_file", None, "File with a token that the service asks for.")
+    return flags.FLAGS["token_file"]
+
+
+def read_token(flag: flags.Flag) -> str | None:
+    """The token in the file of `token_flag`; a file that is missing, or holds no token, is a wrong call."""
+    if flag.value is None:
+        return None
+    try:
+        token = Path(flag.value).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        wrong_call(f"--token_file cannot be read: {error}")
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        wrong_call(f"--token_file {flag.value} has {len(token)} characters, expected some of ASCII, and no "
+                   "spaces")
+    return token
 
 
 def run(main: Callable[[], None]) -> None:

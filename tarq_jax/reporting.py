@@ -65,7 +65,9 @@ COLUMNS = (
     "temporary_mb", "chip", "devices", "mesh", "table_over", "table_mb", "all_gather_mb", "all_reduce_mb",
     "reduce_scatter_mb", "all_to_all_mb", "collective_permute_mb", "network_mb", "formula_mb", "largest_mb",
     "state_mb", "compute_ms", "memory_ms", "network_ms", "step_ms", "efficiency", "requests_per_second",
-    "table_gb", "fits",
+    "table_gb", "fits", "rank", "id", "score", "rate", "seconds", "sent", "answered", "rejected", "errors",
+    "versions", "answered_per_second", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms",
+    "rejected_p99_ms", "late_p99_ms",
 )
 
 

@@ -38,7 +38,7 @@ def test_imports_point_one_way():
         "training": {"types", "schema", "data", "quantization", "attention", "conversion", "losses",
                      "metrics", "models", "shards", "config", "cli", "reporting"},
         "serving": {"types", "schema", "data", "quantization", "attention", "expansion", "corrections",
-                    "conversion", "models", "training", "cli"},
+                    "conversion", "models", "training", "cli", "reporting"},
         "experiments": {"training", "data", "conversion", "metrics", "models", "config", "cli",
                         "reporting"},
         "config": set(),

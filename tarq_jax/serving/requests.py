@@ -116,9 +116,20 @@ def _column(field: Field, values: Any, where: str) -> np.ndarray:
 
 def _array(values: Any, where: str) -> np.ndarray:
     try:
-        return np.asarray(values)
+        array = np.asarray(values)
     except (ValueError, OverflowError):  # lists of different lengths, say
         raise ValueError(f"{where} is {_shown(values)}, expected an array of numbers") from None
+    if array.dtype.kind in "iuf" and _has_booleans(values):
+        raise ValueError(f"{where} is {_shown(values)}, expected numbers and no booleans")
+    return array
+
+
+def _has_booleans(values: Any) -> bool:
+    """Whether lists have any among their numbers, where NumPy takes them for 0 and 1."""
+    if not isinstance(values, list):
+        return False
+    kinds = set(map(type, values))
+    return bool in kinds or (list in kinds and any(map(_has_booleans, values)))
 
 
 def _refuse_others(found: Mapping[str, Any], expected: Sequence[str], where: str) -> None:

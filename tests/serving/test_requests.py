@@ -42,6 +42,7 @@ def test_a_good_request():
     (changed("user", user_group=2**40), f"field 'user_group' is {2**40}"),
     (changed("user", user_group=1.0), r"field 'user_group' is \[1.0\], expected integers"),
     (changed("user", user_group=True), r"field 'user_group' is \[True\], expected integers"),
+    (changed("history", item_id=[4, True]), r"'item_id' is \[4, True\], expected numbers and no booleans"),
     (changed("user", user_age="old"), r"field 'user_age' is \['old'\], expected numbers"),
     (changed("user", user_age=float("nan")), "field 'user_age' is nan"),
     (changed("user", user_age=1e300), "field 'user_age' is inf"),

@@ -1,0 +1,156 @@
+"""A client of the service, of the standard library alone.
+
+    with Client("http://localhost:8000") as client:
+        best = client.score({"history": {"item_id": [17, 4, 256]}}, top_k=500)
+"""
+
+import http.client
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+PATIENCE = 8.0  # seconds, the longest pause between two attempts
+
+
+class Answer(NamedTuple):
+    """The best candidates of a request, the best first."""
+
+    version: str  # of what answered
+    ids: list[int]
+    scores: list[float]
+    unknown: list[int]  # candidates that are not served
+    skipped: int  # events of the history with unknown items
+
+
+class Wrong(ValueError):
+    """The service refused the request itself: it names the field, its value and what was expected."""
+
+
+class Unavailable(OSError):
+    """The service did not answer, though the request may be right.
+
+    Attributes:
+      status: HTTP status.
+      retry_after: seconds to wait before another attempt; None unless the service names them.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float | None):
+        super().__init__(f"status {status}: {message}")
+        self.status, self.retry_after = status, retry_after
+
+
+class Client:
+    """Keeps one connection, so give each thread its own; close it, or use it as a context manager."""
+
+    def __init__(self, url: str, *, token: str | None = None, timeout: float = 10.0, retries: int = 0):
+        """Connects when it is first used.
+
+        Args:
+          url: of the service, such as http://localhost:8000.
+          token: that the service asks for.
+          timeout: seconds without a sign of the service after which TimeoutError is raised.
+          retries: further attempts where the service says that it is busy, with pauses that grow.
+
+        Raises:
+          ValueError: `url` is none.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in CONNECTIONS or not parts.hostname:
+            raise ValueError(f"url is {url!r}, expected http://HOST:PORT or https://HOST:PORT")
+        self._connection = CONNECTIONS[parts.scheme](parts.hostname, parts.port, timeout=timeout)
+        self._prefix, self._retries = parts.path.rstrip("/"), retries
+        self._headers = {"content-type": "application/json"}
+        if token is not None:
+            self._headers["authorization"] = f"Bearer {token}"
+
+    def score(self, request: Mapping[str, Any], candidates: Sequence[int] | None = None, *,
+              top_k: int | None = None) -> Answer:
+        """The best candidates, as `tarq_jax.serving.Scorer.score` has them; None leaves it to the service.
+
+        Raises:
+          Wrong: the request does not hold.
+          Unavailable: the service is busy or failed.
+          OSError: it cannot be reached, or gave up the connection.
+        """
+        asked = {"candidates": candidates, "top_k": top_k}
+        return Answer(**self.post("/score", dict(request) | {
+            key: value for key, value in asked.items() if value is not None}))
+
+    def swap(self, artefact: str, index: str | None = None) -> dict[str, Any]:
+        """Has the service load another artefact beside its own; returns once it answers from it.
+
+        Raises:
+          Wrong: the artefact is refused, and the old one goes on.
+        """
+        return self.post("/swap", {"artefact": artefact} | ({"index": index} if index else {}))
+
+    def version(self) -> dict[str, Any]:
+        """What is served; Unavailable while the service is not ready."""
+        return self.get("/readyz")
+
+    def get(self, path: str) -> dict[str, Any]:
+        """JSON at a path of the service; errors as `score`."""
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, content: Mapping[str, Any] | bytes) -> dict[str, Any]:
+        """What the service answers to JSON, as an object or as it is sent; errors as `score`."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        for attempt in range(self._retries):
+            try:
+                return self._ask("POST", path, body)
+            except Unavailable as error:
+                if error.status != 503:
+                    raise
+                pause = max(error.retry_after or 0.0, 0.05 * 2**attempt)
+                time.sleep(min(pause, PATIENCE) * random.uniform(1.0, 1.5))
+        return self._ask("POST", path, body)
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
+        reused = self._connection.sock is not None
+        try:
+            status, headers, found = self._exchange(method, path, body)
+        except ConnectionError:
+            if not reused:
+                raise
+            status, headers, found = self._exchange(method, path, body)  # it was closed while idle
+        if status == 200:
+            return json.loads(found)
+        message = _message(found)
+        if 400 <= status < 500:
+            raise Wrong(message)
+        wait = headers.get("retry-after", "")
+        raise Unavailable(status, message, float(wait) if wait.isdecimal() else None)
+
+    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, Any, bytes]:
+        try:
+            self._connection.request(method, self._prefix + path, body, self._headers)
+            response = self._connection.getresponse()
+            return response.status, response.headers, response.read()
+        except http.client.HTTPException as error:
+            self._connection.close()
+            kind = ConnectionError if isinstance(error, http.client.RemoteDisconnected) else OSError
+            raise kind(f"not an answer of HTTP: {error!r}") from None
+        except OSError:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the connection; the next call opens another one."""
+        self._connection.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _message(found: bytes) -> str:
+    try:
+        return str(json.loads(found)["error"])
+    except (ValueError, TypeError, KeyError):
+        return found[:200].decode(errors="replace")

@@ -1,0 +1,81 @@
+"""What Prometheus is told of a service."""
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from tarq_jax.serving.scorer import Ranking
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """Counters and histograms in a registry of their own, so that a process can hold several services."""
+
+    def __init__(self) -> None:
+        """All at zero; memory and CPU time of the process are there where the system tells them."""
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._requests = Counter("tarq_requests", "Requests answered.", ["path", "status"],
+                                 registry=self.registry)
+        self._seconds = Histogram("tarq_request_seconds", "Arrival to answer of /score, where that is 200.",
+                                  buckets=SECONDS, registry=self.registry)
+        self._refused = Counter("tarq_refused", "Requests told 503, by reason.", ["reason"],
+                                registry=self.registry)
+        self._batch_size = Histogram("tarq_batch_size", "Requests computed together.", buckets=SIZES,
+                                     registry=self.registry)
+        self._batch_seconds = Histogram("tarq_batch_seconds", "Computing a batch.", buckets=SECONDS,
+                                        registry=self.registry)
+        self._wait_seconds = Histogram("tarq_wait_seconds", "Wait of the first request of a batch.",
+                                       buckets=SECONDS, registry=self.registry)
+        self.in_flight = Gauge("tarq_in_flight", "Requests for scores on their way.", registry=self.registry)
+        self._unknown = Counter("tarq_unknown_candidates", "Candidates asked for that are not served.",
+                                registry=self.registry)
+        self._skipped = Counter("tarq_skipped_events", "Events of histories with unknown items.",
+                                registry=self.registry)
+        self._swaps = Counter("tarq_swaps", "Attempts to serve another version.", ["result"],
+                              registry=self.registry)
+        self._version = Gauge("tarq_version", "1 for the version that is served.", ["version"],
+                              registry=self.registry)
+
+    def request(self, path: str, status: int) -> None:
+        """An answer was sent."""
+        self._requests.labels(path, str(status)).inc()
+
+    def answered(self, ranking: Ranking, seconds: float) -> None:
+        """A request for scores was answered."""
+        self._seconds.observe(seconds)
+        self._unknown.inc(len(ranking.unknown))
+        self._skipped.inc(ranking.skipped)
+
+    def refused(self, reason: str) -> None:
+        """A request was told 503."""
+        self._refused.labels(reason).inc()
+
+    def batch(self, size: int, waited: float, seconds: float) -> None:
+        """A batch was computed."""
+        self._batch_size.observe(size)
+        self._wait_seconds.observe(waited)
+        self._batch_seconds.observe(seconds)
+
+    def swap(self, result: str) -> None:
+        """Another version was "taken" or "refused"."""
+        self._swaps.labels(result).inc()
+
+    def serves(self, version: str, before: str | None) -> None:
+        """A version took over."""
+        if before is not None:
+            self._version.remove(before)
+        self._version.labels(version).set(1)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,29 @@
+"""What can be set of a service, with defaults."""
+
+import dataclasses
+
+from tarq_jax.serving.scorer import BATCH_SIZES, CANDIDATE_SIZES, TOP_K
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Of one request."""
+
+    body: int = 1 << 20  # bytes; more are a 413
+    history: int = 10_000  # events; those of them that programs have no room for, the oldest, are left out
+    candidates: int = 100_000
+    top_k: int = TOP_K
+    seconds: float = 2.0  # to receive a body (408) and to answer it (504)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Of a service."""
+
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    token: str | None = None  # that requests have to bear
+    delay: float = 0.002  # seconds that a request waits for company while nothing runs
+    budget: float | None = None  # seconds from arrival to answer; by default `batching.default_budget`
+    queue: int = 256  # requests that may be on their way
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    candidate_sizes: tuple[int, ...] = CANDIDATE_SIZES

@@ -1,0 +1,120 @@
+"""What is asked of the service: JSON to queries within limits, and queries to rankings."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from tarq_jax.schema import ITEM_ID, Schema
+from tarq_jax.serving.http.options import Limits
+from tarq_jax.serving.index import FREE
+from tarq_jax.serving.requests import SIDES, check_ids, check_request
+from tarq_jax.serving.scorer import Ranking, Scorer
+
+KEYS = (*SIDES, "candidates", "top_k")
+TOP_K = 100  # where a query does not say
+SHOWN = 3  # events of an example
+
+
+class NotJson(ValueError):
+    """The body cannot be parsed at all."""
+
+
+class Query(NamedTuple):
+    """A request that was found valid."""
+
+    request: dict[str, dict[str, Any]]  # its sides, in arrays
+    candidates: np.ndarray | None  # [G] int64, or all that the index serves
+    top_k: int
+
+
+def read_query(body: bytes, schema: Schema, limits: Limits) -> Query:
+    """The query in a body.
+
+    Raises:
+      NotJson: the body is none.
+      ValueError: names the field, its value and what was expected.
+    """
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        shown = body[:40].decode(errors="replace")
+        raise NotJson(f"body is {shown!r}: {error}, expected a JSON object with {list(KEYS)}") from None
+    try:
+        return check_query(found, schema, limits)
+    except RecursionError:
+        raise ValueError(f"body is nested too deeply, expected an object with {list(KEYS)}") from None
+
+
+def check_query(found: Any, schema: Schema, limits: Limits) -> Query:
+    """The query in what was parsed; a ValueError as `read_query`."""
+    if not isinstance(found, dict):
+        raise ValueError(f"body is {str(found)[:60]}, expected an object with {list(KEYS)}")
+    sides = {key: value for key, value in found.items() if key not in ("candidates", "top_k")}
+    unknown = [key for key in sides if key not in SIDES]
+    if unknown:
+        raise ValueError(f"body has {unknown[0][:60]!r}, expected {list(KEYS)}")
+    _check_history(found.get("history"), limits.history)
+    checked = check_request(schema, sides)
+    request = {"user": checked.user, "context": checked.context,
+               "history": {ITEM_ID: checked.items} | checked.events}
+    candidates = _candidates(found.get("candidates"), limits.candidates)
+    return Query(request, candidates, _top_k(found.get("top_k"), limits.top_k))
+
+
+def _check_history(history: Any, most: int) -> None:
+    items = history.get(ITEM_ID) if isinstance(history, dict) else None
+    if isinstance(items, list) and len(items) > most:
+        raise ValueError(f"request: 'history': field {ITEM_ID!r} has {len(items)} values, expected at most "
+                         f"{most}")
+
+
+def _candidates(candidates: Any, most: int) -> np.ndarray | None:
+    if candidates is None:
+        return None
+    if isinstance(candidates, list) and len(candidates) > most:
+        raise ValueError(f"'candidates' has {len(candidates)} values, expected at most {most}")
+    return check_ids(candidates, "'candidates'")
+
+
+def _top_k(top_k: Any, most: int) -> int:
+    if top_k is None:
+        return min(TOP_K, most)
+    if type(top_k) is not int or not 1 <= top_k <= most:
+        raise ValueError(f"'top_k' is {str(top_k)[:60]}, expected an integer in [1, {most}]")
+    return top_k
+
+
+def answer(scorer: Scorer, queries: Sequence[Query]) -> list[Ranking | Exception]:
+    """The ranking of each query, or a ValueError where its scores are not finite."""
+    users = scorer.users([query.request for query in queries])
+    top_k = max(query.top_k for query in queries)
+    rankings = scorer.rank(users, [query.candidates for query in queries], top_k=top_k)
+    return [_own(ranking, query, scorer) for ranking, query in zip(rankings, queries, strict=True)]
+
+
+def _own(ranking: Ranking, query: Query, scorer: Scorer) -> Ranking | Exception:
+    """The part of a ranking that its query asked for."""
+    top_k = query.top_k
+    expected = min(top_k, scorer.index.num_served if query.candidates is None else
+                   len(query.candidates) - len(ranking.unknown))
+    if len(ranking.ids) < expected and query.candidates is not None:  # some are given twice, perhaps
+        expected = min(top_k, len(np.setdiff1d(query.candidates, ranking.unknown)))
+    if len(ranking.ids) < expected or not np.isfinite(ranking.scores[:top_k]).all():
+        return ValueError("request: its scores are not finite, expected values of ordinary size in 'user', "
+                          "'context' and 'history'")
+    return ranking._replace(ids=ranking.ids[:top_k], scores=ranking.scores[:top_k])
+
+
+def example(scorer: Scorer, length: int = SHOWN) -> dict[str, Any]:
+    """A request that the scorer takes: zeros, and `length` items of the index as history."""
+    schema, known = scorer.schema, scorer.index.ids[scorer.index.ids != FREE]
+    items = np.resize(known, length if len(known) else 0).tolist()
+
+    def zeros(side: Any, *leading: int) -> dict[str, Any]:
+        return {field.name: np.zeros((*leading, *field.shape), field.dtype).tolist()
+                for field in schema.side(side)}
+
+    return {"user": zeros("user"), "context": zeros("context"),
+            "history": {ITEM_ID: items} | zeros("event", len(items))}

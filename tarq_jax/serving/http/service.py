@@ -1,0 +1,215 @@
+"""The handlers of a service's requests."""
+
+import asyncio
+import gc
+import hmac
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from tarq_jax.serving.http.batching import Refused, whole_seconds
+from tarq_jax.serving.http.lag import Lag
+from tarq_jax.serving.http.logs import log
+from tarq_jax.serving.http.metrics import Metrics
+from tarq_jax.serving.http.options import Options
+from tarq_jax.serving.http.queries import NotJson, read_query
+from tarq_jax.serving.http.versions import NAME, Busy, Version, Versions
+
+
+class Json(JSONResponse):
+    """An answer in JSON; arrays are written as they are."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+class Service:
+    """What all requests share; made within a running event loop.
+
+    Attributes:
+      root: folder of artefacts that /swap may name.
+      executor: the one thread that computes.
+      versions: what is served.
+    """
+
+    def __init__(self, root: Path, options: Options, metrics: Metrics):
+        """Loads nothing.
+
+        Args:
+          root: folder of artefacts that /swap may name.
+          options: see there.
+          metrics: that it moves.
+        """
+        self.root, self._options, self._metrics = root, options, metrics
+        self.executor = ThreadPoolExecutor(1, "scorer")
+        self.versions = Versions(options, metrics, self.executor)
+        self._in_flight, self._lag = 0, Lag()
+
+    def close(self) -> None:
+        """Ends the thread that computes, and has what was served looked through for garbage again."""
+        self._lag.close()
+        self.executor.shutdown()
+        gc.unfreeze()
+
+    async def score(self, request: Request) -> Response:
+        """POST /score."""
+        self._authorize(request)
+        if self._in_flight >= self._options.queue:  # bodies are held in memory
+            raise Refused("full", 1.0)
+        self._in_flight += 1
+        self._metrics.in_flight.inc()
+        try:
+            return await self._score(request)
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight.dec()
+
+    async def _score(self, request: Request) -> Response:
+        loop = asyncio.get_running_loop()
+        arrived = loop.time() - self._lag.seconds
+        self._current().batcher.check(arrived)  # before the body is read
+        body = await self._body(request)
+        version = self._current()
+        try:
+            query = read_query(body, version.scorer.schema, self._options.limits)
+        except ValueError as error:
+            raise _invalid(error) from None
+        try:
+            async with asyncio.timeout_at(arrived + self._options.limits.seconds):
+                ranking = await version.batcher.submit(query, arrived)
+        except TimeoutError:
+            raise HTTPException(504, f"not answered within {self._options.limits.seconds} seconds") from None
+        except ValueError as error:  # of this query; what fails a whole batch is none
+            raise _invalid(error) from None
+        request.state.version = version.name
+        self._metrics.answered(ranking, loop.time() - arrived)
+        return Json({"version": version.name, "ids": ranking.ids, "scores": ranking.scores,
+                     "unknown": ranking.unknown, "skipped": ranking.skipped})
+
+    async def swap(self, request: Request) -> Response:
+        """POST /swap."""
+        if self._options.token is None:
+            raise HTTPException(403, "the service was started without a token, expected one: --token_file")
+        self._authorize(request)
+        body = await self._body(request)
+        try:
+            artefact, index = read_swap(body)
+            version = await self.load(self.root / artefact, self.root / index if index else None)
+        except (ValueError, OSError) as error:
+            raise _invalid(error) from None
+        except Busy:
+            raise HTTPException(409, "another version is being loaded, expected one at a time") from None
+        return Json(version.description)
+
+    async def load(self, artefact: Path, index: Path | None = None) -> Version:
+        """`Versions.swap`, counted and logged."""
+        start = asyncio.get_running_loop().time()
+        try:
+            version = await self.versions.swap(artefact, index)
+        except (ValueError, OSError) as error:
+            self._metrics.swap("refused")
+            log("refused version", artefact=artefact, index=index, error=str(error))
+            raise
+        self._metrics.swap("taken")
+        log("serves version", **version.description, largest_batch=version.batcher.largest,
+            batch_ms={size: round(1e3 * seconds, 2) for size, seconds in version.seconds.items()},
+            budget_ms=round(1e3 * version.batcher.budget, 2),
+            seconds=round(asyncio.get_running_loop().time() - start, 2))
+        return version
+
+    async def healthz(self, request: Request) -> Response:
+        """GET /healthz."""
+        return Json({"alive": True})
+
+    async def readyz(self, request: Request) -> Response:
+        """GET /readyz."""
+        if request.app.state.draining:
+            raise HTTPException(503, "the service is about to end")
+        return Json(self._current().description)
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        return Json(self._current().openapi)
+
+    def _current(self) -> Version:
+        version = self.versions.current
+        if version is None:
+            raise HTTPException(503, "no version is warm yet", headers={"retry-after": "1"})
+        return version
+
+    def _authorize(self, request: Request) -> None:
+        token = self._options.token
+        if token is None:
+            return
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {token}".encode()):
+            raise HTTPException(401, "the header 'authorization' is missing or wrong, expected 'Bearer' and "
+                                "the token", headers={"www-authenticate": "Bearer"})
+
+    async def _body(self, request: Request) -> bytes:
+        """The body within its limits; what is too large is not kept."""
+        limits = self._options.limits
+        declared = request.headers.get("content-length", "")
+        received = bytearray()
+        try:
+            async with asyncio.timeout(limits.seconds):
+                async for chunk in request.stream():
+                    received += chunk
+                    if max(len(received), int(declared) if declared.isdecimal() else 0) > limits.body:
+                        raise HTTPException(413, f"body has more than {limits.body} bytes, expected at most "
+                                            "as many")
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not come within {limits.seconds} seconds",
+                                headers={"connection": "close"}) from None
+        return bytes(received)
+
+
+def read_swap(body: bytes) -> tuple[str, str | None]:
+    """The names of an artefact and perhaps of an index in the body of /swap."""
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise NotJson(f"body cannot be parsed: {error}, expected a JSON object with 'artefact'") from None
+    if not isinstance(found, dict) or "artefact" not in found or found.keys() - {"artefact", "index"}:
+        raise ValueError(f"body is {str(found)[:60]}, expected an object with 'artefact' and perhaps 'index'")
+    for key, name in found.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"{key!r} is {str(name)[:60]!r}, expected the name of a folder beside the one "
+                             "that is served")
+    return found["artefact"], found.get("index")
+
+
+def _invalid(error: Exception) -> HTTPException:
+    return HTTPException(400 if isinstance(error, NotJson) else 422, str(error))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """What the framework or a handler refuses."""
+    assert isinstance(error, HTTPException)
+    return Json({"error": error.detail}, error.status_code, headers=error.headers)
+
+
+async def on_refused(request: Request, error: Exception) -> Response:
+    """What the queue refuses."""
+    assert isinstance(error, Refused)
+    request.app.state.metrics.refused(error.reason)
+    return Json({"error": f"too busy ({error.reason}), try again later"}, 503,
+                headers={"retry-after": str(whole_seconds(error.retry_after))})
+
+
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """The client has gone: nobody reads this."""
+    return Json({"error": "the client has gone"}, 400)
+
+
+HANDLERS = {HTTPException: on_http_error, Refused: on_refused, ClientDisconnect: on_disconnect}

@@ -1,0 +1,174 @@
+"""Versions of what is served: loaded, warmed and tried before they take over, one at a time.
+
+A version is an artefact (with another index for it, perhaps) and its own queue, so that a request is checked,
+queued and answered by one version alone, and a swap only changes which one new requests go to. What waits at
+the old one is still answered by it. All versions share the one thread that computes.
+"""
+
+import asyncio
+import dataclasses
+import gc
+import hashlib
+import re
+import statistics
+import time
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from tarq_jax.serving.artefact import MANIFEST, read_index, read_manifest
+from tarq_jax.serving.http.batching import Batcher, ServiceTimes, default_budget, useful_sizes
+from tarq_jax.serving.http.metrics import Metrics
+from tarq_jax.serving.http.openapi import document
+from tarq_jax.serving.http.options import Options
+from tarq_jax.serving.http.queries import Query, answer, check_query, example
+from tarq_jax.serving.scorer import Ranking, Scorer
+
+TRIALS = 7  # of each size of batch
+PATIENCE = 0.5  # seconds that requests may take beyond their budget while a version is loaded
+NAME = re.compile(r"\w[\w.+-]*")  # of a folder beside the one that is served
+
+
+class Busy(Exception):
+    """Another version is being loaded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """What answers requests."""
+
+    name: str  # of the folder, and a digest of what is in it
+    scorer: Scorer
+    seconds: Mapping[int, float]  # that a batch of each size takes
+    batcher: Batcher[Query, Ranking]
+    options: Options
+
+    @cached_property
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document of a service that serves this version."""
+        return document(self.scorer, self.options)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What clients may want to know of it."""
+        index, facts = self.scorer.index, self.scorer.facts
+        served = index.ids[index.served]
+        return {"version": self.name, "method": facts["method"], "items": index.num_served,
+                "ids": [int(served.min()), int(served.max())] if len(served) else [],
+                "histories": facts["histories"]}
+
+
+def version_name(artefact: Path, index: Path) -> str:
+    """The folder's name, symbolic links followed, and a digest of its manifests, which have all files'.
+
+    Raises:
+      ValueError: there are no manifests.
+    """
+    digest = hashlib.sha256()
+    for folder in (artefact / "model", index):
+        try:
+            digest.update((folder / MANIFEST).read_bytes())
+        except OSError:
+            raise ValueError(f"{folder / MANIFEST} is missing, expected an artefact of "
+                             "`python -m tarq_jax.serving.export`") from None
+    return f"{artefact.resolve().name}-{digest.hexdigest()[:8]}"
+
+
+def load(artefact: Path, index: Path, options: Options, like: Scorer | None = None) -> Scorer:
+    """A warm scorer. Where `like` is of the same model, it shares the programs that are compiled already.
+
+    Raises:
+      ValueError: something is damaged, of another version or platform, or does not fit.
+    """
+    if like is not None:
+        manifest = read_manifest(artefact / "model", "model")
+        if (manifest.fingerprint, manifest.facts) == (like.index.fingerprint, like.facts):
+            scorer = like.with_index(read_index(index))
+            return scorer if scorer.ready else scorer.warm_up()
+    return Scorer.load(artefact, index=index, batch_sizes=options.batch_sizes, top_k=options.limits.top_k,
+                       candidate_sizes=options.candidate_sizes).warm_up()
+
+
+class Versions:
+    """Which version is served, and how another one takes over; within a running event loop.
+
+    Attributes:
+      current: the version that new requests go to; None until the first one is warm.
+    """
+
+    def __init__(self, options: Options, metrics: Metrics, executor: Executor):
+        """Loads nothing; `executor` has the one thread that computes."""
+        self._options, self._metrics, self._executor = options, metrics, executor
+        self._loading = asyncio.Lock()
+        self.current: Version | None = None
+
+    async def swap(self, artefact: Path, index: Path | None = None) -> Version:
+        """Loads, warms and tries an artefact, then lets it take over; returns when the old one is done.
+
+        Meanwhile the machine is shared, and requests rather wait longer than usual than be refused.
+
+        Raises:
+          ValueError: it is refused, and the old version goes on.
+          Busy: another one is being loaded.
+        """
+        if self._loading.locked():
+            raise Busy
+        async with self._loading:
+            try:
+                if self.current is not None:
+                    self.current.batcher.patience = PATIENCE
+                gc.unfreeze()
+                new = await self._prepare(artefact, artefact / "index" if index is None else index)
+                await self._take_over(new)
+            finally:
+                gc.collect()  # versions are full of cycles, which would keep the old one's arrays
+                gc.freeze()  # what is there now stays, and need not be looked through again and again
+                if self.current is not None:
+                    self.current.batcher.patience = 0.0
+        return new
+
+    async def _take_over(self, new: Version) -> None:
+        old, self.current = self.current, new
+        new.batcher.patience = PATIENCE
+        self._metrics.serves(new.name, old.name if old else None)
+        if old is not None:
+            await old.batcher.drained()
+
+    async def _prepare(self, artefact: Path, index: Path) -> Version:
+        options, name = self._options, version_name(artefact, index)
+        like = self.current.scorer if self.current else None
+        scorer = await asyncio.to_thread(load, artefact, index, options, like)
+        if version_name(artefact, index) != name:
+            raise ValueError(f"{artefact} changed while it was read, expected a folder that stays as it is")
+        seconds = {size: await self._try(scorer, size) for size in options.batch_sizes}
+        budget = options.budget or default_budget(seconds[min(seconds)], options.delay)
+        batcher = Batcher(
+            partial(answer, scorer), self._executor, ServiceTimes(seconds), delay=options.delay,
+            largest=useful_sizes(seconds, budget)[-1], budget=options.budget, limit=options.queue,
+            on_batch=self._metrics.batch)
+        return Version(name, scorer, seconds, batcher, options)
+
+    async def _try(self, scorer: Scorer, size: int) -> float:
+        """Seconds that a batch takes, the median of some, of the longest histories and many candidates.
+
+        In the thread that computes, so that answers of the old version come between, not at the same time.
+        """
+        limits = self._options.limits
+        longest = min(scorer.facts["histories"][-1], limits.history)
+        ids = scorer.index.ids[scorer.index.served][:max(self._options.candidate_sizes)]
+        query = check_query(example(scorer, longest), scorer.schema, limits)
+        query = query._replace(candidates=ids, top_k=limits.top_k)
+        loop = asyncio.get_running_loop()
+        return statistics.median([
+            await loop.run_in_executor(self._executor, _timed, scorer, [query] * size)
+            for _ in range(TRIALS)])
+
+
+def _timed(scorer: Scorer, queries: list[Query]) -> float:
+    start = time.perf_counter()
+    for found in answer(scorer, queries):
+        if isinstance(found, Exception):
+            raise ValueError(f"a trial failed: {found}")
+    return time.perf_counter() - start

@@ -1,0 +1,150 @@
+"""Sends requests to a service at random times that do not depend on its answers, and tells how it fared.
+
+    python -m tarq_jax.serving.load --url=http://localhost:8000 --rate=200 --seconds=10
+
+Arrivals are Poisson. Latency counts from when a request was due, not from when it was sent: where the service
+is slow, requests pile up here as they would with real users, and the wait is part of what is reported.
+"""
+
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from tarq_jax import cli, reporting
+from tarq_jax.serving.client import Client, Unavailable, Wrong
+
+URL = cli.url_flag()
+RATE = flags.DEFINE_float("rate", 100.0, "Requests a second.", lower_bound=0.001)
+SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to send.", lower_bound=0.001, allow_override=True)
+HISTORY = flags.DEFINE_integer("history_length", 50, "Events of a history.", lower_bound=0)
+CANDIDATES = flags.DEFINE_integer("num_candidates", 0, "Of a request, drawn from all; 0 ranks all.",
+                                  lower_bound=0)
+TOP_K = flags.DEFINE_integer("top_k", 10, "How many to ask for.", lower_bound=1, allow_override=True)
+CONNECTIONS = flags.DEFINE_integer("connections", 64, "Requests that may be on their way.", lower_bound=1)
+TIMEOUT = flags.DEFINE_float("timeout", 10.0, "Seconds after which an answer is an error.", lower_bound=0.001)
+SEED = flags.DEFINE_integer("seed", 0, "Of arrivals and requests.", allow_override=True)
+TOKEN = cli.token_flag()
+JSON = cli.json_flag()
+
+DISTINCT = 64  # requests, sent again and again
+PERCENTILES = (50, 95, 99)
+
+
+class Sent(NamedTuple):
+    """What came of a request."""
+
+    due: float  # seconds from the start
+    late: float  # seconds between when it was due and when a connection was free to send it
+    seconds: float  # from when it was due to the end
+    outcome: str  # "answered", "rejected" (503) or else what went wrong
+    version: str = ""
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Times of a Poisson process within `seconds`, rising."""
+    rng, times, now = random.Random(seed), [], 0.0
+    while (now := now + rng.expovariate(rate)) < seconds:
+        times.append(now)
+    return times
+
+
+def make_requests(client: Client, *, history: int, candidates: int, top_k: int, seed: int) -> list[bytes]:
+    """Bodies for what the service serves: its own example, with other histories and candidates."""
+    smallest, largest = client.version()["ids"]
+    schema = client.get("/openapi.json")["components"]["schemas"]["Request"]
+    rng, bodies = np.random.default_rng(seed), []
+    for _ in range(DISTINCT):
+        request = schema["example"] | {"top_k": top_k}
+        events = request["history"].items()
+        request["history"] = {name: (values[:1] or [0]) * history for name, values in events}
+        request["history"]["item_id"] = rng.integers(smallest, largest + 1, history).tolist()
+        if candidates:
+            request["candidates"] = rng.integers(smallest, largest + 1, candidates).tolist()
+        bodies.append(json.dumps(request).encode())
+    return bodies
+
+
+def send(url: str, bodies: Sequence[bytes], times: Sequence[float], *, connections: int,
+         token: str | None = None, timeout: float = 10.0) -> list[Sent]:
+    """Sends a body at each of the times, over so many connections; what came of each, by due time."""
+    found: list[Sent] = []
+    pending, lock = iter(enumerate(times)), threading.Lock()
+    start = time.perf_counter()
+
+    def take() -> Iterator[tuple[int, float]]:
+        while True:
+            with lock:
+                entry = next(pending, None)
+            if entry is None:
+                return
+            yield entry
+
+    def work() -> None:
+        with Client(url, token=token, timeout=timeout) as client:
+            for number, due in take():
+                time.sleep(max(due - (time.perf_counter() - start), 0.0))
+                late = time.perf_counter() - start - due
+                outcome, version = attempt(client, bodies[number % len(bodies)])
+                found.append(Sent(due, late, time.perf_counter() - start - due, outcome, version))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(connections, len(times)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(found)
+
+
+def attempt(client: Client, body: bytes) -> tuple[str, str]:
+    """The outcome of one request, and the version that answered."""
+    try:
+        return "answered", client.post("/score", body)["version"]
+    except Unavailable as error:
+        return ("rejected" if error.status == 503 else f"status {error.status}"), ""
+    except Wrong as error:
+        return f"wrong: {error}", ""
+    except OSError as error:
+        return type(error).__name__, ""
+
+
+def summary(sent: Sequence[Sent], seconds: float) -> dict[str, Any]:
+    """The row of a table."""
+    outcomes = Counter(one.outcome for one in sent)
+    answered, rejected = outcomes["answered"], outcomes["rejected"]
+    row: dict[str, Any] = {
+        "sent": len(sent), "answered": answered, "rejected": rejected,
+        "errors": len(sent) - answered - rejected, "answered_per_second": answered / seconds,
+        "versions": len({one.version for one in sent if one.version})}
+    for outcome in ("answered", "rejected"):
+        prefix = "latency" if outcome == "answered" else outcome
+        times = [1e3 * one.seconds for one in sent if one.outcome == outcome]
+        row |= {f"{prefix}_p{p}_ms": float(np.percentile(times, p)) if times else None for p in PERCENTILES}
+    return row | {"late_p99_ms": float(np.percentile([1e3 * one.late for one in sent], 99)) if sent else None}
+
+
+def main() -> None:
+    """Flags to table."""
+    token, times = cli.read_token(TOKEN), arrivals(RATE.value, SECONDS.value, SEED.value)
+    url = cli.url(URL)
+    with Client(url, token=token) as client:
+        bodies = make_requests(client, history=HISTORY.value, candidates=CANDIDATES.value, top_k=TOP_K.value,
+                               seed=SEED.value)
+    sent = send(url, bodies, times, connections=CONNECTIONS.value, token=token, timeout=TIMEOUT.value)
+    row = {"rate": RATE.value, "seconds": SECONDS.value} | summary(sent, SECONDS.value)
+    reporting.print_table([row], title=url)
+    for outcome, count in Counter(one.outcome for one in sent).most_common():
+        if outcome not in ("answered", "rejected"):
+            print(f"{count} x {outcome}")
+    if JSON.value:
+        reporting.write_rows([row], JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

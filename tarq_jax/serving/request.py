@@ -1,0 +1,62 @@
+"""Asks a service to rank candidates.
+
+    python -m tarq_jax.serving.request --url=http://localhost:8000 --history=17,4,256 --top_k=5
+
+`--request=FILE` has the whole request as JSON, for artefacts with fields of users, contexts or events;
+`--history` and `--candidates` go on top of it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from tarq_jax import cli, reporting
+from tarq_jax.serving.client import Client
+
+URL = cli.url_flag()
+REQUEST = flags.DEFINE_string("request", None, "File with a request in JSON.")
+HISTORY = flags.DEFINE_list("history", None, "Ids of the items of the history, the oldest first.")
+CANDIDATES = flags.DEFINE_list("candidates", None, "Ids to rank; all that are served by default.")
+TOP_K = flags.DEFINE_integer("top_k", 10, "How many to return.", lower_bound=1, allow_override=True)
+RETRIES = flags.DEFINE_integer("retries", 3, "Further attempts where the service is busy.", lower_bound=0)
+TOKEN = cli.token_flag()
+JSON = cli.json_flag()
+
+
+def ids_of(flag: flags.FlagHolder) -> list[int] | None:
+    """The ids in a flag; what is no integer is a wrong call."""
+    if flag.value is None:
+        return None
+    try:
+        return [int(text) for text in flag.value if text]
+    except ValueError:
+        cli.wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected integers")
+
+
+def read_request() -> dict[str, Any]:
+    """The request of `--request` and `--history`."""
+    request = json.loads(Path(REQUEST.value).read_text()) if REQUEST.value else {}
+    if not isinstance(request, dict):
+        raise ValueError(f"{REQUEST.value} has {str(request)[:60]}, expected a JSON object")
+    history = ids_of(HISTORY)
+    return request if history is None else request | {
+        "history": (request.get("history") or {}) | {"item_id": history}}
+
+
+def main() -> None:
+    """Flags to table."""
+    request, candidates, token = read_request(), ids_of(CANDIDATES), cli.read_token(TOKEN)
+    with Client(cli.url(URL), token=token, retries=RETRIES.value) as client:
+        answer = client.score(request, candidates, top_k=TOP_K.value)
+    rows = [{"rank": rank, "id": item, "score": score} for rank, (item, score) in enumerate(
+        zip(answer.ids, answer.scores, strict=True), 1)]
+    notes = f"{answer.skipped} events skipped, {len(answer.unknown)} candidates unknown"
+    reporting.print_table(rows, title=f"{answer.version}: {notes}")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

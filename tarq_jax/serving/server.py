@@ -1,0 +1,84 @@
+"""Serves an artefact over HTTP.
+
+    python -m tarq_jax.serving.server --artefact=artefacts/1 --port=8000
+    curl -d '{"history": {"item_id": [17, 4, 256]}, "top_k": 5}' localhost:8000/score
+
+`POST /swap` with `{"artefact": "2"}` and the token serves `artefacts/2` from then on, without a pause.
+SIGTERM: /readyz says no for `--drain_seconds` while everything is still answered, so that whatever balances
+the load looks elsewhere; then what is on its way is finished, and the exit code is 0. SIGINT does so without
+the wait, and a second signal ends at once. One process computes one batch at a time: start one a device.
+"""
+
+import socket
+from pathlib import Path
+
+from absl import flags
+
+from tarq_jax import cli
+
+ARTEFACT = flags.DEFINE_string("artefact", None, "Folder to serve; /swap names others beside it.",
+                               required=True)
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
+PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which the log tells.",
+                            lower_bound=0, upper_bound=65535)
+TOKEN = cli.token_flag()
+DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
+                           lower_bound=0.0)
+BUDGET = flags.DEFINE_float(
+    "budget_ms", None, "Requests that would take longer are told 503; by default twice what one takes "
+    "without load, as is measured all along, and the delay.", lower_bound=0.1)
+TIMEOUT = flags.DEFINE_float("timeout_ms", 2000.0, "After that a request is told 504, or 408 if its body "
+                             "has not come.", lower_bound=1.0)
+QUEUE = flags.DEFINE_integer("queue", 256, "Requests that may be on their way; more are told 503.",
+                             lower_bound=1)
+BODY = flags.DEFINE_integer("max_body", 1 << 20, "Bytes of a request; more are told 413.", lower_bound=1)
+HISTORY = flags.DEFINE_integer("max_history", 10_000, "Events of a history; more are told 422.",
+                               lower_bound=1)
+CANDIDATES = flags.DEFINE_integer("max_candidates", 100_000, "Candidates of a request; more are told 422.",
+                                  lower_bound=1)
+TOP_K = flags.DEFINE_integer("max_top_k", 1000, "Largest top_k; more are told 422.", lower_bound=1)
+BATCHES = flags.DEFINE_list("batch_sizes", "1,2,4,8", "Numbers of requests that are computed together.")
+SIZES = flags.DEFINE_list("candidate_sizes", "1024,8192", "Numbers that given candidates are padded to.")
+LOG = flags.DEFINE_bool("log_requests", True, "Log a line for each request.")
+DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to go on after SIGTERM.", lower_bound=0.0)
+
+BACKLOG = 2048  # connections that wait to be accepted
+
+
+def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
+    """The positive numbers of a flag with a list; others are a wrong call."""
+    if not flag.value or not all(text.isdecimal() and int(text) for text in flag.value):
+        cli.wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected positive numbers")
+    return tuple(sorted({int(text) for text in flag.value}))
+
+
+def listen() -> socket.socket:
+    """A socket that listens, before anything slow is done."""
+    family = socket.AF_INET6 if ":" in HOST.value else socket.AF_INET
+    return socket.create_server((HOST.value, PORT.value), family=family, backlog=BACKLOG)
+
+
+def main() -> None:
+    """Flags to service."""
+    batch_sizes, candidate_sizes, token = numbers(BATCHES), numbers(SIZES), cli.read_token(TOKEN)
+    artefact = Path(ARTEFACT.value)
+    if not artefact.is_dir():
+        raise ValueError(f"{artefact} is no folder, expected what `python -m tarq_jax.serving.export` wrote")
+    with listen() as listener:
+        try:
+            from tarq_jax.serving.http import logs, running
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error.name} is missing, expected `pip install 'tarq_jax[serve]'`") from None
+        from tarq_jax.serving.http.options import Limits, Options
+
+        limits = Limits(body=BODY.value, history=HISTORY.value, candidates=CANDIDATES.value,
+                        top_k=TOP_K.value, seconds=TIMEOUT.value / 1e3)
+        options = Options(
+            limits=limits, token=token, delay=DELAY.value / 1e3, queue=QUEUE.value, batch_sizes=batch_sizes,
+            budget=BUDGET.value / 1e3 if BUDGET.value else None, candidate_sizes=candidate_sizes)
+        logs.start()
+        running.serve(artefact, options, listener, drain=DRAIN.value, log_requests=LOG.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

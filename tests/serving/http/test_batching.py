@@ -1,0 +1,262 @@
+"""Micro-batching and admission, in virtual time: closed-form cases, and properties of any arrivals."""
+
+import asyncio
+import random
+import selectors
+from concurrent.futures import Executor, Future
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("starlette", reason="the extra [serve] is not installed")
+
+from tarq_jax.serving.http.batching import (
+    Batcher,
+    Refused,
+    ServiceTimes,
+    default_budget,
+    useful_sizes,
+    whole_seconds,
+)
+
+SECONDS = {1: 1.0, 2: 1.5, 4: 2.0}
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop that does not wait: its clock jumps to what comes next."""
+
+    def __init__(self):
+        self.now = 0.0
+        selector = selectors.SelectSelector()
+        super().__init__(selector)
+        ready = selector.select
+
+        def select(timeout=None):
+            assert timeout is not None, "nothing will ever happen"
+            self.now += max(timeout, 0.0)
+            return ready(0)
+
+        selector.select = select
+
+    def time(self):
+        return self.now
+
+
+class VirtualExecutor(Executor):
+    """Calls at once, and is done after as many seconds as `seconds` says for a batch."""
+
+    def __init__(self, loop, seconds):
+        self.loop, self.seconds, self.batches = loop, seconds, []
+
+    def submit(self, function, batch):
+        future = Future()
+        self.batches.append((self.loop.time(), list(batch)))
+
+        def done():
+            try:
+                future.set_result(function(batch))
+            except Exception as error:
+                future.set_exception(error)
+
+        self.loop.call_later(self.seconds(len(batch)), done)
+        return future
+
+
+def simulate(arrivals, *, run=lambda batch: [10 * item for item in batch], seconds=None, patience=None,
+             times=SECONDS, **changes):
+    """Submits item i at arrivals[i]: the outcomes, (time, result or exception) each, and the batches."""
+    options = {"largest": 4, "delay": 0.5, "budget": 100.0, "limit": 1000} | changes
+    padded = ServiceTimes(times).estimate
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        executor = VirtualExecutor(loop, seconds or padded)
+        batcher = Batcher(run, executor, ServiceTimes(times), **options)
+
+        async def submit(item, when):
+            await asyncio.sleep(when)
+            try:
+                async with asyncio.timeout(patience):
+                    result = await batcher.submit(item)
+            except Exception as error:
+                result = error
+            return loop.time(), result
+
+        outcomes = await asyncio.gather(*(submit(item, when) for item, when in enumerate(arrivals)))
+        await batcher.drained()
+        assert batcher.waiting == 0
+        return outcomes, executor.batches
+
+    loop = VirtualLoop()
+    try:
+        return loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+def reasons(outcomes):
+    return [result.reason if isinstance(result, Refused) else result for _, result in outcomes]
+
+
+def test_a_lone_item_waits_for_the_delay():
+    assert simulate([0.0]) == ([(1.5, 0)], [(0.5, [0])])
+
+
+def test_a_full_batch_does_not_wait():
+    outcomes, batches = simulate([0.0, 0.1, 0.2, 0.3])
+    assert batches == [(pytest.approx(0.3), [0, 1, 2, 3])]
+    assert outcomes == [(pytest.approx(2.3), 10 * item) for item in range(4)]
+
+
+def test_without_delay_it_starts_at_once():
+    assert simulate([0.0], delay=0.0) == ([(1.0, 0)], [(0.0, [0])])
+
+
+def test_a_batch_fills_while_another_runs():
+    """Items of 0.6 to 1.4 wait for the first batch alone, not for the delay on top of it."""
+    outcomes, batches = simulate([0.0, 0.6, 0.8, 1.0])
+    assert batches == [(0.5, [0]), (1.5, [1, 2, 3])]
+    assert [time for time, _ in outcomes] == [1.5, 3.5, 3.5, 3.5]
+
+
+def test_late_comers_still_get_their_delay():
+    _, batches = simulate([0.0, 1.4])
+    assert batches == [(0.5, [0]), (pytest.approx(1.9), [1])]
+
+
+def test_more_than_fits_goes_on_in_order():
+    _, batches = simulate([0.0] * 10)
+    assert [items for _, items in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [start for start, _ in batches] == [0.0, 2.0, 4.0]
+
+
+def test_errors_reach_those_whom_they_concern():
+    def run(batch):
+        if 2 in batch:
+            raise RuntimeError("all of it")
+        return [ValueError(item) if item == 1 else item for item in batch]
+
+    results = [result for _, result in simulate([0.0, 0.0, 9.0, 9.0, 20.0], run=run)[0]]
+    assert results[0] == 0 and results[4] == 4
+    assert isinstance(results[1], ValueError) and all(isinstance(r, RuntimeError) for r in results[2:4])
+
+
+def test_a_full_queue_refuses():
+    """One runs, two wait, and what comes then is told when the queue will be done."""
+    outcomes, _ = simulate([0.0, 0.6, 0.7, 0.8], limit=2)
+    assert reasons(outcomes) == [0, 10, 20, "full"]
+    assert outcomes[3][0] == 0.8
+    assert outcomes[3][1].retry_after == pytest.approx(0.7 + 2.0)
+
+
+def test_what_would_take_too_long_is_refused_at_once():
+    """The first runs until 1.5; those of 0.6 are done by 3.5 if their batch fills, a fifth by 5.5."""
+    arrivals = [0.0] + [0.6] * 5
+    assert reasons(simulate(arrivals, budget=3.0)[0]) == [0, 10, 20, 30, 40, "slow"]
+    assert reasons(simulate(arrivals, budget=2.8)[0]) == [0] + ["slow"] * 5
+    assert reasons(simulate(arrivals, budget=4.95)[0]) == [0, 10, 20, 30, 40, 50]
+
+
+def test_where_nothing_runs_everything_is_tried():
+    """However much slower than the budget: else nothing would ever tell that it is fast again."""
+    outcomes, _ = simulate([0.0, 40.0, 80.0], budget=0.1, seconds=lambda size: 30.0)
+    assert reasons(outcomes) == [0, 10, 20]
+
+
+def test_slower_batches_than_expected():
+    """What has waited too long by the time of its turn is given up, but for the last one."""
+    outcomes, batches = simulate([0.0] + [0.6] * 4, budget=3.0, seconds=lambda size: 10.0)
+    assert reasons(outcomes) == [0, "late", "late", "late", 40]
+    assert [items for _, items in batches] == [[0], [4]]
+
+
+def test_who_gave_up_is_not_computed():
+    outcomes, batches = simulate([0.0, 0.6, 0.7], patience=0.85)
+    assert [type(result) for _, result in outcomes] == [TimeoutError, TimeoutError, TimeoutError]
+    assert [items for _, items in batches] == [[0], [2]]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.floats(0.001, 3.0), max_size=40), st.sampled_from([1, 2, 4]), st.floats(0.0, 2.0),
+       st.floats(1.0, 4.0))
+def test_any_arrivals(gaps, largest, delay, slack):
+    """Where batches take what was measured, all that is taken is answered, in order, within the budget."""
+    arrivals, now = [], 0.0
+    for gap in gaps:
+        arrivals.append(now := now + gap)
+    budget = delay + slack * SECONDS[largest]
+    outcomes, batches = simulate(arrivals, largest=largest, delay=delay, budget=budget)
+    answered = [item for item, (_, result) in enumerate(outcomes) if not isinstance(result, Exception)]
+    assert [item for _, batch in batches for item in batch] == answered
+    assert all(len(batch) <= largest for _, batch in batches)
+    assert {r for r in reasons(outcomes) if isinstance(r, str)} <= {"slow"}
+    for item in answered:
+        time, result = outcomes[item]
+        assert result == 10 * item and time <= arrivals[item] + budget + 1e-9
+    end = -1.0
+    for start, batch in batches:  # nobody waits without a reason
+        full = arrivals[batch[-1]] if len(batch) == largest else float("inf")
+        assert start <= max(end, min(full, arrivals[batch[0]] + delay)) + 1e-9
+        end = start + ServiceTimes(SECONDS).estimate(len(batch))
+
+
+def poisson(rate, seconds, seed):
+    rng, now, times = random.Random(seed), 0.0, []
+    while (now := now + rng.expovariate(rate)) < seconds:
+        times.append(now)
+    return times
+
+
+@pytest.mark.parametrize(("slower", "own"), [(1.0, True), (3.0, True), (1.0, False), (3.0, False)])
+def test_twice_the_load_that_it_can_hold(slower, own):
+    """Answers keep their latency, most of the capacity is used, and the rest is refused at once.
+
+    Batches take up to 1.1 times as long as measured, or three times that, which has to be found out first.
+    """
+    rng = random.Random(0)
+    capacity = 4 / (2.0 * slower)
+    arrivals = poisson(2 * capacity, 2000, seed=1)
+    times, delay = {1: 1.6, 4: 2.0}, 0.5
+    budget = default_budget(1.1 * slower * times[1], delay)
+
+    def seconds(size):
+        return times[1 if size == 1 else 4] * slower * rng.uniform(0.9, 1.1)
+
+    outcomes, _ = simulate(arrivals, times=times, budget=budget if own else None, seconds=seconds)
+    waited = sorted(time - arrival for arrival, (time, result) in zip(arrivals, outcomes, strict=True)
+                    if not isinstance(result, Exception))
+    assert waited[int(0.99 * len(waited))] <= 1.05 * budget
+    assert len(waited) > 0.85 * capacity * 2000
+    assert reasons(outcomes).count("late") < 0.05 * len(arrivals)
+
+
+def test_a_hiccup_is_forgotten():
+    times = ServiceTimes({1: 1.0})
+    times.observe(1, 1000.0)
+    assert times.estimate(1) < 4.0
+    for _ in range(40):
+        times.observe(1, 1.0)
+    assert times.estimate(1) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_trend_is_followed():
+    times = ServiceTimes({1: 1.0, 4: 2.0})
+    for _ in range(60):
+        times.observe(4, 20.0)
+    assert times.estimate(1) == pytest.approx(10.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("seconds", "budget", "sizes"), [
+    ({1: 1.0, 2: 1.2, 4: 1.5}, 10.0, [1, 2, 4]),
+    ({1: 1.0, 2: 1.2, 4: 1.5}, 2.5, [1, 2]),  # two batches of 4 would not fit
+    ({1: 1.0, 2: 2.0, 4: 4.0}, 100.0, [1]),  # no gain
+    ({1: 1.0, 2: 2.0, 4: 2.4}, 100.0, [1, 4]),
+    ({4: 9.0}, 1.0, [4]),
+])
+def test_useful_sizes(seconds, budget, sizes):
+    assert useful_sizes(seconds, budget) == sizes
+
+
+def test_whole_seconds():
+    assert [whole_seconds(seconds) for seconds in (0.0, 0.2, 1.0, 1.2)] == [1, 1, 1, 2]

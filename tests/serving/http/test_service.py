@@ -1,0 +1,335 @@
+"""Requests to a service over a real connection."""
+
+import concurrent.futures
+import dataclasses
+import json
+import socket
+
+import numpy as np
+import pytest
+import served
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("starlette", reason="the extra [serve] is not installed")
+
+import services
+
+from tarq_jax.serving.client import Unavailable, Wrong
+
+REQUESTS = served.world().requests
+GOOD = REQUESTS[0]
+
+
+def changed(**values):
+    return GOOD | values
+
+
+# Answers
+
+
+def test_scores_are_those_of_the_scorer(service, scorer):
+    """All items and some, whole histories and none."""
+    with service.client() as client:
+        for request in REQUESTS:
+            for candidates in (None, [3, 5, 7, 99, 3]):
+                answer = client.score(request, candidates, top_k=4)
+                expected = scorer().score(request, candidates, top_k=4)
+                assert answer.ids == expected.ids.tolist()
+                np.testing.assert_allclose(answer.scores, expected.scores, rtol=0, atol=1e-5)
+                assert answer.unknown == expected.unknown.tolist() and answer.skipped == expected.skipped
+                assert answer.version == service.service.versions.current.name
+
+
+def test_requests_of_a_batch_keep_their_own(service):
+    """Requests that wait for the same batch, with candidates and top_k of their own."""
+    asked = [(request, candidates, top_k) for request in REQUESTS for candidates, top_k in (
+        (None, 2), ([4, 9], None), ([], 1), ([2, 1, 3], 20))]
+
+    def ask(arguments):
+        request, candidates, top_k = arguments
+        with service.client() as client:
+            return client.score(request, candidates, top_k=top_k)
+
+    alone = list(map(ask, asked))
+    before = service.metric("tarq_batch_size_bucket", le="2.0")
+    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        with service.busy():
+            together = [pool.submit(ask, arguments) for arguments in asked]
+            services.wait_for(lambda: service.metric("tarq_in_flight") == len(asked))
+        for one, other in zip(alone, together, strict=True):
+            assert one.ids == other.result().ids
+            np.testing.assert_allclose(one.scores, other.result().scores, rtol=0, atol=1e-5)
+    assert service.metric("tarq_batch_size_bucket", le="2.0") - before < 8  # most were of 3
+    assert [len(one.ids) for one in alone[:4]] == [2, 2, 0, 3]
+
+
+def test_top_k_is_100_or_the_limit_by_default(service):
+    with service.client() as client:
+        assert len(client.score(GOOD).ids) == 20
+
+
+def test_probes_page_and_names(service, artefacts):
+    assert service.ask("GET", "/healthz").json == {"alive": True}
+    found = service.ask("GET", "/readyz")
+    assert found.status == 200
+    assert found.json["version"].startswith("1-") and found.json["method"] == "scalar"
+    assert (found.json["items"], found.json["ids"], found.json["histories"]) == (22, [1, 22], [2, 6])
+    page = service.ask("GET", "/")
+    assert page.headers["content-type"].startswith("text/html") and b"<textarea" in page.body
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert b"http" not in page.body.replace(b"http-equiv", b"")  # nothing from elsewhere
+    assert len({service.ask("GET", "/healthz").headers["x-request-id"] for _ in range(3)}) == 3
+
+
+def test_metrics_move(service):
+    def values():
+        return [service.metric(name, **labels) for name, labels in (
+            ("tarq_requests_total", {"path": "/score", "status": "200"}),
+            ("tarq_requests_total", {"path": "/score", "status": "422"}),
+            ("tarq_requests_total", {"path": "other", "status": "404"}),
+            ("tarq_request_seconds_count", {}), ("tarq_batch_size_sum", {}), ("tarq_batch_seconds_count", {}),
+            ("tarq_unknown_candidates_total", {}), ("tarq_skipped_events_total", {}))]
+
+    before = values()
+    asked = changed(candidates=[1, 98, 99], history={"item_id": [4, 77], "event_type": [1, 1]})
+    assert service.ask("POST", "/score", asked).status == 200
+    assert service.ask("POST", "/score", {}).status == 422
+    assert service.ask("GET", "/nowhere/at/all").status == 404
+    assert [after - first for first, after in zip(before, values(), strict=True)] == [1, 1, 1, 1, 1, 1, 2, 1]
+    text = service.ask("GET", "/metrics").body.decode()
+    assert f'tarq_version{{version="{service.service.versions.current.name}"}} 1.0' in text
+    assert "tarq_requests_total" in text and "tarq_in_flight 0.0" in text
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("body", "status", "words"), [
+    (b"", 400, "expected a JSON object"),
+    (b"{", 400, "body is '{'"),
+    (b'{"top_k": NaN}', 400, "body is "),
+    (b"\xff", 400, "expected a JSON object"),
+    (b"[" * 5000, 400, "expected a JSON object"),
+    (b'{"user":' + b"[" * 1000 + b"]" * 1000 + b"}", 422, "expected an object"),
+    ([1], 422, "body is [1], expected an object"),
+    (changed(users={}), 422, "body has 'users', expected ['user', 'context', 'history', "),
+    (changed(user={}), 422, "'user' has no field 'user_group'"),
+    (changed(user={"user_group": 9, "user_age": 1.0}), 422,
+     "'user_group' is 9 in row 0, expected an id in [0, 9)"),
+    (changed(user={"user_group": 1, "user_age": "old"}), 422,
+     "field 'user_age' is ['old'], expected numbers"),
+    (changed(user={"user_group": 1, "user_age": 3e38}), 422, "scores are not finite, expected"),
+    (changed(history={"item_id": [1] * 9, "event_type": [1] * 9}), 422,
+     "field 'item_id' has 9 values, expected at most 8"),
+    (changed(history={"item_id": [1, 2], "event_type": [1]}), 422, "'event_type' has 1 values, expected 2"),
+    (changed(candidates=[1] * 41), 422, "'candidates' has 41 values, expected at most 40"),
+    (changed(candidates=["1"]), 422, "'candidates' is ['1'], expected a list of integers"),
+    (changed(candidates=[1, True]), 422, "expected numbers and no booleans"),
+    (changed(candidates={"1": 2}), 422, "'candidates' is {'1': 2}, expected a list"),
+    (changed(top_k=0), 422, "'top_k' is 0, expected an integer in [1, 20]"),
+    (changed(top_k=21), 422, "'top_k' is 21"),
+    (changed(top_k=True), 422, "'top_k' is True"),
+    (changed(top_k=2.0), 422, "'top_k' is 2.0"),
+], ids=str)
+def test_what_is_wrong_is_named(service, body, status, words):
+    found = service.ask("POST", "/score", body)
+    assert (found.status, found.headers["content-type"]) == (status, "application/json")
+    assert words in found.json["error"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/score", 405), ("PUT", "/score", 405), ("POST", "/readyz", 405), ("GET", "/score/1", 404),
+    ("GET", "/%00", 404), ("POST", "/", 405)])
+def test_wrong_paths_and_methods(service, method, path, status):
+    found = service.ask(method, path)
+    assert found.status == status and "error" in found.json
+
+
+def test_large_bodies_are_not_kept(service):
+    """Declared and not, they are told 413, and the connection can go on."""
+    large = b" " * (1 << 20) + b"{}"
+    assert service.ask("POST", "/score", large).status == 413
+    chunked = service.ask("POST", "/score", iter([large[:500_000], large[500_000:]]))
+    assert chunked.status == 413 and "expected at most" in chunked.json["error"]
+    with service.client() as client:
+        with pytest.raises(Wrong, match="body has more than 1048576 bytes"):
+            client.post("/score", large)
+        assert client.score(GOOD, top_k=1).ids
+
+
+def test_what_is_no_http(service):
+    host, port = service.url.removeprefix("http://").split(":")
+    for sent in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n",
+                 b"POST /score HTTP/1.1\r\ncontent-length: x\r\n\r\n"):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    assert service.ask("GET", "/healthz").status == 200
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | st.sampled_from(
+        ["user", "context", "history", "item_id", "event_type", "user_age", "hour", "candidates", "top_k"]),
+        inner, max_size=4), max_leaves=12)
+HOSTILE = (st.binary(max_size=40) | JSON.map(json.dumps).map(str.encode) | st.builds(
+    lambda key, value: json.dumps(GOOD | {key: value}).encode(),
+    st.sampled_from(["user", "context", "history", "candidates", "top_k"]), JSON) | st.builds(
+    lambda name, values: json.dumps(GOOD | {"history": GOOD["history"] | {name: values}}).encode(),
+    st.sampled_from(["item_id", "event_type"]), st.lists(JSON, max_size=4)) | st.builds(
+    lambda values: json.dumps(GOOD | {"candidates": values}).encode(), st.lists(st.integers(), max_size=45)))
+
+
+def check_hostile(service, body):
+    """A right answer, or a 4xx that says what is expected."""
+    found = service.ask("POST", "/score", body)
+    if found.status == 200:
+        assert len(found.json["ids"]) == len(found.json["scores"]) <= 20
+        assert all(np.isfinite(found.json["scores"]))
+    else:
+        assert found.status in (400, 422) and "expected" in found.json["error"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(body=HOSTILE)
+def test_hostile_bodies(service, body):
+    check_hostile(service, body)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=3000)
+@given(body=HOSTILE)
+def test_many_hostile_bodies(service, body):
+    check_hostile(service, body)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/score", "/swap", "/readyz", "/healthz"])
+def test_schemathesis(guarded, path):
+    """Requests made from the OpenAPI document, 1,000 and more: whatever they are, answers are as it says."""
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+
+    expected = [not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance,
+                checks.content_type_conformance]
+    schema = schemathesis.openapi.from_url(f"{guarded.url}/openapi.json")
+    operation = next(found.ok() for found in schema.get_all_operations() if found.ok().path == path)
+
+    def check(mode, further):
+        @settings(deadline=None, max_examples=600 if path == "/score" else 50)
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def test(case):
+            case.call_and_validate(
+                checks=[*expected, *further], headers={"Authorization": f"Bearer {services.TOKEN}"})
+
+        test()
+
+    def answers(status):
+        return guarded.metric("tarq_requests_total", path=path, status=status)
+
+    before = answers("200"), answers("422")
+    check(schemathesis.GenerationMode.POSITIVE, [])
+    if path in ("/score", "/swap"):
+        check(schemathesis.GenerationMode.NEGATIVE, [checks.negative_data_rejection])
+    if path == "/score":
+        assert answers("200") > before[0] + 300 and answers("422") > before[1] + 300
+
+
+# Load
+
+
+def test_a_full_service_tells_503(service):
+    """As many as the queue holds are answered once they can be, what comes beyond is told at once."""
+    options = dataclasses.replace(services.PATIENT, queue=4)
+    with services.running(service.service.root / "1", options) as small, \
+            concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with small.busy():
+            waiting = [pool.submit(small.ask, "POST", "/score", GOOD) for _ in range(4)]
+            services.wait_for(lambda: small.metric("tarq_in_flight") == 4)
+            for _ in range(5):
+                found = small.ask("POST", "/score", GOOD)
+                assert found.status == 503 and int(found.headers["retry-after"]) >= 1
+            assert small.ask("GET", "/healthz").status == 200  # the event loop is free
+            assert small.metric("tarq_refused_total", reason="full") == 5
+        assert [found.result().status for found in waiting] == [200] * 4
+
+
+def test_what_takes_too_long_is_told_503_and_504(artefacts):
+    limits = dataclasses.replace(services.PATIENT.limits, seconds=0.5)
+    options = dataclasses.replace(services.PATIENT, limits=limits, budget=0.25)
+    with services.running(artefacts / "1", options) as hurried, hurried.busy(), hurried.client() as client, \
+            concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(hurried.ask, "POST", "/score", GOOD)  # tried, as nothing else runs
+        services.wait_for(lambda: hurried.metric("tarq_in_flight") == 1)
+        services.wait_for(lambda: _refused(client))  # what runs is late, and so would be what waits for it
+        assert first.result().status == 504
+        assert hurried.metric("tarq_refused_total", reason="slow") >= 1
+
+
+def _refused(client):
+    try:
+        client.score(GOOD)
+    except Unavailable as error:
+        return error.status == 503 and error.retry_after >= 1
+    return False
+
+
+def test_a_slow_body_is_told_408(artefacts):
+    limits = dataclasses.replace(services.PATIENT.limits, seconds=0.2)
+    with services.running(artefacts / "1", dataclasses.replace(services.PATIENT, limits=limits)) as hurried:
+        host, port = hurried.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        services.wait_for(lambda: hurried.metric("tarq_in_flight") == 0)
+
+
+# Tokens
+
+
+def test_a_token_is_asked_for(guarded):
+    for headers in ({}, {"authorization": services.TOKEN}, {"authorization": "Bearer wrong"},
+                    {"authorization": "Bearer \xff"}):
+        for path in ("/score", "/swap"):
+            found = guarded.ask("POST", path, GOOD, **headers)
+            assert found.status == 401 and found.headers["www-authenticate"] == "Bearer"
+    for path in ("/healthz", "/readyz", "/metrics", "/", "/openapi.json"):
+        assert guarded.ask("GET", path).status == 200
+    with guarded.client(token=services.TOKEN) as client:
+        assert client.score(GOOD, top_k=3).ids
+    with guarded.client(token="other") as client, pytest.raises(Wrong, match="'authorization'"):
+        client.score(GOOD)
+
+
+def test_no_swap_without_a_token(service):
+    found = service.ask("POST", "/swap", {"artefact": "2"})
+    assert found.status == 403 and "--token_file" in found.json["error"]
+
+
+def test_the_document_names_the_fields(service, guarded):
+    document = service.ask("GET", "/openapi.json").json
+    request = document["components"]["schemas"]["Request"]
+    assert request["required"] == ["user", "context"]
+    assert request["properties"]["user"]["properties"]["user_group"] == {
+        "type": "integer", "minimum": 0, "maximum": 8}
+    assert request["properties"]["history"]["required"] == ["item_id", "event_type"]
+    assert request["properties"]["top_k"]["maximum"] == 20
+    assert service.ask("POST", "/score", request["example"]).status == 200
+    assert "security" not in document["paths"]["/score"]["post"]
+    assert guarded.ask("GET", "/openapi.json").json["paths"]["/score"]["post"]["security"] == [{"token": []}]
+
+
+def test_the_schema_of_a_vector():
+    from tarq_jax.schema import Field
+    from tarq_jax.serving.http.openapi import value_schema
+
+    found = value_schema(Field("place", "user", "vector", 3))
+    assert (found["minItems"], found["maxItems"], found["items"]["type"]) == (3, 3, "number")
+
+
+def test_a_first_artefact_that_is_refused(artefacts):
+    with services.running(artefacts / "damaged") as running:
+        assert "ids.npy" in str(running.server.failure)
+    assert isinstance(running.server.failure, ValueError)

@@ -1,0 +1,169 @@
+"""Swaps: while requests are sent, of what is damaged, and of a changed index."""
+
+import dataclasses
+import threading
+
+import pytest
+import served
+
+pytest.importorskip("starlette", reason="the extra [serve] is not installed")
+
+import services
+
+from tarq_jax.serving import Scorer
+from tarq_jax.serving.client import Client, Wrong
+from tarq_jax.serving.http.versions import load, version_name
+
+GOOD = served.world().requests[0]
+
+
+@pytest.fixture
+def swapped(artefacts):
+    """A service of its own, with a token."""
+    options = dataclasses.replace(services.PATIENT, token=services.TOKEN)
+    with services.running(artefacts / "1", options) as running:
+        yield running
+
+
+@pytest.fixture
+def client(swapped):
+    with swapped.client(token=services.TOKEN, timeout=120.0) as client:
+        yield client
+
+
+def test_a_swap(swapped, client):
+    before = client.score(GOOD)
+    found = client.swap("2")
+    after = client.score(GOOD)
+    assert found["version"] == after.version == client.version()["version"] != before.version
+    assert found["method"] == "two_tower" and after.scores != before.scores
+    assert swapped.metric("tarq_version", version=after.version) == 1
+    assert swapped.metric("tarq_version", version=before.version) == 0
+    client.swap("1")
+    again = client.score(GOOD)
+    assert again == before
+    assert swapped.metric("tarq_swaps_total", result="taken") == 3
+
+
+def test_a_changed_index(client):
+    """Nothing is compiled for it, and both have a name of their own."""
+    before = client.score(GOOD, top_k=20)
+    found = client.swap("1", "index-1")
+    after = client.score(GOOD, top_k=20)
+    assert found["items"] == 21 and found["version"] == after.version != before.version
+    assert 1 not in client.score(GOOD, [1, 2]).ids
+    assert client.score(GOOD, [1, 2]).unknown == [1]
+
+
+def test_another_index_shares_what_is_compiled(artefacts):
+    options = services.PATIENT
+    first = load(artefacts / "1", artefacts / "1" / "index", options)
+    same = load(artefacts / "1", artefacts / "index-1", options, first)
+    assert same.ready and same._model is first._model and same.index.num_served == 21
+    other = load(artefacts / "2", artefacts / "2" / "index", options, first)
+    assert other.ready and other._model is not first._model
+
+
+@pytest.mark.parametrize(("body", "status", "words"), [
+    ({"artefact": "damaged"}, 422, "ids.npy has"),
+    ({"artefact": "missing"}, 422, "manifest.json is missing"),
+    ({"artefact": "2", "index": "index-1"}, 422, "made by another model"),
+    ({"artefact": "../1"}, 422, "'artefact' is '../1', expected the name of a folder"),
+    ({"artefact": "/etc"}, 422, "expected the name of a folder"),
+    ({"artefact": ".."}, 422, "expected the name of a folder"),
+    ({"artefact": ""}, 422, "expected the name of a folder"),
+    ({"artefact": 1}, 422, "'artefact' is '1'"),
+    ({"artefact": "1", "index": None}, 422, "'index' is 'None'"),
+    ({"index": "1"}, 422, "expected an object with 'artefact'"),
+    ({"artefact": "1", "force": True}, 422, "expected an object with 'artefact'"),
+    (b"{", 400, "expected a JSON object"),
+])
+def test_a_bad_one_is_refused_and_the_old_one_goes_on(guarded, body, status, words):
+    version = guarded.service.versions.current
+    found = guarded.ask("POST", "/swap", body, authorization=f"Bearer {services.TOKEN}")
+    assert found.status == status and words in found.json["error"]
+    assert guarded.service.versions.current is version
+    assert version.batcher.patience == 0
+    with guarded.client(token=services.TOKEN) as client:
+        assert client.score(GOOD).version == version.name
+
+
+def test_one_swap_at_a_time(swapped, client):
+    done = []
+    with swapped.busy():  # its trials wait
+        thread = threading.Thread(target=lambda: done.append(client.swap("2")))
+        thread.start()
+        services.wait_for(lambda: swapped.service.versions._loading.locked())
+        with swapped.client(token=services.TOKEN) as other:
+            with pytest.raises(Wrong, match="another version is being loaded"):
+                other.swap("2")
+            assert other.version()["method"] == "scalar"
+    thread.join(120)
+    assert done[0]["method"] == "two_tower"
+
+
+def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client):
+    """Requests that wait while another version takes over: neither lost nor mixed."""
+    answers = []
+
+    def ask():
+        with swapped.client(token=services.TOKEN) as other:
+            answers.append(other.score(GOOD))
+
+    old = client.version()["version"]
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    with swapped.busy():
+        for thread in threads:
+            thread.start()
+        services.wait_for(lambda: swapped.metric("tarq_in_flight") == 5)
+        swapping = threading.Thread(target=client.swap, args=("2",))
+        swapping.start()
+    for thread in [*threads, swapping]:
+        thread.join(120)
+    assert [answer.version for answer in answers] == [old] * 5
+
+
+def check_swaps_under_load(running, artefacts, swaps):
+    """No request fails, and each answer is wholly that of the version which it names."""
+    expected = {}
+    for name in ("1", "2"):
+        ranking = Scorer.load(artefacts / name, batch_sizes=(1,), candidate_sizes=(512,), top_k=20).score(
+            GOOD, top_k=5)
+        expected[version_name(artefacts / name, artefacts / name / "index")] = ranking.ids.tolist()
+    found, failures, stop = set(), [], threading.Event()
+    counts = [0, 0]
+
+    def ask(place):
+        with Client(running.url, token=services.TOKEN, timeout=120.0) as client:
+            while not stop.is_set():
+                try:
+                    answer = client.score(GOOD, top_k=5)
+                except Exception as error:
+                    failures.append(error)
+                    return
+                counts[place] += 1
+                found.add(answer.version)
+                if answer.ids != expected[answer.version]:
+                    failures.append(answer)
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(counts))]
+    for thread in threads:
+        thread.start()
+    with running.client(token=services.TOKEN, timeout=300.0) as client:
+        for swap in range(swaps):
+            client.swap("2" if swap % 2 == 0 else "1")
+            enough = sum(counts) + 4
+            services.wait_for(lambda enough=enough: sum(counts) >= enough or failures)
+    stop.set()
+    for thread in threads:
+        thread.join(120)
+    assert failures == [] and found == set(expected)
+
+
+def test_swaps_under_load(swapped, artefacts):
+    check_swaps_under_load(swapped, artefacts, swaps=4)
+
+
+@pytest.mark.slow
+def test_a_hundred_swaps_under_load(swapped, artefacts):
+    check_swaps_under_load(swapped, artefacts, swaps=100)

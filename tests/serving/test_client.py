@@ -1,0 +1,108 @@
+"""The client, against servers of one answer."""
+
+import contextlib
+import http.server
+import json
+import threading
+
+import pytest
+
+from tarq_jax.serving.client import Client, Unavailable, Wrong
+
+ANSWER = {"version": "1", "ids": [3], "scores": [0.5], "unknown": [], "skipped": 0}
+
+
+@contextlib.contextmanager
+def answering(*answers, close=False):
+    """A server of HTTP/1.1 that gives these answers, the last one again and again; what it was asked."""
+    asked, left = [], list(answers)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            asked.append((self.path, dict(self.headers), json.loads(body)))
+            status, content, headers = left.pop(0) if len(left) > 1 else left[0]
+            self.send_response(status)
+            for name, value in ({"content-length": str(len(content))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+            self.close_connection = close  # without a word, as a service does with an idle connection
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def reply(content, status=200, **headers):
+    return status, content if isinstance(content, bytes) else json.dumps(content).encode(), headers
+
+
+def test_what_is_sent():
+    with answering(reply(ANSWER)) as (url, asked), Client(url + "/prefix/", token="secret") as client:
+        assert client.score({"user": {"age": 1.0}}, [3, 4], top_k=1) == ("1", [3], [0.5], [], 0)
+        client.score({"user": {}})
+    path, headers, body = asked[0]
+    assert path == "/prefix/score" and headers["authorization"] == "Bearer secret"
+    assert body == {"user": {"age": 1.0}, "candidates": [3, 4], "top_k": 1}
+    assert asked[1][2] == {"user": {}}
+
+
+def test_a_connection_that_was_closed_while_idle():
+    with answering(reply(ANSWER), close=True) as (url, asked), Client(url) as client:
+        assert [client.score({}).ids for _ in range(3)] == [[3]] * 3
+    assert len(asked) == 3
+
+
+def test_errors():
+    answers = [reply({"error": "'top_k' is 0"}, 422), reply({"error": "busy"}, 503, **{"retry-after": "7"}),
+               reply(b"<html>", 502), reply({"error": "late"}, 504)]
+    with answering(*answers) as (url, _), Client(url) as client:
+        with pytest.raises(Wrong, match="'top_k' is 0"):
+            client.score({})
+        with pytest.raises(Unavailable, match="busy") as busy:
+            client.score({})
+        assert (busy.value.status, busy.value.retry_after) == (503, 7.0)
+        with pytest.raises(Unavailable, match="status 502: <html>") as broken:
+            client.score({})
+        assert (broken.value.status, broken.value.retry_after) == (502, None)
+        with pytest.raises(Unavailable, match="status 504: late"):
+            client.score({})
+
+
+def test_retries_where_it_is_busy():
+    busy = reply({"error": "busy"}, 503)
+    with answering(busy, busy, reply(ANSWER)) as (url, asked), Client(url, retries=2) as client:
+        assert client.score({}).ids == [3]
+        assert len(asked) == 3
+    with answering(busy) as (url, asked), Client(url, retries=1) as client:
+        with pytest.raises(Unavailable):
+            client.score({})
+        assert len(asked) == 2
+    with answering(reply({"error": "wrong"}, 422)) as (url, asked), Client(url, retries=5) as client:
+        with pytest.raises(Wrong):
+            client.score({})
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize("url", ["localhost", "ftp://localhost", "http://", "http:///x", ""])
+def test_wrong_urls(url):
+    with pytest.raises(ValueError, match="expected http://HOST:PORT"):
+        Client(url)
+
+
+def test_nobody_there():
+    with pytest.raises(ConnectionRefusedError), Client("http://127.0.0.1:1") as client:
+        client.score({})

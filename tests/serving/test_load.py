@@ -1,0 +1,48 @@
+"""The load generator: arrivals, latency from when a request was due, and its summary."""
+
+import itertools
+
+import numpy as np
+import pytest
+from test_client import ANSWER, answering, reply
+
+from tarq_jax.serving.load import Sent, arrivals, send, summary
+
+
+def test_arrivals_are_poisson():
+    times = arrivals(100.0, 200.0, seed=0)
+    gaps = np.diff(times)
+    assert times == sorted(times) and 0 <= times[0] and times[-1] < 200
+    assert len(times) == pytest.approx(20_000, abs=5 * np.sqrt(20_000))
+    assert gaps.mean() == pytest.approx(0.01, rel=0.05) and gaps.std() == pytest.approx(0.01, rel=0.05)
+    assert times == arrivals(100.0, 200.0, seed=0) != arrivals(100.0, 200.0, seed=1)
+
+
+def test_latency_counts_from_when_a_request_was_due():
+    """Two are due at once with one connection: the wait of the second one is part of its latency."""
+    with answering(reply(ANSWER)) as (url, _):
+        sent = send(url, [b"{}"], [0.0, 0.0, 0.0], connections=1)
+    assert [one.outcome for one in sent] == ["answered"] * 3 and {one.version for one in sent} == {"1"}
+    assert all(one.seconds >= one.late for one in sent)
+    by_late = sorted(sent, key=lambda one: one.late)
+    assert all(after.late >= before.seconds for before, after in itertools.pairwise(by_late))
+
+
+def test_outcomes():
+    answers = [reply({"error": "busy"}, 503), reply({"error": "x"}, 500), reply({"error": "y"}, 422)]
+    with answering(*answers, reply(ANSWER)) as (url, _):
+        sent = send(url, [b"{}"], [0.0, 0.01, 0.02, 0.03], connections=1)
+    assert [one.outcome for one in sent] == ["rejected", "status 500", "wrong: y", "answered"]
+    sent = send("http://127.0.0.1:1", [b"{}"], [0.0], connections=1)
+    assert sent[0].outcome == "ConnectionRefusedError"
+
+
+def test_summary():
+    sent = [Sent(0.0, 0.0, 0.001 * (1 + place), "answered", f"v{place % 2}") for place in range(100)]
+    sent += [Sent(0.0, 0.002, 0.5, "rejected")] * 3 + [Sent(0.0, 0.0, 9.0, "TimeoutError")]
+    row = summary(sent, 10.0)
+    assert (row["sent"], row["answered"], row["rejected"], row["errors"]) == (104, 100, 3, 1)
+    assert row["answered_per_second"] == 10.0 and row["versions"] == 2
+    assert row["latency_p50_ms"] == pytest.approx(50.5) and row["latency_p99_ms"] == pytest.approx(99.01)
+    assert row["rejected_p99_ms"] == pytest.approx(500.0)
+    assert summary([], 1.0)["latency_p99_ms"] is None

@@ -1,0 +1,134 @@
+"""The commands: a service in a process of its own, what asks it, what loads it, and how it ends."""
+
+import concurrent.futures
+import json
+import signal
+import socket
+import threading
+
+import pytest
+import served
+
+pytest.importorskip("starlette", reason="the extra [serve] is not installed")
+
+import services
+
+from tarq_jax.serving.client import Client
+
+SERVER, REQUEST, LOAD = (("-m", f"tarq_jax.serving.{name}") for name in ("server", "request", "load"))
+FLAGS = ("--batch_sizes=1,3", "--candidate_sizes=512", "--max_top_k=20", "--budget_ms=30000",
+         "--timeout_ms=30000")
+GOOD = served.world().requests[0]
+
+
+@pytest.fixture
+def started(artefact, start_command, tmp_path):
+    """Starts a service: its process, and its URL once it is ready."""
+
+    def start(*flags):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        process = start_command(*SERVER, f"--artefact={artefact()}", f"--port={port}", *FLAGS, *flags)
+        url = f"http://127.0.0.1:{port}"
+        services.wait_for(lambda: process.poll() is not None or ready(url))
+        return process, url
+
+    return start
+
+
+def ready(url):
+    try:
+        with Client(url) as client:
+            return client.version()
+    except OSError:
+        return None
+
+
+def test_commands_and_drain(started, command, tmp_path):
+    """After SIGTERM everything is answered for a while, and /readyz says no; then the exit code is 0."""
+    (tmp_path / "token").write_text("secret\n")
+    process, url = started(f"--token_file={tmp_path / 'token'}", "--drain_seconds=3")
+    (tmp_path / "request.json").write_text(json.dumps(GOOD))
+    asked = [*REQUEST, f"--url={url}", f"--request={tmp_path / 'request.json'}", "--top_k=3"]
+    done = command(*asked, f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'rows.json'}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["rank"] for row in rows] == [1, 2, 3] and rows[0].keys() == {"rank", "id", "score"}
+    with Client(url, token="secret") as client:
+        assert client.score(GOOD, top_k=3).ids == [row["id"] for row in rows]
+    done = command(*asked, "--history=1,2")
+    assert done.returncode == 1 and "'authorization'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+    load = (*LOAD, f"--url={url}", "--rate=40", "--seconds=2", "--history_length=3", "--num_candidates=4",
+            "--top_k=2", f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'load.json'}")
+    done = command(*load)
+    assert done.returncode == 0, done.stderr
+    row, = json.loads((tmp_path / "load.json").read_text())
+    assert row["sent"] == row["answered"] > 20 and row["errors"] == row["rejected"] == 0
+    assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"] <= row["latency_p99_ms"]
+
+    answers, stop = [], threading.Event()
+
+    def ask():
+        with Client(url, token="secret") as client:
+            while not stop.is_set():
+                answers.append(client.score(GOOD).version)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        services.wait_for(lambda: len(answers) > 3)
+        process.send_signal(signal.SIGTERM)
+        services.wait_for(lambda: not ready(url))
+        seen = len(answers)
+        services.wait_for(lambda: len(answers) > seen + 3)
+        stop.set()
+        asking.result()
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+
+
+def test_an_interrupt_ends_at_once(started):
+    process, url = started("--drain_seconds=600")
+    assert ready(url)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+
+
+def test_a_second_signal_does_not_wait(started):
+    process, url = started("--drain_seconds=600")
+    process.send_signal(signal.SIGTERM)
+    services.wait_for(lambda: not ready(url))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+
+
+def test_what_cannot_be_served(command, artefact, tmp_path):
+    def fails(*flags):
+        done = command(*SERVER, *flags)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr
+
+    assert "is no folder" in fails(f"--artefact={tmp_path / 'none'}")
+    assert "manifest.json is missing" in fails(f"--artefact={tmp_path}", "--port=0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in fails(f"--artefact={artefact()}", f"--port={taken.getsockname()[1]}")
+        nobody = f"--url=http://127.0.0.1:{taken.getsockname()[1]}"
+    for asked in (REQUEST, LOAD):
+        done = command(*asked, nobody)
+        assert done.returncode == 1 and "refused" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ([*SERVER], "artefact"),
+    ([*SERVER, "--artefact=x", "--batch_sizes=0"], "--batch_sizes is '0', expected positive numbers"),
+    ([*SERVER, "--artefact=x", "--candidate_sizes="], "--candidate_sizes is ''"),
+    ([*SERVER, "--artefact=x", "--port=70000"], "port"),
+    ([*SERVER, "--artefact=x", "--token_file=/dev/null"], "has 0 characters"),
+    ([*SERVER, "--artefact=x", "--token_file=/nowhere"], "--token_file cannot be read"),
+    ([*REQUEST, "--history=a"], "--history is 'a', expected integers"),
+    ([*REQUEST, "--top_k=0"], "top_k"),
+    ([*REQUEST, "--url=localhost:8000"], "--url is 'localhost:8000', expected http://HOST:PORT"),
+    ([*LOAD, "--rate=0"], "rate"),
+    ([*LOAD, "--url=ftp://x"], "--url is 'ftp://x'"),
+])
+def test_wrong_calls(wrong_call, flags, words):
+    assert words in wrong_call(*flags)
