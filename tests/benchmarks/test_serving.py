@@ -76,7 +76,7 @@ def test_a_breakdown_sums_to_the_request(rows):
 
 
 def test_costs_are_counted_without_loops(bench):
-    """Blocks or not, attention of M items costs the same: M x N x D products twice, and M x N x H exponentials."""
+    """Attention in blocks costs as much as whole: M x N x D products twice, M x N x H exponentials."""
     made, slots = bench.contenders[IN_BLOCKS], bench.slots(IN_BLOCKS, 1_100)
     part = serving_parts.item_parts(made, bench.scorers[IN_BLOCKS].index, slots, 6, ["look_ups"])["look_ups"]
     pairs = len(slots) * 6
@@ -85,8 +85,8 @@ def test_costs_are_counted_without_loops(bench):
 
 
 def test_the_page(rows, tmp_path):
-    further = [{"kind": "ratio", "model": SCALAR, "what": "work", "against": WHOLE, "ratio": 2.0, "target": None,
-                "verdict": None}]
+    further = [{"kind": "ratio", "model": SCALAR, "what": "work", "against": WHOLE, "ratio": 2.0,
+                "target": None, "verdict": None}]
     serving_report.write([*rows, *further], PLAN.main, tmp_path)
     assert SCALAR in (tmp_path / "serving.html").read_text()
     assert {path.name for path in tmp_path.glob("*.png")} == set(serving_report.FILES)
@@ -119,7 +119,8 @@ def test_ratios_by_hand():
     found = serving_claims.Medians(parts, requests, (512, 600), (512, 6))
     ratios = list(serving_claims.against_target_attention(found, sizes))
     of_scalar = [(row["against"], row["ratio"], row["verdict"]) for row in ratios if row["model"] == SCALAR]
-    assert of_scalar == [(IN_BLOCKS, pytest.approx(10 / 3), "missed"), (WHOLE, pytest.approx(40 / 3), "missed")]
+    assert of_scalar == [
+        (IN_BLOCKS, pytest.approx(10 / 3), "missed"), (WHOLE, pytest.approx(40 / 3), "missed")]
     attention = [row["ratio"] for row in ratios if row["what"] == "codebooks and look-ups"]
     assert attention == pytest.approx([5 / 2.5, 20 / 2.5] * 2)
     further = list(serving_claims.further_ratios(found, sizes, (512, 600)))
@@ -130,7 +131,8 @@ def test_ratios_by_hand():
 
 @pytest.mark.slow
 def test_the_command(command, tmp_path):
-    done = command("-m", "benchmarks.serving", "--quick", f"--json={tmp_path}/rows.json", f"--report={tmp_path}")
+    done = command("-m", "benchmarks.serving", "--quick", f"--json={tmp_path}/rows.json",
+                   f"--report={tmp_path}")
     assert done.returncode == 0, done.stderr
     kinds = {row["kind"] for row in json.loads((tmp_path / "rows.json").read_text())}
     assert kinds == {"machine", "check", "part", "request", "breakdown", "ratio", "crossover"}
