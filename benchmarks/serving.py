@@ -6,7 +6,8 @@ All methods of `benchmarks.serving_contenders`, of one size with random weights,
 in turns: whole requests through `Scorer` (ids in, the best 500 ids out), and the parts of
 `benchmarks.serving_parts` alone. One of candidates and history is varied, the other held. Scores are
 compared with those of the training code before anything is measured. Percentiles are over `calls` requests.
-`--quick` goes through all of it at sizes that say nothing.
+Target attention as a whole is left out where its logits would take more than a gigabyte. `--quick` goes
+through all of it at sizes that say nothing.
 """
 
 import functools
@@ -51,6 +52,7 @@ QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes, to see that everything ru
 SECONDS = flags.DEFINE_float("seconds", 2.0, "That each method is measured for at each point.", lower_bound=0)
 JSON = cli.json_flag()
 
+LARGEST = 10**9  # bytes of the logits of target attention as a whole
 TOLERANCE = 1e-5  # of scores, relative to the largest
 QUANTILES = {"latency_p50_ms": 0.5, "latency_p95_ms": 0.95, "latency_p99_ms": 0.99}
 
@@ -65,7 +67,7 @@ class Plan(NamedTuple):
     growth: tuple[int, int] = (10_000, 50_000)
     few: int = 512  # candidates where the item side alone is measured too, for crossovers
     seconds: float = 2.0
-    least: int = 5  # calls
+    least: int = 3  # calls
     top_k: int = 500
 
 
@@ -85,6 +87,12 @@ class Bench(NamedTuple):
     contenders: Mapping[str, Contender]
     scorers: Mapping[str, Scorer]
     varied: tuple[str, ...]  # models that are measured with all histories
+
+    def has(self, name: str, count: int, length: int) -> bool:
+        """Whether a method is measured at a point: attention over all at once only where memory allows."""
+        if name == WHOLE and 4 * self.plan.sizes.heads * count * length > LARGEST:
+            return False
+        return name in self.varied or length == self.plan.main[1]
 
     def history(self, length: int) -> np.ndarray:
         """Ids of a history."""
@@ -143,7 +151,7 @@ def request_rows(bench: Bench, parts: Sequence[dict[str, Any]], console: Console
     """Latency and memory of whole requests, a row a method and point."""
     for count, length in track(points(bench.plan), "requests", console=console):
         request, ids = {"history": {"item_id": bench.history(length)}}, bench.candidates(count)
-        names = [name for name in bench.scorers if name in bench.varied or length == bench.plan.main[1]]
+        names = [name for name in bench.scorers if bench.has(name, count, length)]
         times = in_turns({name: functools.partial(
             bench.scorers[name].score, request, ids, top_k=bench.plan.top_k) for name in names},
             seconds=bench.plan.seconds, least=bench.plan.least)
@@ -188,7 +196,7 @@ def parts_at(bench: Bench, count: int, length: int) -> dict[serving_claims.Part,
     found: dict[serving_claims.Part, serving_parts.Part] = {}
     main, at_history = (count, length) == plan.main, count == plan.main[0]
     for name, made in bench.contenders.items():
-        if length != plan.main[1] and name not in bench.varied:
+        if not bench.has(name, count, length):
             continue
         slots = bench.slots(name, count)
         if at_history:
@@ -198,8 +206,7 @@ def parts_at(bench: Bench, count: int, length: int) -> dict[serving_claims.Part,
             found |= {(name, part, 0, length): value for part, value in serving_parts.user_parts(
                 made, length, of_user).items()}
         if length == plan.main[1] or made.method.keeps_history:
-            of_items = ("items", "look_ups", "gather") if main else (
-                ("items", "look_ups") if made.method.keeps_history else ("items",))
+            of_items = ("items", "look_ups", "gather") if main else ("items",)
             found |= {(name, part, count, length): value for part, value in serving_parts.item_parts(
                 made, bench.scorers[name].index, slots, length, of_items).items()}
     if main:

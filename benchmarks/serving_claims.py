@@ -95,13 +95,15 @@ def crossovers(found: Medians, models: Sequence[str]) -> Iterator[dict[str, Any]
     """Candidates under which target attention does less work, for each form of it."""
     for name in models:
         for other in (IN_BLOCKS, WHOLE):
+            measured = [size for size in found.candidates
+                        if (other, "items", size, found.main[1]) in found.parts]
             yield {"kind": "crossover", "model": name, "against": other,
-                   "candidates": crossover(found.candidates, *(
-                       [found.work(model, size) for size in found.candidates] for model in (other, name)),
+                   "candidates": crossover(measured, *(
+                       [found.work(model, size) for size in measured] for model in (other, name)),
                        start=found.codebooks(name))}
 
 
-def crossover(candidates: tuple[int, ...], rising: list[float], flat: list[float], *, start: float
+def crossover(candidates: Sequence[int], rising: list[float], flat: list[float], *, start: float
               ) -> int | None:
     """Where the cost `rising` first exceeds `flat`, linear between measured numbers of candidates.
 

@@ -29,7 +29,7 @@ def measure(call: Callable[[], Any], *, repeats: int = 9, warm_up: int = 1) -> T
 
 
 def in_turns(
-    calls: Mapping[Name, Callable[[], Any]], *, seconds: float, least: int = 5, most: int = 100,
+    calls: Mapping[Name, Callable[[], Any]], *, seconds: float, least: int = 3, most: int = 100,
 ) -> dict[Name, np.ndarray]:
     """Seconds of each call, measured in turns, so that what else the machine does falls on all alike.
 
