@@ -50,6 +50,9 @@ from tarq_jax.serving.index import round_up
 REPORT = flags.DEFINE_string("report", None, "Folder to write a page with figures to.")
 QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes, to see that everything runs.")
 SECONDS = flags.DEFINE_float("seconds", 2.0, "That each method is measured for at each point.", lower_bound=0)
+CANDIDATES = flags.DEFINE_list(
+    "candidates", None, "Numbers of candidates; the main one and those that growth is told of are added.")
+HISTORIES = flags.DEFINE_list("histories", None, "Lengths of histories; the main one is added.")
 JSON = cli.json_flag()
 
 LARGEST = 10**9  # bytes of the logits of target attention as a whole
@@ -220,7 +223,7 @@ def part_rows(bench: Bench, roof: Peaks, console: Console) -> Iterator[dict[str,
     few = (bench.plan.few, bench.plan.main[1])
     for point in track([*points(bench.plan), few], "parts", console=console):
         parts = parts_at(bench, *point)
-        times = in_turns({key: part.call for key, part in parts.items()}, seconds=bench.plan.seconds / 4,
+        times = in_turns({key: part.call for key, part in parts.items()}, seconds=bench.plan.seconds,
                          least=bench.plan.least)
         for (name, part, count, length), seconds in times.items():
             cost = parts[name, part, count, length].cost
@@ -296,9 +299,21 @@ def print_tables(rows: Sequence[dict[str, Any]], plan: Plan) -> None:
         reporting.print_table(shown, title=title)
 
 
+def numbers(flag: flags.FlagHolder, default: tuple[int, ...]) -> tuple[int, ...]:
+    """A list of positive whole numbers; a wrong call otherwise."""
+    if flag.value is None:
+        return default
+    if not all(text.isdecimal() and int(text) for text in flag.value):
+        cli.wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected positive whole numbers")
+    return tuple(int(text) for text in flag.value)
+
+
 def main() -> None:
     """Flags to tables and page."""
     plan = TINY if QUICK.value else Plan(seconds=SECONDS.value)
+    candidates, histories = numbers(CANDIDATES, plan.candidates), numbers(HISTORIES, plan.histories)
+    plan = plan._replace(candidates=tuple(sorted({*candidates, plan.main[0], *plan.growth})),
+                         histories=tuple(sorted({*histories, plan.main[1]})))
     rows = run(plan, Console(stderr=True))
     print_tables(rows, plan)
     if JSON.value:
