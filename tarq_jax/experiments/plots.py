@@ -127,7 +127,7 @@ def times_by_size(lines: Mapping[str, Mapping[int, float]], size: str) -> Figure
 
 
 def stacked(bars: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
-    """A horizontal bar a name, its parts end to end, in the colours of the parts; below 0 counts as 0."""
+    """A horizontal bar a name, its parts end to end; below 0 counts as 0, and long bars are cut and told."""
     figure, (axis,) = _panels(1, width=9.0, height=0.34 * len(bars) + 1.0)
     palette = (*COLOURS, "#F0E442", "#000000", "#bbbbbb")
     ends = np.zeros(len(bars))
@@ -135,6 +135,11 @@ def stacked(bars: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
         values = np.array([max(parts[part], 0.0) for parts in bars.values()])
         axis.barh(list(bars), values, left=ends, color=palette[index % len(palette)], label=part)
         ends += values
+    longest = 3 * float(np.median(ends))
+    for place, end in enumerate(ends):
+        if end > longest:
+            axis.text(longest, place, f"{end:,.0f} ", ha="right", va="center")
+    axis.set_xlim(0, min(longest, 1.05 * ends.max()))
     axis.invert_yaxis()
     axis.set(xlabel=unit)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
