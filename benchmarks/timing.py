@@ -1,11 +1,15 @@
 """How benchmarks measure: medians with their spread, on results that are really there."""
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+
+Name = TypeVar("Name", bound=Hashable)
+
+SHORT = 0.02  # seconds of a call that is made twice where calls are measured in turns
 
 
 class Timing(NamedTuple):
@@ -19,10 +23,39 @@ def measure(call: Callable[[], Any], *, repeats: int = 9, warm_up: int = 1) -> T
     """Calls until results are ready, `repeats` times after `warm_up` calls that do not count."""
     for _ in range(warm_up):
         jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
+    seconds = [seconds_of(call) for _ in range(repeats)]
     lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Timing(float(median), float(upper - lower))
+
+
+def in_turns(
+    calls: Mapping[Name, Callable[[], Any]], *, seconds: float, least: int = 3, most: int = 100,
+) -> dict[Name, np.ndarray]:
+    """Seconds of each call, measured in turns, so that what else the machine does falls on all alike.
+
+    Each is called for about `seconds`, at least `least` and at most `most` times, spread evenly over the
+    turns. A short call is made once more before, uncounted: its data are in the cache then, as they are
+    where nothing else runs.
+    """
+    counts, short = {}, {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())  # compiles, or touches memory for the first time
+        once = seconds_of(call)
+        counts[name] = int(np.clip(seconds / max(once, 1e-9), least, most))
+        short[name] = once < SHORT
+    turns = max(counts.values(), default=0)
+    found: dict[Name, list[float]] = {name: [] for name in calls}
+    for turn in range(turns):
+        for name, call in calls.items():
+            if (turn + 1) * counts[name] // turns > turn * counts[name] // turns:
+                if short[name]:
+                    jax.block_until_ready(call())
+                found[name].append(seconds_of(call))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Of one call, until its results are ready."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start

@@ -58,16 +58,20 @@ def progress_bar(console: Console) -> Progress:
 
 # What a terminal has room for; files hold every column.
 COLUMNS = (
-    "level", "latents", "model", "beam", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration",
-    "gap_recovered", "auc_difference", "fine_tuned", "utilisation", "perplexity", "dead",
-    "quantization_error", "nearest_distance", "correction_error", "attention_error", "parameters",
-    "train_seconds", "examples_per_second", "encode_seconds", "ratio", "fit_seconds", "compile_seconds",
-    "temporary_mb", "chip", "devices", "mesh", "table_over", "table_mb", "all_gather_mb", "all_reduce_mb",
+    "level", "latents", "model", "part", "what", "against", "candidates", "history", "calls", "beam",
+    "seed", "seeds", "auc", "auc_std", "gauc", "recall_at_500", "log_loss", "calibration", "gap_recovered",
+    "auc_difference", "fine_tuned", "utilisation", "perplexity", "dead", "quantization_error",
+    "nearest_distance", "correction_error", "attention_error", "parameters", "train_seconds",
+    "examples_per_second", "encode_seconds", "ratio", "fit_seconds", "compile_seconds", "temporary_mb",
+    "chip", "devices", "mesh", "table_over", "table_mb", "all_gather_mb", "all_reduce_mb",
     "reduce_scatter_mb", "all_to_all_mb", "collective_permute_mb", "network_mb", "formula_mb", "largest_mb",
     "state_mb", "compute_ms", "memory_ms", "network_ms", "step_ms", "efficiency", "requests_per_second",
     "table_gb", "fits", "rank", "id", "score", "rate", "seconds", "sent", "answered", "rejected", "errors",
     "versions", "answered_per_second", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms",
-    "rejected_p99_ms", "late_p99_ms",
+    "rejected_p99_ms", "late_p99_ms", "spread_ms", "flop_bound_ms", "byte_bound_ms", "exp_bound_ms",
+    "index_mb", "towers_ms", "encoder_ms", "codebooks_ms", "gather_ms", "look_ups_ms", "head_ms", "top_k_ms",
+    "transfer_ms", "other_ms", "request_ms", "request_ratio", "target", "verdict", "difference", "cores",
+    "load", "gflop_per_second", "gb_per_second", "gexp_per_second",
 )
 
 

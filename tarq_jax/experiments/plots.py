@@ -108,3 +108,39 @@ def bars(by_panel: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
         if len(series) > 1:
             axis.legend(frameon=False)
     return figure
+
+
+def times_by_size(lines: Mapping[str, Mapping[int, float]], size: str) -> Figure:
+    """Milliseconds over a size, both on logarithmic axes, a line a name."""
+    figure, (axis,) = _panels(1, width=8.0, height=4.6)
+    for index, (name, times) in enumerate(lines.items()):
+        sizes = sorted(times)
+        style = ("-", "--", ":")[index // len(COLOURS) % 3]
+        axis.plot(sizes, [times[size] for size in sizes], style, marker="o", markersize=4, label=name,
+                  color=COLOURS[index % len(COLOURS)])
+    ticks = sorted({size for times in lines.values() for size in times})
+    axis.set(xscale="log", yscale="log", xlabel=size, ylabel="ms")
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    return figure
+
+
+def stacked(bars: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
+    """A horizontal bar a name, its parts end to end; below 0 counts as 0, and long bars are cut and told."""
+    figure, (axis,) = _panels(1, width=9.0, height=0.34 * len(bars) + 1.0)
+    palette = (*COLOURS, "#F0E442", "#000000", "#bbbbbb")
+    ends = np.zeros(len(bars))
+    for index, part in enumerate(next(iter(bars.values()))):
+        values = np.array([max(parts[part], 0.0) for parts in bars.values()])
+        axis.barh(list(bars), values, left=ends, color=palette[index % len(palette)], label=part)
+        ends += values
+    longest = 3 * float(np.median(ends))
+    for place, end in enumerate(ends):
+        if end > longest:
+            axis.text(longest, place, f"{end:,.0f} ", ha="right", va="center")
+    axis.set_xlim(0, min(longest, 1.05 * ends.max()))
+    axis.invert_yaxis()
+    axis.set(xlabel=unit)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    return figure

@@ -23,7 +23,7 @@ from flax import linen as nn
 from tarq_jax.expansion import expand
 from tarq_jax.models import Compute, TargetAttention, TwoTower
 from tarq_jax.schema import ITEM_ID, Schema
-from tarq_jax.serving.scoring import Arrays
+from tarq_jax.serving.scoring import SCORES, Arrays, Score
 from tarq_jax.types import Batch, Features
 
 SERVED = Compute(attention_block=256)  # longer histories attend in blocks: bounded memory, and faster on CPU
@@ -34,7 +34,7 @@ class Method(NamedTuple):
     """A trained model, ready to be exported.
 
     Attributes:
-      name: of the item side, in `SCORES`.
+      name: of the item side, in `SCORES` unless it is given.
       schema: of requests and items.
       user_side: (weights, request) -> state of the users, [B, ...] each.
       encode: (weights, item features name -> [M, ...]) -> what the index keeps of items, [M, ...] each.
@@ -44,6 +44,7 @@ class Method(NamedTuple):
       num_codewords: K of the largest level; 0 without a codebook.
       keeps_history: whether the state of a user grows with the history.
       known: arrays [V, ...] of the items of the training data that take the place of what `encode` finds.
+      score: the item side, of a method that `SCORES` does not have.
     """
 
     name: str
@@ -56,6 +57,12 @@ class Method(NamedTuple):
     num_codewords: int = 0
     keeps_history: bool = False
     known: Mapping[str, np.ndarray] = {}
+    score: Score | None = None
+
+    @property
+    def item_side(self) -> Score:
+        """(item weights, state of one user, items) -> logits."""
+        return self.score or SCORES[self.name]
 
 
 def bound(function: Callable[..., Any], module: nn.Module) -> Callable[[Any, Any], Any]:

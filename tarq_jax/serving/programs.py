@@ -20,7 +20,7 @@ from tarq_jax.schema import Field, Schema
 from tarq_jax.serving.artefact import program_name
 from tarq_jax.serving.index import SLOTS
 from tarq_jax.serving.method import Method
-from tarq_jax.serving.scoring import SCORES, for_all, for_each
+from tarq_jax.serving.scoring import for_all, for_each
 from tarq_jax.serving.vectors import Storage, store
 
 Named = dict[str, np.ndarray]
@@ -51,7 +51,7 @@ def export_method(
     encode, encode_weights = pruned(method.encode, method.encode_weights, item_specs(method.schema, 1))
     user, user_weights = pruned(
         method.user_side, method.user_weights, request_specs(method, histories[0], 1))
-    score, item_weights = named(SCORES[method.name], method.item_weights)
+    score, item_weights = named(method.item_side, method.item_weights)
     weights = {"user": user_weights, "items": item_weights, "encode": encode_weights}
     fingerprint = fingerprint_of(weights, vectors)
 

@@ -75,6 +75,24 @@ def first_order(user: Arrays, items: Arrays) -> jax.Array:
     return rows(user["means"], codes) + changes.reshape(codes.shape[0], -1)
 
 
+def level_changes(user: Arrays, items: Arrays) -> jax.Array:
+    """`J_c r` of each further level of every item, its heads side by side: [M, L - 1, D]."""
+    codes = items["codes"][:, 0].astype(jnp.int32)
+    corrections = read(items, "correction")
+    _, width, heads, _ = user["jacobians"].shape
+    changes = change(
+        user["jacobians"], jnp.repeat(codes, corrections.shape[1]), corrections.reshape(-1, heads, width))
+    return changes.reshape(corrections.shape)
+
+
+def attend(user: Arrays, items: Arrays) -> jax.Array:
+    """What every item attends over the whole history, its heads side by side: [M, D]."""
+    heads, _, width = user["keys"].shape
+    queries = jnp.swapaxes(read(items, "query").reshape(-1, heads, width), 0, 1)
+    attended = attention_sums(queries, user["keys"], user["values"], user["mask"][None, None])
+    return jnp.swapaxes(attended, 0, 1).reshape(-1, heads * width)
+
+
 def two_tower(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """`<v_user, v_item> / sqrt(D) + bias`; the user's vector comes divided."""
     return read(items, "vector") @ user["vector"] + weights["bias"]
@@ -106,11 +124,8 @@ def scalar_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Arra
     computing them in one vectorised loop.
     """
     codes = items["codes"].astype(jnp.int32)
-    corrections = read(items, "correction")  # [M, L - 1, D]
-    count, further, _ = corrections.shape
-    _, width, heads, _ = user["jacobians"].shape
-    changes = change(
-        user["jacobians"], jnp.repeat(codes[:, 0], further), corrections.reshape(-1, heads, width))
+    changes = level_changes(user, items)
+    count, further, _ = changes.shape
     first = (changes.reshape(count, -1) @ weights["attended"]).reshape(count, further, -1)
     total = two_tower(weights, user, items) + rows(user["table"], codes[:, 0])
     for level, head in enumerate(weights["levels"]):
@@ -133,10 +148,7 @@ def mlp_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 @in_blocks
 def target_attention(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """Every item attends over the whole history."""
-    heads, _, width = user["keys"].shape
-    queries = jnp.swapaxes(read(items, "query").reshape(-1, heads, width), 0, 1)
-    attended = attention_sums(queries, user["keys"], user["values"], user["mask"][None, None])
-    return _on_attended(weights, user, items, jnp.swapaxes(attended, 0, 1).reshape(-1, heads * width))
+    return _on_attended(weights, user, items, attend(user, items))
 
 
 def _inner(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from tarq_jax.serving.method import (
     tables,
     user_and_history,
 )
+from tarq_jax.serving.scoring import Arrays
 
 
 def order_0(module: Tarq, variables: Any, codewords: np.ndarray) -> Method:
@@ -41,17 +42,7 @@ def order_0(module: Tarq, variables: Any, codewords: np.ndarray) -> Method:
     def user_side(module, weights, request):
         user, history = user_and_history(module.teacher.backbone, request)
         encoded = module.teacher.history_encoder(history, request["mask"])
-        table = module.personalize(weights["codewords"], encoded, request["mask"])
-        if module.head == "mlp":
-            return interaction_user(user, weights) | tables(table, weights)
-        scale = math.sqrt(module.width)
-        if module.head == "dot":
-            projection = weights["variables"]["params"]["student_head"]
-            return {"vector": (user + projection["bias"]) / scale,
-                    "table": table @ (projection["kernel"] / scale)}
-        levels = (jnp.swapaxes(values, -2, -3) for values in (table, weights["codewords"]))  # [.., K, L, D]
-        scores = module.codeword_scores(*jnp.broadcast_arrays(*levels))
-        return {"vector": user / scale, "table": jnp.swapaxes(scores, -1, -2)}
+        return codebooks(module, weights, {"user": user, "history": encoded, "mask": request["mask"]})
 
     def encode(module, weights, features):
         backbone = module.teacher.backbone
@@ -63,6 +54,22 @@ def order_0(module: Tarq, variables: Any, codewords: np.ndarray) -> Method:
     item_weights = weights.get("head", {}) | backbone_bias(params["teacher"])
     return Method(module.head, module.schema, bound(user_side, module), bound(encode, module),
                   weights, item_weights, weights, num_codewords=codewords.shape[1])
+
+
+def codebooks(module: Tarq, weights: Any, encoded: Arrays) -> dict[str, Any]:
+    """The tables of order 0, from v_user, the teacher's encoding of the history and its mask."""
+    user = encoded["user"]
+    table = module.personalize(weights["codewords"], encoded["history"], encoded["mask"])
+    if module.head == "mlp":
+        return interaction_user(user, weights) | tables(table, weights)
+    scale = math.sqrt(module.width)
+    if module.head == "dot":
+        projection = weights["variables"]["params"]["student_head"]
+        return {"vector": (user + projection["bias"]) / scale,
+                "table": table @ (projection["kernel"] / scale)}
+    levels = (jnp.swapaxes(values, -2, -3) for values in (table, weights["codewords"]))  # [.., K, L, D]
+    scores = module.codeword_scores(*jnp.broadcast_arrays(*levels))
+    return {"vector": user / scale, "table": jnp.swapaxes(scores, -1, -2)}
 
 
 def first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) -> Method:
@@ -88,17 +95,8 @@ def first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) -
 
     def user_side(module, weights, request):
         user, keys, values = history_of_teacher(module.teacher, request)
-        level_1 = weights["codewords"][0]
-        heads = jnp.swapaxes(level_1.reshape(len(level_1), *keys.shape[1::2]), 0, 1)  # [H, K, E]
-        state = expansion(heads, keys, values, request["mask"])
-        if module.head == "mlp":
-            return state | interaction_user(user, weights)
-        if module.head == "dot":
-            return state | {"vector": (user + weights["added"]) / math.sqrt(width)}
-        kernel, bias = output_projection(weights["variables"]["params"]["teacher"])
-        outputs = state["means"] @ kernel + bias
-        inputs = jnp.concatenate([outputs, jnp.broadcast_to(level_1, outputs.shape)], axis=-1)
-        return state | {"vector": user / math.sqrt(width), "table": module.level_scores[0](inputs)[..., 0]}
+        return expansions(
+            module, weights, {"user": user, "keys": keys, "values": values, "mask": request["mask"]})
 
     def encode(module, weights, features):
         backbone = module.teacher.backbone
@@ -115,6 +113,23 @@ def first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) -
 
     return Method(f"{module.head}_first_order", module.schema, bound(user_side, module),
                   bound(encode, module), weights, item_weights, weights, num_codewords=codewords.shape[1])
+
+
+def expansions(module: FirstOrderTarq, weights: Any, encoded: Arrays) -> dict[str, Any]:
+    """Means and Jacobians, from v_user, the teacher's keys and values of the history and its mask."""
+    user, keys = encoded["user"], encoded["keys"]
+    level_1 = weights["codewords"][0]
+    heads = jnp.swapaxes(level_1.reshape(len(level_1), *keys.shape[1::2]), 0, 1)  # [H, K, E]
+    state = expansion(heads, keys, encoded["values"], encoded["mask"])
+    if module.head == "mlp":
+        return state | interaction_user(user, weights)
+    if module.head == "dot":
+        return state | {"vector": (user + weights["added"]) / math.sqrt(module.width)}
+    kernel, bias = output_projection(weights["variables"]["params"]["teacher"])
+    outputs = state["means"] @ kernel + bias
+    inputs = jnp.concatenate([outputs, jnp.broadcast_to(level_1, outputs.shape)], axis=-1)
+    return state | {"vector": user / math.sqrt(module.width),
+                    "table": module.level_scores[0](inputs)[..., 0]}
 
 
 def _level_heads(heads: Sequence[Any], output_kernel: np.ndarray, codewords: np.ndarray) -> dict[str, Any]:

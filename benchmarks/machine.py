@@ -1,0 +1,37 @@
+"""What this machine can do at best, measured: the roof that costs of programs are held against."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import in_turns
+
+MATRIX = 2048  # float32, square
+COPIED = 2**26  # float32 values, more than any cache holds
+EXPONENTIALS = 2**18  # float32 values, which a cache holds
+
+
+class Peaks(NamedTuple):
+    """Rates a second."""
+
+    flops: float  # of a matrix product
+    bytes: float  # read plus written by a copy
+    exponentials: float
+
+    def bounds(self, flops: float, moved: float, exponentials: float) -> dict[str, float]:
+        """Milliseconds under which no program of that cost can stay, by each of the three."""
+        return {"flop_bound_ms": 1e3 * flops / self.flops, "byte_bound_ms": 1e3 * moved / self.bytes,
+                "exp_bound_ms": 1e3 * exponentials / self.exponentials}
+
+
+def peaks(seconds: float = 1.0) -> Peaks:
+    """The best of several calls of each, measured in turns."""
+    square = jnp.ones((MATRIX, MATRIX))
+    long, short = jnp.ones(COPIED), jnp.ones(EXPONENTIALS)
+    product, copy, exponential = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1), jax.jit(jnp.exp)
+    calls: Any = {"product": lambda: product(square, square), "copy": lambda: copy(long),
+                  "exponential": lambda: exponential(short)}
+    best = {name: times.min() for name, times in in_turns(calls, seconds=seconds).items()}
+    return Peaks(flops=2 * MATRIX**3 / best["product"], bytes=2 * 4 * COPIED / best["copy"],
+                 exponentials=EXPONENTIALS / best["exponential"])

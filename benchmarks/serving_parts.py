@@ -1,0 +1,154 @@
+"""A request taken apart: each part of `tarq_jax.serving` compiled alone, with its bounds by FLOPs and bytes.
+
+    towers        the two-tower's user side: history encoder, attention, tower
+    encoder       the teacher's history encoder, with keys and values
+    codebooks     personalised codebooks of order 0 or 1, as the head wants them
+    personalized  those of order 0 alone, before any head
+    gather        the candidates' rows of the index
+    look_ups      what the head reads, alone; all of the attention in full target attention
+    items         the item side as a whole: look-ups and head
+    top_k         selection
+    transfer      request to the device, answer to the host
+
+Items are real, what a user brings is random. FLOPs and exponentials are XLA's count for the same part
+without blocks, since it counts the body of a loop once. Bytes are those of arguments and results: each read
+or written once, tables as a whole.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.serving_contenders import Contender, personalize, user_stages
+from tarq_jax.models.layers import Compute
+from tarq_jax.serving import Index
+from tarq_jax.serving.method import SERVED, Method
+from tarq_jax.serving.programs import pruned, request_specs
+from tarq_jax.serving.scoring import Arrays, attend, first_order, for_all, in_blocks, level_changes, look_up
+from tarq_jax.serving.vectors import rows
+
+LookUps = Callable[[Arrays, Arrays], Any]  # state of a user, items -> what the head reads
+
+
+class Cost(NamedTuple):
+    """What a part cannot do without."""
+
+    flops: float
+    exponentials: float  # and other functions that are neither sums nor products
+    bytes: float
+    temporary: int  # bytes that the compiled program holds on the way
+
+
+class Part(NamedTuple):
+    """A compiled part with its arguments."""
+
+    call: Callable[[], Any]
+    cost: Cost
+
+
+def compiled(function: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> Part:
+    """A part, with its cost by the `plain` form of the same function."""
+    program = jax.jit(function).lower(*arguments).compile()
+    counted: Any = jax.jit(plain).lower(*arguments).cost_analysis()
+    memory: Any = program.memory_analysis()
+    return Part(lambda: program(*arguments), Cost(
+        counted.get("flops", 0.0), counted.get("transcendentals", 0.0),
+        memory.argument_size_in_bytes + memory.output_size_in_bytes, memory.temp_size_in_bytes))
+
+
+def filled(specs: Any) -> Any:
+    """Random arrays of the given shapes; masks are True."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda spec: jnp.ones(spec.shape, bool) if spec.dtype == bool else jnp.asarray(
+        0.3 * rng.standard_normal(spec.shape, np.float32)), specs)
+
+
+def user_parts(contender: Contender, history: int, names: Collection[str]) -> dict[str, Part]:
+    """Those of `towers`, `encoder`, `codebooks` and `personalized` that are asked for and that it has."""
+    weights = jax.device_put(contender.method.user_weights)
+    plain = user_stages(contender.module, Compute())
+    found, specs = {}, request_specs(contender.method, history, 1)
+    for name, stage in user_stages(contender.module, SERVED).items():
+        if name in names:
+            found[name] = compiled(stage, plain[name], weights, filled(specs))
+        if name == "codebooks" and "personalized" in names:
+            alone = (personalize(contender.module, compute) for compute in (SERVED, Compute()))
+            found["personalized"] = compiled(*alone, weights, filled(specs))
+        specs = jax.eval_shape(stage, weights, specs)
+    return found
+
+
+def state_specs(method: Method, history: int) -> Any:
+    """Shapes of the state of a user with a history of that length."""
+    return jax.eval_shape(method.user_side, method.user_weights, request_specs(method, history, 1))
+
+
+def item_parts(
+    contender: Contender, index: Index, slots: np.ndarray, history: int, names: Collection[str]
+) -> dict[str, Part]:
+    """Those of `gather`, `look_ups` and `items` that are asked for and that it has."""
+    method, found = contender.method, {}
+    state = filled(state_specs(method, history))
+    items = jax.device_put({name: values[slots] for name, values in index.arrays.items()})
+    if "gather" in names:
+        found["gather"] = _gather(method, index, slots, items, state)
+    if "look_ups" in names and method.name in LOOK_UPS:
+        ways = (jax.vmap(way, in_axes=(0, None)) for way in LOOK_UPS[method.name])
+        found["look_ups"] = compiled(*ways, state, items)
+    if "items" in names:
+        ways = (for_all(way) for way in (method.item_side, inspect.unwrap(method.item_side)))
+        found["items"] = compiled(*ways, jax.device_put(method.item_weights), state, items)
+    return found
+
+
+def _gather(method: Method, index: Index, slots: np.ndarray, items: Any, state: Any) -> Part:
+    """Of those arrays alone that the item side reads."""
+    score = for_all(method.item_side)
+    _, kept = pruned(lambda items, state: score(method.item_weights, state, items), items, state)
+
+    def gather(arrays, slots):
+        return {name: rows(values, slots) for name, values in arrays.items()}
+
+    arrays = jax.device_put({name: index.arrays[name] for name in kept})
+    return compiled(gather, gather, arrays, jnp.asarray(slots))
+
+
+def answer_parts(slots: np.ndarray, top_k: int) -> dict[str, Part]:
+    """`top_k` of random scores, and `transfer`."""
+    def select(scores):
+        return jax.lax.top_k(scores, min(top_k, len(slots)))
+
+    best = compiled(select, select, filled(jax.ShapeDtypeStruct((1, len(slots)), jnp.float32)))
+    answer = best.call()
+    moved = slots.nbytes + sum(values.nbytes for values in answer)
+    return {"top_k": best, "transfer": Part(
+        lambda: (jax.device_put(slots[None]), jax.device_get(answer)), Cost(0.0, 0.0, moved, 0))}
+
+
+def _table(user: Arrays, items: Arrays) -> jax.Array:
+    return look_up(user["table"], items["codes"])
+
+
+def _tables(user: Arrays, items: Arrays) -> tuple[jax.Array, ...]:
+    return _table(user, items), look_up(user["table_first"], items["codes"])
+
+
+def _levels(user: Arrays, items: Arrays) -> tuple[jax.Array, ...]:
+    return rows(user["table"], items["codes"][:, 0].astype(jnp.int32)), level_changes(user, items)
+
+
+def _attend_in_blocks(user: Arrays, items: Arrays) -> jax.Array:
+    return in_blocks(lambda _, *arguments: attend(*arguments))(None, user, items)
+
+
+# By a method's name: look-ups as served, and without blocks.
+LOOK_UPS: Mapping[str, tuple[LookUps, LookUps]] = {
+    "scalar": (_table, _table), "dot": (_table, _table), "mlp": (_tables, _tables),
+    "scalar_first_order": (_levels, _levels),
+    "dot_first_order": (first_order, first_order), "mlp_first_order": (first_order, first_order),
+    "target_attention": (_attend_in_blocks, attend), "target_attention_whole": (attend, attend),
+}

@@ -1,0 +1,110 @@
+"""What is served, ranked against full target attention over a whole index: recall@500, and AUC beside it.
+
+    python -m benchmarks.serving_quality --attention=runs/compare/target_attention-0 \\
+        --run=runs/compare/two_tower-0 --run=runs/compare/tarq-0 --json=FILE
+
+Each request of the test split ranks all items, by the functions that serving exports. The run of target
+attention is the reference, and is served converted as well (`--codewords`, `--order`); other runs are served
+as they are. AUC is of the requests' own candidates and labels. Call it again for more seeds.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+from tarq_jax import cli, metrics, reporting
+from tarq_jax.data import ITEM_ID, Dataset, eval_batches
+from tarq_jax.serving.build import encode_items, method_of
+from tarq_jax.serving.index import round_up
+from tarq_jax.serving.method import Method
+from tarq_jax.serving.scoring import for_all
+from tarq_jax.training import loop
+from tarq_jax.training.restore import Run, load_run
+from tarq_jax.types import Batch
+
+ATTENTION = flags.DEFINE_string("attention", None, "Run of target attention: the reference.", required=True)
+RUNS = flags.DEFINE_multi_string("run", [], "Another run on the same data; repeat for more.")
+CODEWORDS = flags.DEFINE_list("codewords", ["64", "256"], "K of conversions of the reference.")
+ORDERS = flags.DEFINE_list("order", ["0", "1"], "Of conversions of the reference.")
+TOP_K = flags.DEFINE_integer("top_k", 500, "Candidates that are kept.", lower_bound=1)
+JSON = cli.json_flag()
+
+BATCH = 100  # requests at a time
+
+
+def served(reference: Run) -> Iterator[tuple[str, Method]]:
+    """(name, method) of all that is compared, the reference first."""
+    yield "target attention", method_of(reference)
+    for order in ORDERS.value:
+        for codewords in CODEWORDS.value:
+            yield f"converted, order {order}, K={codewords}", method_of(
+                reference, codewords=int(codewords), order=int(order))
+    for path in RUNS.value:
+        run = load_run(Path(path))
+        if run.dataset.schema != reference.dataset.schema:
+            raise ValueError(f"{path} has another schema than {ATTENTION.value}, expected the same")
+        yield run.config.model.name, method_of(run)
+
+
+def scores_of(method: Method, dataset: Dataset) -> np.ndarray:
+    """Logits [B, V - 1] of all items for each request of the test split."""
+    items = encode_items(method, dataset)
+    padded = {name: np.resize(values, (round_up(len(values)), *values.shape[1:]))
+              for name, values in items.items()}
+
+    @jax.jit
+    def compute(user_weights, item_weights, batch: Batch):
+        events = {field.name: batch.history[field.name] for field in dataset.schema.side("event")}
+        rows = jnp.maximum(batch.history[ITEM_ID] - 1, 0)
+        request = {"user": batch.user, "context": batch.context, "events": events,
+                   "embedding": jnp.asarray(items["embedding"])[rows], "mask": batch.history_mask}
+        return for_all(method.item_side)(item_weights, method.user_side(user_weights, request), padded)
+
+    batches = eval_batches(dataset, "test", batch_size=BATCH, **loop.batch_shapes(dataset))
+    found = [np.asarray(compute(method.user_weights, method.item_weights, batch))[batch.candidate_mask.any(1)]
+             for batch in batches]
+    return np.concatenate(found)[:, :len(items["embedding"])]
+
+
+def labelled(dataset: Dataset) -> Iterator[Batch]:
+    """The requests of the test split again, with their candidates."""
+    for batch in eval_batches(dataset, "test", batch_size=BATCH, **loop.batch_shapes(dataset)):
+        real = batch.candidate_mask.any(1)
+        yield jax.tree.map(functools.partial(np.compress, real, axis=0), batch)
+
+
+def quality(dataset: Dataset, scores: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Recall of the reference's best items, and AUC of the requests' own candidates."""
+    batches = list(labelled(dataset))
+    ids, labels, masks = (np.concatenate(columns) for columns in zip(*(
+        (batch.candidates[ITEM_ID], batch.labels, batch.candidate_mask) for batch in batches), strict=True))
+    own = np.take_along_axis(scores, np.maximum(ids - 1, 0), axis=1)
+    everything = np.ones(scores.shape, bool)
+    return {f"recall_at_{TOP_K.value}": metrics.recall_at_k(scores, reference, everything, TOP_K.value),
+            "auc": metrics.auc(labels[masks], own[masks])}
+
+
+def main() -> None:
+    """Flags to table."""
+    run = load_run(Path(ATTENTION.value))
+    rows: list[dict[str, Any]] = []
+    reference = None
+    for name, method in track(list(served(run)), "ranking", console=Console(stderr=True)):
+        scores = scores_of(method, run.dataset)
+        reference = scores if reference is None else reference
+        rows.append({"model": name, "seed": run.config.seed, **quality(run.dataset, scores, reference)})
+    reporting.print_table(rows, title=f"all {scores.shape[1]:,} items, {len(scores):,} requests")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
