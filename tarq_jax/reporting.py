@@ -80,7 +80,7 @@ def print_table(rows: Sequence[Row], title: str) -> None:
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     console = Console()
     if not console.is_terminal:
-        console = Console(width=1000)
+        console = Console(width=4000)
     table = Table(title=title, title_justify="left")
     for column in columns:
         justify: Literal["left", "right"] = "left" if column == "model" else "right"
