@@ -179,7 +179,7 @@ HOSTILE = (st.binary(max_size=40) | JSON.map(json.dumps).map(str.encode) | st.bu
     lambda key, value: json.dumps(GOOD | {key: value}).encode(),
     st.sampled_from(["user", "context", "history", "candidates", "top_k"]), JSON) | st.builds(
     lambda name, values: json.dumps(GOOD | {"history": GOOD["history"] | {name: values}}).encode(),
-    st.sampled_from(["item_id", "event_type"]), st.lists(JSON, max_size=4)) | st.builds(
+    st.sampled_from(["item_id", "event_type"]), JSON | st.lists(JSON, max_size=4)) | st.builds(
     lambda values: json.dumps(GOOD | {"candidates": values}).encode(), st.lists(st.integers(), max_size=45)))
 
 
