@@ -102,6 +102,8 @@ def _columns(fields: Sequence[Field], columns: Mapping[str, Any], where: str) ->
 def _column(field: Field, values: Any, where: str) -> np.ndarray:
     array = _array(values, f"{where}: field {field.name!r}")
     categorical = field.kind == "categorical"
+    if not array.ndim:
+        raise ValueError(f"{where}: field {field.name!r} is {_shown(values)}, expected a list of values")
     if array.ndim == 1 and not array.size:
         array = np.zeros((0, *field.shape), field.dtype)
     if array.dtype.kind not in ("iu" if categorical else "iuf"):

@@ -54,7 +54,9 @@ def test_a_good_request():
     (changed("history", item_id=["4", "5"]), r"field 'item_id' is \['4', '5'\], expected a list of integers"),
     (changed("history", item_id=4), "field 'item_id' is 4, expected a list of integers"),
     (changed("history", event_type=[1, 4]), "field 'event_type' is 4 in row 1"),
-    (changed("history", event_type="12"), "field 'event_type' is '12', expected integers"),
+    (changed("history", event_type="12"), "field 'event_type' is '12', expected a list of values"),
+    (changed("history", event_type=2), "field 'event_type' is 2, expected a list of values"),
+    (changed("history", event_type=99), "field 'event_type' is 99, expected a list of values"),
 ], ids=str)
 def test_what_is_wrong_is_named(wrong, words):
     with pytest.raises(ValueError, match=words):
@@ -71,6 +73,7 @@ JSON = st.recursive(
 @settings(deadline=None, max_examples=300)
 @given(JSON | st.builds(lambda side, value: GOOD | {side: value}, st.sampled_from(list(GOOD)), JSON)
        | st.builds(lambda value: changed("history", item_id=value), JSON)
+       | st.builds(lambda value: changed("history", event_type=value), JSON)
        | st.builds(lambda value: changed("user", user_age=value), JSON))
 def test_anything_is_accepted_or_a_value_error(anything):
     try:

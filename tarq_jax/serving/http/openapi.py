@@ -53,7 +53,7 @@ def request_schema(scorer: Scorer, options: Options) -> dict[str, Any]:
     candidates["description"] = "Ids to rank; all that are served if null or left out."
     properties = sides | {
         "history": history, "candidates": candidates,
-        "top_k": {"type": "integer", "minimum": 1, "maximum": limits.top_k,
+        "top_k": {"type": ["integer", "null"], "minimum": 1, "maximum": limits.top_k,
                   "default": min(TOP_K, limits.top_k)}}
     required = [side for side in sides if schema.side(side)]  # type: ignore[arg-type]
     return _object(properties, required) | {"example": example(scorer) | {"top_k": min(5, limits.top_k)}}

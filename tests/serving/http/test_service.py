@@ -114,6 +114,8 @@ def test_metrics_move(service):
     (b'{"user":' + b"[" * 1000 + b"]" * 1000 + b"}", 422, "expected an object"),
     ([1], 422, "body is [1], expected an object"),
     (changed(users={}), 422, "body has 'users', expected ['user', 'context', 'history', "),
+    (changed(history=None), 422, "'history' is None, expected an object"),
+    (changed(history=[]), 422, "'history' is [], expected an object"),
     (changed(user={}), 422, "'user' has no field 'user_group'"),
     (changed(user={"user_group": 9, "user_age": 1.0}), 422,
      "'user_group' is 9 in row 0, expected an id in [0, 9)"),
@@ -177,7 +179,7 @@ HOSTILE = (st.binary(max_size=40) | JSON.map(json.dumps).map(str.encode) | st.bu
     lambda key, value: json.dumps(GOOD | {key: value}).encode(),
     st.sampled_from(["user", "context", "history", "candidates", "top_k"]), JSON) | st.builds(
     lambda name, values: json.dumps(GOOD | {"history": GOOD["history"] | {name: values}}).encode(),
-    st.sampled_from(["item_id", "event_type"]), st.lists(JSON, max_size=4)) | st.builds(
+    st.sampled_from(["item_id", "event_type"]), JSON | st.lists(JSON, max_size=4)) | st.builds(
     lambda values: json.dumps(GOOD | {"candidates": values}).encode(), st.lists(st.integers(), max_size=45)))
 
 
