@@ -30,14 +30,11 @@ from tarq_jax.training import loop
 from tarq_jax.training.restore import Run, load_run
 from tarq_jax.types import Batch
 
-ATTENTION = flags.DEFINE_string("attention", None, "Run of target attention: the reference.", required=True,
-    allow_override=True)
-RUNS = flags.DEFINE_multi_string("run", [], "Another run on the same data; repeat for more.",
-    allow_override=True)
-CODEWORDS = flags.DEFINE_list("codewords", ["64", "256"], "K of conversions of the reference.",
-    allow_override=True)
-ORDERS = flags.DEFINE_list("order", ["0", "1"], "Of conversions of the reference.", allow_override=True)
-TOP_K = flags.DEFINE_integer("top_k", 500, "Candidates that are kept.", lower_bound=1, allow_override=True)
+ATTENTION = flags.DEFINE_string("attention", None, "Run of target attention: the reference.", required=True)
+RUNS = flags.DEFINE_multi_string("run", [], "Another run on the same data; repeat for more.")
+CODEWORDS = flags.DEFINE_list("codewords", ["64", "256"], "K of conversions of the reference.")
+ORDERS = flags.DEFINE_list("order", ["0", "1"], "Of conversions of the reference.")
+TOP_K = flags.DEFINE_integer("top_k", 500, "Candidates that are kept.", lower_bound=1)
 JSON = cli.json_flag()
 
 BATCH = 100  # requests at a time

@@ -14,23 +14,21 @@ from absl import flags
 from tarq_jax import cli
 
 RUN = cli.run_flag()
-OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist yet.", required=True,
-    allow_override=True)
+# `allow_override` where another command has a flag of that name, and one process may import both.
+OUT = flags.DEFINE_string(
+    "out", None, "Folder to write; it must not exist yet.", required=True, allow_override=True)
 CODEWORDS = flags.DEFINE_integer(
     "codewords", None, "Codewords that the queries of a target-attention run are quantized with.",
     allow_override=True)
-ORDER = flags.DEFINE_enum("order", "1", ["0", "1"], "With --codewords: 1 corrects look-ups, 0 does not.",
-    allow_override=True)
+ORDER = flags.DEFINE_enum(
+    "order", "1", ["0", "1"], "With --codewords: 1 corrects look-ups, 0 does not.", allow_override=True)
 VECTORS = flags.DEFINE_enum(
-    "vectors", "float32", ["float32", "bfloat16", "int8"], "How the index keeps its vectors.",
-    allow_override=True)
-PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "What the programs can run on.",
-    allow_override=True)
+    "vectors", "float32", ["float32", "bfloat16", "int8"], "How the index keeps its vectors.")
+PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "What the programs can run on.")
 HISTORIES = flags.DEFINE_list(
     "histories", None, "Lengths that histories are padded to; by default the longest of the data, and a "
     "fourth and a sixteenth of it. Longer ones keep their newest events.", allow_override=True)
-CAPACITY = flags.DEFINE_integer("capacity", None, "Slots of the index; by default a tenth more than items.",
-    allow_override=True)
+CAPACITY = flags.DEFINE_integer("capacity", None, "Slots of the index; by default a tenth more than items.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the k-means of --codewords.", allow_override=True)
 
 KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

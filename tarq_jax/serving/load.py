@@ -21,17 +21,14 @@ from tarq_jax import cli, reporting
 from tarq_jax.serving.client import Client, Unavailable, Wrong
 
 URL = cli.url_flag()
-RATE = flags.DEFINE_float("rate", 100.0, "Requests a second.", lower_bound=0.001, allow_override=True)
+RATE = flags.DEFINE_float("rate", 100.0, "Requests a second.", lower_bound=0.001)
 SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to send.", lower_bound=0.001, allow_override=True)
-HISTORY = flags.DEFINE_integer("history_length", 50, "Events of a history.", lower_bound=0,
-    allow_override=True)
+HISTORY = flags.DEFINE_integer("history_length", 50, "Events of a history.", lower_bound=0)
 CANDIDATES = flags.DEFINE_integer("num_candidates", 0, "Of a request, drawn from all; 0 ranks all.",
-                                  lower_bound=0, allow_override=True)
+                                  lower_bound=0)
 TOP_K = flags.DEFINE_integer("top_k", 10, "How many to ask for.", lower_bound=1, allow_override=True)
-CONNECTIONS = flags.DEFINE_integer("connections", 64, "Requests that may be on their way.", lower_bound=1,
-    allow_override=True)
-TIMEOUT = flags.DEFINE_float("timeout", 10.0, "Seconds after which an answer is an error.", lower_bound=0.001,
-    allow_override=True)
+CONNECTIONS = flags.DEFINE_integer("connections", 64, "Requests that may be on their way.", lower_bound=1)
+TIMEOUT = flags.DEFINE_float("timeout", 10.0, "Seconds after which an answer is an error.", lower_bound=0.001)
 SEED = flags.DEFINE_integer("seed", 0, "Of arrivals and requests.", allow_override=True)
 TOKEN = cli.token_flag()
 JSON = cli.json_flag()

@@ -16,14 +16,12 @@ from tarq_jax import cli, reporting
 from tarq_jax.serving.client import Client
 
 URL = cli.url_flag()
-REQUEST = flags.DEFINE_string("request", None, "File with a request in JSON.", allow_override=True)
-HISTORY = flags.DEFINE_list("history", None, "Ids of the items of the history, the oldest first.",
-    allow_override=True)
-CANDIDATES = flags.DEFINE_list("candidates", None, "Ids to rank; all that are served by default.",
-    allow_override=True)
+REQUEST = flags.DEFINE_string("request", None, "File with a request in JSON.")
+HISTORY = flags.DEFINE_list("history", None, "Ids of the items of the history, the oldest first.")
+CANDIDATES = flags.DEFINE_list(
+    "candidates", None, "Ids to rank; all that are served by default.", allow_override=True)
 TOP_K = flags.DEFINE_integer("top_k", 10, "How many to return.", lower_bound=1, allow_override=True)
-RETRIES = flags.DEFINE_integer("retries", 3, "Further attempts where the service is busy.", lower_bound=0,
-    allow_override=True)
+RETRIES = flags.DEFINE_integer("retries", 3, "Further attempts where the service is busy.", lower_bound=0)
 TOKEN = cli.token_flag()
 JSON = cli.json_flag()
 

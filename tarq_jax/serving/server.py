@@ -17,35 +17,30 @@ from absl import flags
 from tarq_jax import cli
 
 ARTEFACT = flags.DEFINE_string("artefact", None, "Folder to serve; /swap names others beside it.",
-                               required=True, allow_override=True)
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.", allow_override=True)
+                               required=True)
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which the log tells.",
-                            lower_bound=0, upper_bound=65535, allow_override=True)
+                            lower_bound=0, upper_bound=65535)
 TOKEN = cli.token_flag()
 DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
-                           lower_bound=0.0, allow_override=True)
+                           lower_bound=0.0)
 BUDGET = flags.DEFINE_float(
     "budget_ms", None, "Requests that would take longer are told 503; by default twice what one takes "
-    "without load, as is measured all along, and the delay.", lower_bound=0.1, allow_override=True)
+    "without load, as is measured all along, and the delay.", lower_bound=0.1)
 TIMEOUT = flags.DEFINE_float("timeout_ms", 2000.0, "After that a request is told 504, or 408 if its body "
-                             "has not come.", lower_bound=1.0, allow_override=True)
+                             "has not come.", lower_bound=1.0)
 QUEUE = flags.DEFINE_integer("queue", 256, "Requests that may be on their way; more are told 503.",
-                             lower_bound=1, allow_override=True)
-BODY = flags.DEFINE_integer("max_body", 1 << 20, "Bytes of a request; more are told 413.", lower_bound=1,
-    allow_override=True)
+                             lower_bound=1)
+BODY = flags.DEFINE_integer("max_body", 1 << 20, "Bytes of a request; more are told 413.", lower_bound=1)
 HISTORY = flags.DEFINE_integer("max_history", 10_000, "Events of a history; more are told 422.",
-                               lower_bound=1, allow_override=True)
+                               lower_bound=1)
 CANDIDATES = flags.DEFINE_integer("max_candidates", 100_000, "Candidates of a request; more are told 422.",
-                                  lower_bound=1, allow_override=True)
-TOP_K = flags.DEFINE_integer("max_top_k", 1000, "Largest top_k; more are told 422.", lower_bound=1,
-    allow_override=True)
-BATCHES = flags.DEFINE_list("batch_sizes", "1,2,4,8", "Numbers of requests that are computed together.",
-    allow_override=True)
-SIZES = flags.DEFINE_list("candidate_sizes", "1024,8192", "Numbers that given candidates are padded to.",
-    allow_override=True)
-LOG = flags.DEFINE_bool("log_requests", True, "Log a line for each request.", allow_override=True)
-DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to go on after SIGTERM.", lower_bound=0.0,
-    allow_override=True)
+                                  lower_bound=1)
+TOP_K = flags.DEFINE_integer("max_top_k", 1000, "Largest top_k; more are told 422.", lower_bound=1)
+BATCHES = flags.DEFINE_list("batch_sizes", "1,2,4,8", "Numbers of requests that are computed together.")
+SIZES = flags.DEFINE_list("candidate_sizes", "1024,8192", "Numbers that given candidates are padded to.")
+LOG = flags.DEFINE_bool("log_requests", True, "Log a line for each request.")
+DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to go on after SIGTERM.", lower_bound=0.0)
 
 BACKLOG = 2048  # connections that wait to be accepted
 
