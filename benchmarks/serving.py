@@ -300,12 +300,10 @@ def print_tables(rows: Sequence[dict[str, Any]], plan: Plan) -> None:
 
 
 def numbers(flag: flags.FlagHolder, default: tuple[int, ...]) -> tuple[int, ...]:
-    """A list of positive whole numbers; a wrong call otherwise."""
+    """The numbers of a flag with a list, which may be empty; the default where it is not given."""
     if flag.value is None:
         return default
-    if not all(text.isdecimal() and int(text) for text in flag.value):
-        cli.wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected positive whole numbers")
-    return tuple(int(text) for text in flag.value)
+    return tuple(cli.whole_numbers(flag, "positive whole numbers")) if flag.value else ()
 
 
 def main() -> None:

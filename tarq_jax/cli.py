@@ -54,6 +54,13 @@ def json_flag() -> flags.Flag:
     return flags.FLAGS["json"]
 
 
+def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> list[int]:
+    """The numbers of a list flag, as they are given; others than the `expected` ones are a wrong call."""
+    if not flag.value or not all(text.isdecimal() and int(text) >= least for text in flag.value):
+        wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected {expected}")
+    return [int(text) for text in flag.value]
+
+
 def url_flag() -> flags.Flag:
     """Defines `--url=URL`, of a service to ask."""
     if "url" not in flags.FLAGS:

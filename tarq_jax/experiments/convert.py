@@ -48,7 +48,8 @@ class Setting(NamedTuple):
 
 def settings() -> list[Setting]:
     """All combinations that the flags ask for; order 0 has no further levels."""
-    parsed = [_whole_numbers(flag, least) for flag, least in ((CODEWORDS, 2), (ORDER, 0), (LEVELS, 0))]
+    parsed = [cli.whole_numbers(flag, f"whole numbers of at least {least}", least=least)
+              for flag, least in ((CODEWORDS, 2), (ORDER, 0), (LEVELS, 0))]
     if not set(parsed[1]) <= {0, 1}:
         cli.wrong_call(f"--order is {','.join(ORDER.value)!r}, expected 0, 1 or 0,1")
     found = [Setting(k, order, levels if order else 0) for k, order, levels in itertools.product(*parsed)]
@@ -129,13 +130,6 @@ def _auc_of(two_tower: Path) -> float:
     if not path.is_file():
         raise FileNotFoundError(f"--two_tower: {path} does not exist, expected a finished two-tower run")
     return json.loads(path.read_text())[0]["auc"]
-
-
-def _whole_numbers(flag: flags.FlagHolder, least: int) -> list[int]:
-    if not flag.value or not all(value.isdecimal() and int(value) >= least for value in flag.value):
-        given = ",".join(flag.value)
-        cli.wrong_call(f"--{flag.name} is {given!r}, expected whole numbers of at least {least}")
-    return [int(value) for value in flag.value]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -45,9 +45,7 @@ def check_flags() -> list[int] | None:
             cli.wrong_call(f"--{flag.name} is {flag.value}, expected at least {least}")
     if HISTORIES.value is None:
         return None
-    if not HISTORIES.value or not all(text.isdecimal() and int(text) for text in HISTORIES.value):
-        cli.wrong_call(f"--histories is {','.join(HISTORIES.value)!r}, expected positive lengths")
-    return sorted({int(text) for text in HISTORIES.value})
+    return sorted(set(cli.whole_numbers(HISTORIES, "positive lengths")))
 
 
 def default_histories(longest: int) -> list[int]:

@@ -46,10 +46,8 @@ BACKLOG = 2048  # connections that wait to be accepted
 
 
 def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
-    """The positive numbers of a flag with a list; others are a wrong call."""
-    if not flag.value or not all(text.isdecimal() and int(text) for text in flag.value):
-        cli.wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected positive numbers")
-    return tuple(sorted({int(text) for text in flag.value}))
+    """The positive numbers of a flag with a list, rising, each once; others are a wrong call."""
+    return tuple(sorted(set(cli.whole_numbers(flag, "positive numbers"))))
 
 
 def listen() -> socket.socket:
