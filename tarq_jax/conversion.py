@@ -16,7 +16,7 @@ from flax import struct
 
 from tarq_jax import quantization
 from tarq_jax.attention import multi_head_attention
-from tarq_jax.corrections import correction_statistics, damping, fit_corrections
+from tarq_jax.corrections import correction_statistics, damping, damping_radius, fit_corrections
 from tarq_jax.expansion import first_order, group_by_code
 
 KeysValues = tuple[jax.Array, jax.Array, chex.Array]  # keys, values [B, H, N, E] and mask [B, N]
@@ -71,9 +71,7 @@ def damped_corrections(
 ) -> jax.Array:
     """Residuals, the longer ones shortened; the radius is `reach` times their 90th percentile."""
     residuals = plain_corrections(index, queries, calibration)
-    lengths = jnp.linalg.norm(residuals, axis=-1)
-    radius = reach * jnp.quantile(lengths, 0.9, axis=0)[:, None] + jnp.finfo(lengths.dtype).tiny
-    return residuals * damping(residuals, radius=radius)
+    return residuals * damping(residuals, radius=damping_radius(residuals, reach=reach))
 
 
 def fitted_corrections(

@@ -35,6 +35,12 @@ def damping(residuals: jax.Array, *, radius: float | jax.Array) -> jax.Array:
     return 1.0 / (1.0 + jnp.sum(residuals**2, axis=-1, keepdims=True) / jnp.square(radius))
 
 
+def damping_radius(residuals: jax.Array, *, reach: float = 2.0) -> jax.Array:
+    """Radius a head for `damping`: `reach` times the 90th percentile of the lengths, [M, H, E] to [H, 1]."""
+    lengths = jnp.linalg.norm(residuals, axis=-1)
+    return reach * jnp.quantile(lengths, 0.9, axis=0)[:, None] + jnp.finfo(lengths.dtype).tiny
+
+
 def correction_statistics(
     codewords: jax.Array, blocks: Blocks, queries: jax.Array, keys: jax.Array, values: jax.Array,
     mask: chex.Array,

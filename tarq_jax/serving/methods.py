@@ -9,7 +9,7 @@ import numpy as np
 
 from tarq_jax import quantization
 from tarq_jax.conversion import ItemIndex
-from tarq_jax.corrections import damping
+from tarq_jax.corrections import damping, damping_radius
 from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.serving.method import (
     SERVED,
@@ -28,8 +28,6 @@ from tarq_jax.serving.method import (
     user_and_history,
 )
 from tarq_jax.serving.tarq_methods import first_order, order_0
-
-REACH = 2.0  # radius of the damping of new items' corrections, in lengths of all but a tenth of the others
 
 
 def from_module(module: TwoTower | TargetAttention | Tarq, variables: Any, codewords: Any = None) -> Method:
@@ -120,9 +118,7 @@ def converted(module: TargetAttention, variables: Any, index: ItemIndex) -> Meth
         further = index.chosen(np.arange(len(index.codes)))[1:]
         corrections = np.sum([np.asarray(level) for level in further], axis=0)
         known["correction"] = corrections.reshape(len(corrections), -1)
-        lengths = np.linalg.norm(corrections[1:], axis=-1)
-        longest = np.quantile(lengths, 0.9, axis=0).astype(np.float32)[:, None]
-        weights["radius"] = REACH * longest + np.finfo(np.float32).tiny
+        weights["radius"] = np.asarray(damping_radius(corrections[1:]))
     item_weights = head_on_attended(params, head) if corrected else head | backbone_bias(params)
     return Method("mlp_first_order" if corrected else "mlp", module.schema, bound(user_side, module),
                   bound(encode, module), weights, item_weights, weights, num_codewords=len(level_1),
