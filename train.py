@@ -21,7 +21,7 @@ def main() -> None:
 
     distributed.initialize()
     rows = loop.run(config, Path(WORKDIR.value), resume=RESUME.value)
-    reporting.print_table(rows, title=f"test split, {WORKDIR.value}")
+    reporting.print_table(rows, f"test split, {WORKDIR.value}", reporting.PREDICTOR)
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 

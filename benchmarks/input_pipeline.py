@@ -139,7 +139,7 @@ def main() -> None:
                  "buckets": ",".join(map(str, setting.buckets)) or "-", "readers": setting.readers,
                  **in_own_process(directories[setting.lengths], setting)}
                 for setting in track(SETTINGS, "measuring", console=Console(stderr=True))]
-    reporting.print_table(rows, title=f"batches of {BATCH} x {CANDIDATES}, {os.cpu_count()} cores")
+    reporting.print_table(rows, f"batches of {BATCH} x {CANDIDATES}, {os.cpu_count()} cores")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 

@@ -3,7 +3,8 @@
     pip install -e '.[bench]' && python -m benchmarks.quantization --json=benchmarks/results/quantization.json
 
 Each library fits its own codebooks (L=3, K=256) to the same latents, then encodes them. Errors are
-`sum |z - z_q|^2 / sum |z - mean|^2`; seconds are medians, compilation left out and told beside them.
+`sum |z - z_q|^2 / sum |z - mean|^2`; seconds are medians of calls that take turns, compilation left out
+and told beside them.
 """
 
 import functools
@@ -18,7 +19,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.timing import measure
+from benchmarks.timing import in_turns
 from tarq_jax import cli, quantization, reporting
 
 SIZES = flags.DEFINE_list("latents", ["10000", "100000"], "Numbers of latents.")
@@ -27,6 +28,8 @@ JSON = cli.json_flag()
 
 LEVELS, CODEWORDS, WIDTH = 3, 256, 64
 EPOCHS, BATCH = 3, 2000  # of vector-quantize-pytorch's moving averages
+SECONDS = 1.0  # that each is measured for; at least three calls
+OWN = "tarq_jax, refined"
 
 
 class Quantizer(NamedTuple):
@@ -60,7 +63,7 @@ def relative_error(latents: np.ndarray, quantized: np.ndarray) -> float:
 
 def ours(latents: np.ndarray, beam: int, refined: bool) -> Quantizer:
     """tarq_jax: k-means level by level, refined by least squares over all levels or not."""
-    encode = (functools.partial(quantization.encode, block=512) if beam == 1 else
+    encode = (functools.partial(quantization.encode, block=2048) if beam == 1 else
               functools.partial(quantization.beam_encode, beam=beam, block=256))
     fit = quantization.kmeans_codebook
     if refined:
@@ -75,7 +78,7 @@ def ours(latents: np.ndarray, beam: int, refined: bool) -> Quantizer:
     compile_seconds = time.perf_counter() - start
     memory = codes_of.memory_analysis()
     return Quantizer(
-        f"tarq_jax, {'refined' if refined else 'k-means'}", beam, fit_seconds, compile_seconds,
+        OWN if refined else "tarq_jax, k-means", beam, fit_seconds, compile_seconds,
         lambda: codes_of(points),
         lambda: relative_error(latents, np.asarray(quantization.decode(codewords, codes_of(points)))),
         memory.temp_size_in_bytes / 2**20 if memory else float("nan"),
@@ -138,27 +141,27 @@ def quantizers(latents: np.ndarray) -> Iterator[Callable[[], Quantizer]]:
         yield functools.partial(torch_residual, latents, beam)
 
 
-def compare(num: int, console: Console) -> list[dict[str, Any]]:
+def compare(num: int, console: Console) -> Iterator[dict[str, Any]]:
     """A row a quantizer and beam, with its time over that of the refined one of ours."""
     latents = make_latents(num)
-    rows: list[dict[str, Any]] = []
-    for make in track(list(quantizers(latents)), f"{num:,} latents", console=console):
-        found = make()
-        timing = measure(found.encode, repeats=3)
-        rows.append({
-            "latents": num, "model": found.name, "beam": found.beam, "quantization_error": found.error(),
-            "encode_seconds": timing.median, "encode_spread": timing.spread,
-            "fit_seconds": found.fit_seconds, "compile_seconds": found.compile_seconds,
-            "temporary_mb": found.memory,
-        })
-    own = {row["beam"]: row["encode_seconds"] for row in rows if row["model"].endswith("refined")}
-    return [row | {"ratio": row["encode_seconds"] / own[row["beam"]]} for row in rows]
+    made = [make() for make in track(list(quantizers(latents)), f"fitting, {num:,} latents", console=console)]
+    with console.status(f"encoding {num:,} latents"):
+        seconds = in_turns(dict(enumerate(one.encode for one in made)), seconds=SECONDS)
+    medians = [float(np.median(seconds[place])) for place in range(len(made))]
+    own = {one.beam: median for one, median in zip(made, medians, strict=True) if one.name == OWN}
+    for place, (one, median) in enumerate(zip(made, medians, strict=True)):
+        yield {
+            "latents": num, "model": one.name, "beam": one.beam, "quantization_error": one.error(),
+            "encode_seconds": median,
+            "encode_spread": float(np.subtract(*np.quantile(seconds[place], [0.75, 0.25]))),
+            "calls": len(seconds[place]), "ratio": median / own[one.beam], "fit_seconds": one.fit_seconds,
+            "compile_seconds": one.compile_seconds, "temporary_mb": one.memory}
 
 
 def main() -> None:
     """Flags to table."""
     rows = [row for num in SIZES.value for row in compare(int(num), Console())]
-    reporting.print_table(rows, title=f"L={LEVELS}, K={CODEWORDS}, D={WIDTH}, {THREADS.value} threads")
+    reporting.print_table(rows, f"L={LEVELS}, K={CODEWORDS}, D={WIDTH}, {THREADS.value} threads")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 

@@ -130,9 +130,9 @@ def main() -> None:
     """Flags to tables."""
     work = workload(ROWS.value)
     measured, estimated = list(moved_on_eight(work)), list(estimates(work))
-    reporting.print_table(measured, title=(
+    reporting.print_table(measured, (
         f"MB that each of 8 devices sends in a step of {default_config().batch_size} requests, as compiled"))
-    reporting.print_table(estimated, title=(
+    reporting.print_table(estimated, (
         f"Roofline: {work.rows:,} rows of {work.width}, {REQUESTS.value} requests a device, "
         f"{work.flops / 1e6:,.0f} MFLOP, {work.activation_bytes / 1e6:,.1f} MB a request, {TABLE.value}"))
     if JSON.value:

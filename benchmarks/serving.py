@@ -292,11 +292,11 @@ def print_tables(rows: Sequence[dict[str, Any]], plan: Plan) -> None:
               "crossover": "candidates under which target attention does less work",
               "part": "parts, with bounds", "request": "whole requests"}
     for kind, title in titles.items():
-        shown = [row for row in rows if row["kind"] == kind]
+        shown = serving_report.of_kind(rows, kind)
         if kind == "part":
             shown = [row for row in shown if row["candidates"] in (0, plan.main[0])
                      and row["history"] == plan.main[1]]
-        reporting.print_table(shown, title=title)
+        reporting.print_table(shown, title)
 
 
 def numbers(flag: flags.FlagHolder, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -101,7 +101,7 @@ def main() -> None:
         scores = scores_of(method, run.dataset)
         reference = scores if reference is None else reference
         rows.append({"model": name, "seed": run.config.seed, **quality(run.dataset, scores, reference)})
-    reporting.print_table(rows, title=f"all {scores.shape[1]:,} items, {len(scores):,} requests")
+    reporting.print_table(rows, f"all {scores.shape[1]:,} items, {len(scores):,} requests")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 

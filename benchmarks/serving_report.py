@@ -28,21 +28,21 @@ def write(rows: Rows, main: tuple[int, int], folder: Path) -> None:
         f"Codebooks, look-ups and head alone, by candidates; history {history:,}.",
         f"Whole requests by length of history; {candidates:,} candidates.",
         f"Medians of parts of a request; {candidates:,} candidates, history {history:,}.")
-    sections = [Section("Ratios", rows=_of_kind(rows, "ratio", (
+    sections = [Section("Ratios", rows=of_kind(rows, "ratio", (
         "what", "against", "ratio", "target", "verdict", "request_ratio")))]
     sections += [Section(title, image=image, caption=caption)
                  for title, image, caption in zip(FILES.values(), images, captions, strict=True)]
     sections += [
-        Section("Where target attention does less work", rows=_of_kind(rows, "crossover", (
+        Section("Where target attention does less work", rows=of_kind(rows, "crossover", (
             "against", "candidates"))),
-        Section("Requests", rows=_of_kind(rows, "request")),
-        Section("Parts, with bounds", rows=_of_kind(rows, "part")),
-        Section("Machine", rows=_of_kind(rows, "machine")),
+        Section("Requests", rows=of_kind(rows, "request")),
+        Section("Parts, with bounds", rows=of_kind(rows, "part")),
+        Section("Machine", rows=of_kind(rows, "machine")),
     ]
     (folder / "serving.html").write_text(render("What a request costs to serve", sections))
 
 
-def _of_kind(rows: Rows, kind: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+def of_kind(rows: Rows, kind: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of a kind, with the given columns beside `model` where any are given."""
     found = [row for row in rows if row["kind"] == kind]
     if columns:

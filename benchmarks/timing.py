@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,22 +10,6 @@ import numpy as np
 Name = TypeVar("Name", bound=Hashable)
 
 SHORT = 0.02  # seconds of a call that is made twice where calls are measured in turns
-
-
-class Timing(NamedTuple):
-    """Seconds of one call."""
-
-    median: float
-    spread: float  # from the lower to the upper quartile
-
-
-def measure(call: Callable[[], Any], *, repeats: int = 9, warm_up: int = 1) -> Timing:
-    """Calls until results are ready, `repeats` times after `warm_up` calls that do not count."""
-    for _ in range(warm_up):
-        jax.block_until_ready(call())
-    seconds = [seconds_of(call) for _ in range(repeats)]
-    lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
-    return Timing(float(median), float(upper - lower))
 
 
 def in_turns(

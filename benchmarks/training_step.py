@@ -173,7 +173,7 @@ def compare(name: str, console: Console) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Flags to table."""
     rows = [row for name in CONFIG_NAMES.value for row in compare(name, Console())]
-    reporting.print_table(rows, title="a training step")
+    reporting.print_table(rows, "a training step")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 

@@ -56,28 +56,18 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-# What a terminal has room for; files hold every column.
-COLUMNS = (
-    "level", "latents", "model", "part", "what", "against", "candidates", "history", "calls", "beam",
-    "seed", "seeds", "auc", "auc_std", "gauc", "recall_at_500", "log_loss", "calibration", "gap_recovered",
-    "auc_difference", "fine_tuned", "utilisation", "perplexity", "dead", "quantization_error",
-    "nearest_distance", "correction_error", "attention_error", "parameters", "train_seconds",
-    "examples_per_second", "encode_seconds", "ratio", "fit_seconds", "compile_seconds", "temporary_mb",
-    "chip", "devices", "mesh", "table_over", "table_mb", "all_gather_mb", "all_reduce_mb",
-    "reduce_scatter_mb", "all_to_all_mb", "collective_permute_mb", "network_mb", "formula_mb", "largest_mb",
-    "state_mb", "compute_ms", "memory_ms", "network_ms", "step_ms", "efficiency", "requests_per_second",
-    "table_gb", "fits", "rank", "id", "score", "rate", "seconds", "sent", "answered", "rejected", "errors",
-    "versions", "answered_per_second", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms",
-    "rejected_p99_ms", "late_p99_ms", "spread_ms", "flop_bound_ms", "byte_bound_ms", "exp_bound_ms",
-    "index_mb", "towers_ms", "encoder_ms", "codebooks_ms", "gather_ms", "look_ups_ms", "head_ms", "top_k_ms",
-    "transfer_ms", "other_ms", "request_ms", "request_ratio", "target", "verdict", "difference", "cores",
-    "load", "gflop_per_second", "gb_per_second", "gexp_per_second",
+# Of a predictor, what a terminal has room for; files hold every column.
+PREDICTOR = (
+    "model", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration", "gap_recovered",
+    "auc_difference", "fine_tuned", "utilisation", "quantization_error", "correction_error",
+    "attention_error", "parameters", "train_seconds", "examples_per_second",
 )
 
 
-def print_table(rows: Sequence[Row], title: str) -> None:
-    """One line a row, with those of `COLUMNS` that any row has."""
-    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+def print_table(rows: Sequence[Row], title: str, columns: Sequence[str] | None = None) -> None:
+    """One line a row, with those of the columns that any row has; None shows all that there are."""
+    present = dict.fromkeys(column for row in rows for column in row)
+    columns = list(present) if columns is None else [column for column in columns if column in present]
     console = Console()
     if not console.is_terminal:
         console = Console(width=4000)

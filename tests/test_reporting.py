@@ -20,7 +20,7 @@ def cells(line: str) -> list[str]:
 
 
 def test_table(capsys):
-    reporting.print_table(ROWS, title="test split")
+    reporting.print_table(ROWS, "test split", reporting.PREDICTOR)
     title, _, header, _, *rows, _ = capsys.readouterr().out.splitlines()
     assert title.strip() == "test split"
     assert cells(header) == ["model", "auc", "gap recovered", "utilisation", "parameters", "train seconds"]
@@ -30,9 +30,11 @@ def test_table(capsys):
 
 
 def test_a_wide_table_is_not_cut(capsys):
-    reporting.print_table([dict.fromkeys(reporting.COLUMNS, 0.12345)], title="all")
+    columns = [f"column_{place}" for place in range(60)]
+    reporting.print_table([{column: 0.12345} for column in columns], "all")
     out = capsys.readouterr().out
-    assert "…" not in out and out.count("0.1235") == len(reporting.COLUMNS)
+    assert "…" not in out and out.count("0.1235") == len(columns)
+    assert cells(out.splitlines()[2]) == [column.replace("_", " ") for column in columns]
 
 
 def test_rows_as_json(tmp_path):

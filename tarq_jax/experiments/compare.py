@@ -59,9 +59,10 @@ def main() -> None:
     seeds = _seeds(SEEDS.value)
     rows = compare(cli.settings(CONFIG.value), TRAINED.value, seeds, Path(WORKDIR.value))
     if len(seeds) > 1:
-        reporting.print_table(rows, title="each seed, test split")
+        reporting.print_table(rows, "each seed, test split", reporting.PREDICTOR)
     summary = reporting.summarise(rows)
-    reporting.print_table(summary, title=f"mean over seeds {', '.join(map(str, seeds))}, test split")
+    title = f"mean over seeds {', '.join(map(str, seeds))}, test split"
+    reporting.print_table(summary, title, reporting.PREDICTOR)
     reporting.write_rows(rows + summary, Path(WORKDIR.value) / "results.json")
     if JSON.value:
         reporting.write_rows(rows + summary, JSON.value)

@@ -153,7 +153,8 @@ def main() -> None:
     for checkpoint, two_tower in itertools.zip_longest(CHECKPOINTS.value, TWO_TOWERS.value):
         rows += convert(Path(checkpoint), Path(two_tower) if two_tower else None, wanted, console)
     summary = reporting.summarise(rows) if len(CHECKPOINTS.value) > 1 else []
-    reporting.print_table(summary or rows, title=f"test split, {len(CHECKPOINTS.value)} converted")
+    reporting.print_table(summary or rows, f"test split, {len(CHECKPOINTS.value)} converted",
+                          reporting.PREDICTOR)
     if PLOT.value:
         plot(summary or rows, Path(PLOT.value))
     if JSON.value:

@@ -181,7 +181,7 @@ def main() -> None:
         if section.image:
             (out / f"{name}.png").write_bytes(section.image)
     (out / "index.html").write_text(render(f"Codebook health of {workdir}", list(parts.values())))
-    reporting.print_table(rows, title=f"{SPLIT.value} split, {workdir}")
+    reporting.print_table(rows, f"{SPLIT.value} split, {workdir}")
     for sentence in parts["summary"].sentences:
         print(sentence)
     print(f"page: {out / 'index.html'}")

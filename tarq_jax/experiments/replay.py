@@ -73,7 +73,7 @@ def main() -> None:
     workdir = Path(str(RUN.value))
     failed = failed_step(workdir, STEP.value)
     rows = replay(workdir, failed)
-    reporting.print_table(rows, title=f"step {failed.step}, {workdir}")
+    reporting.print_table(rows, f"step {failed.step}, {workdir}")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 

@@ -116,7 +116,7 @@ def encode(
       latents: [..., D].
       assign: of the points of one level.
       block: latents that go through all levels at a time, so that their distances stay in the cache: for
-        many on CPU, where 512 takes half the time. None takes all at once, as latents split over devices
+        many on CPU, where 2048 takes half the time. None takes all at once, as latents split over devices
         and an `assign` that depends on the batch need.
 
     Returns:

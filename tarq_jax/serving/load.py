@@ -138,7 +138,7 @@ def main() -> None:
                                seed=SEED.value)
     sent = send(url, bodies, times, connections=CONNECTIONS.value, token=token, timeout=TIMEOUT.value)
     row = {"rate": RATE.value, "seconds": SECONDS.value} | summary(sent, SECONDS.value)
-    reporting.print_table([row], title=url)
+    reporting.print_table([row], url)
     for outcome, count in Counter(one.outcome for one in sent).most_common():
         if outcome not in ("answered", "rejected"):
             print(f"{count} x {outcome}")

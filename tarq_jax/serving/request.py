@@ -54,7 +54,7 @@ def main() -> None:
     rows = [{"rank": rank, "id": item, "score": score} for rank, (item, score) in enumerate(
         zip(answer.ids, answer.scores, strict=True), 1)]
     notes = f"{answer.skipped} events skipped, {len(answer.unknown)} candidates unknown"
-    reporting.print_table(rows, title=f"{answer.version}: {notes}")
+    reporting.print_table(rows, f"{answer.version}: {notes}")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 
