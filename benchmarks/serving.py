@@ -47,8 +47,10 @@ from tarq_jax.models import TwoTower
 from tarq_jax.serving import Scorer
 from tarq_jax.serving.index import round_up
 
-REPORT = flags.DEFINE_string("report", None, "Folder to write a page with figures to.")
-QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes, to see that everything runs.")
+REPORT = flags.DEFINE_string("report", None, "Folder to write a page with figures to.",
+                             allow_override=True)
+QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes, to see that everything runs.",
+                          allow_override=True)
 SECONDS = flags.DEFINE_float("seconds", 2.0, "That each method is measured for at each point.", lower_bound=0)
 CANDIDATES = flags.DEFINE_list(
     "candidates", None, "Numbers of candidates; the main one and those that growth is told of are added.")

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Line = tuple[Sequence[float], Sequence[float]]  # x and y
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 
 
@@ -143,4 +145,31 @@ def stacked(bars: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
     axis.invert_yaxis()
     axis.set(xlabel=unit)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    return figure
+
+
+def timelines(columns: Mapping[str, Mapping[str, Mapping[str, Line]]],
+              marks: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """A column a name, a row a quantity, lines over seconds: column -> quantity -> name -> line.
+
+    Of the marks of a column, moments by what they are of, the first kind is dotted and the second solid.
+    """
+    quantities = list(next(iter(columns.values())))
+    figure = Figure(figsize=(4.6 * len(columns), 2.3 * len(quantities)), layout="constrained")
+    grid = figure.subplots(len(quantities), len(columns), squeeze=False, sharex="col")
+    for place, (title, by_quantity) in enumerate(columns.items()):
+        for axis, (quantity, lines) in zip(grid[:, place], by_quantity.items(), strict=True):
+            axis.spines[["top", "right"]].set_visible(False)
+            for colour, (name, (across, up)) in zip(COLOURS, lines.items(), strict=False):
+                axis.plot(across, up, color=colour, label=name, linewidth=1)
+            for style, moments in zip((":", "-"), marks[title].values(), strict=True):
+                for moment in moments:
+                    axis.axvline(moment, color="#bbbbbb", linestyle=style, linewidth=0.8, zorder=0)
+            axis.set_ylim(bottom=0)
+            if place == 0:
+                axis.set_ylabel(quantity)
+                if len(lines) > 1:
+                    axis.legend(frameon=False, fontsize=8)
+        grid[0, place].set_title(title)
+        grid[-1, place].set_xlabel("seconds")
     return figure

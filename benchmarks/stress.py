@@ -1,0 +1,189 @@
+"""Puts services under more load than they hold, and tells what became of requests, latency and memory.
+
+    pip install -e '.[serve]'
+    python -m benchmarks.stress --json=benchmarks/results/stress.json --report=DIR
+
+TARQ, two-tower and target attention, of one size with random weights, one after the other: each is served by
+a process of its own on loopback, with the default settings of `tarq_jax.serving.server`, and asked for the
+best 500 of all its items. First one request at a time, then the most that it answers a second; from there on
+arrivals are Poisson and do not wait for answers, and latency counts from when a request was due. Load rises
+in stages to twice what the service holds, and stays there while bad requests come, other artefacts take
+over and a damaged one is refused. Then the process is killed and started again under half the load, and one
+request at a time is sent once more. What asks and what answers share the machine. `--quick` goes through all
+of it in seconds that say nothing.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from rich.console import Console
+
+from benchmarks import stress_report
+from benchmarks.serving_contenders import (
+    IN_BLOCKS,
+    TWO_TOWER,
+    Sizes,
+    make_contenders,
+    make_dataset,
+    tarq_name,
+)
+from benchmarks.serving_report import of_kind
+from benchmarks.stress_report import AFTERWARDS, ALONE, HELD, KILLED
+from benchmarks.stress_service import (
+    TOKEN,
+    Outcome,
+    Service,
+    kill,
+    repeatedly,
+    send_hostile,
+    swap,
+    write_artefacts,
+)
+from tarq_jax import cli, reporting
+from tarq_jax.serving import load
+
+REPORT = flags.DEFINE_string("report", None, "Folder to write a page with figures to.",
+                             allow_override=True)
+QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes and seconds, to see that everything runs.",
+                          allow_override=True)
+HELD_SECONDS = flags.DEFINE_float("held_seconds", 90.0, "How long twice the load is held.", lower_bound=1.0)
+JSON = cli.json_flag()
+
+MARGIN = 3.0  # times the rate of one request at a time: more than batches save
+
+
+class Plan(NamedTuple):
+    """What services have to bear."""
+
+    sizes: Sizes = Sizes(items=10_000)
+    history: int = 250
+    top_k: int = 500
+    stage: float = 8.0  # seconds of a stage
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the most that it answers
+    held: float = 90.0  # seconds of the last stage, with swaps and bad requests
+    swap_every: float = 8.0  # seconds
+    hostile_every: float = 0.5
+    killed: float = 20.0  # seconds of half the load, with a kill after a quarter
+    connections: int = 128
+
+
+TINY = Plan(
+    Sizes(items=600, width=8, heads=2, hidden=(4,), levels=2, codewords=8, few_codewords=4, features=3),
+    history=6, top_k=20, stage=1.0, shares=(0.5, 2.0), held=4.0, swap_every=0.7, hostile_every=0.1,
+    killed=8.0, connections=16)
+
+
+class Trial:
+    """A service under test: all that is sent to it and done to it, on one clock.
+
+    Attributes:
+      rows: `kind` is stage, second, event or memory.
+    """
+
+    def __init__(self, name: str, plan: Plan, service: Service, console: Console):
+        """Nothing is sent yet."""
+        self.rows: list[dict[str, Any]] = []
+        self._name, self._plan, self._service, self._console = name, plan, service, console
+        self._start = time.perf_counter()
+        with service.client() as client:
+            self._bodies = load.make_requests(
+                client, history=plan.history, candidates=0, top_k=plan.top_k, seed=0)
+
+    def _keep(self, kind: str, **facts: Any) -> None:
+        self.rows.append({"kind": kind, "model": self._name, **facts})
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self._start
+
+    def _stage(self, name: str, sent: list[load.Sent], began: float, seconds: float, **facts: Any
+               ) -> dict[str, Any]:
+        found = load.summary(sent, seconds)
+        self._keep("stage", stage=name, second=began, seconds=seconds, **facts, **found)
+        for second in range(int(seconds)):
+            part = [one for one in sent if second <= one.due < second + 1]
+            self._keep("second", second=began + second, **load.summary(part, 1.0))
+        return found
+
+    def one_at_a_time(self, name: str) -> dict[str, Any]:
+        """Latency without load."""
+        began, sent = self._clock(), list[load.Sent]()
+        with self._service.client() as client:
+            while (due := self._clock() - began) < self._plan.stage:
+                outcome, version = load.attempt(client, self._bodies[len(sent) % len(self._bodies)])
+                sent.append(load.Sent(due, 0.0, self._clock() - began - due, outcome, version))
+        return self._stage(name, sent, began, self._plan.stage)
+
+    def under(self, name: str, rate: float, seconds: float, **facts: Any) -> dict[str, Any]:
+        """So many requests a second, whatever comes of them."""
+        self._console.print(f"{self._name}: {name}, {rate:,.0f} requests a second for {seconds:.0f} s")
+        began, times = self._clock(), load.arrivals(rate, seconds, len(self.rows))
+        sent = load.send(self._service.url, self._bodies, times, connections=self._plan.connections,
+                         token=TOKEN)
+        return self._stage(name, sent, began, seconds, rate=rate, **facts)
+
+    def act(self, what: str, action: Callable[[Service, int], Outcome]) -> Callable[[int], None]:
+        """The action as `repeatedly` calls it; what comes of it is kept."""
+        def call(number: int) -> None:
+            began = self._clock()
+            outcome = action(self._service, number)
+            self._keep("event", what=what, second=began, seconds=self._clock() - began, **outcome._asdict())
+
+        return call
+
+    def sample_memory(self, _: int = 0) -> None:
+        """Keeps what the process holds now."""
+        self._keep("memory", second=self._clock(), memory_mb=self._service.memory_mb())
+
+
+def undergo(trial: Trial, plan: Plan) -> None:
+    """All that a service has to bear, one after the other."""
+    alone = trial.one_at_a_time(ALONE)
+    rate = MARGIN * 1e3 / alone["latency_p50_ms"]
+    most = trial.under("as much as it answers", rate, plan.stage)["answered_per_second"]
+    for share in plan.shares:
+        trial.under("ramp", share * most, plan.stage, share=share)
+    with repeatedly(trial.act("swap", swap), plan.swap_every), \
+            repeatedly(trial.act("hostile", send_hostile), plan.hostile_every):
+        trial.under(HELD, plan.shares[-1] * most, plan.held, share=plan.shares[-1])
+    with repeatedly(trial.act("kill", kill), plan.killed / 4, most=1):
+        trial.under(KILLED, 0.5 * most, plan.killed, share=0.5)
+    trial.one_at_a_time(AFTERWARDS)
+
+
+def run(plan: Plan, console: Console) -> Iterator[dict[str, Any]]:
+    """All rows, those of `Trial` and of `stress_report.claims`; `kind` tells which."""
+    dataset = make_dataset(plan.sizes)
+    names = (tarq_name(1, "mlp", plan.sizes.few_codewords), TWO_TOWER, IN_BLOCKS)
+    yield {"kind": "machine", "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    for contender in make_contenders(plan.sizes, dataset):
+        if contender.name not in names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            write_artefacts(contender, dataset, Path(folder), plan.history)
+            with Service(Path(folder)) as service:
+                trial = Trial(contender.name, plan, service, console)
+                with repeatedly(trial.sample_memory, 0.5):
+                    undergo(trial, plan)
+        yield from trial.rows
+        yield from stress_report.claims(contender.name, trial.rows)
+
+
+def main() -> None:
+    """Flags to tables and page."""
+    plan = TINY if QUICK.value else Plan(held=HELD_SECONDS.value)
+    rows = list(run(plan, Console(stderr=True)))
+    for kind, title in (("stage", "stages"), ("claim", "what has to hold")):
+        reporting.print_table(of_kind(rows, kind), title)
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+    if REPORT.value:
+        stress_report.write(rows, Path(REPORT.value))
+
+
+if __name__ == "__main__":
+    cli.run(main)

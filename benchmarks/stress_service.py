@@ -1,0 +1,202 @@
+"""What a stress test puts under load: artefacts, a service in its own process, and what is done to it."""
+
+import http.client
+import itertools
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.serving_contenders import Contender
+from tarq_jax.data import Dataset
+from tarq_jax.serving import build
+from tarq_jax.serving.artefact import read_index, write_index
+from tarq_jax.serving.client import Client, Unavailable, Wrong
+from tarq_jax.serving.index import remove
+from tarq_jax.serving.vectors import Storage
+
+TOKEN = "stress"
+MEMORY = "process_resident_memory_bytes"  # as /metrics has it
+SWAPS = ({"artefact": "2"}, {"artefact": "1", "index": "index-1"}, {"artefact": "damaged"},
+         {"artefact": "1"})  # one after the other: all new, another index alone, refused, back again
+READY = 120.0  # seconds that a start may take
+
+# Each has to be told what is wrong: a status from 400 to 499 with an error.
+HOSTILE: tuple[tuple[str, bytes], ...] = (
+    ("no JSON", b"{"), ("no object", b"[1, 2]"), ("nothing", b""), ("no UTF-8", b"\xff\xfe"),
+    ("history is text", b'{"history": "x"}'), ("ids are text", b'{"history": {"item_id": ["a"]}}'),
+    ("id is no integer", b'{"history": {"item_id": [1.5]}}'),
+    ("NaN", b'{"history": {"item_id": [NaN]}}'), ("unknown field", b'{"history": {"colour": [1]}}'),
+    ("huge id", b'{"history": {"item_id": [99999999999999999999999]}}'),
+    ("top_k is 0", b'{"history": {"item_id": [1]}, "top_k": 0}'),
+    ("top_k is huge", b'{"history": {"item_id": [1]}, "top_k": 1000000000}'),
+    ("history too long", b'{"history": {"item_id": [' + b"1," * 20_000 + b"1]}}"),
+    ("too many candidates", b'{"history": {"item_id": [1]}, "candidates": [' + b"1," * 100_000 + b"1]}"),
+    ("deeply nested", b"[" * 100_000),
+)
+
+
+class Outcome(NamedTuple):
+    """What came of something that was done to a service."""
+
+    detail: str
+    outcome: str
+    fine: bool  # whether that is how it should end
+
+
+def write_artefacts(contender: Contender, dataset: Dataset, folder: Path, history: int) -> None:
+    """`1`, `2` (the same in half the bytes), `index-1` (1 without an item) and `damaged`, in a new folder."""
+    versions: dict[str, Storage] = {"1": "float32", "2": "bfloat16", "damaged": "float32"}
+    for name, vectors in versions.items():
+        (folder / name).mkdir(parents=True)
+        build.write(contender.method, dataset, folder / name, histories=(history,), vectors=vectors)
+    (folder / "index-1").mkdir()
+    write_index(remove(read_index(folder / "1" / "index"), [1]), folder / "index-1")
+    with (folder / "damaged" / "index" / "ids.npy").open("ab") as file:
+        file.write(b"more")
+
+
+class Service:
+    """A service in a process of its own, on loopback; use it as a context manager."""
+
+    def __init__(self, folder: Path):
+        """Starts it, of artefact `1` in the folder, with its default settings, and waits until it is ready.
+
+        Raises:
+          OSError: it ended, or did not get ready.
+        """
+        self._folder = folder
+        (folder / "token").write_text(TOKEN)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> float:
+        """Starts the process; the seconds until it was ready."""
+        began = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tarq_jax.serving.server", f"--artefact={self._folder / '1'}",
+             f"--port={self._port}", f"--token_file={self._folder / 'token'}", "--nolog_requests"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not self._is_ready():
+            if not self.alive or time.perf_counter() - began > READY:
+                raise OSError(f"the service did not get ready: {self.end()[-500:]}")
+            time.sleep(0.05)
+        return time.perf_counter() - began
+
+    def _is_ready(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.version())
+        except OSError:
+            return False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    def client(self, timeout: float = 10.0) -> Client:
+        """A client with the token."""
+        return Client(self.url, token=TOKEN, timeout=timeout)
+
+    def memory_mb(self) -> float:
+        """Of the process, resident; nan where the service does not answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5.0)
+        try:
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        except (OSError, http.client.HTTPException):
+            return float("nan")
+        finally:
+            connection.close()
+        return next(float(line.split()[1]) / 1e6 for line in lines if line.startswith(MEMORY))
+
+    def restart(self) -> float:
+        """SIGKILL, and another start; the seconds until it was ready."""
+        self._process.kill()
+        self._process.communicate()
+        return self.start()
+
+    def end(self) -> str:
+        """SIGTERM twice, which does not wait; what it printed to stderr."""
+        for _ in range(2):
+            if self.alive:
+                self._process.send_signal(signal.SIGTERM)
+                time.sleep(0.3)
+        try:
+            return self._process.communicate(timeout=30)[1]
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.communicate()[1]
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def swap(service: Service, number: int) -> Outcome:
+    """The next of `SWAPS`."""
+    body = SWAPS[number % len(SWAPS)]
+    bad = body["artefact"] == "damaged"
+    detail = " with ".join(body.values())
+    try:
+        with service.client(timeout=READY) as client:
+            return Outcome(detail, f"serves {client.swap(**body)['version']}", not bad)
+    except Wrong as error:
+        return Outcome(detail, f"refused: {str(error)[:80]}", bad)
+    except OSError as error:
+        return Outcome(detail, str(error)[:80], False)
+
+
+def send_hostile(service: Service, number: int) -> Outcome:
+    """The next of `HOSTILE`; that the service is busy is a right answer, too."""
+    name, body = HOSTILE[number % len(HOSTILE)]
+    try:
+        with service.client() as client:
+            client.post("/score", body)
+        return Outcome(name, "answered", False)
+    except Wrong as error:
+        return Outcome(name, f"refused: {str(error)[:80]}", True)
+    except Unavailable as error:
+        return Outcome(name, f"status {error.status}", error.status == 503)
+    except OSError as error:
+        return Outcome(name, repr(error)[:80], False)
+
+
+def kill(service: Service, number: int) -> Outcome:
+    """Ends the process with SIGKILL and starts it again."""
+    try:
+        return Outcome("SIGKILL", f"ready {service.restart():.1f} s later", True)
+    except OSError as error:
+        return Outcome("SIGKILL", str(error)[:80], False)
+
+
+@contextmanager
+def repeatedly(action: Callable[[int], None], every: float, most: int | None = None) -> Iterator[None]:
+    """Calls with 0, 1, ... every so many seconds in a thread while the context lasts, `most` times."""
+    stop = threading.Event()
+
+    def work() -> None:
+        for number in itertools.count() if most is None else range(most):
+            if stop.wait(every):
+                return
+            action(number)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            yield
+        finally:
+            stop.set()
+            future.result()

@@ -1,0 +1,100 @@
+"""The stress test: its claims by hand, its page, and all of it once at a tiny size."""
+
+import json
+import math
+import threading
+
+import pytest
+
+from benchmarks import stress_report
+from benchmarks.stress_service import repeatedly
+
+MODEL = "two-tower"
+
+
+def stage(name, *, p99=10.0, errors=0, answered=100.0, **facts):
+    return {"kind": "stage", "model": MODEL, "stage": name, "second": 0.0, "seconds": 9.0, "errors": errors,
+            "answered_per_second": answered, "latency_p50_ms": p99 / 2, "latency_p99_ms": p99, **facts}
+
+
+def second(at):
+    return {"kind": "second", "model": MODEL, "second": at, "answered": 5, "rejected": 1, "errors": 0,
+            "latency_p50_ms": None if at == 1.0 else 3.0, "latency_p99_ms": None if at == 1.0 else 9.0}
+
+
+def event(what, fine=True, seconds=1.0):
+    return {"kind": "event", "model": MODEL, "second": 2.0, "seconds": seconds, "what": what, "detail": "x",
+            "outcome": "y", "fine": fine}
+
+
+def memory(at, value):
+    return {"kind": "memory", "model": MODEL, "second": at, "memory_mb": value}
+
+
+ROWS = [
+    stage(stress_report.ALONE), stage("ramp", share=1.0, answered=200.0),
+    stage("ramp", share=2.0, p99=22.0, answered=180.0), stage(stress_report.HELD, p99=500.0, errors=1),
+    stage(stress_report.KILLED, errors=7), stage(stress_report.AFTERWARDS, p99=11.0),
+    *[second(float(at)) for at in range(9)],
+    *[memory(float(at), value) for at, value in enumerate((100, 102, 101, 0, 999, math.nan, 110, 111, 112))],
+    memory(9.5, 500.0),
+    event("swap"), event("swap", fine=False), event("hostile"), event("kill", seconds=4.5)]
+
+
+def test_claims_by_hand():
+    found = {row["what"]: (row["value"], row["verdict"]) for row in stress_report.claims(MODEL, ROWS)}
+    assert found == {
+        "p99 of answers under twice the load, ms": (22.0, "met"),
+        "requests lost, but while killed": (1, "missed"),
+        "swaps that did not end as they should": (1, "missed"),
+        "bad requests that were not refused by name": (0, "met"),
+        "growth of memory while held": (pytest.approx(111 / 101), "missed"),
+        "seconds from the kill until ready": (4.5, None),
+        "requests lost while killed": (7, None),
+        "answers a second at best": (200.0, None),
+        "share of them under twice the load": (0.9, None),
+        "p50 one at a time, afterwards over before": (pytest.approx(1.1), None)}
+
+
+def test_p99_is_held_to_twice_that_without_load_and_the_delay():
+    slower = [row | {"latency_p99_ms": 22.1} if row.get("share") == 2.0 else row for row in ROWS]
+    assert next(stress_report.claims(MODEL, slower))["verdict"] == "missed"
+
+
+def test_the_page(tmp_path):
+    stress_report.write([*ROWS, *stress_report.claims(MODEL, ROWS)], tmp_path)
+    page = (tmp_path / "stress.html").read_text()
+    assert MODEL in page and "missed" in page
+    assert (tmp_path / stress_report.FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_repeatedly():
+    """In a thread, until the context ends or it was done often enough."""
+    numbers, third = [], threading.Event()
+
+    def action(number):
+        numbers.append(number)
+        if number == 2:
+            third.set()
+
+    with repeatedly(action, 0.001):
+        assert third.wait(10)
+    after = len(numbers)
+    assert numbers == list(range(after))
+    with repeatedly(action, 0.001, most=1):
+        while len(numbers) == after:
+            third.wait(0.001)
+    assert numbers[after:] == [0]
+
+
+@pytest.mark.slow
+def test_the_command(command, tmp_path):
+    pytest.importorskip("starlette", reason="the extra [serve] is not installed")
+    done = command("-m", "benchmarks.stress", "--quick", f"--json={tmp_path}/rows.json",
+                   f"--report={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["kind"] for row in rows} == {"machine", "stage", "second", "event", "memory", "claim"}
+    exact = [row for row in rows if row["kind"] == "claim" and row["most"] == 0]
+    assert len(exact) == 9 and all(row["value"] == 0 for row in exact)
+    assert {row["what"] for row in rows if row["kind"] == "event"} == {"swap", "hostile", "kill"}
