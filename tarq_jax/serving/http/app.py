@@ -34,17 +34,17 @@ async def page(request: Request) -> Response:
 
 
 def make_app(
-    artefact: Path, options: Options, *, on_failure: Callable[[Exception], None],
+    artefact: Path, options: Options, *, on_failure: Callable[[Exception], None] | None = None,
     log_requests: bool = False,
 ) -> Starlette:
-    """An application that loads and warms `artefact` once it runs, and says so at /readyz.
+    """An application that loads and warms `artefact` once it starts, and says so at /readyz.
 
     Once its `state.draining` is set, /readyz says no and connections are closed after their next answer.
 
     Args:
       artefact: folder; /swap names others beside it.
       options: see there.
-      on_failure: called where the first artefact is refused.
+      on_failure: called where the first artefact is refused; None has the start wait for it, and fail.
       log_requests: whether to log a line for each request.
     """
     metrics = Metrics()
@@ -57,12 +57,18 @@ def make_app(
             try:
                 await service.load(artefact)
             except Exception as error:
+                if on_failure is None:
+                    raise
                 on_failure(error)
 
         loading = asyncio.create_task(first())
-        yield
-        loading.cancel()
-        service.close()
+        try:
+            if on_failure is None:
+                await loading
+            yield
+        finally:
+            loading.cancel()
+            service.close()
 
     def handler(name: str) -> Callable[[Request], Awaitable[Response]]:
         async def call(request: Request) -> Response:

@@ -22,6 +22,7 @@ class Options:
 
     limits: Limits = dataclasses.field(default_factory=Limits)
     token: str | None = None  # that requests have to bear
+    swaps: bool = True  # whether /swap is served, to those who bear it
     delay: float = 0.002  # seconds that a request waits for company while nothing runs
     budget: float | None = None  # seconds from arrival to answer; by default `batching.default_budget`
     queue: int = 256  # requests that may be on their way

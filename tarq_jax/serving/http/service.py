@@ -94,6 +94,8 @@ class Service:
 
     async def swap(self, request: Request) -> Response:
         """POST /swap."""
+        if not self._options.swaps:
+            raise HTTPException(403, "this service does not swap, expected another to be deployed")
         if self._options.token is None:
             raise HTTPException(403, "the service was started without a token, expected one: --token_file")
         self._authorize(request)

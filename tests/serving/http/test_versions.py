@@ -94,7 +94,7 @@ def test_one_swap_at_a_time(swapped, client):
         thread = threading.Thread(target=lambda: done.append(client.swap("2")))
         thread.start()
         services.wait_for(lambda: swapped.service.versions._loading.locked())
-        with swapped.client(token=services.TOKEN) as other:
+        with swapped.client(token=services.TOKEN, timeout=120.0) as other:
             with pytest.raises(Wrong, match="another version is being loaded"):
                 other.swap("2")
             assert other.version()["method"] == "scalar"
@@ -107,7 +107,7 @@ def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client):
     answers = []
 
     def ask():
-        with swapped.client(token=services.TOKEN) as other:
+        with swapped.client(token=services.TOKEN, timeout=120.0) as other:
             answers.append(other.score(GOOD))
 
     old = client.version()["version"]

@@ -1,0 +1,60 @@
+"""Replicas of the service on one machine or many, as many as its load asks for, with Ray Serve.
+
+    pip install -e '.[ray]'
+    serve run tarq_jax.serving.ray:application artefact=artefacts/1 max_replicas=4
+
+A replica takes requests once its artefact is warm, and sheds those that it cannot hold as
+`tarq_jax.serving.server` does. To serve another artefact call the same with its name: Ray starts new replicas
+before it ends old ones. `/swap` is off, and `/metrics` are those of the replica that answers.
+"""
+
+from pathlib import Path
+
+import pydantic
+from ray import serve
+from starlette.types import ASGIApp
+
+from tarq_jax.serving.http.app import make_app
+from tarq_jax.serving.http.options import Options
+
+UPSCALE, DOWNSCALE = 5.0, 120.0  # seconds that load has to last before replicas come or go
+
+
+class Arguments(pydantic.BaseModel, extra="forbid"):
+    """What is served, and by how many; paths are those on the machines of the replicas."""
+
+    artefact: str
+    min_replicas: int = pydantic.Field(1, ge=1)
+    max_replicas: int = pydantic.Field(1, ge=1)
+    ongoing: float = pydantic.Field(2.0, gt=0)  # requests at a time of a replica; more start another one
+    num_cpus: float = pydantic.Field(1.0, ge=0)  # of a replica
+    num_gpus: float = pydantic.Field(0.0, ge=0)
+    token_file: str | None = None
+    budget_ms: float | None = pydantic.Field(None, gt=0)  # as --budget_ms of the server
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> "Arguments":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas is {self.min_replicas}, expected at most max_replicas, "
+                             f"{self.max_replicas}")
+        return self
+
+
+def application(arguments: Arguments) -> serve.Application:
+    """A Ray Serve application; `serve run` and configuration files of Ray call it.
+
+    A replica whose artefact is damaged or missing does not start: Ray tells why in its log and its status.
+    """
+    def build() -> ASGIApp:  # runs in each replica
+        token = Path(arguments.token_file).read_text().strip() if arguments.token_file else None
+        budget = arguments.budget_ms / 1e3 if arguments.budget_ms else None
+        return make_app(Path(arguments.artefact), Options(token=token, budget=budget, swaps=False))
+
+    deployed = serve.deployment(
+        name="tarq", max_ongoing_requests=Options.queue,
+        ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
+        autoscaling_config={
+            "min_replicas": arguments.min_replicas, "max_replicas": arguments.max_replicas,
+            "target_ongoing_requests": arguments.ongoing, "upscale_delay_s": UPSCALE,
+            "downscale_delay_s": DOWNSCALE})
+    return deployed(serve.ingress(build)()).bind()
