@@ -30,7 +30,8 @@ LEVELS = flags.DEFINE_list("levels", ["0"], "Further levels, of 256 codewords; 0
 CORRECTION = flags.DEFINE_enum(
     "correction", "fitted", ["plain", "damped", "fitted"], "How an item's correction is found.")
 CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections see.")
-FINE_TUNE = flags.DEFINE_integer("fine_tune", 0, "Steps that then train codewords and head; 0 for none.")
+FINE_TUNE = flags.DEFINE_integer(
+    "fine_tune", 0, "Steps that then train codewords and head; 0 for none.", allow_override=True)
 SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.")
 TWO_TOWERS = flags.DEFINE_multi_string(
     "two_tower", [], "Two-tower run for the share of the gap, one for each checkpoint, in their order.")

@@ -22,7 +22,9 @@ from tarq_jax.training.restore import Run
 ITEM_BATCH = 4096  # items encoded at a time
 
 
-def method_of(run: Run, *, codewords: int | None = None, order: int = 1, seed: int = 0) -> Method:
+def method_of(
+    run: Run, *, codewords: int | None = None, order: int = 1, fine_tune: int = 0, seed: int = 0
+) -> Method:
     """The method that serves a finished run.
 
     Args:
@@ -30,7 +32,8 @@ def method_of(run: Run, *, codewords: int | None = None, order: int = 1, seed: i
       codewords: K, to convert a run of target attention to TARQ (see `tarq_jax.conversion`); None serves
         the run as it is.
       order: of the conversion; 1 corrects look-ups by their first derivative.
-      seed: of its k-means.
+      fine_tune: steps that then train codewords, corrections and head.
+      seed: of its k-means, and of the order of the data.
 
     Raises:
       ValueError: a run of another model is to be converted.
@@ -42,7 +45,10 @@ def method_of(run: Run, *, codewords: int | None = None, order: int = 1, seed: i
             raise ValueError(f"the run is one of {model.name!r}, expected 'target_attention' with codewords")
         trained = conversion.trained_model(target_attention_parts(module), run.state.params, run.dataset)
         index = conversion.fit_index(trained, num_codewords=codewords, order=order, seed=seed)
-        return methods.converted(module, run.state.params, index)
+        params = trained.params
+        if fine_tune:
+            params, index = conversion.fine_tune(trained, index, steps=fine_tune, seed=seed)
+        return methods.converted(module, params, index)
     if isinstance(module, Tarq) and run.state.codebook is not None:
         served = objectives.as_served(module, model)
         return methods.from_module(served, run.state.params, run.state.codebook.codewords)

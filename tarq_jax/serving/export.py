@@ -3,7 +3,8 @@
     python -m tarq_jax.serving.export --run=runs/synthetic --out=artefacts/1
 
 A run of target attention is exported as it is, or as TARQ where `--codewords` is given: its items' queries
-are quantized, and look-ups corrected by their first derivative with `--order=1` (see `tarq_jax.conversion`).
+are quantized, and look-ups corrected by their first derivative with `--order=1` (see `tarq_jax.conversion`);
+`--fine_tune=600` trains codewords, corrections and head for so many steps, at no cost in serving.
 """
 
 from pathlib import Path
@@ -22,6 +23,9 @@ CODEWORDS = flags.DEFINE_integer(
     allow_override=True)
 ORDER = flags.DEFINE_enum(
     "order", "1", ["0", "1"], "With --codewords: 1 corrects look-ups, 0 does not.", allow_override=True)
+FINE_TUNE = flags.DEFINE_integer(
+    "fine_tune", 0, "With --codewords: steps that then train codewords, corrections and head.",
+    lower_bound=0, allow_override=True)
 VECTORS = flags.DEFINE_enum(
     "vectors", "float32", ["float32", "bfloat16", "int8"], "How the index keeps its vectors.")
 PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "What the programs can run on.")
@@ -29,7 +33,8 @@ HISTORIES = flags.DEFINE_list(
     "histories", None, "Lengths that histories are padded to; by default the longest of the data, and a "
     "fourth and a sixteenth of it. Longer ones keep their newest events.", allow_override=True)
 CAPACITY = flags.DEFINE_integer("capacity", None, "Slots of the index; by default a tenth more than items.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the k-means of --codewords.", allow_override=True)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the k-means of --codewords, and of --fine_tune.", allow_override=True)
 
 KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 SHORTEST = 16  # history length by default
@@ -71,7 +76,8 @@ def main() -> None:
         from tarq_jax.training import loop, restore
 
         run = restore.load_run(Path(str(RUN.value)))
-        method = build.method_of(run, codewords=CODEWORDS.value, order=int(ORDER.value), seed=SEED.value)
+        method = build.method_of(run, codewords=CODEWORDS.value, order=int(ORDER.value),
+                                 fine_tune=FINE_TUNE.value, seed=SEED.value)
         lengths = lengths or default_histories(loop.batch_shapes(run.dataset)["history_length"])
         build.write(method, run.dataset, folder, histories=lengths, vectors=cast(Storage, VECTORS.value),
                     platforms=PLATFORMS.value, capacity=CAPACITY.value)

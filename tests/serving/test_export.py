@@ -36,7 +36,8 @@ def runs(command, tmp_path_factory):
 @pytest.mark.parametrize(("name", "flags", "method", "platforms"), [
     ("tarq", ["--vectors=int8", "--histories=4,8"], "mlp_first_order", ["cpu", "cuda", "tpu"]),
     ("target_attention", ["--platforms=cpu"], "target_attention", ["cpu"]),
-    ("target_attention", ["--codewords=8", "--capacity=600", "--platforms=cpu"], "mlp_first_order", ["cpu"]),
+    ("target_attention", ["--codewords=8", "--fine_tune=2", "--capacity=600", "--platforms=cpu"],
+     "mlp_first_order", ["cpu"]),
     ("target_attention", ["--codewords=8", "--order=0", "--platforms=cpu"], "mlp", ["cpu"]),
 ])
 def test_export_and_serve_without_training_code(command, runs, tmp_path, name, flags, method, platforms):
@@ -60,16 +61,41 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
 
 def test_scores_of_a_run(runs, tmp_path):
     """What the served run says of its test requests is what its evaluation says."""
-    from tarq_jax import data
-    from tarq_jax.serving import Scorer, build
-    from tarq_jax.training import loop, restore
+    from tarq_jax.serving import build
+    from tarq_jax.training import restore
 
     run = restore.load_run(runs / "tarq")
-    build.write(build.method_of(run), run.dataset, tmp_path, histories=[8])
-    scorer = Scorer.load(tmp_path, batch_sizes=(8,), candidate_sizes=(), top_k=4)
+    check_scores(run, build.method_of(run), tmp_path, lambda batch: run.objective.predict(
+        run.state.params, run.state.codebook.codewords, batch).logits["tarq"])
+
+
+def test_scores_of_a_fine_tuned_conversion(runs, tmp_path):
+    from tarq_jax.models.parts import target_attention_parts
+    from tarq_jax.serving import build
+    from tarq_jax.training import conversion, objectives, restore
+
+    run = restore.load_run(runs / "target_attention")
+    parts = target_attention_parts(objectives.make_module(run.config.model, run.dataset.schema))
+    model = conversion.trained_model(parts, run.state.params, run.dataset)
+    index = conversion.fit_index(model, num_codewords=8, order=1, seed=3)
+    tuned, index = conversion.fine_tune(model, index, steps=3, seed=3)
+
+    def logits(batch):
+        _, found = conversion.exact_and_approximate(model, index, batch)
+        return parts.head(tuned, parts.context(model.params, batch), found)
+
+    check_scores(run, build.method_of(run, codewords=8, fine_tune=3, seed=3), tmp_path, logits)
+
+
+def check_scores(run, method, folder, logits):
+    from tarq_jax import data
+    from tarq_jax.serving import Scorer, build
+    from tarq_jax.training import loop
+
+    build.write(method, run.dataset, folder, histories=[8])
+    scorer = Scorer.load(folder, batch_sizes=(8,), candidate_sizes=(), top_k=4)
     batch = next(data.eval_batches(run.dataset, "test", batch_size=8, **loop.batch_shapes(run.dataset)))
-    expected = run.objective.predict(run.state.params, run.state.codebook.codewords, batch).logits["tarq"]
-    ids = batch.candidates["item_id"]
+    expected, ids = np.asarray(logits(batch)), batch.candidates["item_id"]
     requests = [{"history": {"item_id": items[mask].tolist()}}
                 for items, mask in zip(batch.history["item_id"], batch.history_mask, strict=True)]
     for row, ranking in enumerate(scorer.score(requests, list(ids))):
@@ -85,6 +111,7 @@ def test_scores_of_a_run(runs, tmp_path):
     (["--histories=0"], "--histories is '0'"),
     (["--codewords=1"], "--codewords is 1, expected at least 2"),
     (["--capacity=0"], "--capacity is 0"),
+    (["--fine_tune=-1"], "fine_tune"),
     (["--order=2"], "order"),
     (["extra"], "extra"),
 ])
