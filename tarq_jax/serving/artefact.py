@@ -183,6 +183,22 @@ def program_name(name: str, fingerprint: str) -> str:
     return f"{name}_{fingerprint[:SHOWN]}"
 
 
+def version_name(artefact: Path, index: Path) -> str:
+    """The folder's name, symbolic links followed, and a digest of its manifests, which have all files'.
+
+    Raises:
+      ValueError: there are no manifests.
+    """
+    digest = hashlib.sha256()
+    for folder in (artefact / "model", index):
+        try:
+            digest.update((folder / MANIFEST).read_bytes())
+        except OSError:
+            raise ValueError(f"{folder / MANIFEST} is missing, expected an artefact of "
+                             "`python -m tarq_jax.serving.export`") from None
+    return f"{artefact.resolve().name}-{digest.hexdigest()[:8]}"
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

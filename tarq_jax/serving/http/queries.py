@@ -97,6 +97,12 @@ def answer(scorer: Scorer, queries: Sequence[Query]) -> list[Ranking | Exception
     return [_own(ranking, query, scorer) for ranking, query in zip(rankings, queries, strict=True)]
 
 
+def described(version: str, ranking: Ranking) -> dict[str, Any]:
+    """What a query is told."""
+    return {"version": version, "ids": ranking.ids, "scores": ranking.scores, "unknown": ranking.unknown,
+            "skipped": ranking.skipped}
+
+
 def _own(ranking: Ranking, query: Query, scorer: Scorer) -> Ranking | Exception:
     """The part of a ranking that its query asked for."""
     top_k = query.top_k

@@ -17,7 +17,7 @@ from tarq_jax.serving.http.lag import Lag
 from tarq_jax.serving.http.logs import log
 from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.options import Options
-from tarq_jax.serving.http.queries import NotJson, read_query
+from tarq_jax.serving.http.queries import NotJson, described, read_query
 from tarq_jax.serving.http.versions import NAME, Busy, Version, Versions
 
 
@@ -89,8 +89,7 @@ class Service:
             raise _invalid(error) from None
         request.state.version = version.name
         self._metrics.answered(ranking, loop.time() - arrived)
-        return Json({"version": version.name, "ids": ranking.ids, "scores": ranking.scores,
-                     "unknown": ranking.unknown, "skipped": ranking.skipped})
+        return Json(described(version.name, ranking))
 
     async def swap(self, request: Request) -> Response:
         """POST /swap."""

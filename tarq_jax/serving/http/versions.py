@@ -8,7 +8,6 @@ the old one is still answered by it. All versions share the one thread that comp
 import asyncio
 import dataclasses
 import gc
-import hashlib
 import re
 import statistics
 import time
@@ -18,7 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tarq_jax.serving.artefact import MANIFEST, read_index, read_manifest
+from tarq_jax.serving.artefact import read_index, read_manifest, version_name
 from tarq_jax.serving.http.batching import Batcher, ServiceTimes, default_budget, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.openapi import document
@@ -58,22 +57,6 @@ class Version:
         return {"version": self.name, "method": facts["method"], "items": index.num_served,
                 "ids": [int(served.min()), int(served.max())] if len(served) else [],
                 "histories": facts["histories"]}
-
-
-def version_name(artefact: Path, index: Path) -> str:
-    """The folder's name, symbolic links followed, and a digest of its manifests, which have all files'.
-
-    Raises:
-      ValueError: there are no manifests.
-    """
-    digest = hashlib.sha256()
-    for folder in (artefact / "model", index):
-        try:
-            digest.update((folder / MANIFEST).read_bytes())
-        except OSError:
-            raise ValueError(f"{folder / MANIFEST} is missing, expected an artefact of "
-                             "`python -m tarq_jax.serving.export`") from None
-    return f"{artefact.resolve().name}-{digest.hexdigest()[:8]}"
 
 
 def load(artefact: Path, index: Path, options: Options, like: Scorer | None = None) -> Scorer:

@@ -11,8 +11,9 @@ pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 import services
 
 from tarq_jax.serving import Scorer
+from tarq_jax.serving.artefact import version_name
 from tarq_jax.serving.client import Client, Wrong
-from tarq_jax.serving.http.versions import load, version_name
+from tarq_jax.serving.http.versions import load
 
 GOOD = served.world().requests[0]
 

@@ -1,0 +1,66 @@
+"""Writes an artefact as a model of NVIDIA's Triton Inference Server, for its Python backend.
+
+    python -m tarq_jax.serving.triton --artefact=artefacts/1 --out=models/tarq
+    tritonserver --model-repository=models  # in whose Python `pip install 'tarq_jax[serve]'` was called
+
+A request is one string, the JSON that `/score` of `tarq_jax.serving.server` takes, and so is its answer;
+Triton batches requests, and one that is wrong fails alone. Another artefact is another model. Triton 25.01 or
+newer, as the Python backends of older ones do not take NumPy 2.
+"""
+
+import importlib.resources
+import shutil
+from pathlib import Path
+
+from absl import flags
+
+from tarq_jax import cli
+
+ARTEFACT = flags.DEFINE_string("artefact", None, "Folder, as `tarq_jax.serving.export` wrote it.",
+                               required=True, allow_override=True)
+OUT = flags.DEFINE_string("out", None, "Folder of the model to write, in a model repository; it must not "
+                          "exist yet.", required=True, allow_override=True)
+BATCH = flags.DEFINE_integer("max_batch_size", 8, "Requests that are computed together.", lower_bound=1)
+DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
+                           lower_bound=0.0, allow_override=True)
+
+CONFIG = """name: "{name}"
+backend: "python"
+max_batch_size: {batch}
+input [ {{ name: "request" data_type: TYPE_STRING dims: [ 1 ] }} ]
+output [ {{ name: "answer" data_type: TYPE_STRING dims: [ 1 ] }} ]
+instance_group [ {{ kind: KIND_CPU count: 1 }} ]  # where JAX computes is left to JAX
+dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
+"""
+
+
+def config(name: str, batch: int, delay: float) -> str:
+    """`config.pbtxt` of a model; `delay` in seconds."""
+    return CONFIG.format(name=name, batch=batch, delay=round(1e6 * delay))
+
+
+def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
+    """Writes the model; `out` appears once it is whole.
+
+    Raises:
+      ValueError: `out` exists, or the artefact is damaged or none.
+    """
+    from tarq_jax.serving.artefact import check_fit, new_folder, read_manifest
+
+    with new_folder(out) as folder:
+        check_fit(*(read_manifest(artefact / kind, kind).fingerprint for kind in ("index", "model")))
+        (folder / "config.pbtxt").write_text(config(out.name, batch, delay))
+        shutil.copytree(artefact, folder / "1" / "artefact")
+        code = importlib.resources.files(__package__).joinpath("triton_model.py").read_text()
+        (folder / "1" / "model.py").write_text(code)
+
+
+def main() -> None:
+    """Flags to model."""
+    out = Path(OUT.value)
+    write(Path(ARTEFACT.value), out, batch=BATCH.value, delay=DELAY.value / 1e3)
+    print(f"{out}: written")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,71 @@
+"""What Triton's Python backend runs: `tarq_jax.serving.triton` writes this file as `model.py`.
+
+Text in, text out; the module `triton_python_backend_utils` exists within Triton alone.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tarq_jax.serving.artefact import version_name
+from tarq_jax.serving.http.options import Limits
+from tarq_jax.serving.http.queries import Query, answer, described, read_query
+from tarq_jax.serving.scorer import Scorer
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """Powers of two up to the largest batch, and that.
+
+    Example:
+      >>> batch_sizes(6), batch_sizes(1)
+      ([1, 2, 4, 6], [1])
+    """
+    return sorted({min(2**power, largest) for power in range(largest.bit_length() + 1)})
+
+
+def answers(scorer: Scorer, version: str, bodies: Sequence[bytes]) -> list[bytes | Exception]:
+    """What /score answers to each body, computed together; or what is wrong with it."""
+    found = [_query(scorer, body) for body in bodies]
+    queries = [query for query in found if isinstance(query, Query)]
+    rankings = iter(answer(scorer, queries) if queries else [])
+    results = [next(rankings) if isinstance(query, Query) else query for query in found]
+    return [result if isinstance(result, Exception) else orjson.dumps(
+        described(version, result), option=orjson.OPT_SERIALIZE_NUMPY) for result in results]
+
+
+def _query(scorer: Scorer, body: bytes) -> Query | ValueError:
+    try:
+        return read_query(body, scorer.schema, Limits())
+    except ValueError as error:
+        return error
+
+
+class TritonPythonModel:
+    """A scorer behind Triton's interface."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads and warms the artefact beside this file."""
+        artefact = Path(args["model_repository"]) / args["model_version"] / "artefact"
+        largest = json.loads(args["model_config"])["max_batch_size"]
+        self._version = version_name(artefact, artefact / "index")
+        self._scorer = Scorer.load(artefact, batch_sizes=batch_sizes(largest)).warm_up()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """A response to each request, which holds one text or several."""
+        import triton_python_backend_utils as triton
+
+        texts = [triton.get_input_tensor_by_name(request, "request").as_numpy() for request in requests]
+        found = iter(answers(self._scorer, self._version, [body for text in texts for body in text.ravel()]))
+        responses = []
+        for text in texts:
+            own = [next(found) for _ in range(text.size)]
+            wrong = next((str(one) for one in own if isinstance(one, Exception)), None)
+            responses.append(triton.InferenceResponse(
+                output_tensors=[] if wrong else [
+                    triton.Tensor("answer", np.array(own, dtype=object).reshape(text.shape))],
+                error=triton.TritonError(wrong) if wrong else None))
+        return responses
