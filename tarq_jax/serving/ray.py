@@ -20,8 +20,10 @@ from tarq_jax.serving.http.options import Options
 UPSCALE, DOWNSCALE = 5.0, 120.0  # seconds that load has to last before replicas come or go
 
 
-class Arguments(pydantic.BaseModel, extra="forbid"):
+class Arguments(pydantic.BaseModel):
     """What is served, and by how many; paths are those on the machines of the replicas."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
 
     artefact: str
     min_replicas: int = pydantic.Field(1, ge=1)
