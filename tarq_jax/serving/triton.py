@@ -1,14 +1,15 @@
 """Writes an artefact as a model of NVIDIA's Triton Inference Server, for its Python backend.
 
     python -m tarq_jax.serving.triton --artefact=artefacts/1 --out=models/tarq
-    tritonserver --model-repository=models  # in whose Python `pip install 'tarq_jax[serve]'` was called
+    tritonserver --model-repository=models  # in whose Python `pip install 'tarq_jax[triton]'` was called
 
 A request is one string, the JSON that `/score` of `tarq_jax.serving.server` takes, and so is its answer;
 Triton batches requests, and one that is wrong fails alone. Another artefact is another model. Triton 25.01 or
-newer, as the Python backends of older ones do not take NumPy 2.
+newer: the Python backends of older ones were built for NumPy 1, and the model refuses to load in them.
 """
 
-import importlib.resources
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,7 @@ BATCH = flags.DEFINE_integer("max_batch_size", 8, "Requests that are computed to
 DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
                            lower_bound=0.0, allow_override=True)
 
-CONFIG = """name: "{name}"
+CONFIG = """name: {name}
 backend: "python"
 max_batch_size: {batch}
 input [ {{ name: "request" data_type: TYPE_STRING dims: [ 1 ] }} ]
@@ -32,11 +33,14 @@ output [ {{ name: "answer" data_type: TYPE_STRING dims: [ 1 ] }} ]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]  # where JAX computes is left to JAX
 dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
 """
+MODEL = """# What Triton's Python backend runs: the artefact beside this file, by the `tarq_jax` of its Python.
+from tarq_jax.serving.triton_model import TritonPythonModel
+"""
 
 
 def config(name: str, batch: int, delay: float) -> str:
     """`config.pbtxt` of a model; `delay` in seconds."""
-    return CONFIG.format(name=name, batch=batch, delay=round(1e6 * delay))
+    return CONFIG.format(name=json.dumps(name), batch=batch, delay=round(1e6 * delay))
 
 
 def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
@@ -51,12 +55,13 @@ def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
         check_fit(*(read_manifest(artefact / kind, kind).fingerprint for kind in ("index", "model")))
         (folder / "config.pbtxt").write_text(config(out.name, batch, delay))
         shutil.copytree(artefact, folder / "1" / "artefact")
-        code = importlib.resources.files(__package__).joinpath("triton_model.py").read_text()
-        (folder / "1" / "model.py").write_text(code)
+        (folder / "1" / "model.py").write_text(MODEL)
 
 
 def main() -> None:
     """Flags to model."""
+    if not math.isfinite(DELAY.value):
+        cli.wrong_call(f"--delay_ms is {DELAY.value}, expected a finite number")
     out = Path(OUT.value)
     write(Path(ARTEFACT.value), out, batch=BATCH.value, delay=DELAY.value / 1e3)
     print(f"{out}: written")

@@ -1,4 +1,4 @@
-"""What Triton's Python backend runs: `tarq_jax.serving.triton` writes this file as `model.py`.
+"""What Triton's Python backend runs: the `model.py` that `tarq_jax.serving.triton` writes imports it.
 
 Text in, text out; the module `triton_python_backend_utils` exists within Triton alone.
 """
@@ -48,24 +48,37 @@ class TritonPythonModel:
     """A scorer behind Triton's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads and warms the artefact beside this file."""
+        """Loads and warms the artefact beside `model.py`; a ValueError keeps Triton from serving it."""
+        import triton_python_backend_utils as triton
+
+        _check_backend(triton)
         artefact = Path(args["model_repository"]) / args["model_version"] / "artefact"
         largest = json.loads(args["model_config"])["max_batch_size"]
         self._version = version_name(artefact, artefact / "index")
         self._scorer = Scorer.load(artefact, batch_sizes=batch_sizes(largest)).warm_up()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """A response to each request, which holds one text or several."""
+        """A response to each request, which holds one text or several, all of them computed together."""
         import triton_python_backend_utils as triton
 
         texts = [triton.get_input_tensor_by_name(request, "request").as_numpy() for request in requests]
         found = iter(answers(self._scorer, self._version, [body for text in texts for body in text.ravel()]))
-        responses = []
-        for text in texts:
-            own = [next(found) for _ in range(text.size)]
-            wrong = next((str(one) for one in own if isinstance(one, Exception)), None)
-            responses.append(triton.InferenceResponse(
-                output_tensors=[] if wrong else [
-                    triton.Tensor("answer", np.array(own, dtype=object).reshape(text.shape))],
-                error=triton.TritonError(wrong) if wrong else None))
-        return responses
+        return [_response(triton, text.shape, [next(found) for _ in range(text.size)]) for text in texts]
+
+
+def _response(triton: Any, shape: tuple[int, ...], found: Sequence[bytes | Exception]) -> Any:
+    """A request's answers in one tensor, or the first error among them, which is the client's."""
+    for row, answered in enumerate(found):
+        if isinstance(answered, Exception):
+            error = triton.TritonError(f"text {row}: {answered}", triton.TritonError.INVALID_ARG)
+            return triton.InferenceResponse(output_tensors=[], error=error)
+    return triton.InferenceResponse([triton.Tensor("answer", np.array(found, object).reshape(shape))])
+
+
+def _check_backend(triton: Any) -> None:
+    """Raises ValueError where arrays arrive changed, as in backends that were built for NumPy 1."""
+    sent = np.arange(3)
+    found = triton.Tensor.from_dlpack("found", triton.Tensor("sent", sent).to_dlpack()).as_numpy()
+    if not np.array_equal(found, sent):
+        raise ValueError(f"the Python backend takes the array {sent} for {found}: it was built for NumPy 1, "
+                         "expected that of Triton 25.01 or newer")
