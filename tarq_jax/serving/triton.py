@@ -33,14 +33,19 @@ output [ {{ name: "answer" data_type: TYPE_STRING dims: [ 1 ] }} ]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]  # where JAX computes is left to JAX
 dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
 """
-MODEL = """# What Triton's Python backend runs: the artefact beside this file, by the `tarq_jax` of its Python.
+MODEL = """# What Triton's Python backend runs: the artefact beside this file, by the installed `tarq_jax`.
 from tarq_jax.serving.triton_model import TritonPythonModel
 """
 
 
 def config(name: str, batch: int, delay: float) -> str:
-    """`config.pbtxt` of a model; `delay` in seconds."""
-    return CONFIG.format(name=json.dumps(name), batch=batch, delay=round(1e6 * delay))
+    """`config.pbtxt` of a model; `delay` in seconds.
+
+    Example:
+      >>> print(config("tarq", 4, 0.002).splitlines()[0])
+      name: "tarq"
+    """
+    return CONFIG.format(name=json.dumps(name, ensure_ascii=False), batch=batch, delay=round(1e6 * delay))
 
 
 def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
@@ -53,7 +58,7 @@ def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
 
     with new_folder(out) as folder:
         check_fit(*(read_manifest(artefact / kind, kind).fingerprint for kind in ("index", "model")))
-        (folder / "config.pbtxt").write_text(config(out.name, batch, delay))
+        (folder / "config.pbtxt").write_text(config(out.name, batch, delay), encoding="utf-8")
         shutil.copytree(artefact, folder / "1" / "artefact")
         (folder / "1" / "model.py").write_text(MODEL)
 

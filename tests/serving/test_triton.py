@@ -1,7 +1,9 @@
 """Artefacts as models of Triton: what is written, what its model answers, and a real server."""
 
+import concurrent.futures
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -19,12 +21,12 @@ import services
 
 from tarq_jax.serving import triton
 from tarq_jax.serving.artefact import version_name
-from tarq_jax.serving.triton_model import answers
+from tarq_jax.serving.triton_model import TritonPythonModel, answers
 
 TRITON = ("-m", "tarq_jax.serving.triton")
 REQUESTS = served.world().requests
-NUMPY_2 = (2, 54)  # the first Triton that is sure to pass arrays of it
 SERVER = os.environ.get("TRITONSERVER") or shutil.which("tritonserver")
+FLAGS = os.environ.get("TRITONSERVER_FLAGS", "").split()  # such as --backend-directory
 
 
 def body(**more):
@@ -58,8 +60,26 @@ def test_the_command(command, wrong_call, artefact, tmp_path):
     written = out / "1" / "artefact"
     assert version_name(written, written / "index").split("-")[1] == version_name(
         artefact(), artefact() / "index").split("-")[-1]
-    compile((out / "1" / "model.py").read_text(), "model.py", "exec")
-    assert "max_batch_size" in wrong_call(*TRITON, "--artefact=x", "--out=y", "--max_batch_size=0")
+    assert runpy.run_path(str(out / "1" / "model.py"))["TritonPythonModel"] is TritonPythonModel
+    again = command(*TRITON, *flags)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr.startswith(f"error: {out} exists, expected a path that does not")
+
+
+@pytest.mark.parametrize(("flag", "words"), [
+    ("--max_batch_size=0", "max_batch_size"), ("--delay_ms=-1", "delay_ms"),
+    ("--delay_ms=inf", "--delay_ms is inf, expected a finite number"),
+    ("--delay_ms=nan", "--delay_ms is nan, expected a finite number")])
+def test_wrong_calls(wrong_call, flag, words):
+    assert words in wrong_call(*TRITON, "--artefact=x", "--out=y", flag)
+
+
+def test_what_the_model_imports(command, tmp_path):
+    """Of the extra [serve] only what the extra [triton] has, too."""
+    for name in ("httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
+    done = command("-c", triton.MODEL, path=(tmp_path,))
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_cannot_be_written(artefact, tmp_path):
@@ -77,59 +97,89 @@ def test_what_cannot_be_written(artefact, tmp_path):
 
 
 @pytest.fixture
-def server(artefact, tmp_path):
-    """The URL of a Triton server on loopback that serves the model `tarq`."""
+def start(tmp_path):
+    """Starts a Triton server on loopback for `models/tarq`: its URL once ready, None where it gave up."""
     if not SERVER:
         pytest.skip("no tritonserver on the path, and no TRITONSERVER in the environment")
-    triton.write(artefact(), tmp_path / "models" / "tarq", batch=4, delay=0.002)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    further = os.environ.get("TRITONSERVER_FLAGS", "").split()
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [SERVER, f"--model-repository={tmp_path / 'models'}", "--http-address=127.0.0.1",
-             f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false", *further],
-            stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(Path(triton.__file__).parents[2])})
-    url = f"http://127.0.0.1:{port}/v2"
-    try:
+    started = []
+
+    def run():
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(
+                [SERVER, f"--model-repository={tmp_path / 'models'}", "--http-address=127.0.0.1",
+                 f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false", *FLAGS],
+                stdout=log, stderr=log, cwd=Path(triton.__file__).parents[2])  # where its Python imports from
+        started.append(process)
+        url = f"http://127.0.0.1:{port}/v2/models/tarq"
         services.wait_for(lambda: process.poll() is not None or ready(url))
-        assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            version = json.load(answer)["version"]
-        if tuple(map(int, version.split("."))) < NUMPY_2:
-            pytest.skip(f"Triton {version} loads the model, but its Python backend is older than NumPy 2")
-        yield url
-    finally:
+        if "built for NumPy 1" in (tmp_path / "log").read_text():
+            pytest.skip("this Triton is older than 25.01: its Python backend was built for NumPy 1")
+        return url if process.poll() is None else None
+
+    yield run
+    for process in started:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 
 
 def ready(url):
     try:
-        with urllib.request.urlopen(f"{url}/models/tarq/ready", timeout=5) as answer:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:
             return answer.status == 200
     except OSError:
         return False
 
 
 def infer(url, *bodies):
+    """Answers to a request of these texts, or status and error."""
     asked = {"inputs": [{"name": "request", "datatype": "BYTES", "shape": [len(bodies), 1],
                          "data": [one.decode() for one in bodies]}]}
     try:
-        with urllib.request.urlopen(f"{url}/models/tarq/infer", json.dumps(asked).encode(), 60) as answer:
+        with urllib.request.urlopen(f"{url}/infer", json.dumps(asked).encode(), 60) as answer:
             output, = json.load(answer)["outputs"]
     except urllib.error.HTTPError as error:
-        return json.load(error)["error"]
+        return error.code, json.load(error)["error"]
     assert output["name"] == "answer" and output["shape"] == [len(bodies), 1]
     return [json.loads(text) for text in output["data"]]
 
 
+def executions(url):
+    with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
+        return json.load(answer)["model_stats"][0]["execution_count"]
+
+
 @pytest.mark.slow
-def test_a_real_server(server, scorer):
-    found = infer(server, body(), body(candidates=[4, 5]))
-    for answer, candidates in zip(found, (None, [4, 5]), strict=True):
-        expected = scorer().score(REQUESTS[0], candidates, top_k=3)
-        assert answer["ids"] == expected.ids.tolist()
-        assert answer["scores"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
-    assert "'top_k' is 0, expected an integer in [1, " in infer(server, body(top_k=0))
-    assert infer(server, body()) == found[:1]
+def test_a_real_server(start, artefact, scorer, tmp_path):
+    """Texts of one request and of several are computed together, and one that is wrong fails alone."""
+    triton.write(artefact(), tmp_path / "models" / "tarq", batch=4, delay=1.0)
+    url = start()
+    assert url, (tmp_path / "log").read_text()[-2000:]
+
+    def check(found, *candidates):
+        for answer, chosen in zip(found, candidates, strict=True):
+            expected = scorer().score(REQUESTS[0], chosen, top_k=3)
+            assert answer["ids"] == expected.ids.tolist()
+            assert answer["scores"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
+
+    check(infer(url, body(), body(candidates=[4, 5])), None, [4, 5])
+    status, error = infer(url, body(), body(top_k=0))
+    assert status == 400 and error.startswith("text 1: 'top_k' is 0, expected an integer in [1, ")
+    before = executions(url)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        first, wrong, *others = pool.map(
+            lambda text: infer(url, text), [body(), b"{", body(candidates=[7, 9]), body()])
+    for found, chosen in zip((first, *others), (None, [7, 9], None), strict=True):
+        check(found, chosen)
+    assert wrong[0] == 400 and "text 0: body is '{'" in wrong[1]
+    assert executions(url) == before + 1
+
+
+@pytest.mark.slow
+def test_a_damaged_artefact_is_not_served(start, artefact, tmp_path):
+    triton.write(artefact(), tmp_path / "models" / "tarq", batch=1, delay=0.0)
+    with (tmp_path / "models" / "tarq" / "1" / "artefact" / "index" / "ids.npy").open("ab") as file:
+        file.write(b"more")
+    assert start() is None
+    assert "ids.npy has " in (tmp_path / "log").read_text()
