@@ -8,8 +8,8 @@ Triton batches requests, and one that is wrong fails alone. Another artefact is 
 newer: the Python backends of older ones were built for NumPy 1, and the model refuses to load in them.
 """
 
-import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -25,7 +25,8 @@ BATCH = flags.DEFINE_integer("max_batch_size", 8, "Requests that are computed to
 DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
                            lower_bound=0.0, allow_override=True)
 
-CONFIG = """name: {name}
+NAME = re.compile(r"\w[\w.+-]*", re.ASCII)  # of a model; Triton's Python takes no other letters in a path
+CONFIG = """name: "{name}"
 backend: "python"
 max_batch_size: {batch}
 input [ {{ name: "request" data_type: TYPE_STRING dims: [ 1 ] }} ]
@@ -45,20 +46,22 @@ def config(name: str, batch: int, delay: float) -> str:
       >>> print(config("tarq", 4, 0.002).splitlines()[0])
       name: "tarq"
     """
-    return CONFIG.format(name=json.dumps(name, ensure_ascii=False), batch=batch, delay=round(1e6 * delay))
+    return CONFIG.format(name=name, batch=batch, delay=round(1e6 * delay))
 
 
 def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
     """Writes the model; `out` appears once it is whole.
 
     Raises:
-      ValueError: `out` exists, or the artefact is damaged or none.
+      ValueError: `out` exists or has no name for a model, or the artefact is damaged or none.
     """
+    if not NAME.fullmatch(out.name):
+        raise ValueError(f"the model is named {out.name!r}, expected letters of ASCII, digits, and . + - _")
     from tarq_jax.serving.artefact import check_fit, new_folder, read_manifest
 
     with new_folder(out) as folder:
         check_fit(*(read_manifest(artefact / kind, kind).fingerprint for kind in ("index", "model")))
-        (folder / "config.pbtxt").write_text(config(out.name, batch, delay), encoding="utf-8")
+        (folder / "config.pbtxt").write_text(config(out.name, batch, delay))
         shutil.copytree(artefact, folder / "1" / "artefact")
         (folder / "1" / "model.py").write_text(MODEL)
 

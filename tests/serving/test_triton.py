@@ -85,6 +85,9 @@ def test_what_the_model_imports(command, tmp_path):
 def test_what_cannot_be_written(artefact, tmp_path):
     with pytest.raises(ValueError, match="exists"):
         triton.write(artefact(), tmp_path, batch=1, delay=0.0)
+    for name in ("é", 'a"b', "a b", "-a"):
+        with pytest.raises(ValueError, match=r"named '.*', expected letters of ASCII"):
+            triton.write(artefact(), tmp_path / name, batch=1, delay=0.0)
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"manifest.json is missing"):
         triton.write(tmp_path, out, batch=1, delay=0.0)
