@@ -1,5 +1,6 @@
 """How commands start and end: one-line errors and the exit codes of DESIGN section 6."""
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -109,6 +110,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ValueError(f"unexpected argument {rest[1]!r}, expected only flags")
+        for name in flags.FLAGS:  # which absl's own bounds let through
+            value = flags.FLAGS[name].value
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name} is {value}, expected a finite number")
         return rest
     except (AttributeError, KeyError) as error:  # a `--config.KEY` that does not exist
         found = error.args[0]

@@ -31,6 +31,13 @@ def test_wrong_calls_of_train(wrong_call, tmp_path, arguments, named):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_of_flags_are_finite(wrong_call, tmp_path, value):
+    """Bounds of flags hold for NaN: no comparison is true of it."""
+    line = wrong_call("-m", "tarq_jax.serving.server", f"--artefact={tmp_path}", f"--delay_ms={value}")
+    assert "--delay_ms" in line and value in line
+
+
 def test_workdir_is_required(wrong_call):
     assert "--workdir" in wrong_call("train.py", SYNTHETIC)
 
