@@ -92,15 +92,27 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+class Interruption(NamedTuple):
+    """What a run asks about signals.
+
+    Attributes:
+      due: step -> whether to save and leave, the same on all processes; to be called at every step.
+      now: whether to leave what lasts long at once; never of several processes, which would have to agree.
+    """
+
+    due: Callable[[int], bool]
+    now: Callable[[], bool] = lambda: False
+
+
 @contextmanager
-def interruptible() -> Iterator[Callable[[int], bool]]:
-    """Within it a signal ends no process; yields: step -> whether to save and leave, the same on all.
+def interruptible() -> Iterator[Interruption]:
+    """Within it a signal ends no process.
 
     Processes on their own see SIGINT and SIGTERM. Of several, any may get SIGTERM, as schedulers send it;
-    they agree on the step to stop at. The function is called at every step.
+    they agree on the step to stop at.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield Interruption(multihost_utils.reached_preemption_sync_point)
         return
     with cli.interruptible() as caught:
-        yield lambda step: caught()
+        yield Interruption(lambda step: caught(), caught)

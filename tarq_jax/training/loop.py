@@ -1,8 +1,9 @@
 """The training loop: data, state, steps, checkpoints, evaluation, in that order."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ def train(
             workdir, kept=config.checkpoints_kept, best_metric=config.best_metric) as checkpoints,
         MetricsWriter(workdir, enabled=distributed.is_first()) as writer,
         progress_bar(console) as progress,
-        distributed.interruptible() as interrupted,
+        distributed.interruptible() as interruption,
     ):
         if not resume and checkpoints.latest_step() is not None:
             raise ValueError(f"{workdir} holds a checkpoint of step {checkpoints.latest_step()}, expected "
@@ -147,29 +148,32 @@ def train(
                 scalars = watch.check() | meter.read()
                 writer.write(done, scalars)
                 progress.update(bar, completed=done, note=_note(scalars))
-            stop, validated = interrupted(done), None
+            stop, validated = interruption.due(done), None
             measured = _due(config.eval_every, done) and bool(config.best_metric or not stop)
             saved = stop or _due(config.checkpoint_every, done) or done == config.steps
             if measured or saved:
                 meter.pause()
                 watch.check()
             if measured:
-                rows = test(config, objective, state, dataset, "validation", mesh)
-                writer.write(done, _flat_scalars(rows, "validation"))
-                validated = {name: rows[0][name] for name in BEST}
-            if saved or (measured and config.best_metric):
+                leave = _never if config.best_metric else interruption.now  # the best step must not be missed
+                with contextlib.suppress(Interrupted):
+                    rows = test(config, objective, state, dataset, "validation", mesh, leave)
+                    writer.write(done, _flat_scalars(rows, "validation"))
+                    validated = {name: rows[0][name] for name in BEST}
+                stop = stop or interruption.now()
+            if saved or stop or (measured and config.best_metric):
                 checkpoint.save(checkpoints, state, config, dataset.schema, meter.counted, validated)
             if stop:
                 raise Interrupted(f"interrupted; saved step {done} in {workdir}, call again to go on")
         batches.close()
         if config.best_metric:
             state = best_state(checkpoints, config.best_metric, state, console)
-        rows = test(config, objective, state, dataset, "test", mesh)
+        rows = test(config, objective, state, dataset, "test", mesh, interruption.now)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(trainable(state.params, state.codebook)))
         rows = [row | {"parameters": parameters} | meter.total() for row in rows]
         writer.write(config.steps, _flat_scalars(rows, "test"))
     write_rows(rows, workdir / "results.json")
-    if interrupted(config.steps + 1):
+    if interruption.due(config.steps + 1):
         raise Interrupted(f"interrupted; {workdir} is complete, call again to go on with what follows")
     return Result(rows, state)
 
@@ -310,19 +314,34 @@ def initialise_codebook(
     return state.replace(codebook=codebook)
 
 
+def _never() -> bool:
+    return False
+
+
 def test(
     config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset,
-    split: str, mesh: jax.sharding.Mesh | None = None,
+    split: str, mesh: jax.sharding.Mesh | None = None, leave: Callable[[], bool] = _never,
 ) -> list[Row]:
-    """Evaluates the state on a split; its batches are split over the mesh that the state is on, if any."""
+    """Evaluates the state on a split; its batches are split over the mesh that the state is on, if any.
+
+    Raises:
+      Interrupted: `leave` says so before a batch.
+    """
     codewords = trainable(None, state.codebook)["codewords"]
     predict = jax.jit(objective.predict, out_shardings=state.step.sharding)  # a copy on every device
     batches = data.eval_batches(dataset, split, batch_size=config.eval_batch_size, **batch_shapes(dataset))
     return evaluate(
         lambda batch: predict(
             state.params, codewords, batch if mesh is None else sharding.split_evaluation(batch, mesh)),
-        batches, codewords=codewords, recall_k=config.recall_k,
+        _until(leave, batches, split), codewords=codewords, recall_k=config.recall_k,
     )
+
+
+def _until(leave: Callable[[], bool], batches: Iterator[Batch], split: str) -> Iterator[Batch]:
+    for batch in batches:
+        if leave():
+            raise Interrupted(f"interrupted while evaluating the {split} split; call again to go on")
+        yield batch
 
 
 def _transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:

@@ -66,19 +66,41 @@ def test_interrupted_run_ends_in_the_same_bits(
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_signal_during_evaluation_is_not_lost(
-        tiny_config, tiny_dataset, tmp_path, silent, finished, monkeypatch):
-    """Or else the next of several models would start to train."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+@pytest.fixture
+def killed_while_evaluating(monkeypatch):
+    """SIGTERM comes as evaluation begins."""
     evaluate = loop.evaluate
 
     def interrupted_evaluate(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "evaluate", interrupted_evaluate)
-    with pytest.raises(Interrupted, match="call again"):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted_evaluate)
+        yield patch
+
+
+def test_a_signal_during_the_last_evaluation(
+        tiny_config, tiny_dataset, tmp_path, silent, finished, killed_while_evaluating):
+    """It is left at once, as all is saved, and not forgotten: the next of several models does not start."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(Interrupted, match="evaluating the test split; call again"):
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+
+
+@pytest.mark.parametrize("best_metric", ["", "auc"])
+def test_a_signal_during_evaluation(
+        best_metric, tiny_config, tiny_dataset, tmp_path, silent, finished, same_bits,
+        killed_while_evaluating):
+    """It is left at once, its step saved; but where the best step is looked for: that one could be it."""
+    tiny_config.eval_every, tiny_config.best_metric = 4, best_metric
+    with pytest.raises(Interrupted, match="saved step 4"):
+        loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/tarq/auc" in line for line in lines) == bool(best_metric)
+    killed_while_evaluating.undo()
+    if not best_metric:
+        same_bits(loop.train(tiny_config, tiny_dataset, tmp_path, silent).state, finished[1].state)
 
 
 def test_killed_run_ends_in_the_same_bits(
