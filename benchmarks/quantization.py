@@ -64,7 +64,7 @@ def relative_error(latents: np.ndarray, quantized: np.ndarray) -> float:
 def ours(latents: np.ndarray, beam: int, refined: bool) -> Quantizer:
     """tarq_jax: k-means level by level, refined by least squares over all levels or not."""
     encode = (functools.partial(quantization.encode, block=2048) if beam == 1 else
-              functools.partial(quantization.beam_encode, beam=beam, block=256))
+              functools.partial(quantization.beam_encode, beam=beam, block=512))
     fit = quantization.kmeans_codebook
     if refined:
         fit = functools.partial(quantization.fit_codebook, encode=encode)

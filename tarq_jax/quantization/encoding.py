@@ -6,6 +6,7 @@ differ in size. How a level assigns its points is a function `(points [M, D], co
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from tarq_jax.types import Levels, QuantizerOutput
 
-GROUP = 16  # entries that `_top` looks at together
+SEARCHED = 4  # entries for each that `_top` is to find, which it searches one by one
 Assign = Callable[[jax.Array, jax.Array], jax.Array]
 Tree = TypeVar("Tree")
 
@@ -45,10 +46,14 @@ def argmax(scores: jax.Array) -> jax.Array:
     As two plain reductions of floats, which vectorise on CPU, where the paired one of `jnp.argmax` does
     not: an eighth of the time.
     """
-    size = scores.shape[-1]
-    best = jnp.max(scores, axis=-1, keepdims=True)
-    indices = jnp.arange(size, dtype=jnp.float32)  # exact up to 2^24
-    found = jnp.min(jnp.where(scores >= best, indices, size), axis=-1)
+    return _argmax(scores, axis=-1)
+
+
+def _argmax(scores: jax.Array, axis: int) -> jax.Array:
+    size = scores.shape[axis]
+    best = jnp.max(scores, axis=axis, keepdims=True)
+    indices = jax.lax.broadcasted_iota(jnp.float32, scores.shape, axis % scores.ndim)  # exact up to 2^24
+    found = jnp.min(jnp.where(scores >= best, indices, size), axis=axis)
     return jnp.minimum(found, size - 1).astype(jnp.int32)  # where every score is NaN
 
 
@@ -129,13 +134,10 @@ def encode(
       >>> output.codes.tolist(), output.quantized.tolist()
       ([[1, 0]], [[3.0]])
     """
-    residual, codes = jnp.asarray(latents), []
     levels = as_levels(codewords, latents)
     if block is not None:
-        flat = residual.reshape(-1, residual.shape[-1])
-        found = _in_blocks(functools.partial(encode, levels, assign=assign), flat, block)
-        return jax.tree.map(lambda leaf: leaf.reshape(*latents.shape[:-1], *leaf.shape[1:]), found)
-    residuals, chosen = [], []
+        return _encode_by(lambda points: encode(levels, points, assign=assign).codes, levels, latents, block)
+    residual, codes, residuals, chosen = jnp.asarray(latents), [], [], []
     for level in levels:
         code = assign(residual.reshape(-1, residual.shape[-1]), level).reshape(residual.shape[:-1])
         residuals.append(residual)
@@ -156,7 +158,7 @@ def beam_encode(
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [..., D].
       beam: partial sums kept.
-      block: latents searched at a time, in bounded memory and from the cache: 256 is fastest on CPU.
+      block: latents searched at a time, in bounded memory and from the cache: 512 is fastest on CPU.
         None searches all at once, with [M, beam, K] scores, as latents split over devices need.
 
     Returns:
@@ -168,17 +170,19 @@ def beam_encode(
     if beam < 1:
         raise ValueError(f"beam is {beam}, expected at least 1")
     levels = as_levels(codewords, latents)
-    greedy = encode(levels, latents, block=block)
     if beam == 1 or len(levels) == 1:
-        return greedy
+        return encode(levels, latents, block=block)
+    return _encode_by(functools.partial(_best_codes, levels, beam=beam), levels, latents, block)
+
+
+def _encode_by(
+    codes_of: Callable[[jax.Array], jax.Array], levels: tuple[jax.Array, ...], latents: jax.Array,
+    block: int | None,
+) -> QuantizerOutput:
+    """The codes that a function of [M, D] finds, block by block; what is made of them needs no blocks."""
     flat = jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))
-    codes = _in_blocks(functools.partial(_beam_codes, levels, beam=beam), flat, block)
-    found = with_codes(levels, latents, codes.reshape(greedy.codes.shape))
-    better = _squared_error(found, latents) < _squared_error(greedy, latents)
-    return jax.tree.map(
-        lambda new, old: jnp.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old),
-        found, greedy,
-    )
+    codes = _in_blocks(codes_of, flat, block)
+    return with_codes(levels, latents, codes.reshape(*latents.shape[:-1], len(levels)))
 
 
 def with_codes(codewords: Levels, latents: jax.Array, codes: jax.Array) -> QuantizerOutput:
@@ -235,46 +239,58 @@ def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: 
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: len(points)], found)
 
 
+def _best_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) -> jax.Array:
+    """Codes [M, L] by a beam, or the greedy ones where those are nearer, for latents [M, D]."""
+    greedy = encode(levels, latents)
+    found = with_codes(levels, latents, _beam_codes(levels, latents, beam))
+    better = _squared_error(found, latents) < _squared_error(greedy, latents)
+    return jnp.where(better[:, None], found.codes, greedy.codes)
+
+
 def _beam_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) -> jax.Array:
     """Codes [M, L] of the best path that a beam finds, for latents [M, D]."""
-    num = len(latents)
     latents, first = _centred(latents, levels[0])
     levels = (first, *levels[1:])
-    scores, residuals = jnp.zeros((num, 1)), latents[:, None]  # scores are half of minus the squared error
-    codes = jnp.zeros((num, 1, 0), jnp.int32)
+    codes: list[jax.Array] = []  # of the paths that are kept, [M, beam] a level
+    scores = jnp.zeros((len(latents), 1))  # of these paths: half of minus the squared error
     for index, level in enumerate(levels):
-        totals = scores[..., None] + _half_scores(residuals, level)
-        kept = 1 if index == len(levels) - 1 else min(beam, totals[0].size)
-        scores, best = _top(totals.reshape(num, -1), kept)
-        parent, code = jnp.divmod(best, len(level))
-        codes = jnp.concatenate(
-            [jnp.take_along_axis(codes, parent[..., None], axis=1), code[..., None]], axis=-1)
-        residuals = jnp.take_along_axis(residuals, parent[..., None], axis=1) - level[code]
-    return codes[:, 0]
+        residuals = latents[:, None] - sum(level[code] for level, code in zip(levels, codes, strict=False))
+        totals = (scores[..., None] + _half_scores(residuals, level)).reshape(len(latents), -1)
+        kept = 1 if index == len(levels) - 1 else min(beam, totals.shape[1])
+        scores, best = _top(totals, kept)
+        parents, code = jnp.divmod(best, len(level))
+        codes = [jnp.take_along_axis(code, parents, axis=1) for code in codes] + [code]
+    return jnp.concatenate(codes, axis=1)
 
 
 def _top(scores: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The largest `size` entries of each row [M, S] and where they are, [M, size] twice.
+    """The largest `size` entries of each row [M, S] and where they are, [M, size] twice: `jax.lax.top_k`.
 
-    All of them lie in the `size` groups of the largest maxima, so that only these are searched.
+    A tenth to a third of its time on CPU, where `size` is small. All of them lie in the `size` groups of
+    the largest maxima, so that only these are searched, each in the same way.
     """
     width = scores.shape[1]
-    if width <= GROUP * size:
+    if size == 1 or width <= SEARCHED * size:
         return _top_by_argmax(scores, size)
-    padded = jnp.pad(scores, ((0, 0), (0, -width % GROUP)), constant_values=-jnp.inf)
-    grouped = padded.reshape(len(scores), -1, GROUP)
-    _, groups = _top_by_argmax(grouped.max(axis=-1), size)
+    group = 2 ** round(math.log2(width / size) / 2)  # then there are as many groups as entries to search
+    padded = jnp.pad(scores, ((0, 0), (0, -width % group)), constant_values=-jnp.inf)
+    grouped = padded.reshape(len(scores), -1, group)
+    _, groups = _top(grouped.max(axis=-1), size)
     searched = jnp.take_along_axis(grouped, groups[..., None], axis=1).reshape(len(scores), -1)
-    values, found = _top_by_argmax(searched, size)
-    return values, jnp.take_along_axis(groups, found // GROUP, axis=1) * GROUP + found % GROUP
+    values, found = _top(searched, size)
+    return values, jnp.take_along_axis(groups, found // group, axis=1) * group + found % group
 
 
 def _top_by_argmax(scores: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k`, faster on CPU where `size` is small."""
-    found, positions = [], jnp.arange(scores.shape[1], dtype=jnp.int32)
-    left = scores
+    """One after the other. Transposed, so that a pass is over all rows: short ones do not vectorise."""
+    if size == 1:
+        where = argmax(scores)[:, None]
+        return jnp.take_along_axis(scores, where, axis=1), where
+    found: list[jax.Array] = []
+    left = scores.T
+    positions = jax.lax.broadcasted_iota(jnp.int32, left.shape, 0)
     for _ in range(size):
-        found.append(argmax(left)[:, None])
+        found.append(_argmax(left, axis=0))
         left = jnp.where(positions == found[-1], -jnp.inf, left)
-    where = jnp.concatenate(found, axis=1)
+    where = jnp.stack(found, axis=-1)
     return jnp.take_along_axis(scores, where, axis=1), where
