@@ -1,14 +1,17 @@
 """What a step costs on machines that are not here: time to compute, to read memory and to send, by formula.
 
 Assumptions, all of them: weak scaling, a fixed number of requests a device; the shares below of what the
-vendors state; a collective runs at the speed of the slowest link that it crosses, by the ring algorithm;
-nothing overlaps but computing and memory. Numbers are float32: bfloat16 would halve what activations read.
-Bytes of memory are those that a step cannot avoid (tables, moments and gradients by row) plus what XLA
-counts for the rest of the step on CPU, which fuses less than it would on an accelerator. Statistics of
-codebooks (the same on any number of devices) and revival (at most 65,536 latents, now and then) are left out.
+vendors state; a collective runs at the speed of the slowest link that it crosses, by the ring algorithm, an
+all-to-all as if all were neighbours; nothing overlaps but computing and memory. Numbers are float32:
+bfloat16 would halve what activations read. Bytes of memory are those that a step cannot avoid (tables,
+moments and gradients by row) plus what XLA counts for the rest of the step on CPU, which fuses less than it
+would on an accelerator. Statistics of codebooks (the same on any number of devices) and revival (at most
+65,536 latents, now and then) are left out.
 """
 
 from typing import Any, NamedTuple
+
+from tarq_jax.training import exchange
 
 FLOAT = 4  # bytes
 COMPUTE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.3, 0.7, 0.7  # of the stated peak that is reached
@@ -67,16 +70,20 @@ class Split(NamedTuple):
 def lookup_bytes(work: Workload, split: Split, requests: int) -> dict[str, tuple[float, int]]:
     """Bytes that a device sends for look-ups and their gradient, with the devices that take part in each.
 
-    As `tarq_jax.training.lookup` does it: ids gathered and rows reduced over the devices that split the
-    table; gradients gathered over all, or within these and then summed over copies, whichever is less.
+    As `tarq_jax.training.lookup` does it: over the devices that split the table ids are gathered and rows
+    reduced, or, where these are many, both exchanged with owners, in one round, as ids are different and
+    spread evenly; gradients are gathered over copies besides, or blocks summed over them, whichever is less.
     """
     ids, row, copies = requests * work.ids, FLOAT * (work.width + 1), split.devices // split.table
-    gathered = (split.devices - 1) * ids * row
+    asked = exchange.capacity(ids, split.table)  # of each device by each
+    exchanged = 2 * asked <= ids
+    between = (split.table - 1) * (asked if exchanged else ids) * row
+    brought = split.table * (asked if exchanged else ids) * row
     block = 2 * (copies - 1) / copies * work.rows / split.table * work.width * FLOAT
-    summed = (split.table - 1) * ids * row + block
     return {
-        "look_up": ((split.table - 1) * ids * row, split.table),
-        "table_gradient": (min(gathered, summed) if copies > 1 else gathered, split.devices),
+        "look_up": (between, split.table),
+        "table_gradient": (between, split.table),
+        "copies": (min((copies - 1) * brought, block), split.devices),
     }
 
 

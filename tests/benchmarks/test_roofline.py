@@ -21,19 +21,32 @@ def workload(roofline, rows=800, **changes):
 
 
 def test_bytes_of_a_table_over_all_devices(roofline):
-    """2 requests of 10 ids: 20 ids of 4 bytes with rows of 16, to 7 others and back."""
+    """2 requests of 10 ids: 5 of them to each of 7 others, 4 bytes each, and as many rows of 16 bytes."""
     moved = roofline.network_bytes(workload(roofline), roofline.Split(2, 4, 8), requests=2)
-    assert moved == {"look_up": (7 * 20 * 20, 8), "table_gradient": (7 * 20 * 20, 8),
+    assert moved == {"look_up": (7 * 5 * 20, 8), "table_gradient": (7 * 5 * 20, 8), "copies": (0, 8),
                      "dense_gradient": (2 * 7 / 8 * 400, 8)}
+
+
+def test_bytes_of_a_table_over_two_devices(roofline):
+    """Too few to ask owners alone: all 20 ids go to the other one, and as many rows come back."""
+    moved = roofline.lookup_bytes(workload(roofline), roofline.Split(1, 2, 2), requests=2)
+    assert moved == {"look_up": (20 * 20, 2), "table_gradient": (20 * 20, 2), "copies": (0, 2)}
+
+
+def test_bytes_do_not_grow_with_the_devices_that_split_a_table(roofline):
+    few, many = (sum(sent for sent, _ in roofline.lookup_bytes(
+        workload(roofline, ids=1000), roofline.Split(1, devices, devices), requests=8).values())
+        for devices in (8, 4000))
+    assert few < many < 1.2 * few
 
 
 def test_gradients_of_a_table_with_copies_go_the_cheaper_way(roofline):
     split = roofline.Split(2, 4, 4)
     small, large = (roofline.lookup_bytes(workload(roofline, rows=rows), split, requests=2)
                     for rows in (40, 80_000))
-    # within four devices, then two copies of 10 rows; or the whole batch's to all
-    assert small["table_gradient"] == (3 * 20 * 20 + 2 * (1 / 2) * 10 * 16, 8)
-    assert large["table_gradient"] == (7 * 20 * 20, 8)
+    assert small["table_gradient"] == large["table_gradient"] == (3 * 10 * 20, 4)
+    # two copies of 10 rows are summed; or what four devices were sent goes to the other copy
+    assert (small["copies"], large["copies"]) == ((2 * (1 / 2) * 10 * 16, 8), (4 * 10 * 20, 8))
 
 
 def test_one_device_sends_nothing(roofline):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -74,17 +75,19 @@ def in_turn(x):
     return lax.fori_loop(0, 3, lambda _, x: lax.ppermute(x * 2, "data", perm), x)
 
 
-@pytest.mark.parametrize(("function", "kind", "shape", "times", "moved"), [
-    (lambda x: lax.all_gather(x, "data", tiled=True), "all-gather", (16, 4), 1, 7 * 32),
-    (lambda x: lax.psum(x, "data"), "all-reduce", (2, 4), 1, 2 * 7 * 32 // 8),
-    (lambda x: lax.psum_scatter(x.ravel(), "data", tiled=True), "reduce-scatter", (1,), 1, 28),
-    (in_turn, "collective-permute", (2, 4), 3, 3 * 32),
-], ids=["gather", "reduce", "scatter", "loop"])
-def test_what_xla_compiles(function, kind, shape, times, moved):
+@pytest.mark.parametrize(("function", "kind", "shapes", "times", "moved"), [
+    (lambda x: lax.all_gather(x, "data", tiled=True), "all-gather", ((16, 4),), 1, 7 * 32),
+    (lambda x: lax.psum(x, "data"), "all-reduce", ((2, 4),), 1, 2 * 7 * 32 // 8),
+    (lambda x: lax.psum_scatter(x.ravel(), "data", tiled=True), "reduce-scatter", ((1,),), 1, 28),
+    (lambda x: lax.all_to_all(jnp.tile(x, (4, 1)), "data", 0, 0, tiled=True),
+     "all-to-all", ((1, 4),) * 8, 1, 7 * 16),
+    (in_turn, "collective-permute", ((2, 4),), 3, 3 * 32),
+], ids=["gather", "reduce", "scatter", "all to all", "loop"])
+def test_what_xla_compiles(function, kind, shapes, times, moved):
     mesh = sharding.make_mesh()
     run = jax.jit(jax.shard_map(
         functools.partial(function), mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False))
     array = jax.device_put(np.ones((16, 4), np.float32), NamedSharding(mesh, P("data")))
     found, = hlo.collectives(run.lower(array).compile().as_text())
     assert (found.kind, found.arrays, found.group, found.times, found.moved) == (
-        kind, (Array("f32", shape),), 8, times, moved)
+        kind, tuple(Array("f32", shape) for shape in shapes), 8, times, moved)

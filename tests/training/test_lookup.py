@@ -2,13 +2,15 @@
 
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tarq_jax.training import hlo, lookup, sharding
+from tarq_jax.training import exchange, hlo, lookup, sharding
 
 ROWS, WIDTH, BATCH, POSITIONS = 512, 3, 8, 2
 BOTH = ("data", "model")
@@ -19,7 +21,7 @@ IDS[7] = (0, ROWS - 1)
 OUT = np.random.default_rng(2).normal(size=(BATCH, POSITIONS, WIDTH)).astype(np.float32)
 
 
-def compiled(shape, axes, rows=ROWS, batch=BATCH):
+def compiled(shape, axes, rows=ROWS, batch=BATCH, positions=POSITIONS):
     """Placed arguments, and the compiled function of them: rows looked up, and the table's gradient."""
     mesh = sharding.make_mesh(*shape)
     placement = lookup.place(mesh, axes, BOTH, batch)
@@ -30,8 +32,10 @@ def compiled(shape, axes, rows=ROWS, batch=BATCH):
 
     put = jax.device_put
     split = NamedSharding(mesh, PartitionSpec(placement.batch or None))
-    arguments = (put(TABLE[:rows], NamedSharding(mesh, PartitionSpec(axes))), put(IDS[:batch] % rows, split),
-                 put(OUT[:batch], split))
+    ids = np.resize(IDS[:batch], (batch, positions)) % rows
+    out = np.resize(OUT[:batch], (batch, positions, WIDTH))
+    table = put(TABLE[:rows], NamedSharding(mesh, PartitionSpec(axes)))
+    arguments = table, put(ids, split), put(out, split)
     return arguments, jax.jit(both).lower(*arguments).compile()
 
 
@@ -75,9 +79,41 @@ def test_ids_that_do_not_divide_are_looked_up_by_every_device():
 
 
 def test_bytes_moved_do_not_depend_on_the_table():
+    """A device asks each of the 7 others for one id, gets a row, and sends the id and a gradient."""
     small, large = (hlo.bytes_by_kind(hlo.collectives(compiled((2, 4), BOTH, rows=rows)[1].as_text()))
                     for rows in (256, 512))
-    assert small == large and small.keys() == {"all-gather", "reduce-scatter"}
+    assert small == large and small.keys() == {"all-reduce", "all-to-all"}
+    assert small["all-to-all"] == 2 * 7 * exchange.capacity(POSITIONS, 8) * 4 * (1 + WIDTH)
+
+
+def test_two_devices_show_each_other_all_ids():
+    moved = hlo.bytes_by_kind(hlo.collectives(compiled((4, 2), ("model",), rows=512)[1].as_text()))
+    assert moved.keys() == {"all-gather", "reduce-scatter"}
+
+
+@pytest.fixture(scope="module", params=[((2, 4), BOTH), ((2, 4), ("model",)), ((8, 1), ("data",))], ids=str)
+def compiled_for_many(request):
+    """Sixteen ids a request, of which each of 4 or 8 devices is asked for 8 or 4 a round."""
+    return compiled(*request.param, batch=BATCH, positions=16)
+
+
+# of a request: of all rows, of those of one or two owners, or one row again and again
+CROWDS = st.sampled_from([st.integers(0, ROWS - 1), st.integers(0, 40), st.integers(ROWS - 70, ROWS - 1),
+                          st.just(0)])
+
+
+@hypothesis.given(st.lists(CROWDS.flatmap(lambda rows: st.lists(rows, min_size=16, max_size=16)),
+                           min_size=BATCH, max_size=BATCH))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_any_ids(compiled_for_many, ids):
+    """However they crowd: whom all ask, serves them in more rounds."""
+    (table, given, out), run = compiled_for_many
+    ids = np.array(ids, np.int32)
+    found, gradient = run(table, jax.device_put(ids, given.sharding), out)
+    np.testing.assert_array_equal(found, TABLE[ids])
+    expected = np.zeros_like(TABLE)
+    np.add.at(expected, ids, np.asarray(out))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_device_moves_nothing():
