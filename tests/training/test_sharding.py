@@ -63,10 +63,16 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
 
 def agree(history, expected):
-    """Asserts that two runs went the same way: metrics and codebooks of all steps."""
+    """Asserts that two runs went the same way: metrics and codebooks of all steps.
+
+    Norms of parameters whose gradient is zero but for rounding (biases of keys) are what Adam makes of it.
+    """
+    moved = np.max([metrics["gradient_norms"] for _, metrics in expected], axis=0) > 1e-6
+    assert moved.mean() > 0.8
     for step, ((book, metrics), (other, wanted)) in enumerate(zip(history, expected, strict=True)):
         for name, value in wanted.items():
-            close(metrics[name], value, err_msg=f"{name}, {step}")
+            kept = moved if name == "parameter_norms" else ...
+            close(metrics[name][kept], value[kept], err_msg=f"{name}, {step}")
         jax.tree.map(close, book, other)
 
 
