@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from benchmarks.serving_contenders import Contender
 from tarq_jax.data import Dataset
@@ -20,12 +22,18 @@ from tarq_jax.serving import build
 from tarq_jax.serving.artefact import read_index, write_index
 from tarq_jax.serving.client import Client, Unavailable, Wrong
 from tarq_jax.serving.index import remove
+from tarq_jax.serving.method import Method
 from tarq_jax.serving.vectors import Storage
 
 TOKEN = "stress"
 MEMORY = "process_resident_memory_bytes"  # as /metrics has it
-SWAPS = ({"artefact": "2"}, {"artefact": "1", "index": "index-1"}, {"artefact": "damaged"},
-         {"artefact": "1"})  # one after the other: all new, another index alone, refused, back again
+SWAPS = (  # one after the other
+    {"artefact": "2"},  # trained anew
+    {"artefact": "1", "index": "index-1"},  # another model and index
+    {"artefact": "1"},  # another index alone
+    {"artefact": "damaged"},  # refused
+    {"artefact": "3"},  # other programs, which have to be compiled
+)
 READY = 120.0  # seconds that a start may take
 
 # Each has to be told what is wrong: a status from 400 to 499 with an error.
@@ -52,15 +60,27 @@ class Outcome(NamedTuple):
 
 
 def write_artefacts(contender: Contender, dataset: Dataset, folder: Path, history: int) -> None:
-    """`1`, `2` (the same in half the bytes), `index-1` (1 without an item) and `damaged`, in a new folder."""
-    versions: dict[str, Storage] = {"1": "float32", "2": "bfloat16", "damaged": "float32"}
-    for name, vectors in versions.items():
+    """In a new folder: `1`, `2` (other weights), `3` (half the bytes), `index-1` (no item 1), `damaged`."""
+    method = contender.method
+    versions: dict[str, tuple[Method, Storage]] = {
+        "1": (method, "float32"), "2": (trained_anew(method), "float32"), "3": (method, "bfloat16"),
+        "damaged": (method, "float32")}
+    for name, (served, vectors) in versions.items():
         (folder / name).mkdir(parents=True)
-        build.write(contender.method, dataset, folder / name, histories=(history,), vectors=vectors)
+        build.write(served, dataset, folder / name, histories=(history,), vectors=vectors)
     (folder / "index-1").mkdir()
     write_index(remove(read_index(folder / "1" / "index"), [1]), folder / "index-1")
     with (folder / "damaged" / "index" / "ids.npy").open("ab") as file:
         file.write(b"more")
+
+
+def trained_anew(method: Method) -> Method:
+    """The same with other weights, as after another day of training."""
+    def other(weights: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf * 1.01 if leaf.dtype.kind == "f" else leaf, weights)
+
+    return method._replace(user_weights=other(method.user_weights), item_weights=other(method.item_weights),
+                           encode_weights=other(method.encode_weights))
 
 
 class Service:

@@ -88,6 +88,15 @@ def method_of(name: str) -> methods.Method:
     return methods.from_module(model.module, model.params, *model.arguments[:1])
 
 
+def trained_anew(method: methods.Method) -> methods.Method:
+    """The same with other weights."""
+    def other(weights):
+        return jax.tree.map(lambda leaf: leaf * 1.1 if leaf.dtype.kind == "f" else leaf, weights)
+
+    return method._replace(user_weights=other(method.user_weights), item_weights=other(method.item_weights),
+                           encode_weights=other(method.encode_weights))
+
+
 @functools.cache
 def expected(name: str) -> np.ndarray:
     """The logits [B, V - 1] that the training code has of all items for each request."""

@@ -27,8 +27,7 @@ from tarq_jax.serving.index import Index
 Kind = Literal["index", "model"]
 
 MANIFEST = "manifest.json"
-SHOWN = 16  # characters of a fingerprint in a program's name
-VERSION = 1  # of the format; another one is refused
+VERSION = 2  # of the format; another one is refused
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -70,6 +69,7 @@ class Manifest(NamedTuple):
 
     fingerprint: str
     facts: dict[str, Any]
+    digests: dict[str, str]  # file -> SHA-256
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
@@ -94,7 +94,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         raise ValueError(f"{path} has checksum {checksum}, expected {_checksum(manifest)}: it was changed")
     for name, facts in manifest["files"].items():
         _check_file(folder / name, facts)
-    return Manifest(manifest["fingerprint"], manifest["facts"])
+    digests = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+    return Manifest(manifest["fingerprint"], manifest["facts"], digests)
 
 
 def check_fit(index: str, model: str) -> None:
@@ -126,7 +127,7 @@ def save_index(index: Index, out: str | Path) -> None:
 
 def read_index(folder: Path) -> Index:
     """The inverse of `write_index`; a ValueError as `read_manifest`."""
-    fingerprint, facts = read_manifest(folder, "index")
+    fingerprint, facts, _ = read_manifest(folder, "index")
     arrays = {name: _read_array(folder / f"{name}.npy", described)
               for name, described in facts["arrays"].items()}
     return Index(ids=arrays.pop("ids"), served=arrays.pop("served"), arrays=arrays, fingerprint=fingerprint)
@@ -160,27 +161,17 @@ def read_weights(folder: Path, part: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def read_program(folder: Path, name: str, fingerprint: str) -> export.Exported:
-    """A program of a model, which has to carry the model's fingerprint."""
+def read_program(folder: Path, name: str) -> export.Exported:
+    """A program of a model; a ValueError where JAX cannot read it, or it is another one."""
     path = folder / f"{name}.jaxexport"
     try:
         program = export.deserialize(bytearray(path.read_bytes()))
     except Exception as error:  # whatever this version of JAX makes of what another one wrote
         raise ValueError(f"{path} cannot be read by JAX {jax.__version__} ({error}), expected a program of "
                          "jax.export") from None
-    if (expected := program_name(name, fingerprint)) != program.fun_name:
-        raise ValueError(f"{path} holds the program {program.fun_name!r}, expected {expected!r}")
+    if program.fun_name != name:
+        raise ValueError(f"{path} holds the program {program.fun_name!r}, expected {name!r}")
     return program
-
-
-def program_name(name: str, fingerprint: str) -> str:
-    """What a program calls itself: it carries the fingerprint of its weights.
-
-    Example:
-      >>> program_name("score_all", "0123456789abcdef" * 4)
-      'score_all_0123456789abcdef'
-    """
-    return f"{name}_{fingerprint[:SHOWN]}"
 
 
 def version_name(artefact: Path, index: Path) -> str:

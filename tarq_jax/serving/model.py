@@ -27,16 +27,32 @@ class Scored(NamedTuple):
     positions: jax.Array  # [B, k] int32, where they are among the M
 
 
+class Programs(NamedTuple):
+    """What models share that differ in weights alone. Compiled when they are first called with a shape.
+
+    Attributes:
+      digests: name -> SHA-256 of the programs that they were read from.
+      user_side: (weights, embeddings of the index, slots [B, N] of the histories, request) -> state of users.
+      score_all: (weights, state, arrays of the index, allowed [B, C] bool, top_k) -> Scored, of C slots.
+      score_each: (weights, state, arrays, slots [B, M] or FREE, top_k) -> Scored, of M slots.
+    """
+
+    digests: Mapping[str, str]
+    user_side: Callable[..., Mapping[str, jax.Array]]
+    score_all: Callable[..., Scored]
+    score_each: Callable[..., Scored]
+
+
 class Model(NamedTuple):
-    """A model as scorers share it. Programs are compiled when they are first called with a shape.
+    """A model as scorers share it.
 
     Attributes:
       fingerprint: of the model.
       facts: of its manifest.
       schema: of requests and items.
-      user_side: (embeddings of the index, slots [B, N] of the histories, request) -> state of the users.
-      score_all: (state, arrays of the index, allowed [B, C] bool, top_k) -> Scored, over the C slots.
-      score_each: (state, arrays, slots [B, M] or FREE, top_k) -> Scored, over the M slots.
+      programs: as they are compiled, perhaps another model's, too.
+      user_weights: of `programs.user_side`, on the device.
+      item_weights: of `programs.score_all` and `programs.score_each`, on the device.
       encode: item fields, name -> [M, ...], to what an index keeps, in float32; reads its weights when it
         is first called.
     """
@@ -44,25 +60,51 @@ class Model(NamedTuple):
     fingerprint: str
     facts: Mapping[str, Any]
     schema: Schema
-    user_side: Callable[..., Mapping[str, jax.Array]]
-    score_all: Callable[..., Scored]
-    score_each: Callable[..., Scored]
+    programs: Programs
+    user_weights: Mapping[str, jax.Array]
+    item_weights: Mapping[str, jax.Array]
     encode: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
+    def user_side(self, *arguments: Any) -> Mapping[str, jax.Array]:
+        """State of users, see `Programs`."""
+        return self.programs.user_side(self.user_weights, *arguments)
 
-def read_model(folder: Path) -> Model:
+    def score_all(self, *arguments: Any, top_k: int) -> Scored:
+        """Scores of all slots."""
+        return self.programs.score_all(self.item_weights, *arguments, top_k=top_k)
+
+    def score_each(self, *arguments: Any, top_k: int) -> Scored:
+        """Scores of some slots a request."""
+        return self.programs.score_each(self.item_weights, *arguments, top_k=top_k)
+
+
+def read_model(folder: Path, like: Model | None = None) -> Model:
     """The model in a folder of an artefact.
+
+    Args:
+      folder: `model` of the artefact.
+      like: is returned where it is the same model, and shares its programs where these are the same.
 
     Raises:
       ValueError: it is damaged, of another version, or not for the platform that JAX runs on here.
     """
-    fingerprint, facts = read_manifest(folder, "model")
+    fingerprint, facts, files = read_manifest(folder, "model")
+    if like is not None and (like.fingerprint, like.facts) == (fingerprint, facts):
+        return like
     backend = jax.default_backend()
     if not PLATFORMS.get(backend, {backend}) & set(facts["platforms"]):
         raise ValueError(f"{folder} was exported for {facts['platforms']}, expected {backend!r} among them, "
                          "which JAX runs on here")
-    names = [name for name in facts["programs"] if name != "encode"]
-    programs = {name: read_program(folder, name, fingerprint) for name in names}
+    digests = {name: files[f"{name}.jaxexport"] for name in facts["programs"] if name != "encode"}
+    shared = like is not None and like.programs.digests == digests
+    programs = like.programs if like is not None and shared else _read_programs(folder, digests)
+    user, items = (jax.device_put(read_weights(folder, part)) for part in ("user", "items"))
+    return Model(fingerprint, facts, Schema.from_json(facts["schema"]), programs, user, items,
+                 _encoder(folder))
+
+
+def _read_programs(folder: Path, digests: Mapping[str, str]) -> Programs:
+    programs = {name: read_program(folder, name) for name in digests}
 
     def user_side(weights, embedding, slots, request):
         history = {name: rows(values, slots) for name, values in embedding.items()}
@@ -79,13 +121,8 @@ def read_model(folder: Path) -> Model:
         items = {name: rows(values, slots) for name, values in arrays.items()}
         return _select(program("score_each", state).call(weights, state, items), slots != FREE, top_k)
 
-    user_weights, item_weights = (jax.device_put(read_weights(folder, part)) for part in ("user", "items"))
-    score_all, score_each = (
-        functools.partial(jax.jit(score, static_argnames="top_k"), item_weights)
-        for score in (score_all, score_each))
-    return Model(fingerprint, facts, Schema.from_json(facts["schema"]),
-                 functools.partial(jax.jit(user_side), user_weights), score_all, score_each,
-                 _encoder(folder, fingerprint))
+    return Programs(digests, jax.jit(user_side), jax.jit(score_all, static_argnames="top_k"),
+                    jax.jit(score_each, static_argnames="top_k"))
 
 
 def _select(scores: jax.Array, allowed: jax.Array, top_k: int) -> Scored:
@@ -93,11 +130,11 @@ def _select(scores: jax.Array, allowed: jax.Array, top_k: int) -> Scored:
     return Scored(scores, *jax.lax.top_k(scores, top_k))
 
 
-def _encoder(folder: Path, fingerprint: str) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+def _encoder(folder: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     @functools.cache
     def program() -> Callable[..., Mapping[str, jax.Array]]:
         """Holds the embedding tables, so it is read only where items are encoded."""
-        call = jax.jit(read_program(folder, "encode", fingerprint).call)
+        call = jax.jit(read_program(folder, "encode").call)
         return functools.partial(call, jax.device_put(read_weights(folder, "encode")))
 
     def encode(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

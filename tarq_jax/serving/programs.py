@@ -3,10 +3,11 @@
 `user_<N>` takes histories of N events; `score_all` scores one set of items for every user of a batch,
 `score_each` a set of its own for each; `encode` makes what an index keeps of new items. Where the state of a
 user grows with the history, as in full target attention, there is one of each `score` a length. Batch and
-items are symbolic dimensions: one program serves every size. Weights are arguments, by name; a program
-carries the fingerprint of its weights in its own name.
+items are symbolic dimensions: one program serves every size. Weights are arguments, by name, so that a model
+that was trained anew has the same programs to the bit.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ import numpy as np
 from jax import export
 
 from tarq_jax.schema import Field, Schema
-from tarq_jax.serving.artefact import program_name
 from tarq_jax.serving.index import SLOTS
 from tarq_jax.serving.method import Method
 from tarq_jax.serving.scoring import for_all, for_each
@@ -56,7 +56,7 @@ def export_method(
     fingerprint = fingerprint_of(weights, vectors)
 
     def serialize(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[str, bytes]:
-        function.__name__ = program_name(name, fingerprint)
+        function.__name__ = name
         return name, bytes(export.export(jax.jit(function), platforms=platforms)(*arguments).serialize())
 
     def programs() -> Iterator[tuple[str, bytes]]:
@@ -72,7 +72,20 @@ def export_method(
                 yield serialize(
                     f"score_{kind}{suffix}", batched(score), specs_of(item_weights), state, stored)
 
-    return Exported(dict(programs()), weights, fingerprint)
+    with _without_locations():
+        return Exported(dict(programs()), weights, fingerprint)
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Programs do not say which lines of which files they were made by, on whatever machine."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def fingerprint_of(weights: Mapping[str, Named], vectors: Storage) -> str:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from tarq_jax.serving.artefact import check_fit, read_index
-from tarq_jax.serving.index import FREE, Index, round_up
+from tarq_jax.serving.index import FREE, Index, grow, round_up
 from tarq_jax.serving.model import Model, Scored, read_model
 from tarq_jax.serving.requests import check_columns, check_ids, check_request, pad
 from tarq_jax.serving.vectors import parts, store
@@ -71,7 +71,7 @@ class Scorer:
     @classmethod
     def load(cls, path: str | Path, *, index: str | Path | None = None,
              batch_sizes: Sequence[int] = BATCH_SIZES, candidate_sizes: Sequence[int] = CANDIDATE_SIZES,
-             top_k: int = TOP_K) -> "Scorer":
+             top_k: int = TOP_K, like: "Scorer | None" = None) -> "Scorer":
         """Reads and checks what `python -m tarq_jax.serving.export` wrote.
 
         Args:
@@ -83,6 +83,8 @@ class Scorer:
             of 512; where a request of a batch has more than the largest, the whole index is scored for
             all of them, and what was not given is left out.
           top_k: candidates that are selected on the device; a larger k is sorted on the host.
+          like: shares its compiled programs where those of the artefact are the same, as they are where
+            the model was trained anew; the index gets as many slots at least, so that all is ready at once.
 
         Raises:
           ValueError: the artefact is damaged, of another version or platform, or index and model differ.
@@ -90,14 +92,25 @@ class Scorer:
         for name, values in (("batch_sizes", batch_sizes), ("candidate_sizes", (*candidate_sizes, top_k))):
             if not values or min(values) < 1:
                 raise ValueError(f"{name} are {tuple(values)}, expected positive numbers")
-        folder = Path(path) / "index" if index is None else Path(index)
-        return cls(read_model(Path(path) / "model"), read_index(folder), batch_sizes, candidate_sizes, top_k)
+        model = read_model(Path(path) / "model", None if like is None else like._model)
+        items = read_index(Path(path) / "index" if index is None else Path(index))
+        if like is not None and items.capacity < like.index.capacity:
+            items = grow(items, like.index.capacity)
+        scorer = cls(model, items, batch_sizes, candidate_sizes, top_k)
+        scorer.ready = like is not None and like.ready and scorer._shapes == like._shapes
+        return scorer
 
     def with_index(self, index: Index) -> "Scorer":
         """A scorer of the same model for another index; ready at once where its capacity is the same."""
         scorer = Scorer(self._model, index, self.batch_sizes, self.candidate_sizes, self.top_k)
-        scorer.ready = self.ready and index.capacity == self.index.capacity
+        scorer.ready = self.ready and scorer._shapes == self._shapes
         return scorer
+
+    @property
+    def _shapes(self) -> tuple[Any, ...]:
+        """What has to be the same for a scorer to be ready as another one is."""
+        sizes = self.batch_sizes, self.candidate_sizes, self.top_k, self.index.capacity
+        return id(self._model.programs), *sizes
 
     def encode(self, items: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """What `tarq_jax.serving.index.add` and `change` take, for items by their fields, [M, ...] each.

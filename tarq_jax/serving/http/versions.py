@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tarq_jax.serving.artefact import read_index, read_manifest, version_name
+from tarq_jax.serving.artefact import version_name
 from tarq_jax.serving.http.batching import Batcher, ServiceTimes, default_budget, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.openapi import document
@@ -60,18 +60,14 @@ class Version:
 
 
 def load(artefact: Path, index: Path, options: Options, like: Scorer | None = None) -> Scorer:
-    """A warm scorer. Where `like` is of the same model, it shares the programs that are compiled already.
+    """A warm scorer. Where `like` has the same programs, it shares them as they are compiled already.
 
     Raises:
       ValueError: something is damaged, of another version or platform, or does not fit.
     """
-    if like is not None:
-        manifest = read_manifest(artefact / "model", "model")
-        if (manifest.fingerprint, manifest.facts) == (like.index.fingerprint, like.facts):
-            scorer = like.with_index(read_index(index))
-            return scorer if scorer.ready else scorer.warm_up()
-    return Scorer.load(artefact, index=index, batch_sizes=options.batch_sizes, top_k=options.limits.top_k,
-                       candidate_sizes=options.candidate_sizes).warm_up()
+    scorer = Scorer.load(artefact, index=index, batch_sizes=options.batch_sizes, top_k=options.limits.top_k,
+                         candidate_sizes=options.candidate_sizes, like=like)
+    return scorer if scorer.ready else scorer.warm_up()
 
 
 class Versions:

@@ -4,16 +4,20 @@ import dataclasses
 import shutil
 
 import pytest
+import served
 
 
 @pytest.fixture(scope="session")
 def artefacts(artefact, tmp_path_factory):
-    """A folder of artefacts: 1, 2 (of another model), damaged, and index-1, an index of 1 without item 1."""
-    from tarq_jax.serving import Scorer, remove, save_index
+    """A folder of artefacts: 1, 2 (another model), anew (other weights), damaged, index-1 (no item 1)."""
+    from tarq_jax.serving import Scorer, build, remove, save_index
 
     root = tmp_path_factory.mktemp("artefacts")
     for name, method in (("1", "tarq_scalar"), ("2", "two_tower"), ("damaged", "two_tower")):
         shutil.copytree(artefact(method), root / name)
+    (root / "anew").mkdir()
+    build.write(served.trained_anew(served.method_of("tarq_scalar")), served.world().dataset, root / "anew",
+                histories=(2, 6))  # with fewer slots
     with (root / "damaged" / "index" / "ids.npy").open("ab") as file:
         file.write(b"more")
     save_index(remove(Scorer.load(root / "1").index, [1]), root / "index-1")

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import numpy as np
 import pytest
 import served
 
@@ -62,7 +63,24 @@ def test_another_index_shares_what_is_compiled(artefacts):
     same = load(artefacts / "1", artefacts / "index-1", options, first)
     assert same.ready and same._model is first._model and same.index.num_served == 21
     other = load(artefacts / "2", artefacts / "2" / "index", options, first)
-    assert other.ready and other._model is not first._model
+    assert other.ready and other._model.programs is not first._model.programs
+
+
+def test_a_model_trained_anew_shares_what_is_compiled(artefacts):
+    """Its programs are the same to the bit, and its index gets as many slots."""
+    sizes = {"batch_sizes": (1, 3), "candidate_sizes": (512,), "top_k": 20}
+    first = Scorer.load(artefacts / "1", **sizes).warm_up()
+    anew = Scorer.load(artefacts / "anew", **sizes, like=first)
+    alone = Scorer.load(artefacts / "anew", **sizes)
+    assert anew.ready and not alone.ready and alone.index.capacity < anew.index.capacity
+    compiled = [program._cache_size() for program in first._model.programs[1:]]
+    found, candidates = anew.score(GOOD), anew.score(GOOD, [3, 1])
+    assert [program._cache_size() for program in first._model.programs[1:]] == compiled
+    np.testing.assert_array_equal(found.ids, alone.score(GOOD).ids)
+    np.testing.assert_allclose(found.scores, alone.score(GOOD).scores, rtol=1e-5)
+    np.testing.assert_allclose(candidates.scores, alone.score(GOOD, [3, 1]).scores, rtol=1e-5)
+    assert np.abs(found.scores - first.score(GOOD).scores).max() > 0.01
+    assert not Scorer.load(artefacts / "anew", **sizes | {"top_k": 5}, like=first).ready
 
 
 @pytest.mark.parametrize(("body", "status", "words"), [
