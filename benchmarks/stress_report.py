@@ -14,7 +14,7 @@ from tarq_jax.experiments.page import Section, render
 ALONE, AFTERWARDS = "one at a time", "one at a time, after all that"  # names of stages
 HELD, KILLED = "held, with swaps and bad requests", "killed and started again"
 DELAY_MS = 2.0  # of micro-batching, as `tarq_jax.serving.server` has it by default
-GROWTH = 1.05  # of memory, from the first to the last third of the stage that is held
+GROWTH = 1.05  # of memory, from the first to the last third of some stages
 FILE = "stress.png"
 
 
@@ -38,7 +38,9 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
     for what, of in (("swap", "swaps that did not end as they should"),
                      ("hostile", "bad requests that were not refused by name")):
         yield claim(of, sum(not row["fine"] for row in kind("event", what=what)), 0)
-    yield claim("growth of memory while held", memory_growth(rows), GROWTH)
+    ramp, held = kind("stage", stage="ramp"), kind("stage", stage=HELD)
+    yield claim("growth of memory while load rises", memory_growth(rows, ramp), GROWTH)
+    yield claim("growth of memory while held, with swaps", memory_growth(rows, held), GROWTH)
     yield claim("seconds from the kill until ready", kind("event", what="kill")[0]["seconds"])
     yield claim("requests lost while killed", kind("stage", stage=KILLED)[0]["errors"])
     most = max(row["answered_per_second"] for row in stages)
@@ -48,12 +50,12 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
                 afterwards["latency_p50_ms"] / alone["latency_p50_ms"])
 
 
-def memory_growth(rows: Rows) -> float:
-    """Of the process while the last load was held: median of the last third over that of the first."""
-    held = next(row for row in rows if row.get("stage") == HELD)
+def memory_growth(rows: Rows, stages: Rows) -> float:
+    """Of the process during consecutive stages: median of the last third over that of the first."""
+    begin, end = stages[0]["second"], stages[-1]["second"] + stages[-1]["seconds"]
     thirds: list[list[float]] = [[], [], []]
     for row in rows:
-        place = (row["second"] - held["second"]) / held["seconds"] if row["kind"] == "memory" else -1.0
+        place = (row["second"] - begin) / (end - begin) if row["kind"] == "memory" else -1.0
         if 0 <= place < 1 and np.isfinite(row["memory_mb"]):
             thirds[int(3 * place)].append(row["memory_mb"])
     return float(np.median(thirds[2]) / np.median(thirds[0]))
