@@ -31,7 +31,7 @@ from tarq_jax.serving.programs import pruned, request_specs
 from tarq_jax.serving.scoring import Arrays, attend, first_order, for_all, in_blocks, level_changes, look_up
 from tarq_jax.serving.vectors import rows
 
-LookUps = Callable[[Arrays, Arrays], Any]  # state of a user, items -> what the head reads
+LookUps = Callable[[Any, Arrays, Arrays], Any]  # item weights, state of a user, items -> what the head reads
 
 
 class Cost(NamedTuple):
@@ -92,16 +92,16 @@ def item_parts(
 ) -> dict[str, Part]:
     """Those of `gather`, `look_ups` and `items` that are asked for and that it has."""
     method, found = contender.method, {}
-    state = filled(state_specs(method, history))
+    state, weights = filled(state_specs(method, history)), jax.device_put(method.item_weights)
     items = jax.device_put({name: values[slots] for name, values in index.arrays.items()})
     if "gather" in names:
         found["gather"] = _gather(method, index, slots, items, state)
     if "look_ups" in names and method.name in LOOK_UPS:
-        ways = (jax.vmap(way, in_axes=(0, None)) for way in LOOK_UPS[method.name])
-        found["look_ups"] = compiled(*ways, state, items)
+        ways = map(for_all, LOOK_UPS[method.name])
+        found["look_ups"] = compiled(*ways, weights, state, items)
     if "items" in names:
         ways = (for_all(way) for way in (method.item_side, inspect.unwrap(method.item_side)))
-        found["items"] = compiled(*ways, jax.device_put(method.item_weights), state, items)
+        found["items"] = compiled(*ways, weights, state, items)
     return found
 
 
@@ -129,20 +129,20 @@ def answer_parts(slots: np.ndarray, top_k: int) -> dict[str, Part]:
         lambda: (jax.device_put(slots[None]), jax.device_get(answer)), Cost(0.0, 0.0, moved, 0))}
 
 
-def _table(user: Arrays, items: Arrays) -> jax.Array:
+def _table(weights: Any, user: Arrays, items: Arrays) -> jax.Array:
     return look_up(user["table"], items["codes"])
 
 
-def _tables(user: Arrays, items: Arrays) -> tuple[jax.Array, ...]:
-    return _table(user, items), look_up(user["table_first"], items["codes"])
+def _tables(weights: Any, user: Arrays, items: Arrays) -> tuple[jax.Array, ...]:
+    return _table(weights, user, items), look_up(user["table_first"], items["codes"])
 
 
-def _levels(user: Arrays, items: Arrays) -> tuple[jax.Array, ...]:
-    return rows(user["table"], items["codes"][:, 0].astype(jnp.int32)), level_changes(user, items)
+def _levels(weights: Any, user: Arrays, items: Arrays) -> tuple[jax.Array, ...]:
+    return rows(user["table"], items["codes"][:, 0].astype(jnp.int32)), level_changes(weights, user, items)
 
 
-def _attend_in_blocks(user: Arrays, items: Arrays) -> jax.Array:
-    return in_blocks(lambda _, *arguments: attend(*arguments))(None, user, items)
+def _attend(weights: Any, user: Arrays, items: Arrays) -> jax.Array:
+    return attend(user, items)
 
 
 # By a method's name: look-ups as served, and without blocks.
@@ -150,5 +150,5 @@ LOOK_UPS: Mapping[str, tuple[LookUps, LookUps]] = {
     "scalar": (_table, _table), "dot": (_table, _table), "mlp": (_tables, _tables),
     "scalar_first_order": (_levels, _levels),
     "dot_first_order": (first_order, first_order), "mlp_first_order": (first_order, first_order),
-    "target_attention": (_attend_in_blocks, attend), "target_attention_whole": (attend, attend),
+    "target_attention": (in_blocks(_attend), _attend), "target_attention_whole": (_attend, _attend),
 }

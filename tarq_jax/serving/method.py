@@ -12,7 +12,7 @@ Functions below take a module that is bound to its variables, or parameters as N
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -119,6 +119,11 @@ def expansion(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.
     means = jnp.swapaxes(found.means, 1, 2)
     return {"means": means.reshape(*means.shape[:2], -1),
             "jacobians": jnp.transpose(found.jacobians, (0, 2, 4, 1, 3))}
+
+
+def further_levels(levels: Iterable[Any]) -> dict[str, Any]:
+    """Codewords [K, H, E] of levels 2 to L, by query dimension first as the Jacobians: [K, E, H] each."""
+    return {"further": [np.swapaxes(level, 1, 2) for level in levels]}
 
 
 def side_by_side(heads: jax.Array) -> jax.Array:

@@ -7,13 +7,14 @@ axis: `for_all` and `for_each` add it.
 
 Look-ups are gathers that promise to be in bounds and are summed where they are read: XLA then fuses them,
 and never forms the [M, E, D] Jacobians of order 1. On CPU that is twice as fast as products of blocks that
-share a codeword, in any order of the items and for any subset of them.
+share a codeword, in any order of the items and for any subset of them. What Jacobians multiply comes one
+dimension of the query after the other, as they do: XLA on CPU does not vectorise sums over an axis.
 
 Axis letters are those of `tarq_jax.types`; M items, F units of the head's first hidden layer.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,8 +47,8 @@ def in_blocks_on_cpu(score: Score) -> Score:
     return by_platform
 
 
-def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
-    """Sums the entries that each level's code names: [L, K, ...] and int [M, L] to [M, ...].
+def look_up(table: Sequence[Any], codes: jax.Array) -> jax.Array:
+    """Sums the entries that each level's code names: L times [K, ...] and int [M, L] to [M, ...].
 
     Example:
       >>> look_up(jnp.array([[1.0, 2.0], [30.0, 40.0]]), jnp.array([[0, 1], [1, 1]])).tolist()
@@ -57,32 +58,52 @@ def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, (rows(level, codes[:, index]) for index, level in enumerate(table)))
 
 
-def change(jacobians: jax.Array, codes: jax.Array, corrections: jax.Array) -> jax.Array:
-    """`J_c r` of every item, head by head: [K, E, H, E], int [M] and [M, H, E] to [M, H, E].
+def change(jacobians: jax.Array, codes: jax.Array, corrections: Sequence[jax.Array]) -> jax.Array:
+    """`J_c r` of every item, head by head: [K, E, H, E], int [...] and E times [..., H] to [..., H, E].
 
     `jacobians[k, f, h, e]` is the derivative of output e by query f: a column of it is a row of memory.
     """
-    terms = (rows(jacobians[:, f], codes) * corrections[..., f, None] for f in range(jacobians.shape[1]))
+    terms = (rows(jacobians[:, f], codes) * column[..., None] for f, column in enumerate(corrections))
     return functools.reduce(jnp.add, terms)
 
 
-def first_order(user: Arrays, items: Arrays) -> jax.Array:
-    """`m_c + J_c r` of every item, its heads side by side: [M, D]."""
+def damping(corrections: Sequence[jax.Array], radius: jax.Array) -> jax.Array:
+    """As that of `tarq_jax.corrections`, for E times [M, H], with a radius [H] each: [M, H, 1]."""
+    squares = functools.reduce(jnp.add, map(jnp.square, corrections))
+    return (1.0 / (1.0 + squares / jnp.square(radius)))[..., None]
+
+
+def first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+    """`m_c + J_c r` of every item, its heads side by side: [M, D].
+
+    r is a `correction` of the item's own, or the sum of its codewords of further levels, damped by `radius`.
+    """
     codes = items["codes"][:, 0].astype(jnp.int32)
-    _, width, heads, _ = user["jacobians"].shape
-    corrections = read(items, "correction").reshape(-1, heads, width)
+    if "correction" in items:
+        _, width, heads, _ = user["jacobians"].shape
+        own = read(items, "correction").reshape(-1, heads, width)
+        corrections = [own[..., f] for f in range(width)]
+    else:
+        corrections = _by_query(look_up(weights["further"], items["codes"][:, 1:]))
     changes = change(user["jacobians"], codes, corrections)
+    if "radius" in weights:
+        changes *= damping(corrections, weights["radius"])
     return rows(user["means"], codes) + changes.reshape(codes.shape[0], -1)
 
 
-def level_changes(user: Arrays, items: Arrays) -> jax.Array:
+def level_changes(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """`J_c r` of each further level of every item, its heads side by side: [M, L - 1, D]."""
-    codes = items["codes"][:, 0].astype(jnp.int32)
-    corrections = read(items, "correction")
-    _, width, heads, _ = user["jacobians"].shape
-    changes = change(
-        user["jacobians"], jnp.repeat(codes, corrections.shape[1]), corrections.reshape(-1, heads, width))
-    return changes.reshape(corrections.shape)
+    first, further = jnp.split(items["codes"].astype(jnp.int32), [1], axis=1)
+    chosen = [rows(level, further[:, index]) for index, level in enumerate(weights["further"])]
+    changes = change(user["jacobians"], jnp.broadcast_to(first, further.shape),
+                     _by_query(jnp.stack(chosen, axis=1)))
+    factors = damping(_by_query(functools.reduce(jnp.add, chosen)), weights["radius"])
+    return (changes * factors[:, None]).reshape(*further.shape, -1)
+
+
+def _by_query(corrections: jax.Array) -> list[jax.Array]:
+    """[..., E, H] to E times [..., H]."""
+    return [corrections[..., f, :] for f in range(corrections.shape[-2])]
 
 
 def attend(user: Arrays, items: Arrays) -> jax.Array:
@@ -106,7 +127,7 @@ def scalar(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 def dot(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """`<v_user + W o, v_item> / sqrt(D)`: the table holds `W A_l / sqrt(D)`."""
     vectors = user["vector"] + look_up(user["table"], items["codes"])
-    return _inner(vectors, read(items, "vector")) + weights["bias"]
+    return _sums(vectors * read(items, "vector")) + weights["bias"]
 
 
 @in_blocks_on_cpu
@@ -124,7 +145,7 @@ def scalar_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Arra
     computing them in one vectorised loop.
     """
     codes = items["codes"].astype(jnp.int32)
-    changes = level_changes(user, items)
+    changes = level_changes(weights, user, items)
     count, further, _ = changes.shape
     first = (changes.reshape(count, -1) @ weights["attended"]).reshape(count, further, -1)
     total = two_tower(weights, user, items) + rows(user["table"], codes[:, 0])
@@ -134,15 +155,17 @@ def scalar_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Arra
     return total
 
 
+@in_blocks_on_cpu
 def dot_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """As `dot`; the output's projection is folded into a second vector of the item, its `key`."""
-    return two_tower(weights, user, items) + _inner(first_order(user, items), read(items, "key"))
+    products = first_order(weights, user, items) * read(items, "key")
+    return _sums(products + user["vector"] * read(items, "vector")) + weights["bias"]
 
 
 @in_blocks_on_cpu
 def mlp_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """The interaction head on the output of order 1."""
-    return _on_attended(weights, user, items, first_order(user, items))
+    return _on_attended(weights, user, items, first_order(weights, user, items))
 
 
 @in_blocks
@@ -151,13 +174,13 @@ def target_attention(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     return _on_attended(weights, user, items, attend(user, items))
 
 
-def _inner(left: jax.Array, right: jax.Array) -> jax.Array:
-    """`<left_m, right_m>`, [M, D] twice to [M].
+def _sums(values: jax.Array) -> jax.Array:
+    """Sums over the last axis, [M, D] to [M].
 
     As a product with ones: XLA on CPU would take a sum into the loop of a look-up before it, which is then
     not vectorised, fifty times slower.
     """
-    return (left * right) @ jnp.ones(left.shape[-1])
+    return values @ jnp.ones(values.shape[-1])
 
 
 def _on_attended(weights: Arrays, user: Arrays, items: Arrays, attended: jax.Array) -> jax.Array:

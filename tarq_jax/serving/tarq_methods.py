@@ -15,6 +15,7 @@ from tarq_jax.serving.method import (
     bound,
     dense_layers,
     expansion,
+    further_levels,
     head_on_attended,
     history_of_teacher,
     interaction_head,
@@ -73,10 +74,7 @@ def codebooks(module: Tarq, weights: Any, encoded: Arrays) -> dict[str, Any]:
 
 
 def first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) -> Method:
-    """Means and Jacobians of level 1, and of each item the correction that its Jacobian multiplies.
-
-    The correction sums the codewords of further levels, damped; with the head `scalar` each has its own.
-    """
+    """Means and Jacobians of level 1; items are codes, and codewords of further levels are weights."""
     params = variables["params"]
     teacher, width = params["teacher"], module.width
     kernel, bias = output_projection(teacher)
@@ -92,6 +90,8 @@ def first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) -
     else:
         heads = [params[f"level_scores_{level}"] for level in range(1, module.num_levels)]
         item_weights = backbone_bias(teacher) | _level_heads(heads, kernel, codewords[1:])
+    item_weights |= further_levels(codewords[1:].reshape(*codewords[1:].shape[:2], module.num_heads, -1))
+    item_weights["radius"] = np.exp(params["log_radius"]).reshape(-1)
 
     def user_side(module, weights, request):
         user, keys, values = history_of_teacher(module.teacher, request)
@@ -102,14 +102,10 @@ def first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) -
         backbone = module.teacher.backbone
         arrays = (interaction_items(backbone, weights, features) if module.head == "mlp"
                   else item_towers(backbone, features))
-        found = module.encode(weights["codewords"], module.item_latents(arrays["embedding"][None]))
-        _, corrections = module.centre_and_residuals(found)  # [L - 1, 1, H, M, E]
-        corrections = jnp.moveaxis(corrections[:, 0], 2, 0).reshape(-1, module.num_levels - 1, width)
         if module.head == "dot":
             arrays["key"] = arrays["vector"] @ weights["key_kernel"]
-        if module.head != "scalar":
-            corrections = corrections.sum(axis=1)
-        return arrays | {"codes": found.codes[0], "correction": corrections}
+        latents = module.item_latents(arrays["embedding"])
+        return arrays | {"codes": module.encode(weights["codewords"], latents).codes}
 
     return Method(f"{module.head}_first_order", module.schema, bound(user_side, module),
                   bound(encode, module), weights, item_weights, weights, num_codewords=codewords.shape[1])

@@ -1,34 +1,66 @@
 """The look-ups of the item side, by gathers, against those of the library."""
 
-import jax
 import numpy as np
 import pytest
 
+from tarq_jax.corrections import damping
 from tarq_jax.expansion import expand, look_up_expansion
 from tarq_jax.serving import scoring
+from tarq_jax.serving.method import further_levels
 from tarq_jax.serving.vectors import read, store
 
-B, H, N, E, K, M = 3, 2, 7, 4, 5, 11
+B, H, N, E, K, M, L = 3, 2, 7, 4, 5, 11, 3
 
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def test_changes_are_those_of_the_expansion():
-    """`m_c + J_c r` by gathers of rows, for codes in any order."""
+CODES = np.random.default_rng(3).integers(0, K, (M, L)).astype(np.uint8)
+LEVELS = normal(4, L - 1, K, H, E)
+CHOSEN = [level[codes] for level, codes in zip(LEVELS, CODES.T[1:], strict=True)]  # [M, H, E] each
+RADIUS = np.array([0.5, 4.0], np.float32)
+
+
+@pytest.fixture(scope="module")
+def expansion():
     mask = np.arange(N) < np.array([7, 0, 3])[:, None]
-    expansion = expand(normal(0, H, K, E), normal(1, B, H, N, E), normal(2, B, H, N, E), mask)
-    codes = np.random.default_rng(3).integers(0, K, M).astype(np.uint8)
-    corrections = normal(4, M, H, E)
+    return expand(normal(0, H, K, E), normal(1, B, H, N, E), normal(2, B, H, N, E), mask)
+
+
+@pytest.fixture(scope="module")
+def users(expansion):
+    return {"means": np.swapaxes(expansion.means, 1, 2).reshape(B, K, H * E),
+            "jacobians": np.transpose(expansion.jacobians, (0, 2, 4, 1, 3))}
+
+
+def by_library(expansion, corrections):
+    """`m_c + J_c r` [B, M, D], for corrections [M, H, E]."""
     residuals = np.tile(np.swapaxes(corrections, 0, 1), (B, 1, 1, 1))
-    expected = look_up_expansion(expansion, np.tile(codes.astype(np.int32), (B, 1)), residuals)
-    users = {"means": np.swapaxes(expansion.means, 1, 2).reshape(B, K, H * E),
-             "jacobians": np.transpose(expansion.jacobians, (0, 2, 4, 1, 3))}
-    items = {"codes": codes[:, None], "correction": corrections.reshape(M, H * E)}
-    found = jax.vmap(scoring.first_order, in_axes=(0, None))(users, items)
-    np.testing.assert_allclose(
-        found, np.swapaxes(expected, 1, 2).reshape(B, M, H * E), rtol=1e-5, atol=1e-5)
+    found = look_up_expansion(expansion, np.tile(CODES[:, 0].astype(np.int32), (B, 1)), residuals)
+    return np.swapaxes(found, 1, 2).reshape(B, M, H * E)
+
+
+@pytest.mark.parametrize("kept", ["exactly", "in levels", "in levels, damped"])
+def test_changes_are_those_of_the_expansion(expansion, users, kept):
+    """`m_c + J_c r` by gathers of rows, for codes in any order."""
+    corrections, weights, items = sum(CHOSEN), further_levels(LEVELS), {"codes": CODES}
+    if kept == "exactly":
+        weights, items = {}, {"codes": CODES[:, :1], "correction": corrections.reshape(M, H * E)}
+    elif kept == "in levels, damped":
+        weights["radius"] = RADIUS
+        corrections = corrections * damping(corrections, radius=RADIUS[:, None])
+    found = scoring.for_all(scoring.first_order)(weights, users, items)
+    np.testing.assert_allclose(found, by_library(expansion, corrections), rtol=1e-5, atol=1e-5)
+
+
+def test_changes_level_by_level(expansion, users):
+    """All levels are damped as their sum is."""
+    weights = further_levels(LEVELS) | {"radius": RADIUS}
+    found = scoring.for_all(scoring.level_changes)(weights, users, {"codes": CODES})
+    factors, means = damping(sum(CHOSEN), radius=RADIUS[:, None]), by_library(expansion, 0.0 * CHOSEN[0])
+    expected = [by_library(expansion, level * factors) - means for level in CHOSEN]
+    np.testing.assert_allclose(found, np.stack(expected, axis=2), rtol=1e-5, atol=1e-5)
 
 
 def test_one_set_of_items_or_one_for_each():
