@@ -101,8 +101,6 @@ def load_model(checkpoint: Path) -> tuple[Any, ml_collections.ConfigDict]:
 
 def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:
     """The index of a setting, and how much of the corrections its further levels leave unexplained."""
-    import jax
-
     from tarq_jax import conversion
     from tarq_jax.training import conversion as training
 
@@ -113,9 +111,8 @@ def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:
         return index, {}
     if not setting.levels:
         return index, {"correction_error": 0.0}
-    rng, corrections = jax.random.fold_in(jax.random.key(SEED.value), 1), index.levels[1]
-    index = conversion.with_quantized_corrections(rng, index, corrections, num_levels=setting.levels)
-    return index, {"correction_error": conversion.relative_error(index, corrections)}
+    quantized = training.quantize_corrections(index, num_levels=setting.levels, seed=SEED.value)
+    return quantized, {"correction_error": conversion.relative_error(quantized, index.levels[1])}
 
 
 def _described(converted: dict, exact: dict, setting: Setting, facts: dict) -> dict[str, Any]:

@@ -81,6 +81,19 @@ def fit_index(
     return conversion.with_corrections(index, conversion.CORRECTIONS[correction](index, model.queries, seen))
 
 
+def quantize_corrections(index: ItemIndex, *, num_levels: int, seed: int = 0) -> ItemIndex:
+    """An index with exact corrections, with these in further levels of 256 codewords: a byte an item each.
+
+    Args:
+      index: of `fit_index`, of order 1.
+      num_levels: of corrections.
+      seed: of k-means.
+    """
+    rng = jax.random.fold_in(jax.random.key(seed), 1)
+    return conversion.with_quantized_corrections(
+        rng, index, index.levels[1], num_levels=num_levels, num_codewords=min(256, len(index.codes)))
+
+
 def exact_and_approximate(
     model: TrainedModel, index: ItemIndex, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:

@@ -12,13 +12,13 @@ CONVERT = ("-m", "tarq_jax.experiments.convert")
 def test_rows(command, smoke_run, tmp_path):
     done = command(
         *CONVERT, f"--checkpoint={smoke_run('target_attention')}", f"--two_tower={smoke_run('two_tower')}",
-        "--codewords=4", "--order=0,1", "--levels=0", "--calibration=16", "--fine_tune=2",
+        "--codewords=4", "--order=0,1", "--levels=0,2", "--calibration=16", "--fine_tune=2",
         f"--json={tmp_path}/rows.json", f"--plot={tmp_path}/errors.png")
     assert done.returncode == 0, done.stderr
     exact, *rows = json.loads((tmp_path / "rows.json").read_text())
     assert exact["model"] == "target attention" and exact["gap_recovered"] in (None, 1.0)
-    assert [(row["codewords"], row["order"], row.get("fine_tuned", 0)) for row in rows] == [
-        (4, order, steps) for order in (0, 1) for steps in (0, 2)]
+    assert [(row["codewords"], row["order"], row["levels"], row.get("fine_tuned", 0)) for row in rows] == [
+        (4, order, levels, steps) for order, levels in ((0, 0), (1, 0), (1, 2)) for steps in (0, 2)]
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
     for row in rows:
         assert row["auc_difference"] == pytest.approx(row["auc"] - exact["auc"])
