@@ -29,6 +29,11 @@ class ItemIndex(struct.PyTreeNode):
     levels: tuple[jax.Array, ...]  # L times [K_l, H, E]: level 1 of queries, further ones of corrections
     codes: jax.Array  # [V, L] int32
 
+    @property
+    def exact(self) -> bool:
+        """Whether level 2 holds each item's own correction, as of `with_corrections`, and no codewords."""
+        return len(self.levels) == 2 and np.array_equal(self.codes[:, 1], np.arange(len(self.levels[1])))
+
     def chosen(self, items: chex.Array) -> list[jax.Array]:
         """Each level's codeword of the given items: int [...] to L times [..., H, E]."""
         codes = self.codes[items]

@@ -16,7 +16,8 @@ from tarq_jax.types import Batch
 
 ITEMS = workloads.SCHEMA.num_items  # row 0 is padding
 LENGTHS = (4, 0, 6, 1)  # of the requests' histories
-CONVERTED = {"converted_0": 0, "converted_1": 1}  # name -> order
+CONVERTED = ("converted_0", "converted_1", "converted_levels")  # of order 0, 1, and 1 with codes alone
+FURTHER = 2  # levels of the last
 METHODS = (*workloads.MODELS, "order_1_dot", *CONVERTED)
 
 
@@ -68,23 +69,34 @@ def trained(name: str) -> workloads.Compiled:
 
 
 @functools.cache
-def item_index(order: int) -> conversion.ItemIndex:
+def item_index(name: str) -> conversion.ItemIndex:
     """The index of the converted target-attention model; corrections are those of one batch of histories."""
     model = trained("target_attention")
     parts = target_attention_parts(model.module)
-    queries = np.swapaxes(parts.item_queries(model.params, world().dataset.items), 0, 1)
+    queries = item_queries()
     index = conversion.quantize_queries(jax.random.key(0), queries, num_codewords=workloads.CODEWORDS)
-    if order == 0:
+    if name == "converted_0":
         return index
     seen = [(*parts.keys_values(model.params, world().batch), world().batch.history_mask)]
-    return conversion.with_corrections(index, conversion.fitted_corrections(index, queries, seen))
+    corrections = conversion.fitted_corrections(index, queries, seen)
+    if name == "converted_1":
+        return conversion.with_corrections(index, corrections)
+    return conversion.with_quantized_corrections(
+        jax.random.key(1), index, corrections, num_levels=FURTHER, num_codewords=workloads.CODEWORDS)
+
+
+def item_queries() -> np.ndarray:
+    """Projected queries of all items of the target-attention model, [V, H, E]."""
+    model = trained("target_attention")
+    queries = target_attention_parts(model.module).item_queries(model.params, world().dataset.items)
+    return np.swapaxes(queries, 0, 1)
 
 
 def method_of(name: str) -> methods.Method:
     """The method that serves a model."""
     model = trained(name)
     if name in CONVERTED:
-        return methods.converted(model.module, model.params, item_index(CONVERTED[name]))
+        return methods.converted(model.module, model.params, item_index(name))
     return methods.from_module(model.module, model.params, *model.arguments[:1])
 
 
@@ -106,5 +118,5 @@ def expected(name: str) -> np.ndarray:
     parts = target_attention_parts(model.module)
     keys, values = parts.keys_values(model.params, batch)
     found = conversion.attend(
-        item_index(CONVERTED[name]), batch.candidates["item_id"], keys, values, batch.history_mask)
+        item_index(name), batch.candidates["item_id"], keys, values, batch.history_mask)
     return np.asarray(parts.head(model.params, parts.context(model.params, batch), found))

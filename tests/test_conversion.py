@@ -94,6 +94,7 @@ def test_corrections_kept_exactly(index, queries, history):
     corrections = conversion.plain_corrections(index, queries, [])
     exact = conversion.with_corrections(index, corrections)
     np.testing.assert_array_equal(exact.chosen(np.arange(V))[1], corrections)
+    assert exact.exact and not index.exact
     assert conversion.relative_error(exact, corrections) == 0.0
 
 
@@ -103,7 +104,7 @@ def test_further_levels_approach_exact_corrections(index, queries, history):
     for num_levels in (1, 3):
         quantized = conversion.with_quantized_corrections(
             jax.random.key(2), index, corrections, num_levels=num_levels, num_codewords=8)
-        assert quantized.codes.shape == (V, 1 + num_levels)
+        assert quantized.codes.shape == (V, 1 + num_levels) and not quantized.exact
         np.testing.assert_array_equal(quantized.codes[:, 0], index.codes[:, 0])
         errors.append(conversion.relative_error(quantized, corrections))
     assert errors[1] < 0.5 * errors[0] < 0.5

@@ -23,7 +23,8 @@ ITEM_BATCH = 4096  # items encoded at a time
 
 
 def method_of(
-    run: Run, *, codewords: int | None = None, order: int = 1, fine_tune: int = 0, seed: int = 0
+    run: Run, *, codewords: int | None = None, order: int = 1, levels: int = 0, fine_tune: int = 0,
+    seed: int = 0,
 ) -> Method:
     """The method that serves a finished run.
 
@@ -32,6 +33,7 @@ def method_of(
       codewords: K, to convert a run of target attention to TARQ (see `tarq_jax.conversion`); None serves
         the run as it is.
       order: of the conversion; 1 corrects look-ups by their first derivative.
+      levels: further ones of order 1, of 256 codewords, that corrections are kept in; 0 keeps them exactly.
       fine_tune: steps that then train codewords, corrections and head.
       seed: of its k-means, and of the order of the data.
 
@@ -45,6 +47,8 @@ def method_of(
             raise ValueError(f"the run is one of {model.name!r}, expected 'target_attention' with codewords")
         trained = conversion.trained_model(target_attention_parts(module), run.state.params, run.dataset)
         index = conversion.fit_index(trained, num_codewords=codewords, order=order, seed=seed)
+        if order and levels:
+            index = conversion.quantize_corrections(index, num_levels=levels, seed=seed)
         params = trained.params
         if fine_tune:
             params, index = conversion.fine_tune(trained, index, steps=fine_tune, seed=seed)

@@ -17,6 +17,7 @@ from tarq_jax.serving.method import (
     backbone_bias,
     bound,
     expansion,
+    further_levels,
     head_on_attended,
     history_of_teacher,
     interaction_head,
@@ -81,13 +82,13 @@ def _target_attention(module: TargetAttention, variables: Any) -> Method:
 def converted(module: TargetAttention, variables: Any, index: ItemIndex) -> Method:
     """A trained target-attention model, served by an index of its items, see `tarq_jax.conversion`.
 
-    Items of the index keep its codes, and its corrections where it is of order 1. Of new items the
-    correction is the residual of their query, damped where it is longer than most of the index.
+    Items keep the codes of the index, and beside that of level 1 their correction where it is exact. Of new
+    items the correction is the residual of their query, damped where it is longer than most of the index.
     """
     variables = jax.tree.map(np.asarray, variables)
     module = module.clone(compute=SERVED)
-    level_1 = np.asarray(index.levels[0])  # [K, H, E]
-    corrected = len(index.levels) > 1
+    level_1, *further = (np.asarray(level) for level in index.levels)  # [K, H, E]
+    corrected, exact = bool(further), index.exact
     params = variables["params"]
     head = interaction_head(params["head"])
 
@@ -106,20 +107,27 @@ def converted(module: TargetAttention, variables: Any, index: ItemIndex) -> Meth
         flat = weights["level_1"].reshape(len(level_1), -1)
         found = quantization.encode(flat[None], queries)
         arrays |= {"codes": found.codes}
-        if corrected:
-            residuals = (queries - found.quantized).reshape(-1, *weights["level_1"].shape[1:])
-            arrays["correction"] = (residuals * damping(residuals, radius=weights["radius"])).reshape(
-                queries.shape)
-        return arrays
+        if not corrected:
+            return arrays
+        residuals = (queries - found.quantized).reshape(-1, *weights["level_1"].shape[1:])
+        correction = (residuals * damping(residuals, radius=weights["radius"])).reshape(queries.shape)
+        if exact:
+            return arrays | {"correction": correction}
+        levels = [level.reshape(len(level), -1) for level in weights["further"]]
+        codes = quantization.encode(levels, correction).codes
+        return arrays | {"codes": jnp.concatenate([found.codes, codes], axis=1)}
 
+    known = {"codes": np.asarray(index.codes)}
     weights = {"variables": variables, "head": head, "level_1": level_1}
-    known = {"codes": np.asarray(index.codes[:, :1])}
-    if corrected:
-        further = index.chosen(np.arange(len(index.codes)))[1:]
-        corrections = np.sum([np.asarray(level) for level in further], axis=0)
-        known["correction"] = corrections.reshape(len(corrections), -1)
-        weights["radius"] = np.asarray(damping_radius(corrections[1:]))
     item_weights = head_on_attended(params, head) if corrected else head | backbone_bias(params)
+    if corrected:
+        corrections = np.sum(index.chosen(np.arange(len(index.codes)))[1:], axis=0)
+        weights["radius"] = np.asarray(damping_radius(corrections[1:]))
+    if exact:
+        known = {"codes": known["codes"][:, :1], "correction": corrections.reshape(len(corrections), -1)}
+        further = []
+    weights["further"] = further
+    item_weights |= further_levels(further)
     return Method("mlp_first_order" if corrected else "mlp", module.schema, bound(user_side, module),
-                  bound(encode, module), weights, item_weights, weights, num_codewords=len(level_1),
-                  known=known)
+                  bound(encode, module), weights, item_weights, weights, known=known,
+                  num_codewords=max(map(len, [level_1, *further])))

@@ -38,6 +38,7 @@ def runs(command, tmp_path_factory):
     ("target_attention", ["--platforms=cpu"], "target_attention", ["cpu"]),
     ("target_attention", ["--codewords=8", "--fine_tune=2", "--capacity=600", "--platforms=cpu"],
      "mlp_first_order", ["cpu"]),
+    ("target_attention", ["--codewords=8", "--levels=2", "--platforms=cpu"], "mlp_first_order", ["cpu"]),
     ("target_attention", ["--codewords=8", "--order=0", "--platforms=cpu"], "mlp", ["cpu"]),
 ])
 def test_export_and_serve_without_training_code(command, runs, tmp_path, name, flags, method, platforms):
@@ -56,7 +57,10 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
     assert found["facts"]["histories"] == ([4, 8] if name == "tarq" else [8])
     index = json.loads((out / "index" / "manifest.json").read_text())
     assert index["facts"]["items"] == 120
-    assert index["facts"]["arrays"]["ids"]["shape"] == [1024 if "--capacity=600" in flags else 512]
+    shapes = {array: facts["shape"] for array, facts in index["facts"]["arrays"].items()}
+    assert shapes["ids"] == [1024 if "--capacity=600" in flags else 512]
+    if "--levels=2" in flags:
+        assert shapes["codes"] == [512, 3] and "correction" not in shapes
 
 
 def test_scores_of_a_run(runs, tmp_path):
@@ -69,7 +73,8 @@ def test_scores_of_a_run(runs, tmp_path):
         run.state.params, run.state.codebook.codewords, batch).logits["tarq"])
 
 
-def test_scores_of_a_fine_tuned_conversion(runs, tmp_path):
+@pytest.mark.parametrize("levels", [0, 2])
+def test_scores_of_a_fine_tuned_conversion(runs, tmp_path, levels):
     from tarq_jax.models.parts import target_attention_parts
     from tarq_jax.serving import build
     from tarq_jax.training import conversion, objectives, restore
@@ -78,13 +83,16 @@ def test_scores_of_a_fine_tuned_conversion(runs, tmp_path):
     parts = target_attention_parts(objectives.make_module(run.config.model, run.dataset.schema))
     model = conversion.trained_model(parts, run.state.params, run.dataset)
     index = conversion.fit_index(model, num_codewords=8, order=1, seed=3)
+    if levels:
+        index = conversion.quantize_corrections(index, num_levels=levels, seed=3)
     tuned, index = conversion.fine_tune(model, index, steps=3, seed=3)
 
     def logits(batch):
         _, found = conversion.exact_and_approximate(model, index, batch)
         return parts.head(tuned, parts.context(model.params, batch), found)
 
-    check_scores(run, build.method_of(run, codewords=8, fine_tune=3, seed=3), tmp_path, logits)
+    method = build.method_of(run, codewords=8, levels=levels, fine_tune=3, seed=3)
+    check_scores(run, method, tmp_path, logits)
 
 
 def check_scores(run, method, folder, logits):
@@ -113,6 +121,7 @@ def check_scores(run, method, folder, logits):
     (["--capacity=0"], "--capacity is 0"),
     (["--fine_tune=-1"], "fine_tune"),
     (["--order=2"], "order"),
+    (["--levels=-1"], "levels"),
     (["extra"], "extra"),
 ])
 def test_wrong_calls(wrong_call, tmp_path, flags, words):

@@ -2,13 +2,17 @@
 
 import concurrent.futures
 import copy
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 import served
 
+from tarq_jax import quantization
+from tarq_jax.corrections import damping, damping_radius
 from tarq_jax.serving import Scorer, add, change, grow, remove
+from tarq_jax.serving.vectors import read
 
 REQUESTS = served.world().requests
 ITEMS = np.arange(1, served.ITEMS)
@@ -57,9 +61,11 @@ def test_a_subset_scores_as_it_does_among_all(scorer, name):
 
 
 @pytest.mark.parametrize(("name", "vectors", "bound"), [
-    ("tarq_mlp", "bfloat16", 0.01), ("order_1_dot", "int8", 0.02), ("two_tower", "int8", 0.02)])
+    ("tarq_mlp", "bfloat16", 0.01), ("order_1_dot", "int8", 0.02), ("two_tower", "int8", 0.02),
+    ("order_1_scalar", "int8", 0.02), ("order_1_mlp", "bfloat16", 0.01), ("converted_1", "int8", 0.02),
+    ("converted_levels", "bfloat16", 0.01)])
 def test_smaller_vectors_cost_little(scorer, name, vectors, bound):
-    """Relative to the largest logit; codes are those of float32."""
+    """Relative to the largest logit; codes are those of float32, and rounded vectors all that differs."""
     stored = scorer(name, vectors)
     found = np.stack([by_id(ranking) for ranking in stored.score(REQUESTS)])
     expected = served.expected(name)
@@ -68,6 +74,11 @@ def test_smaller_vectors_cost_little(scorer, name, vectors, bound):
     if "codes" in stored.index.arrays:
         np.testing.assert_array_equal(
             stored.index.arrays["codes"], scorer(name).index.arrays["codes"])
+    index = scorer(name).index
+    rounded = {array: values if array == "codes" else np.asarray(read(stored.index.arrays, array))
+               for array, values in index.arrays.items()}
+    exactly = scorer(name).with_index(dataclasses.replace(index, arrays=rounded)).score(REQUESTS)
+    np.testing.assert_allclose(found, np.stack([by_id(ranking) for ranking in exactly]), rtol=0, atol=1e-5)
 
 
 def test_the_user_side_alone(scorer):
@@ -186,12 +197,42 @@ def test_no_history_may_be_left_out(scorer):
 def test_encoded_items_are_those_of_the_index(scorer):
     """New items come from the artefact's own program: of known items it makes what is there."""
     items = {name: values[1:] for name, values in served.world().dataset.items.items()}
-    for name in ("tarq_mlp", "order_1_scalar", "converted_0"):
+    for name in ("tarq_mlp", "order_1_scalar", "order_1_mlp", "converted_0"):
         index = scorer(name).index
         slots = index.slots_of(ITEMS)
         for array, values in scorer(name).encode(items).items():
             assert values.dtype == index.arrays[array].dtype
             np.testing.assert_allclose(values, index.arrays[array][slots], rtol=1e-5, atol=1e-5)
+
+
+def test_new_items_of_a_conversion(scorer):
+    """Their correction is the damped residual of their query; where the index has codes, levels code it."""
+    items = {name: values[1:] for name, values in served.world().dataset.items.items()}
+    for name in ("converted_1", "converted_levels"):
+        index, queries, found = served.item_index(name), served.item_queries()[1:], scorer(name).encode(items)
+        centre, *further = index.chosen(np.arange(1, served.ITEMS))
+        residuals = queries - centre
+        corrections = residuals * damping(residuals, radius=damping_radius(sum(further)))
+        corrections = np.asarray(corrections).reshape(len(queries), -1)
+        np.testing.assert_array_equal(found["codes"][:, 0], index.codes[1:, 0])
+        if name == "converted_1":
+            np.testing.assert_allclose(found["correction"], corrections, rtol=1e-5, atol=1e-5)
+        else:
+            levels = [level.reshape(len(level), -1) for level in index.levels[1:]]
+            np.testing.assert_array_equal(
+                found["codes"][:, 1:], quantization.encode(levels, corrections).codes)
+
+
+def test_an_item_of_order_1_is_its_codes(scorer):
+    """Beside the vectors that its head reads; a correction where it is exact alone."""
+    some = {field: values[:1] for field, values in served.world().dataset.items.items()}
+    for name, length in (("order_1_scalar", 2), ("order_1_dot", 2), ("order_1_mlp", 2),
+                         ("converted_levels", 1 + served.FURTHER), ("converted_1", 1)):
+        arrays = scorer(name).index.arrays
+        assert arrays["codes"].dtype == np.uint8 and arrays["codes"].shape[1] == length
+        assert ("correction" in arrays) == (name == "converted_1")
+        row = scorer(name).encode(some)
+        assert add(scorer(name).index, [500], row).num_served == served.ITEMS
 
 
 def test_items_come_change_and_go_without_compiling(artefact, compilations):
@@ -241,6 +282,8 @@ def test_an_index_of_another_model_is_refused(artefact, scorer):
         scorer("tarq_scalar").with_index(scorer("tarq_dot").index)
     with pytest.raises(ValueError, match="made by another model"):  # the same model, other vectors
         Scorer.load(artefact("tarq_scalar"), index=artefact("tarq_scalar", "int8") / "index")
+    with pytest.raises(ValueError, match="made by another model"):  # the same model, exact corrections
+        Scorer.load(artefact("converted_levels"), index=artefact("converted_1") / "index")
 
 
 @pytest.mark.parametrize(("change", "words"), [
