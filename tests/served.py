@@ -18,7 +18,7 @@ ITEMS = workloads.SCHEMA.num_items  # row 0 is padding
 LENGTHS = (4, 0, 6, 1)  # of the requests' histories
 CONVERTED = ("converted_0", "converted_1", "converted_levels")  # of order 0, 1, and 1 with codes alone
 FURTHER = 2  # levels of the last
-METHODS = (*workloads.MODELS, "order_1_dot", *CONVERTED)
+METHODS = (*workloads.SERVED, "order_1_dot", *CONVERTED)
 
 
 class World(NamedTuple):

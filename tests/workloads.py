@@ -12,7 +12,19 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh
 
-from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.models import (
+    Cold,
+    Din,
+    FirstOrderTarq,
+    HardSearch,
+    IntTower,
+    LinearAttention,
+    Sdim,
+    TargetAttention,
+    Tarq,
+    TwoTower,
+)
+from tarq_jax.models.approximate_attention import by_category, by_hash
 from tarq_jax.schema import Field, Schema
 from tarq_jax.types import Batch, Codebook
 
@@ -33,7 +45,7 @@ SCHEMA = Schema((
 
 SIZES = {"schema": SCHEMA, "width": WIDTH, "num_heads": HEADS, "hidden": (16,)}
 HEADS_OF_TARQ = ("scalar", "dot", "mlp")
-MODELS = {
+SERVED = {
     "two_tower": TwoTower(**SIZES),
     "two_tower_large": TwoTower(**SIZES, num_encoders=2),
     "target_attention": TargetAttention(**SIZES),
@@ -41,6 +53,17 @@ MODELS = {
     "order_1_scalar": FirstOrderTarq(**SIZES, num_levels=LEVELS, head="scalar"),
     "order_1_mlp": FirstOrderTarq(**SIZES, num_levels=LEVELS, head="mlp"),
 }
+BASELINES = {
+    "cold": Cold(**SIZES),
+    "inttower": IntTower(**SIZES, num_vectors=2),
+    "linear_attention": LinearAttention(**SIZES),
+    "sdim": Sdim(**SIZES, rounds=5, bits=2),
+    "eta": HardSearch(**SIZES, similarity=functools.partial(by_hash, rounds=5, bits=2), num_selected=2),
+    "sim": HardSearch(
+        **SIZES, similarity=functools.partial(by_category, field="item_id"), num_selected=2),
+    "din": Din(**SIZES),
+}
+MODELS = SERVED | BASELINES
 
 
 def features(rng: np.random.Generator, sides: tuple[str, ...], mask: np.ndarray) -> dict[str, np.ndarray]:

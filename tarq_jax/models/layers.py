@@ -86,12 +86,18 @@ class MLP(nn.Module):
     width: int
     compute: Compute = Compute()
 
-    @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., any] to [..., width]."""
+        return self.layers(inputs)[-1]
+
+    @nn.compact
+    def layers(self, inputs: jax.Array) -> list[jax.Array]:
+        """What each layer gives, [..., any] to [..., width of the layer]; the last is the output."""
+        outputs = []
         for size in self.hidden:
             inputs = nn.gelu(nn.Dense(size, dtype=self.compute.dtype)(inputs))
-        return nn.Dense(self.width, dtype=self.compute.dtype)(inputs)
+            outputs.append(inputs)
+        return [*outputs, nn.Dense(self.width, dtype=self.compute.dtype)(inputs)]
 
 
 class MultiHeadAttention(nn.Module):
@@ -124,8 +130,11 @@ class MultiHeadAttention(nn.Module):
 
     def keys_values(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[..., N, D] to keys and values [..., H, N, E]."""
-        keys, values = self.key_projection(inputs), self.value_projection(inputs)
-        return jnp.swapaxes(keys, -2, -3), jnp.swapaxes(values, -2, -3)
+        return jnp.swapaxes(self.key_projection(inputs), -2, -3), self.values(inputs)
+
+    def values(self, inputs: jax.Array) -> jax.Array:
+        """[..., N, D] to values [..., H, N, E]."""
+        return jnp.swapaxes(self.value_projection(inputs), -2, -3)
 
     def outputs(self, attended: jax.Array) -> jax.Array:
         """[..., H, Q, E] to [..., Q, D]."""

@@ -33,11 +33,11 @@ def interaction_features(attention_output: jax.Array, backbone: TwoTowerOutput) 
     return jnp.concatenate([attention_output, items, attention_output * items, towers], axis=-1)
 
 
-class TargetAttention(nn.Module):
-    """Backbone logit plus an MLP of the candidate's attention over the history (DESIGN section 2).
+class AttentionModel(nn.Module):
+    """What models share in which candidates read an encoded history: all but how they attend to it.
 
-    `H_t = X + MHA(X, X, X)`, `q = MLP(x_item)`, `o_ta = MHA(q, H_t, H_t)`,
-    `logit = MLP([o_ta, x_item, o_ta * x_item, v_user * v_item]) + backbone logit`.
+    `H_t = X + MHA(X, X, X)`, an output `o` of some attention of the candidate over H_t,
+    `logit = MLP([o, x_item, o * x_item, v_user * v_item]) + backbone logit`.
 
     Attributes:
       schema: fields of the data.
@@ -69,15 +69,22 @@ class TargetAttention(nn.Module):
         """Projected queries of item embeddings: [..., G, D] to [..., H, G, E]."""
         return self.attention.queries(self.query_tower(candidates))
 
-    def item_queries(self, items: Features) -> jax.Array:
-        """Projected queries of items by their features alone: name -> [M, ...] to [H, M, E]."""
-        return self.query(self.backbone.item_features(items, items[ITEM_ID].shape))
-
     def score(self, attended: jax.Array, backbone: TwoTowerOutput) -> tuple[jax.Array, jax.Array]:
         """Logits [B, G], and the attention output [B, G, D], from what the heads attended, [B, H, G, E]."""
         attention_output = self.attention.outputs(attended)
         added = self.head(interaction_features(attention_output, backbone))[..., 0]
         return backbone.logits + added, attention_output
+
+
+class TargetAttention(AttentionModel):
+    """Backbone logit plus an MLP of the candidate's attention over the history (DESIGN section 2).
+
+    As `AttentionModel`, with `q = MLP(x_item)`, `o_ta = MHA(q, H_t, H_t)`.
+    """
+
+    def item_queries(self, items: Features) -> jax.Array:
+        """Projected queries of items by their features alone: name -> [M, ...] to [H, M, E]."""
+        return self.query(self.backbone.item_features(items, items[ITEM_ID].shape))
 
     def __call__(self, batch: Batch) -> TargetAttentionOutput:
         """Scores every candidate of every request, at a cost of candidates x history."""

@@ -24,6 +24,13 @@ class TwoTowerOutput(struct.PyTreeNode):
     history: jax.Array  # [B, N, D], X
 
 
+class InteractionOutput(struct.PyTreeNode):
+    """Logits of a model that adds to those of two towers."""
+
+    logits: jax.Array  # [B, G]
+    backbone: TwoTowerOutput
+
+
 class HistoryEncoder(nn.Module):
     """`H = X + MHA(X, X, X)`: self-attention over the history, around a residual connection."""
 
@@ -83,10 +90,17 @@ class TwoTower(nn.Module):
 
     def __call__(self, batch: Batch) -> TwoTowerOutput:
         """Scores every candidate of every request."""
+        candidates, history = self.embed(batch)
+        return self.score(self.user_vector(batch, history), candidates, history)
+
+    def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """x_item [B, G, D] and the history X [B, N, D]."""
         candidates = self.item_features(batch.candidates, batch.candidate_mask.shape)
         history = self.with_events(batch, self.item_features(batch.history, batch.history_mask.shape))
-        candidates, history = (x.astype(self.compute.dtype) for x in (candidates, history))
-        user = self.user_vector(batch, history)
+        return candidates.astype(self.compute.dtype), history.astype(self.compute.dtype)
+
+    def score(self, user: jax.Array, candidates: jax.Array, history: jax.Array) -> TwoTowerOutput:
+        """What v_user [B, D] gives x_item [B, G, D]; the history X [B, N, D] is passed on."""
         item = self.item_tower(candidates)
         logits = jnp.einsum("bd,bgd->bg", user, item, preferred_element_type=jnp.float32)
         logits = logits / jnp.sqrt(self.width) + self.bias
@@ -100,8 +114,12 @@ class TwoTower(nn.Module):
 
     def user_vector(self, batch: Batch, history: jax.Array) -> jax.Array:
         """v_user [B, D], from the history X [B, N, D] and the batch's user and context fields."""
+        return self.user_layers(batch, history)[-1]
+
+    def user_layers(self, batch: Batch, history: jax.Array) -> list[jax.Array]:
+        """As `user_vector`, from every layer of the user tower: [B, any] each, v_user last."""
         parts = [self.user_features({**batch.user, **batch.context}, batch.user_id.shape)]
         for encode, attend in zip(self.history_encoder, self.history_attention, strict=True):
             encoded = encode(history, batch.history_mask)
             parts.append(attend(parts[0][:, None], encoded, batch.history_mask)[:, 0])
-        return self.user_tower(jnp.concatenate(parts, axis=-1))
+        return self.user_tower.layers(jnp.concatenate(parts, axis=-1))
