@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-MODELS = ("two_tower", "two_tower_large", "target_attention", "tarq")
+COMPARED = ("two_tower", "two_tower_large", "target_attention", "tarq")  # what a comparison trains by default
+MODELS = (*COMPARED, "cold", "inttower", "linear_attention", "sdim", "eta", "sim", "din")
 DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
 REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
 BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that checkpoints are chosen by, and their sign
@@ -60,6 +61,11 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.assign = "nearest"  # of codes in training; or "cosine", or "balanced"
     config.model.pass_through = "straight_through"  # gradient through quantization; or "rotation"
     config.model.student_gradient = "student"  # how far it reaches; or "backbone", or "teacher"
+    config.model.num_vectors = 4  # of inttower: vectors of an item, and of every layer of the user tower
+    config.model.hash_rounds = 16  # of sdim: signatures of an item; eta takes their bits together
+    config.model.hash_bits = 3  # of sdim and eta: of a signature
+    config.model.num_selected = 16  # of eta and sim: positions of the history that a candidate attends to
+    config.model.category = ""  # of sim: a categorical field of items, which selected positions share
     config.model.dtype = "float32"  # of activations; or "bfloat16"; parameters and losses stay float32
     config.model.remat = False  # recompute history encoders and attention in the backward pass
     config.model.attention_block = 0  # positions that attention looks at together, e.g. 256; 0 for all
@@ -184,6 +190,10 @@ RULES: Mapping[str, Rule] = {
     "model.assign": _one_of("nearest", "cosine", "balanced"),
     "model.pass_through": _one_of("straight_through", "rotation"),
     "model.student_gradient": _one_of(*REACHES),
+    "model.num_vectors": _at_least(1),
+    "model.hash_rounds": _at_least(1),
+    "model.hash_bits": Rule(lambda value: 1 <= value <= 12, "from 1 to 12: a round has 2^bits buckets"),
+    "model.num_selected": _at_least(1),
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.remat": Rule(lambda value: isinstance(value, bool), "a bool like False"),
     "model.attention_block": _at_least(0),

@@ -21,6 +21,7 @@ BAD = {
     "model.head": ["mpl"], "model.student_gradient": ["all"], "model.decoded": ["user"],
     "model.table_multiple": [0], "optimizer.table": ["adam"],
     "model.aligned_share": [0.0, 1.5, -0.1, math.nan],
+    "model.num_vectors": [0], "model.hash_rounds": [0], "model.hash_bits": [0, 13], "model.num_selected": [0],
     "model.dtype": ["float16", "bf16"], "model.attention_block": [-1], "model.remat": [2, "yes"],
     "model.assign": ["even"], "model.pass_through": ["ste"],
     "codebook.init": ["k-means"], "codebook.start": [-1], "codebook.init_latents": [0],
@@ -36,7 +37,8 @@ BAD = {
     "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0],
     "checkpoints_kept": [0], "best_metric": ["accuracy"], "recall_k": [0], "prefetch": [0],
 }
-NOT_A_RULE = {"data.name", "data.data_dir", "data.prepared", "data.stream"}  # left to the data
+# left to the data
+NOT_A_RULE = {"data.name", "data.data_dir", "data.prepared", "data.stream", "model.category"}
 
 
 def flatten(config, prefix="") -> dict:

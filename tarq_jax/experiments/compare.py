@@ -2,8 +2,8 @@
 
     python -m tarq_jax.experiments.compare --config=configs/synthetic.py --seeds=0,1,2 --workdir=runs/compare
 
-Trains two-tower, a two-tower of TARQ's size, target attention and TARQ. Each run is kept under
-`WORKDIR/<model>-<seed>`: calling again goes on where it stopped and trains nothing twice.
+Trains two-tower, a two-tower of TARQ's size, target attention and TARQ, or what `--model` names. Each run is
+kept under `WORKDIR/<model>-<seed>`: calling again goes on where it stopped and trains nothing twice.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from absl import flags
 from rich.console import Console
 
 from tarq_jax import cli, reporting
-from tarq_jax.config import MODELS
+from tarq_jax.config import COMPARED, MODELS
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "Where all runs are kept.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"],
                           "Seeds of initialisation and order, one run each a model.")
-TRAINED = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "A model to train; repeat for more.")
+TRAINED = flags.DEFINE_multi_enum("model", list(COMPARED), list(MODELS), "A model to train; repeat for more.")
 JSON = cli.json_flag()
 
 

@@ -16,7 +16,7 @@ from tarq_jax.serving.index import Index, make_index
 from tarq_jax.serving.method import Method
 from tarq_jax.serving.programs import export_method
 from tarq_jax.serving.vectors import Storage, store
-from tarq_jax.training import conversion, objectives
+from tarq_jax.training import conversion, modules
 from tarq_jax.training.restore import Run
 
 ITEM_BATCH = 4096  # items encoded at a time
@@ -41,7 +41,7 @@ def method_of(
       ValueError: a run of another model is to be converted.
     """
     model, schema = run.config.model, run.dataset.schema
-    module = objectives.make_module(model, schema, Tables(multiple=model.table_multiple))
+    module = modules.make_module(model, schema, Tables(multiple=model.table_multiple))
     if codewords is not None:
         if not isinstance(module, TargetAttention):
             raise ValueError(f"the run is one of {model.name!r}, expected 'target_attention' with codewords")
@@ -54,7 +54,7 @@ def method_of(
             params, index = conversion.fine_tune(trained, index, steps=fine_tune, seed=seed)
         return methods.converted(module, params, index)
     if isinstance(module, Tarq) and run.state.codebook is not None:
-        served = objectives.as_served(module, model)
+        served = modules.as_served(module, model)
         return methods.from_module(served, run.state.params, run.state.codebook.codewords)
     return methods.from_module(module, run.state.params)
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from tarq_jax import quantization
 from tarq_jax.conversion import ItemIndex
@@ -30,15 +31,23 @@ from tarq_jax.serving.method import (
 )
 from tarq_jax.serving.tarq_methods import first_order, order_0
 
+SERVED_MODULES = (TwoTower, TargetAttention, Tarq)  # and what is derived from them
 
-def from_module(module: TwoTower | TargetAttention | Tarq, variables: Any, codewords: Any = None) -> Method:
+
+def from_module(module: nn.Module, variables: Any, codewords: Any = None) -> Method:
     """The method that serves a trained module.
 
     Args:
       module: as it predicts.
       variables: of the module.
       codewords: [L, K, D], of TARQ.
+
+    Raises:
+      ValueError: there is no method for modules of this class.
     """
+    if not isinstance(module, SERVED_MODULES):
+        raise ValueError(f"a model of class {type(module).__name__} is not served, expected one of "
+                         f"{', '.join(served.__name__ for served in SERVED_MODULES)}")
     variables = jax.tree.map(np.asarray, variables)
     module = module.clone(compute=SERVED)
     if isinstance(module, TwoTower):

@@ -1,6 +1,5 @@
 """What each model is trained on: `Objective` bundles a module's init, loss and predictions."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,11 +8,12 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from tarq_jax import losses, quantization, shards
-from tarq_jax.models import Compute, FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax import losses, shards
+from tarq_jax.models import Tarq
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
 from tarq_jax.schema import Schema
+from tarq_jax.training.modules import Supervised, as_served, make_module
 from tarq_jax.types import Batch, QuantizerOutput
 
 Tree = TypeVar("Tree")
@@ -73,9 +73,7 @@ def in_float32(output: Tree) -> Tree:
     return jax.tree.map(convert, output)
 
 
-def supervised(
-    module: TwoTower | TargetAttention, name: str, axis_name: shards.AxisName = None
-) -> Objective:
+def supervised(module: Supervised, name: str, axis_name: shards.AxisName = None) -> Objective:
     """Binary cross-entropy on the module's logits; its predictor is called `name`."""
     forward = nn.apply(type(module).__call__, module)
 
@@ -141,14 +139,6 @@ def tarq_losses(
             for name, value in per_candidate.items()}
 
 
-TARQ_OF_ORDER = {0: Tarq, 1: FirstOrderTarq}
-ASSIGN = {
-    "nearest": quantization.nearest,
-    "cosine": quantization.nearest_by_cosine,
-    "balanced": quantization.balanced,
-}
-SERVED_ASSIGN = ASSIGN | {"balanced": quantization.nearest}  # a code must not depend on the batch
-PASS_THROUGH = {"straight_through": quantization.straight_through, "rotation": quantization.rotate}
 STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of the predictors of TARQ
 WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # the losses that train before the codebook is in use
 
@@ -205,37 +195,6 @@ def tarq(
     )
 
 
-def make_module(
-    model: ml_collections.ConfigDict, schema: Schema, tables: Tables = ONE_DEVICE
-) -> TwoTower | TargetAttention | Tarq:
-    """The module that `config.model` describes, as it trains.
-
-    `two_tower_large` is the two-tower with what TARQ adds but its codebooks: a second history
-    encoder and attention, and hidden layers four times as wide in place of TARQ's further networks.
-    """
-    compute = Compute(jnp.dtype(model.dtype), model.remat, model.attention_block)
-    common = {"schema": schema, "width": model.width, "num_heads": model.num_heads, "compute": compute,
-              "tables": tables}
-    hidden = tuple(model.hidden)
-    if model.name == "two_tower":
-        return TwoTower(**common, hidden=hidden)
-    if model.name == "two_tower_large":
-        return TwoTower(**common, hidden=tuple(4 * size for size in hidden), num_encoders=2)
-    if model.name == "target_attention":
-        return TargetAttention(**common, hidden=hidden)
-    return TARQ_OF_ORDER[model.order](
-        **common, hidden=hidden, num_levels=model.num_levels, head=model.head,
-        decoded=model.decoded, aligned_share=model.aligned_share, student_gradient=model.student_gradient,
-        encode=functools.partial(quantization.encode, assign=ASSIGN[model.assign]),
-        pass_through=PASS_THROUGH[model.pass_through],
-    )
-
-
-def as_served(module: Tarq, model: ml_collections.ConfigDict) -> Tarq:
-    """The module with the assignment of codes that predictions use, see `SERVED_ASSIGN`."""
-    return module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
-
-
 def build(
     model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema,
     tables: Tables = ONE_DEVICE, axis_name: shards.AxisName = None,
@@ -248,6 +207,9 @@ def build(
       schema: of the data.
       tables: how embedding tables are kept and looked up.
       axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
+
+    Raises:
+      ValueError: the model needs a field that the data does not have.
     """
     module = make_module(model, schema, tables)
     if not isinstance(module, Tarq):

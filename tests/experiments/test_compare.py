@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from tarq_jax import metrics, reporting
-from tarq_jax.config import MODELS
+from tarq_jax.config import COMPARED
 from tarq_jax.experiments import compare as comparison
 from tarq_jax.training import loop
 
@@ -19,11 +19,11 @@ SEEDS = (0, 1)
 COMMAND = """
 import runpy, sys
 import tiny
-from tarq_jax.config import MODELS
+from tarq_jax.config import COMPARED
 from tarq_jax.training import loop
 
 def train(config, dataset, workdir, console):
-    auc = 0.6 + 0.05 * MODELS.index(config.model.name) + 0.01 * config.seed
+    auc = 0.6 + 0.05 * COMPARED.index(config.model.name) + 0.01 * config.seed
     print("trains", config.model.name, config.seed, config.steps, workdir.name, file=sys.stderr)
     return loop.Result([{"model": config.model.name, "auc": auc}], None)
 
@@ -119,11 +119,11 @@ def test_the_command(command, tmp_path):
                    f"--workdir={tmp_path / 'runs'}", f"--json={json_file}")
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        f"trains {model} {seed} 9 {model}-{seed}" for seed in (3, 5) for model in MODELS]
+        f"trains {model} {seed} 9 {model}-{seed}" for seed in (3, 5) for model in COMPARED]
     rows = json.loads(json_file.read_text())
     assert json.loads((tmp_path / "runs" / "results.json").read_text()) == rows
     assert [(row.get("seed"), row["model"]) for row in rows] == [
-        *((seed, model) for seed in (3, 5) for model in MODELS), *((None, model) for model in MODELS)]
+        *((seed, model) for seed in (3, 5) for model in COMPARED), *((None, model) for model in COMPARED)]
     tarq = rows[-1]
     assert tarq["auc"] == pytest.approx(0.79) and tarq["auc_std"] == pytest.approx(0.01 * math.sqrt(2))
     assert tarq["gap_recovered"] == pytest.approx(1.5)

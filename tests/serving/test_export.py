@@ -77,10 +77,10 @@ def test_scores_of_a_run(runs, tmp_path):
 def test_scores_of_a_fine_tuned_conversion(runs, tmp_path, levels):
     from tarq_jax.models.parts import target_attention_parts
     from tarq_jax.serving import build
-    from tarq_jax.training import conversion, objectives, restore
+    from tarq_jax.training import conversion, modules, restore
 
     run = restore.load_run(runs / "target_attention")
-    parts = target_attention_parts(objectives.make_module(run.config.model, run.dataset.schema))
+    parts = target_attention_parts(modules.make_module(run.config.model, run.dataset.schema))
     model = conversion.trained_model(parts, run.state.params, run.dataset)
     index = conversion.fit_index(model, num_codewords=8, order=1, seed=3)
     if levels:

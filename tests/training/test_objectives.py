@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tarq_jax import data, losses
-from tarq_jax.config import MODELS
+from tarq_jax.config import COMPARED, MODELS
 from tarq_jax.models import Tarq
 from tarq_jax.training import loop
 from tarq_jax.training.objectives import STUDENT, TEACHER, WITHOUT_CODEBOOK, build, tarq
@@ -106,7 +106,7 @@ def test_wrong_names_of_losses(parts, weights, wrong):
 @pytest.mark.parametrize("name", MODELS)
 def test_build(tiny_config, tiny_dataset, name):
     """Every model, by its shapes: parameters, loss, names of predictors, latents where it quantizes."""
-    tiny_config.model.name = name
+    tiny_config.model.name, tiny_config.model.category = name, "item_id"
     objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
     batch = next(data.train_batches(
         tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset)))
@@ -173,7 +173,7 @@ def test_two_tower_large_is_of_tarqs_size(tiny_config, tiny_dataset):
     batch = next(data.train_batches(
         tiny_dataset, "train", batch_size=1, seed=0, **loop.batch_shapes(tiny_dataset)))
     sizes = {}
-    for name in MODELS:
+    for name in COMPARED:
         tiny_config.model.name = name
         objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
         params = jax.eval_shape(objective.init, jax.random.key(0), batch, jnp.zeros((3, 64, 32)))

@@ -1,0 +1,108 @@
+"""Which module the settings of `config.model` describe: a table by name."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+
+from tarq_jax import quantization
+from tarq_jax.models import (
+    Cold,
+    Compute,
+    Din,
+    FirstOrderTarq,
+    HardSearch,
+    IntTower,
+    LinearAttention,
+    Sdim,
+    TargetAttention,
+    Tarq,
+    TwoTower,
+)
+from tarq_jax.models.approximate_attention import ApproximateAttention, by_category, by_hash
+from tarq_jax.models.embedding import ONE_DEVICE, Tables
+from tarq_jax.schema import Schema
+
+Supervised = TwoTower | TargetAttention | ApproximateAttention | Cold | IntTower  # train on labels alone
+Model = Supervised | Tarq
+Common = dict[str, Any]  # what all modules take
+
+TARQ_OF_ORDER = {0: Tarq, 1: FirstOrderTarq}
+ASSIGN = {
+    "nearest": quantization.nearest,
+    "cosine": quantization.nearest_by_cosine,
+    "balanced": quantization.balanced,
+}
+SERVED_ASSIGN = ASSIGN | {"balanced": quantization.nearest}  # a code must not depend on the batch
+PASS_THROUGH = {"straight_through": quantization.straight_through, "rotation": quantization.rotate}
+
+
+def make_module(model: ml_collections.ConfigDict, schema: Schema, tables: Tables = ONE_DEVICE) -> Model:
+    """The module that `config.model` describes, as it trains.
+
+    Raises:
+      ValueError: the model needs a field that the data does not have.
+    """
+    common = {
+        "schema": schema, "width": model.width, "num_heads": model.num_heads, "hidden": tuple(model.hidden),
+        "compute": Compute(jnp.dtype(model.dtype), model.remat, model.attention_block), "tables": tables}
+    return MODULES[model.name](model, common)
+
+
+def as_served(module: Tarq, model: ml_collections.ConfigDict) -> Tarq:
+    """The module with the assignment of codes that predictions use, see `SERVED_ASSIGN`."""
+    return module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
+
+
+def _two_tower_large(model: ml_collections.ConfigDict, common: Common) -> TwoTower:
+    """The two-tower with what TARQ adds but its codebooks.
+
+    A second history encoder and attention, and hidden layers four times as wide in place of TARQ's further
+    networks.
+    """
+    return TwoTower(**common | {"hidden": tuple(4 * size for size in model.hidden)}, num_encoders=2)
+
+
+def _sdim(model: ml_collections.ConfigDict, common: Common) -> Sdim:
+    return Sdim(**common, rounds=model.hash_rounds, bits=model.hash_bits)
+
+
+def _eta(model: ml_collections.ConfigDict, common: Common) -> HardSearch:
+    similarity = functools.partial(by_hash, rounds=model.hash_rounds, bits=model.hash_bits)
+    return HardSearch(**common, similarity=similarity, num_selected=model.num_selected)
+
+
+def _sim(model: ml_collections.ConfigDict, common: Common) -> HardSearch:
+    items = common["schema"].side("item")
+    fields = tuple(field.name for field in items if field.kind == "categorical")
+    if model.category not in fields:
+        raise ValueError(f"config.model.category is {model.category!r}, expected a categorical field of the "
+                         f"data's items, one of {fields}, with config.model.name='sim'")
+    similarity = functools.partial(by_category, field=model.category)
+    return HardSearch(**common, similarity=similarity, num_selected=model.num_selected)
+
+
+def _tarq(model: ml_collections.ConfigDict, common: Common) -> Tarq:
+    return TARQ_OF_ORDER[model.order](
+        **common, num_levels=model.num_levels, head=model.head, decoded=model.decoded,
+        aligned_share=model.aligned_share, student_gradient=model.student_gradient,
+        encode=functools.partial(quantization.encode, assign=ASSIGN[model.assign]),
+        pass_through=PASS_THROUGH[model.pass_through],
+    )
+
+
+MODULES: Mapping[str, Callable[[ml_collections.ConfigDict, Common], Model]] = {
+    "two_tower": lambda model, common: TwoTower(**common),
+    "two_tower_large": _two_tower_large,
+    "target_attention": lambda model, common: TargetAttention(**common),
+    "tarq": _tarq,
+    "cold": lambda model, common: Cold(**common),
+    "inttower": lambda model, common: IntTower(**common, num_vectors=model.num_vectors),
+    "linear_attention": lambda model, common: LinearAttention(**common),
+    "sdim": _sdim,
+    "eta": _eta,
+    "sim": _sim,
+    "din": lambda model, common: Din(**common),
+}
