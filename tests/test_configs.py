@@ -103,3 +103,12 @@ def test_runs_when_shrunk(experiment, tmp_path_factory, tmp_path, silent):
     assert all(row.keys() >= COLUMNS and np.isfinite(row["auc"]) for row in rows)
     assert rows[0].keys() >= STUDENT_COLUMNS and 0 < rows[0]["utilisation"] <= 1
     assert json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("name", ["inttower", "sim"])
+def test_baselines_run_by_name(name, tiny_config, tiny_dataset, tmp_path, silent):
+    """As with `--config.model.name=NAME`; to the loop the others are the same, see test_objectives."""
+    tiny_config.model.name, tiny_config.model.category = name, "item_id"
+    row, = loop.train(tiny_config, tiny_dataset, tmp_path, silent).rows
+    assert row["model"] == name and row.keys() >= COLUMNS and np.isfinite(row["auc"])

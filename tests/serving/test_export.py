@@ -4,7 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import workloads
 from jax import export
+
+from tarq_jax.serving import methods
 
 EXPORT = ("-m", "tarq_jax.serving.export")
 
@@ -110,6 +113,23 @@ def check_scores(run, method, folder, logits):
         scores = dict(zip(ranking.ids.tolist(), ranking.scores, strict=True))
         np.testing.assert_allclose(
             [scores[item] for item in ids[row].tolist()], expected[row], rtol=0, atol=1e-5)
+
+
+def test_a_model_that_is_not_served(command, smoke_run, tmp_path):
+    """Though it is target attention but for its attention, it is neither exported nor converted as such."""
+    out, run = tmp_path / "out", smoke_run("linear_attention")
+    for flags, words in (([], "a model of class LinearAttention is not served, expected one of TwoTower, "),
+                         (["--codewords=8"], "one of 'linear_attention', expected 'target_attention'")):
+        done = command(*EXPORT, f"--run={run}", f"--out={out}", *flags)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert words in done.stderr and not out.exists()
+
+
+@pytest.mark.parametrize("name", workloads.BASELINES)
+def test_no_baseline_is_served_as_what_it_is_not(name):
+    model = workloads.compiled(name)
+    with pytest.raises(ValueError, match=f"{type(model.module).__name__} is not served"):
+        methods.from_module(model.module, model.params)
 
 
 @pytest.mark.parametrize(("flags", "words"), [
