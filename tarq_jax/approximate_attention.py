@@ -1,10 +1,9 @@
 """Attention that is not a softmax over the whole history: linear, by hash, searched, and DIN's.
 
 Pure functions in place of `tarq_jax.attention.multi_head_attention`, with its conventions: heads before
-positions, an empty history yields zero, masked positions never show. Those that hash or search compare
-vectors that items and events share, such as embeddings: signs and choices have no derivative, so that
-projections before them would never be trained. Hash planes come from a fixed seed. Shapes that do not fit
-are an AssertionError of chex.
+positions, an empty history yields zero, masked positions never show. Hashes compare vectors of one space,
+such as embeddings of items: signs have no derivative, so that projections before them would never be trained.
+Their planes come from a fixed seed. Shapes that do not fit are an AssertionError of chex.
 """
 
 from collections.abc import Callable
@@ -36,8 +35,8 @@ def linear_attention(
     Returns:
       [B, H, G, E].
     """
-    _check_heads(keys, values, mask)
-    chex.assert_shape(queries, (*keys.shape[:2], None, keys.shape[-1]))
+    _check_heads(queries, keys, values)
+    chex.assert_shape(mask, (keys.shape[0], keys.shape[2]))
     features = jnp.where(mask[:, None, :, None], _positive(keys), 0.0)
     sums = jnp.swapaxes(features, -1, -2) @ values.astype(jnp.float32)
     totals = jnp.sum(features, axis=-2)[..., None]
@@ -91,9 +90,7 @@ def collision_attention(
     Returns:
       [B, H, G, E]; zero also where nothing collides. Gradients reach the values alone.
     """
-    batch, positions, width = keys.shape
-    chex.assert_shape([queries, values, mask], [
-        (batch, None, width), (batch, None, positions, None), (batch, positions)])
+    _check_shared(queries, keys, values, mask)
     filled = jnp.where(mask[..., None], _buckets(keys, planes), 0.0)
     found = _buckets(queries, planes)
     sums = jnp.einsum("bns,bhne->bhse", filled, values.astype(jnp.float32))
@@ -189,8 +186,7 @@ def searched_attention(
     Returns:
       [B, H, G, E]; zero where nothing is selected.
     """
-    chex.assert_equal_shape([keys, values])
-    chex.assert_shape(queries, (*keys.shape[:2], None, keys.shape[-1]))
+    _check_heads(queries, keys, values)
     chex.assert_shape(selected, (keys.shape[0], queries.shape[2], keys.shape[2]))
     return attention_weights(queries, keys, selected[:, None]).astype(values.dtype) @ values
 
@@ -204,24 +200,31 @@ def activation_unit_attention(
     DIN (Zhou et al. 2018, arXiv 1706.06978), eq. 3: the strength of an interest is kept.
 
     Args:
-      queries: [B, H, G, E].
-      keys: [B, H, N, E].
+      queries: [B, G, D].
+      keys: [B, N, D].
       values: [B, H, N, E].
       mask: [B, N] bool.
-      unit: [B, H, G, N, 4E] to weights [B, H, G, N].
+      unit: [B, G, N, 4D] to weights [B, G, N], those of every head.
 
     Returns:
       [B, H, G, E].
     """
-    _check_heads(keys, values, mask)
-    chex.assert_shape(queries, (*keys.shape[:2], None, keys.shape[-1]))
-    query, key = queries[..., :, None, :], keys[..., None, :, :]
+    _check_shared(queries, keys, values, mask)
+    query, key = queries[:, :, None], keys[:, None]
     pairs = jnp.broadcast_arrays(query, key, query * key, query - key)
-    weights = unit(jnp.concatenate(pairs, axis=-1))
-    return jnp.where(mask[:, None, None], weights, 0.0).astype(values.dtype) @ values
+    weights = jnp.where(mask[:, None], unit(jnp.concatenate(pairs, axis=-1)), 0.0)
+    return weights[:, None].astype(values.dtype) @ values
 
 
-def _check_heads(keys: jax.Array, values: jax.Array, mask: chex.Array) -> None:
+def _check_heads(queries: jax.Array, keys: jax.Array, values: jax.Array) -> None:
+    """Queries, keys and values are of one width, head by head."""
     chex.assert_rank(keys, 4)
     chex.assert_equal_shape([keys, values])
-    chex.assert_shape(mask, (keys.shape[0], keys.shape[2]))
+    chex.assert_shape(queries, (*keys.shape[:2], None, keys.shape[-1]))
+
+
+def _check_shared(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array) -> None:
+    """Queries and keys have no heads, the values do."""
+    batch, positions, width = keys.shape
+    chex.assert_shape([queries, values, mask], [
+        (batch, None, width), (batch, None, positions, None), (batch, positions)])

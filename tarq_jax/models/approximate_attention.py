@@ -110,18 +110,17 @@ class HardSearch(ApproximateAttention):
 class Din(ApproximateAttention):
     """Weights by a small network instead of a product, not normalised (DIN, arXiv 1706.06978).
 
-    The paper has one head on the embeddings themselves, no encoder before it, and PReLU or Dice for GELU. One
-    network serves all heads.
+    The network compares x_item and X, of which the paper also sums the latter; here the values of H_t are
+    summed. Hidden units are those of the paper but for GELU in place of PReLU or Dice.
     """
 
     def setup(self):
         """Creates the parts."""
         super().setup()
-        self.unit = MLP(self.hidden, 1, self.compute)
+        self.unit = MLP((36,), 1, self.compute)
 
     def attend(self, batch: Batch, backbone: TwoTowerOutput, history: jax.Array) -> jax.Array:
         """See `activation_unit_attention`."""
-        keys, values = self.attention.keys_values(history)
-        queries = self.query(backbone.candidates)
         return activation_unit_attention(
-            queries, keys, values, batch.history_mask, lambda pairs: self.unit(pairs)[..., 0])
+            backbone.candidates, backbone.history, self.attention.values(history), batch.history_mask,
+            lambda pairs: self.unit(pairs)[..., 0])

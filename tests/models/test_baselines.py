@@ -54,15 +54,13 @@ def heads_of_eta(params, candidates, history, project):
 
 
 def heads_of_din(params, candidates, history, project):
-    query = project("query", reference.mlp(params["query_tower"], candidates))
-    heads = np.zeros(query.shape)
-    key, value = project("key"), project("value")
-    for index in np.ndindex(query.shape[:-1]):
-        q, (b, h, _) = query[index], index
+    value = project("value")
+    heads = np.zeros((B, value.shape[1], G, value.shape[-1]))
+    for b, g in np.ndindex(B, G):
         for n in np.flatnonzero(MASK[b]):
-            k = key[b, h, n]
+            q, k = candidates[b, g], history[b, n]
             weight = reference.mlp(params["unit"], np.concatenate([q, k, q * k, q - k]))
-            heads[index] += weight * value[b, h, n]
+            heads[b, :, g] += weight * value[b, :, n]
     return heads
 
 
