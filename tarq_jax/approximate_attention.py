@@ -65,7 +65,7 @@ def signatures(vectors: jax.Array, planes: chex.Array) -> jax.Array:
     Returns:
       [..., R, T] bool.
     """
-    chex.assert_equal(vectors.shape[-1], planes.shape[0])
+    chex.assert_shape(planes, (vectors.shape[-1], None, None))
     highest = jax.lax.Precision.HIGHEST  # a bit must not depend on the device
     return jnp.tensordot(vectors.astype(jnp.float32), planes, axes=1, precision=highest) > 0
 
@@ -120,6 +120,7 @@ def hash_similarity(queries: jax.Array, keys: jax.Array, planes: chex.Array) -> 
     Returns:
       [B, G, N] int32.
     """
+    chex.assert_shape(keys, (queries.shape[0], None, queries.shape[-1]))
     flat = planes.reshape(planes.shape[0], 1, -1)
     ones = (jnp.where(signatures(x, flat)[..., 0, :], 1.0, -1.0) for x in (queries, keys))
     products = jnp.einsum("bgt,bnt->bgn", *ones)  # of whole numbers: exact
@@ -142,6 +143,8 @@ def category_similarity(queries: chex.Array, keys: chex.Array) -> jax.Array:
       >>> category_similarity(jnp.array([[3, 0]]), jnp.array([[3, 4, 0]])).tolist()
       [[[0, -1, -1], [-1, -1, -1]]]
     """
+    chex.assert_rank([queries, keys], 2)
+    chex.assert_equal_shape_prefix([queries, keys], 1)
     same = (queries[:, :, None] == keys[:, None]) & (queries[:, :, None] != 0)
     return jnp.where(same, 0, -1)
 
@@ -161,6 +164,7 @@ def select(similarity: jax.Array, mask: chex.Array, num_selected: int) -> jax.Ar
       >>> select(jnp.array([[[2, 0, 2, 2, -1]]]), jnp.ones((1, 5), bool), 2).tolist()
       [[[False, False, True, True, False]]]
     """
+    chex.assert_rank(similarity, 3)
     positions = similarity.shape[-1]
     chex.assert_shape(mask, (similarity.shape[0], positions))
     rank = similarity * positions + jnp.arange(positions)  # no two are equal
@@ -174,8 +178,7 @@ def searched_attention(
 ) -> jax.Array:
     """Target attention of every candidate over positions of its own.
 
-    Written as a mask on attention over all positions, which trains as fast as a gather of so few; what is
-    served would gather.
+    Written as a mask on attention over all positions: it saves nothing here, what is served would gather.
 
     Args:
       queries: [B, H, G, E].

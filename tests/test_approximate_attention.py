@@ -204,6 +204,19 @@ def test_hash_similarity_is_bits_less_the_hamming_distance():
     np.testing.assert_allclose(many, 1 - angles(*VECTORS) / np.pi, atol=0.03)
 
 
+@pytest.mark.parametrize(("function", "shapes"), [
+    (approximate.signatures, [(B, D), (D + 1, ROUNDS, BITS)]),
+    (approximate.signatures, [(B, D), (D, ROUNDS)]),
+    (approximate.hash_similarity, [(1, G, D), (B, N, D), (D, ROUNDS, BITS)]),
+    (approximate.hash_similarity, [(B, G, D), (B, N, D - 1), (D, ROUNDS, BITS)]),
+    (approximate.category_similarity, [(1, G), (B, N)]),
+    (approximate.category_similarity, [(B, G, 1), (B, N)]),
+])
+def test_comparisons_refuse_other_shapes(function, shapes):
+    with pytest.raises(AssertionError):
+        jax.eval_shape(function, *map(np.ones, shapes))
+
+
 # Search
 
 

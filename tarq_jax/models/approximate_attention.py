@@ -1,7 +1,7 @@
 """Baselines that exchange the attention of target attention alone, see `tarq_jax.approximate_attention`.
 
 Backbone, history encoder and head are those of target attention, so that what a comparison tells is the cost
-of the attention. SDIM, ETA and SIM also give recent events an exact attention of their own: left out.
+of the attention. SDIM, ETA and SIM read recent events once more, by a network of their own: left out.
 Attention in blocks and its recomputation (see `Compute`) are for the encoders alone.
 """
 
