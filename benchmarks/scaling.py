@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import roofline
 from tarq_jax import cli, data, reporting
 from tarq_jax.config import default_config
-from tarq_jax.training import hlo, loop, sharding
+from tarq_jax.training import hlo, setup, sharding
 from tarq_jax.training.objectives import build
 from tarq_jax.training.optimizers import make_optimizer
 
@@ -65,15 +65,15 @@ def compiled(config: ml_collections.ConfigDict, devices: list[jax.Device]) -> tu
     requests = dataset()
     objective = build(config.model, config.loss_weights, requests.schema, sharding.make_tables(config, mesh))
     optimizer = make_optimizer(config)
-    state = jax.eval_shape(lambda: loop.init_state(config, objective, optimizer, requests))
+    state = jax.eval_shape(lambda: setup.init_state(config, objective, optimizer, requests))
     places = sharding.state_shardings(state, mesh, sharding.parse_rules(config.mesh.rules))
     state = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
     split = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     batch = next(data.train_batches(
-        requests, "train", batch_size=config.batch_size, seed=0, **loop.batch_shapes(requests)))
+        requests, "train", batch_size=config.batch_size, seed=0, **setup.batch_shapes(requests)))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split), batch)
-    return loop.compile_step(config, objective, optimizer, mesh, state).lower(state, batch).compile(), state
+    return setup.compile_step(config, objective, optimizer, mesh, state).lower(state, batch).compile(), state
 
 
 def workload(rows: int) -> roofline.Workload:
@@ -83,7 +83,7 @@ def workload(rows: int) -> roofline.Workload:
     cost = step.cost_analysis()
     sizes = {leaf.shape: leaf.size for leaf in jax.tree.leaves(state.params)}
     table = sizes[dataset().schema.num_items, config.model.width]
-    shapes = loop.batch_shapes(dataset())
+    shapes = setup.batch_shapes(dataset())
     return roofline.Workload(
         flops=cost["flops"] / config.batch_size, activation_bytes=cost["bytes accessed"] / config.batch_size,
         ids=shapes["history_length"] + shapes["num_candidates"], width=config.model.width, rows=rows,

@@ -26,7 +26,7 @@ from tarq_jax.serving.build import encode_items, method_of
 from tarq_jax.serving.index import round_up
 from tarq_jax.serving.method import Method
 from tarq_jax.serving.scoring import for_all
-from tarq_jax.training import loop
+from tarq_jax.training import setup
 from tarq_jax.training.restore import Run, load_run
 from tarq_jax.types import Batch
 
@@ -68,7 +68,7 @@ def scores_of(method: Method, dataset: Dataset) -> np.ndarray:
                    "embedding": jnp.asarray(items["embedding"])[rows], "mask": batch.history_mask}
         return for_all(method.item_side)(item_weights, method.user_side(user_weights, request), padded)
 
-    batches = eval_batches(dataset, "test", batch_size=BATCH, **loop.batch_shapes(dataset))
+    batches = eval_batches(dataset, "test", batch_size=BATCH, **setup.batch_shapes(dataset))
     found = [np.asarray(compute(method.user_weights, method.item_weights, batch))[batch.candidate_mask.any(1)]
              for batch in batches]
     return np.concatenate(found)[:, :len(items["embedding"])]
@@ -76,7 +76,7 @@ def scores_of(method: Method, dataset: Dataset) -> np.ndarray:
 
 def labelled(dataset: Dataset) -> Iterator[Batch]:
     """The requests of the test split again, with their candidates."""
-    for batch in eval_batches(dataset, "test", batch_size=BATCH, **loop.batch_shapes(dataset)):
+    for batch in eval_batches(dataset, "test", batch_size=BATCH, **setup.batch_shapes(dataset)):
         real = batch.candidate_mask.any(1)
         yield jax.tree.map(functools.partial(np.compress, real, axis=0), batch)
 

@@ -3,6 +3,7 @@
 A file in `configs/` starts from `default_config()` and changes what its experiment is about.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -107,6 +108,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.checkpoints_kept = 2  # the newest
     config.best_metric = ""  # of the validation split: "auc", "gauc" or "log_loss" keeps and tests the best
     config.recall_k = 4  # recall@k of the student's order against the teacher's
+    config.save_scores = False  # keep the score of every test candidate, for statistics over runs
     config.prefetch = 4  # batches made ahead
     return config.lock()
 
@@ -221,6 +223,7 @@ RULES: Mapping[str, Rule] = {
     "checkpoints_kept": _at_least(1),
     "best_metric": _one_of("", *BEST),
     "recall_k": _at_least(1),
+    "save_scores": Rule(lambda value: isinstance(value, bool), "a bool like False"),
     "prefetch": _at_least(1),
 }
 
@@ -271,6 +274,35 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["codebook.init_latents"] < settings["model.num_codewords"]:
         raise ValueError(f"config.codebook.init_latents is {settings['codebook.init_latents']}, expected at "
                          f"least config.model.num_codewords, {settings['model.num_codewords']}")
+
+
+def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+    """The configurations of a study, by name: its `base`, with what each of its `variants` changes.
+
+    The variant that others are compared with, `reference`, comes first.
+
+    Raises:
+      ValueError: names what is missing or unknown, or the variant and its setting that does not hold.
+    """
+    expected = {"base", "variants", "reference"}
+    if set(study.keys()) != expected:
+        raise ValueError(f"the study has {sorted(study.keys())}, expected {sorted(expected)}")
+    if study.reference not in study.variants:
+        raise ValueError(f"config.reference is {study.reference!r}, expected one of config.variants, "
+                         f"{sorted(study.variants.keys())}")
+    try:
+        validate(study.base)
+    except ValueError as error:
+        raise ValueError(f"config.base: {error}") from error
+    found = {study.reference: study.base}  # first, as a ConfigDict sorts its keys
+    for name, changes in study.variants.items():
+        found[name] = copy.deepcopy(study.base)
+        try:
+            found[name].update(changes)
+            validate(found[name])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"config.variants.{name}: {error.args[0]}") from error
+    return found
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:

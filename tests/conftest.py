@@ -165,9 +165,9 @@ def few_programs_in_memory() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def compiled_once() -> Iterator[None]:
     """Runs of equal settings share objectives and compiled steps: tracing is most of a tiny run's time."""
-    from tarq_jax.training import loop
+    from tarq_jax.training import setup
 
-    build, compile_step = loop.build, loop.compile_step
+    build, compile_step = setup.build, setup.compile_step
     objectives, steps = {}, {}
 
     def shared_build(model, loss_weights, schema, *how):
@@ -184,6 +184,6 @@ def compiled_once() -> Iterator[None]:
         return steps[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build", shared_build)
-        patch.setattr(loop, "compile_step", shared_step)
+        patch.setattr(setup, "build", shared_build)
+        patch.setattr(setup, "compile_step", shared_step)
         yield

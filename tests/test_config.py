@@ -6,7 +6,7 @@ from typing import get_args
 import ml_collections
 import pytest
 
-from tarq_jax.config import DECODED, HEADS, REACHES, RULES, default_config, smoke, validate
+from tarq_jax.config import DECODED, HEADS, REACHES, RULES, default_config, smoke, validate, variants_of
 from tarq_jax.models.tarq import Decoded, Head, Reach
 
 BAD = {
@@ -36,6 +36,7 @@ BAD = {
     "optimizer.max_gradient_norm": [-1.0, math.nan, math.inf],
     "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0],
     "checkpoints_kept": [0], "best_metric": ["accuracy"], "recall_k": [0], "prefetch": [0],
+    "save_scores": [1, "yes"],
 }
 # left to the data
 NOT_A_RULE = {"data.name", "data.data_dir", "data.prepared", "data.stream", "model.category"}
@@ -181,3 +182,29 @@ def test_smoke_is_small_and_takes_options_of_the_data():
     random = default_config()
     random.codebook.start = 0
     assert smoke(random).codebook.start == 0
+
+
+def study(**changes) -> ml_collections.ConfigDict:
+    parts = {"base": default_config(), "reference": "a", "variants": {"a": {}, "b": {"model": {"order": 0}}}}
+    return ml_collections.ConfigDict(parts | changes)
+
+
+def test_variants_are_the_base_with_changes():
+    found = variants_of(study())
+    assert list(found) == ["a", "b"]
+    assert found["a"].to_dict() == default_config().to_dict()
+    assert found["b"].model.order == 0 and found["b"].steps == default_config().steps
+    found["a"].steps = 7
+    assert found["b"].steps == default_config().steps
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"more": 1}, r"the study has \['base', 'more', 'reference', 'variants'\], expected"),
+    ({"reference": "c"}, "config.reference is 'c', expected one of config.variants"),
+    ({"variants": {"a": {"model": {"order": 2}}}}, "config.variants.a: config.model.order is 2"),
+    ({"variants": {"a": {"model": {"depth": 2}}}}, "config.variants.a: .*depth"),
+    ({"variants": {"a": {"steps": "many"}}}, "config.variants.a: .*steps"),
+])
+def test_studies_that_do_not_hold(changes, message):
+    with pytest.raises(ValueError, match=message):
+        variants_of(study(**changes))

@@ -269,7 +269,8 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
                                            num_users=records.num_users(tables["users"]))
         else:
             splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
-    dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"])
+    dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"],
+                      fingerprint=directory.parent.name)
     records.check_dataset(dataset)
     return dataset
 

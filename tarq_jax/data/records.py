@@ -89,6 +89,7 @@ class Dataset:
     users: Mapping[str, np.ndarray]  # name -> [U, ...]; row 0 is an unknown user; {} without user fields
     splits: Mapping[str, Split]
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # facts about the data, JSON
+    fingerprint: str = ""  # of the options and files that it was prepared from; empty where it was not
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def observe(run: Any, split: str, requests: int) -> Observed:
     import jax
 
     from tarq_jax import data
-    from tarq_jax.training import loop
+    from tarq_jax.training import setup
 
     if run.objective.attention is None:
         raise ValueError(f"a run of {run.config.model.name!r} has no codebook, expected one of 'tarq'")
@@ -59,7 +59,7 @@ def observe(run: Any, split: str, requests: int) -> Observed:
         return found.latents, found.quantizer, error, (found.teacher_output**2).sum(axis=-1), variation
 
     parts = []
-    batches = data.eval_batches(run.dataset, split, batch_size=size, **loop.batch_shapes(run.dataset))
+    batches = data.eval_batches(run.dataset, split, batch_size=size, **setup.batch_shapes(run.dataset))
     for _, batch in zip(range(-(-requests // size)), batches, strict=False):
         real = batch.candidate_mask
         lengths = np.broadcast_to(batch.history_mask.sum(axis=1)[:, None], real.shape)

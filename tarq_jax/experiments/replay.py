@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from tarq_jax import cli, data, reporting
-from tarq_jax.training import checkpoint, failure, loop, restore
+from tarq_jax.training import checkpoint, failure, loop, restore, setup
 from tarq_jax.training.state import TrainState, trainable
 
 RUN = cli.run_flag()
@@ -41,19 +41,19 @@ def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
     """
     config = restore.config_of(failed.settings)
     dataset = loop.load_data(config)
-    way, mesh, objective, optimizer, state = loop.set_up(config, dataset)
+    way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     with checkpoint.manager(workdir) as checkpoints:
         state = checkpoint.restore_latest(checkpoints, state, config, dataset.schema).state
-    start, shapes = int(state.step), loop.batch_shapes(dataset)
+    start, shapes = int(state.step), setup.batch_shapes(dataset)
     if start >= failed.step:
         raise ValueError(f"{workdir}: its checkpoint is of step {start}, expected one before {failed.step}")
     batches = data.train_batches(dataset, "train", batch_size=config.batch_size, seed=config.seed,
                                  start_step=start, **shapes)
-    take_step = loop.compile_step(config, objective, optimizer, mesh, state)
+    take_step = setup.compile_step(config, objective, optimizer, mesh, state)
     metrics: dict[str, jax.Array] = {}
     for step in range(start, failed.step):
         if step == config.codebook.start and state.codebook is not None:
-            state = loop.initialise_codebook(config, objective, state, dataset, shapes, mesh)
+            state = setup.initialise_codebook(config, objective, state, dataset, shapes, mesh)
         batch = failed.batch if step == failed.step - 1 else next(batches)
         state, metrics = take_step(state, way.put(batch, mesh))
     return sorted(_rows(jax.device_get(metrics), state), key=lambda row: bool(np.isfinite(row["value"])))

@@ -78,12 +78,12 @@ def main() -> None:
     with new_folder(out) as folder:
         from tarq_jax.serving import build
         from tarq_jax.serving.vectors import Storage
-        from tarq_jax.training import loop, restore
+        from tarq_jax.training import restore, setup
 
         run = restore.load_run(Path(str(RUN.value)))
         method = build.method_of(run, codewords=CODEWORDS.value, order=int(ORDER.value),
                                  levels=LEVELS.value, fine_tune=FINE_TUNE.value, seed=SEED.value)
-        lengths = lengths or default_histories(loop.batch_shapes(run.dataset)["history_length"])
+        lengths = lengths or default_histories(setup.batch_shapes(run.dataset)["history_length"])
         build.write(method, run.dataset, folder, histories=lengths, vectors=cast(Storage, VECTORS.value),
                     platforms=PLATFORMS.value, capacity=CAPACITY.value)
     print(f"{out}: written")

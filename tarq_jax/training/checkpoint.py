@@ -23,9 +23,9 @@ from tarq_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved a checkpoint and the one that goes on from it.
 FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-                  "checkpoints_kept", "best_metric", "recall_k", "prefetch", "data.readers", "accumulate",
-                  "model.remat", "model.attention_block", "optimizer.max_gradient_norm", "parallel",
-                  "mesh.data", "mesh.model", "mesh.rules")
+                  "checkpoints_kept", "best_metric", "recall_k", "save_scores", "prefetch", "data.readers",
+                  "accumulate", "model.remat", "model.attention_block", "optimizer.max_gradient_norm",
+                  "parallel", "mesh.data", "mesh.model", "mesh.rules")
 
 
 def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:

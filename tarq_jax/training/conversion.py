@@ -15,7 +15,7 @@ from tarq_jax.attention import multi_head_attention
 from tarq_jax.conversion import ItemIndex, KeysValues
 from tarq_jax.data import ITEM_ID
 from tarq_jax.models.parts import AttentionParts
-from tarq_jax.training import loop
+from tarq_jax.training import setup
 from tarq_jax.training.evaluate import Row, evaluate
 from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predictions
 from tarq_jax.types import Batch, QuantizerOutput
@@ -53,7 +53,7 @@ def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterato
     compute = jax.jit(model.parts.keys_values)
     size = min(CALIBRATION_BATCH, requests)
     batches = data.train_batches(
-        model.dataset, "train", batch_size=size, seed=seed, **loop.batch_shapes(model.dataset))
+        model.dataset, "train", batch_size=size, seed=seed, **setup.batch_shapes(model.dataset))
     for batch in itertools.islice(batches, requests // size):
         yield *compute(model.params, batch), batch.history_mask
 
@@ -139,7 +139,7 @@ def evaluate_index(
             chosen=centres[..., None, :])
         return Predictions(logits, Diagnostics(latents, level_1, _flat(found), _flat(exact)))
 
-    shapes = loop.batch_shapes(model.dataset)
+    shapes = setup.batch_shapes(model.dataset)
     batches = data.eval_batches(model.dataset, split, batch_size=batch_size, **shapes)
     codewords = np.asarray(index.levels[0]).reshape(1, len(index.levels[0]), -1)
     return evaluate(predict, batches, codewords=codewords, recall_k=recall_k)
@@ -195,7 +195,7 @@ def fine_tune(
         return optax.apply_updates(variables, updates), opt_state, value
 
     batches = data.train_batches(
-        model.dataset, "train", batch_size=batch_size, seed=seed, **loop.batch_shapes(model.dataset))
+        model.dataset, "train", batch_size=batch_size, seed=seed, **setup.batch_shapes(model.dataset))
     rng = np.random.default_rng(seed)
     variables = jax.tree.map(jnp.copy, {"params": model.params, "levels": index.levels})
     opt_state = optimizer.init(variables)

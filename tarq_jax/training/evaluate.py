@@ -1,6 +1,7 @@
 """Evaluation of a trained model on a split: ranking quality, and the health of its codebooks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +12,11 @@ from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predicti
 from tarq_jax.types import Batch
 
 Row = dict[str, Any]
+SCORES = "test_scores.npz"  # of a run whose configuration asks for it, see `write_scores`
 
 
 def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], *,
-             codewords: np.ndarray | None, recall_k: int) -> list[Row]:
+             codewords: np.ndarray | None, recall_k: int, scores: Path | None = None) -> list[Row]:
     """Scores every batch and computes all metrics over the real candidates.
 
     Args:
@@ -22,6 +24,7 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
       batches: with NumPy leaves, as of `tarq_jax.data.eval_batches`.
       codewords: [L, K, D], where the model quantizes.
       recall_k: k of recall@k of the student's order against the teacher's.
+      scores: file for the score of every candidate, see `write_scores`.
 
     Returns:
       A row a predictor: `model`, `auc`, `gauc`, `log_loss`, `calibration`; the student's has the
@@ -43,6 +46,9 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
         {"model": name} | _ranking(labels[mask], logits[mask], users[mask], weights[mask])
         for name, logits in predictions.logits.items()
     ]
+    if scores is not None:
+        write_scores(scores, {"labels": labels[mask], "users": users[mask], "weights": weights[mask]}
+                     | {name: logits[mask] for name, logits in predictions.logits.items()})
     if (found := predictions.diagnostics) is not None:
         if codewords is None:
             raise ValueError("codewords is None, expected those of the model, which quantizes")
@@ -77,3 +83,18 @@ def _health(found: Diagnostics, mask: np.ndarray, codewords: np.ndarray) -> Row:
         "quantization_error": health[f"quantization_error_{levels[-1]}"],
     }
     return summary | health
+
+
+def write_scores(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Keeps what paired tests of two runs on the same split need, atomically.
+
+    Args:
+      path: of the file, as NumPy's `npz`.
+      columns: `labels`, `users`, `weights` and the logits of each predictor under its name, [C] each over the
+        real candidates in the order of the split.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".{path.name}")
+    with written.open("wb") as file:
+        np.savez_compressed(file, **columns)  # type: ignore[arg-type]  # names are not known to it
+    written.replace(path)

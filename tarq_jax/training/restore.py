@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 
 from tarq_jax import data
 from tarq_jax.config import default_config, validate
-from tarq_jax.training import checkpoint, loop, sharding
+from tarq_jax.training import checkpoint, loop, setup, sharding
 from tarq_jax.training.objectives import Objective, build
 from tarq_jax.training.state import TrainState
 
@@ -37,7 +37,7 @@ def load_run(workdir: Path) -> Run:
         dataset = loop.load_data(config)
         tables = sharding.make_tables(config)
         objective = build(config.model, config.loss_weights, dataset.schema, tables)
-        fresh = loop.init_state(config, objective, loop.make_optimizer(config), dataset)
+        fresh = setup.init_state(config, objective, setup.make_optimizer(config), dataset)
         state = checkpoint.restore_latest(checkpoints, fresh, config, dataset.schema).state
         if config.best_metric and (best := checkpoint.best_step(checkpoints, config.best_metric)) is not None:
             state = checkpoint.restore_step(checkpoints, best, state)

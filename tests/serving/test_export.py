@@ -101,11 +101,11 @@ def test_scores_of_a_fine_tuned_conversion(runs, tmp_path, levels):
 def check_scores(run, method, folder, logits):
     from tarq_jax import data
     from tarq_jax.serving import Scorer, build
-    from tarq_jax.training import loop
+    from tarq_jax.training import setup
 
     build.write(method, run.dataset, folder, histories=[8])
     scorer = Scorer.load(folder, batch_sizes=(8,), candidate_sizes=(), top_k=4)
-    batch = next(data.eval_batches(run.dataset, "test", batch_size=8, **loop.batch_shapes(run.dataset)))
+    batch = next(data.eval_batches(run.dataset, "test", batch_size=8, **setup.batch_shapes(run.dataset)))
     expected, ids = np.asarray(logits(batch)), batch.candidates["item_id"]
     requests = [{"history": {"item_id": items[mask].tolist()}}
                 for items, mask in zip(batch.history["item_id"], batch.history_mask, strict=True)]

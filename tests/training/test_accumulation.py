@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from tarq_jax import data
-from tarq_jax.training import loop, sharding
+from tarq_jax.training import setup, sharding
 from tarq_jax.training.accumulation import join, split
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
@@ -22,18 +22,18 @@ close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 def problem(tiny_dataset):
     """Settings, a compiled step by micro-batches, a state with its codebook in use, uneven batches of 8."""
     config = tiny.make_config()
-    objective = loop.build(config.model, config.loss_weights, tiny_dataset.schema)
+    objective = setup.build(config.model, config.loss_weights, tiny_dataset.schema)
     optimizer = optax.sgd(0.05, momentum=0.9)
-    state = loop.init_state(config, objective, optimizer, tiny_dataset)
+    state = setup.init_state(config, objective, optimizer, tiny_dataset)
     state = state.replace(step=state.step + config.codebook.start)
 
     @functools.cache
     def step(accumulate):
         config.accumulate = accumulate
-        return loop.compile_step(config, objective, optimizer)
+        return setup.compile_step(config, objective, optimizer)
 
     batches = data.train_batches(
-        tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset))
+        tiny_dataset, "train", batch_size=8, seed=0, **setup.batch_shapes(tiny_dataset))
     rng = np.random.default_rng(0)
 
     def uneven(batch):
@@ -92,7 +92,7 @@ def test_micro_batches_take_less_memory(problem, tiny_dataset):
     """Temporary bytes of the compiled step, on a batch of 256."""
     step, state, _ = problem
     batch = next(data.train_batches(
-        tiny_dataset, "train", batch_size=32, seed=0, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "train", batch_size=32, seed=0, **setup.batch_shapes(tiny_dataset)))
     batch = jax.tree.map(lambda leaf: np.tile(leaf, (8,) + (1,) * (leaf.ndim - 1)), batch)
     whole, parts = (
         step(num).lower(state, batch).compile().memory_analysis().temp_size_in_bytes for num in (1, 16))

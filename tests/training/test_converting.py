@@ -10,12 +10,12 @@ from tarq_jax import conversion as indexing
 from tarq_jax import data, losses
 from tarq_jax.models import TargetAttention
 from tarq_jax.models.parts import target_attention_parts
-from tarq_jax.training import conversion, loop
+from tarq_jax.training import conversion, setup
 
 
 @pytest.fixture(scope="module")
 def batch(tiny_dataset):
-    return next(data.eval_batches(tiny_dataset, "test", batch_size=8, **loop.batch_shapes(tiny_dataset)))
+    return next(data.eval_batches(tiny_dataset, "test", batch_size=8, **setup.batch_shapes(tiny_dataset)))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_fine_tuning_brings_the_student_nearer(model, coarse):
 
     def divergence(params, index):
         total = 0.0
-        batches = data.eval_batches(model.dataset, "test", batch_size=8, **loop.batch_shapes(model.dataset))
+        batches = data.eval_batches(model.dataset, "test", batch_size=8, **setup.batch_shapes(model.dataset))
         for batch in itertools.islice(batches, 3):
             context = model.parts.context(model.params, batch)
             exact, found = conversion.exact_and_approximate(model, index, batch)

@@ -9,7 +9,7 @@ import pytest
 
 from tarq_jax import data
 from tarq_jax.experiments import replay
-from tarq_jax.training import checkpoint, failure, loop
+from tarq_jax.training import checkpoint, failure, loop, setup
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -26,7 +26,7 @@ def metrics_of(gradients=(3.0, 4.0, 0.0), parameters=(1.0, 1.0, 1.0), **scalars)
 
 def batches_of(dataset, start_step=0):
     return data.train_batches(
-        dataset, "train", batch_size=8, seed=0, start_step=start_step, **loop.batch_shapes(dataset))
+        dataset, "train", batch_size=8, seed=0, start_step=start_step, **setup.batch_shapes(dataset))
 
 
 @pytest.fixture(scope="module")

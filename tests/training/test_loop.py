@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from tarq_jax import data, metrics
-from tarq_jax.training import checkpoint, loop, sharding
+from tarq_jax.training import checkpoint, loop, setup, sharding
 from tarq_jax.training.state import trainable
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -69,7 +69,7 @@ def test_the_student_rests_until_the_codebook_starts(finished):
 
 def test_scores_are_those_of_the_saved_state(finished, tiny_config, tiny_dataset):
     rows = loop.test(
-        tiny_config, loop.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema),
+        tiny_config, setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema),
         finished[1].state, tiny_dataset, "test")
     for row, expected in zip(rows, finished[1].rows, strict=True):  # that run split its batches over eight
         assert row.pop("model") == expected["model"]
@@ -89,7 +89,7 @@ def test_nothing_that_is_not_finite_is_saved(
         where, tiny_config, tiny_dataset, tmp_path, silent, finished, monkeypatch):
     """Found when a checkpoint is due, here every second step."""
     tiny_config.log_every = 6
-    make = loop.initialise_codebook
+    make = setup.initialise_codebook
 
     def poisoned_state(*args):
         state = make(*args)
@@ -98,7 +98,7 @@ def test_nothing_that_is_not_finite_is_saved(
         broken = state.codebook.replace(codewords=state.codebook.codewords * jnp.nan)
         return state.replace(codebook=broken)
 
-    monkeypatch.setattr(loop, "initialise_codebook", poisoned_state)
+    monkeypatch.setattr(setup, "initialise_codebook", poisoned_state)
     with pytest.raises(FloatingPointError) as caught:  # the codebook is initialised after step 3
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     assert str(caught.value).startswith("step 4: ") and "'loss': nan" in str(caught.value)
@@ -114,7 +114,7 @@ def test_nothing_that_is_not_finite_is_saved(
 def test_a_state_that_breaks_in_its_last_step_is_not_saved(
         tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
     """The loss of that step is that of the state before it, and still finite."""
-    compiled = loop.compile_step
+    compiled = setup.compile_step
 
     def breaking_step(*args):
         def step(state, batch):
@@ -125,7 +125,7 @@ def test_a_state_that_breaks_in_its_last_step_is_not_saved(
             return state, step_metrics
         return step
 
-    monkeypatch.setattr(loop, "compile_step", breaking_step)
+    monkeypatch.setattr(setup, "compile_step", breaking_step)
     with pytest.raises(FloatingPointError, match=r"step 2: \{'parameter_norm': inf\}"):
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     with checkpoint.manager(tmp_path) as checkpoints:
@@ -165,17 +165,17 @@ def test_gap_needs_both_ends():
 
 def test_random_codebooks_stay_random(tiny_config, tiny_dataset, finished):
     tiny_config.codebook.init = "random"
-    objective = loop.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+    objective = setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
     state = finished[1].state
-    assert loop.initialise_codebook(tiny_config, objective, state, tiny_dataset, {}, None) is state
+    assert setup.initialise_codebook(tiny_config, objective, state, tiny_dataset, {}, None) is state
 
 
 def test_kmeans_runs_on_real_latents_of_training(tiny_config, tiny_dataset, finished):
     """Centroids lie where the latents lie, and each latent has one near."""
-    objective = loop.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
-    shapes, state = loop.batch_shapes(tiny_dataset), finished[1].state
+    objective = setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+    shapes, state = setup.batch_shapes(tiny_dataset), finished[1].state
     mesh = sharding.make_mesh()
-    state = loop.initialise_codebook(tiny_config, objective, state, tiny_dataset, shapes, mesh)
+    state = setup.initialise_codebook(tiny_config, objective, state, tiny_dataset, shapes, mesh)
     latents = np.concatenate([
         np.asarray(jax.jit(objective.latents)(state.params, batch))[batch.candidate_mask]
         for batch in data.eval_batches(tiny_dataset, "train", batch_size=8, **shapes)])
@@ -191,13 +191,13 @@ def test_batch_shapes_cover_every_split(tiny_dataset):
         validation_requests=0, test_requests=0, max_interests=5)).splits["train"]
     dataset = data.Dataset(tiny_dataset.schema, tiny_dataset.items, {}, {
         "train": tiny_dataset.splits["train"], "test": longer})
-    assert loop.batch_shapes(tiny_dataset) == {"history_length": 5, "num_candidates": 3}
-    assert loop.batch_shapes(dataset) == {"history_length": 9, "num_candidates": 5}
+    assert setup.batch_shapes(tiny_dataset) == {"history_length": 5, "num_candidates": 3}
+    assert setup.batch_shapes(dataset) == {"history_length": 9, "num_candidates": 5}
 
 
 def updates_of(config, gradient=1.0) -> np.ndarray:
     """Updates of ten steps of the configured optimizer on one parameter and one codeword of value 1."""
-    optimizer, variables = loop.make_optimizer(config), {"params": jnp.ones(1), "codewords": jnp.ones(1)}
+    optimizer, variables = setup.make_optimizer(config), {"params": jnp.ones(1), "codewords": jnp.ones(1)}
     state, found = optimizer.init(variables), []
     for _ in range(10):
         gradients = jax.tree.map(lambda x: jnp.full_like(x, gradient), variables)
@@ -220,7 +220,7 @@ def test_schedule_warms_up_and_decays(tiny_config):
 
 def test_gradients_are_clipped_where_asked_for(tiny_config):
     tiny_config.optimizer.clip_norm = 0.5
-    optimizer, zeros = loop.make_optimizer(tiny_config), {"params": jnp.zeros(4), "codewords": None}
+    optimizer, zeros = setup.make_optimizer(tiny_config), {"params": jnp.zeros(4), "codewords": None}
     gradients = {"params": jnp.array([3.0, 4.0, 0.0, 0.0]), "codewords": None}
     _, state = optimizer.update(gradients, optimizer.init(zeros), zeros)
     moments = optax.tree_utils.tree_get(state, "mu")

@@ -8,7 +8,7 @@ import pytest
 from tarq_jax import data, losses
 from tarq_jax.config import COMPARED, MODELS
 from tarq_jax.models import Tarq
-from tarq_jax.training import loop
+from tarq_jax.training import setup
 from tarq_jax.training.objectives import STUDENT, TEACHER, WITHOUT_CODEBOOK, build, tarq
 
 STUDENT_ONLY = ("level_attention", "student_head")  # parameters that only the student has
@@ -28,7 +28,7 @@ def parts(tiny_dataset):
     """Parameters, codewords, a batch, and gradients by weights [8] of the losses: (weights, active) -> ..."""
     module = Tarq(tiny_dataset.schema, width=4, num_heads=2, hidden=(4,), num_levels=2, aligned_share=0.5)
     batch = next(data.train_batches(
-        tiny_dataset, "train", batch_size=4, seed=0, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "train", batch_size=4, seed=0, **setup.batch_shapes(tiny_dataset)))
     batch = batch.replace(weights=batch.weights * np.linspace(0.5, 2, batch.weights.size).reshape(
         batch.weights.shape).astype(np.float32))
     codewords = np.random.default_rng(1).normal(size=(2, 4, 4)).astype(np.float32)
@@ -109,7 +109,7 @@ def test_build(tiny_config, tiny_dataset, name):
     tiny_config.model.name, tiny_config.model.category = name, "item_id"
     objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
     batch = next(data.train_batches(
-        tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "train", batch_size=8, seed=0, **setup.batch_shapes(tiny_dataset)))
     codewords = jnp.zeros((2, 4, 4)) if name == "tarq" else None
     params = jax.eval_shape(objective.init, jax.random.key(0), batch, codewords)
     value, aux = jax.eval_shape(objective.loss, params, codewords, batch, True)
@@ -130,7 +130,7 @@ def test_quantization_settings_reach_the_model(tiny_config, tiny_dataset, order)
     """Cosine serves as it trains; balanced codes depend on the batch, and serve as the nearest."""
     tiny_config.model.order = order
     batch = next(data.train_batches(
-        tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "train", batch_size=8, seed=0, **setup.batch_shapes(tiny_dataset)))
     codewords = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
     codewords *= np.array([0.3, 1.0, 2.0, 3.0], np.float32)[:, None]
     trained, served = {}, {}
@@ -152,7 +152,7 @@ def test_rotation_reaches_the_encoder(tiny_config, tiny_dataset):
     """Another gradient of the reconstruction, the same value."""
     tiny_config.model.order = 0
     batch = next(data.train_batches(
-        tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "train", batch_size=8, seed=0, **setup.batch_shapes(tiny_dataset)))
     codewords = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
     found = []
     for pass_through in ("straight_through", "rotation"):
@@ -171,7 +171,7 @@ def test_two_tower_large_is_of_tarqs_size(tiny_config, tiny_dataset):
     tiny_config.model.width, tiny_config.model.hidden, tiny_config.model.num_codewords = 32, (64,), 64
     tiny_config.model.num_levels = 3
     batch = next(data.train_batches(
-        tiny_dataset, "train", batch_size=1, seed=0, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "train", batch_size=1, seed=0, **setup.batch_shapes(tiny_dataset)))
     sizes = {}
     for name in COMPARED:
         tiny_config.model.name = name
@@ -186,7 +186,7 @@ def test_supervised_loss_is_the_weighted_cross_entropy(tiny_config, tiny_dataset
     tiny_config.model.name = "two_tower"
     objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
     batch = next(data.train_batches(
-        tiny_dataset, "train", batch_size=4, seed=0, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "train", batch_size=4, seed=0, **setup.batch_shapes(tiny_dataset)))
     batch = batch.replace(weights=np.arange(12, dtype=np.float32).reshape(4, 3))
     params = random_parameters(objective.init, batch, None)
     logits = jax.jit(objective.predict)(params, None, batch).logits["two_tower"]
@@ -201,11 +201,11 @@ def test_the_teacher_trains_as_target_attention_alone_does(tiny_config, tiny_dat
     for name in ("tarq", "target_attention"):
         tiny_config.model.name = name
         objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
-        optimizer = loop.make_optimizer(tiny_config)
-        state = loop.init_state(tiny_config, objective, optimizer, tiny_dataset)
-        step = loop.compile_step(tiny_config, objective, optimizer)
+        optimizer = setup.make_optimizer(tiny_config)
+        state = setup.init_state(tiny_config, objective, optimizer, tiny_dataset)
+        step = setup.compile_step(tiny_config, objective, optimizer)
         batches = data.train_batches(
-            tiny_dataset, "train", batch_size=8, seed=0, **loop.batch_shapes(tiny_dataset))
+            tiny_dataset, "train", batch_size=8, seed=0, **setup.batch_shapes(tiny_dataset))
         for _ in range(6):
             state, _ = step(state, next(batches))
         found[name] = state.params["params"]

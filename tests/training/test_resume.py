@@ -12,7 +12,7 @@ import pytest
 from tarq_jax.cli import Interrupted
 from tarq_jax.config import default_config
 from tarq_jax.schema import Field, Schema
-from tarq_jax.training import checkpoint, loop
+from tarq_jax.training import checkpoint, loop, setup
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -132,7 +132,7 @@ def test_a_finished_run_trains_nothing(
             raise AssertionError("a step was taken")
         return step
 
-    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(setup, "compile_step", compile_step)
     result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     assert result.rows == finished[1].rows  # time and speed too
     same_bits(result.state, finished[1].state)
@@ -196,9 +196,9 @@ def test_only_these_may_change():
     """Whatever else changes makes another experiment of it."""
     assert set(checkpoint.FREE_TO_CHANGE) <= {
         "steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-        "checkpoints_kept", "best_metric", "recall_k", "prefetch", "data.readers", "accumulate",
-        "model.remat", "model.attention_block", "optimizer.max_gradient_norm", "parallel", "mesh.data",
-        "mesh.model", "mesh.rules"}
+        "checkpoints_kept", "best_metric", "recall_k", "save_scores", "prefetch", "data.readers",
+        "accumulate", "model.remat", "model.attention_block", "optimizer.max_gradient_norm", "parallel",
+        "mesh.data", "mesh.model", "mesh.rules"}
 
 
 def test_settings_that_came_or_went(tiny_config, tiny_dataset, opened, finished):

@@ -13,7 +13,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from tarq_jax import data, quantization
-from tarq_jax.training import hlo, loop, parallel, sharding
+from tarq_jax.training import hlo, loop, parallel, setup, sharding
 from tarq_jax.training.optimizers import make_optimizer
 
 BY_MODEL = (("embedding$", ("model",)),)
@@ -28,16 +28,16 @@ class Run:
         self.config.update_from_flattened_dict({"model.table_multiple": 64} | settings)
         self.mesh = sharding.make_mesh(*shape, devices=devices)
         self.way = parallel.WAYS[self.config.parallel]
-        self.objective = loop.build(
+        self.objective = setup.build(
             self.config.model, self.config.loss_weights, dataset.schema,
             sharding.make_tables(self.config, self.mesh), self.way.axis_name)
         optimizer = make_optimizer(self.config) if optimizer is None else optimizer
-        self.start = loop.init_state(self.config, self.objective, optimizer, dataset, self.mesh)
-        self.step = loop.compile_step(self.config, self.objective, optimizer, self.mesh, self.start)
+        self.start = setup.init_state(self.config, self.objective, optimizer, dataset, self.mesh)
+        self.step = setup.compile_step(self.config, self.objective, optimizer, self.mesh, self.start)
 
     def batches(self):
         """As the step takes them."""
-        shapes = loop.batch_shapes(self.dataset)
+        shapes = setup.batch_shapes(self.dataset)
         for batch in data.train_batches(self.dataset, "train", batch_size=8, seed=0, **shapes):
             yield self.way.put(batch, self.mesh)
 
@@ -51,8 +51,8 @@ class Run:
         state, history = jax.tree.map(lambda leaf: leaf.copy(), self.start), []
         for number, batch in zip(range(steps), self.batches(), strict=False):
             if number == self.config.codebook.start:
-                shapes = loop.batch_shapes(self.dataset)
-                state = loop.initialise_codebook(
+                shapes = setup.batch_shapes(self.dataset)
+                state = setup.initialise_codebook(
                     self.config, self.objective, state, self.dataset, shapes, self.mesh)
             state, metrics = self.step(state, batch)
             history.append(jax.device_get((state.codebook, metrics)))
@@ -279,7 +279,7 @@ def test_batch_size_that_divides(devices):
 def test_batches_are_split_by_request(way, tiny_dataset):
     mesh = sharding.make_mesh(2, 4)
     batch = next(data.train_batches(
-        tiny_dataset, "train", batch_size=16, seed=0, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "train", batch_size=16, seed=0, **setup.batch_shapes(tiny_dataset)))
     order = {"mesh": np.arange(16).reshape(8, 2), "pmap": np.arange(16).reshape(2, 8).T}[way]
     for found, expected in zip(jax.tree.leaves(parallel.WAYS[way].put(batch, mesh)), jax.tree.leaves(batch),
                                strict=True):
@@ -292,7 +292,7 @@ def test_batches_are_split_by_request(way, tiny_dataset):
 def test_evaluation_is_split_where_the_batch_divides(batch_size, rows, tiny_dataset):
     mesh = sharding.make_mesh(2, 4)
     batch = next(data.eval_batches(
-        tiny_dataset, "test", batch_size=batch_size, **loop.batch_shapes(tiny_dataset)))
+        tiny_dataset, "test", batch_size=batch_size, **setup.batch_shapes(tiny_dataset)))
     leaves = map(jax.tree.leaves, (sharding.split_evaluation(batch, mesh), batch))
     for found, expected in zip(*leaves, strict=True):
         assert {shard.data.shape[0] for shard in found.addressable_shards} == {rows}

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tarq_jax import losses, quantization, shards
-from tarq_jax.training import loop
+from tarq_jax.training import setup
 from tarq_jax.training import step as training_step
 from tarq_jax.training.objectives import LossOutput, Objective, mean_of_batch
 from tarq_jax.training.state import TrainState, trainable
@@ -216,7 +216,7 @@ def test_the_configuration_reaches_the_step(mode, tiny_config):
     settings = tiny_config.codebook
     settings.learning = mode
     settings.decay, settings.min_usage, settings.revive_every, settings.start = DECAY, MIN_USAGE, 2, 1
-    configured = loop.compile_step(tiny_config, OBJECTIVE, OPTIMIZER)
+    configured = setup.compile_step(tiny_config, OBJECTIVE, OPTIMIZER)
     by_hand = make_step(mode, revive_every=2, start=1)
     states = [make_state(counts=np.tile([5.0, 5.0, 5.0, 0.0], (LEVELS, 1))) for _ in range(2)]
     for number in range(3):

@@ -1,0 +1,88 @@
+"""Where numbers come from: settings, data, code, packages and device of a run, kept beside its results."""
+
+import functools
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from tarq_jax.data import Dataset
+
+FILE = "provenance.json"
+PACKAGES = ("tarq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str, Any]:
+    """What has to be the same for the same numbers to come out, as JSON.
+
+    On one kind of device they come out to the bit where its sums are: on GPU, set XLA's flag
+    `--xla_gpu_deterministic_ops=true`.
+
+    Returns:
+      `config`, all settings; `data`, the fingerprint of the prepared data; `revision` of the code, see
+      `revision`; `packages`, their versions; `device`, kind and number; `python`.
+    """
+    devices = jax.devices()
+    return {
+        "config": json.loads(config.to_json()), "data": dataset.fingerprint, "revision": revision(),
+        "packages": dict(versions()), "device": f"{len(devices)} x {devices[0].device_kind}",
+        "python": platform.python_version(),
+    }
+
+
+@functools.cache
+def versions() -> Mapping[str, str | None]:
+    """The installed version of each of `PACKAGES`; None where it is not known."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+            found[name] = None
+    return found
+
+
+@functools.cache
+def revision(package: Path = PACKAGE) -> str | None:
+    """The git revision that a package is imported from, ending in `-changed` where its files differ from it.
+
+    None where the package is not under git's control: installed, or a copy.
+    """
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit, changes = _git(package, "rev-parse", "HEAD"), _git(package, "status", "--porcelain", "--", ".")
+    return f"{commit}-changed" if changes else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, or a file that it does not know
+        return None
+    return done.stdout.strip()
+
+
+def record(workdir: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+    """Adds to the list in `workdir/provenance.json`, one entry each time that something has changed."""
+    path = workdir / FILE
+    entries = read(workdir)
+    entry = provenance(config, dataset)
+    if entries[-1:] != [entry]:
+        written = path.with_name(f".{FILE}")
+        written.write_text(json.dumps([*entries, entry], indent=1) + "\n")
+        written.replace(path)
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """What `record` wrote, oldest first; empty where it did not, or was damaged."""
+    try:
+        return json.loads((workdir / FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return []

@@ -1,0 +1,183 @@
+"""What a run begins with: its parts, a fresh state, the compiled step, a codebook once there are latents."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from tarq_jax import data, quantization
+from tarq_jax.training import parallel, sharding
+from tarq_jax.training.objectives import Objective, build
+from tarq_jax.training.optimizers import make_optimizer
+from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.training.step import codebook_updates, train_step
+from tarq_jax.types import Batch, Codebook
+
+
+class Setup(NamedTuple):
+    """What a run begins with."""
+
+    way: parallel.Way
+    mesh: jax.sharding.Mesh
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    state: TrainState  # fresh, on the mesh
+
+
+def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
+    """The parts of a run, as its configuration describes them, over all devices.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or the batch or a table the mesh.
+    """
+    if config.parallel == "pmap" and jax.process_count() > 1:
+        raise ValueError(f"config.parallel is 'pmap', expected 'mesh' with {jax.process_count()} processes")
+    way = parallel.WAYS[config.parallel]
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+    sharding.check_batch_size(config.batch_size, mesh)
+    tables = sharding.make_tables(config, mesh)
+    objective = build(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)
+    optimizer = make_optimizer(config)
+    return Setup(way, mesh, objective, optimizer, init_state(config, objective, optimizer, dataset, mesh))
+
+
+def batch_shapes(dataset: data.Dataset) -> data.Shapes:
+    """N and G: the longest history and the most candidates of any split."""
+    splits = dataset.splits.values()
+    return {"history_length": max(1, *(split.longest_history for split in splits)),
+            "num_candidates": max(1, *(split.most_candidates for split in splits))}
+
+
+def init_state(
+    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
+    dataset: data.Dataset, mesh: jax.sharding.Mesh | None = None,
+) -> TrainState:
+    """A fresh state from the seed; its codebook is random until `initialise_codebook`.
+
+    Over a mesh it is made in parts, each on the device where the rules of the configuration want it.
+    """
+    batch, init = example(dataset), initialiser(config, objective, optimizer)
+    rng, shardings = jax.random.key(config.seed), None
+    if mesh is not None:
+        rules = sharding.parse_rules(config.mesh.rules)
+        shardings = sharding.state_shardings(jax.eval_shape(init, rng, batch), mesh, rules)
+    return jax.jit(init, out_shardings=shardings)(rng, batch)
+
+
+def example(dataset: data.Dataset) -> Batch:
+    """A batch of one request, for its shapes."""
+    return next(data.train_batches(dataset, "train", batch_size=1, seed=0, **batch_shapes(dataset)))
+
+
+def initialiser(
+    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array, Batch], TrainState]:
+    """(key, batch) -> a fresh state, as a pure function."""
+
+    def init(rng: jax.Array, batch: Batch) -> TrainState:
+        params_rng, codebook_rng, step_rng = jax.random.split(rng, 3)
+        codebook = None
+        if objective.latents is not None:
+            codebook = quantization.random_codebook(
+                codebook_rng, num_levels=config.model.num_levels, num_codewords=config.model.num_codewords,
+                width=config.model.width,
+            )
+        params = objective.init(params_rng, batch, trainable(None, codebook)["codewords"])
+        return TrainState(
+            step=jnp.zeros((), jnp.int32), params=params, codebook=codebook,
+            opt_state=optimizer.init(trainable(params, codebook)), rng=step_rng,
+        )
+
+    return init
+
+
+def count_parameters(state: TrainState) -> int:
+    """Numbers that are trained, codewords among them."""
+    return sum(leaf.size for leaf in jax.tree.leaves(trainable(state.params, state.codebook)))
+
+
+DEAD = {
+    "count": lambda settings: functools.partial(quantization.dead_by_count, min_usage=settings.min_usage),
+    "age": lambda settings: functools.partial(quantization.dead_by_age, max_age=settings.max_age),
+}
+
+
+def compile_step(
+    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None = None, state: TrainState | None = None,
+) -> parallel.CompiledStep:
+    """`train_step`, compiled the way that `config.parallel` says; the state's memory is reused.
+
+    Args:
+      config: of the run.
+      objective: built for the axis of that way.
+      optimizer: over `trainable`.
+      mesh: to run on; the default device if None.
+      state: on that mesh; a new state lies as it does.
+    """
+    step = make_step(config, objective, optimizer)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return parallel.WAYS[config.parallel].compile(step, mesh, shardings)
+
+
+def make_step(
+    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation
+) -> parallel.Step:
+    """`train_step` with all that the configuration says of it."""
+    settings = config.codebook
+    update_codebook = codebook_updates(
+        mode=settings.learning, decay=settings.decay, revive_every=settings.revive_every,
+        dead=DEAD[settings.dead](settings),
+    )
+    return functools.partial(
+        train_step, objective=objective, optimizer=optimizer, update_codebook=update_codebook,
+        codebook_start=settings.start, accumulate=config.accumulate,
+        axis_name=parallel.WAYS[config.parallel].axis_name,
+    )
+
+
+def initialise_codebook(
+    config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset,
+    shapes: data.Shapes, mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """Fits the codebook to real latents of training candidates; a random one stays as it is."""
+    if config.codebook.init == "random" or objective.latents is None:
+        return state
+    everywhere = sharding.replicated(mesh)
+    latents_of = jax.jit(objective.latents, out_shardings=everywhere)
+    latents = draw_latents(config, functools.partial(latents_of, state.params), dataset, shapes)
+    fit = jax.jit(codebook_fit(config), out_shardings=everywhere)
+    return state.replace(codebook=fit(state.rng, latents))
+
+
+def draw_latents(
+    config: ml_collections.ConfigDict, latents_of: Callable[[Batch], jax.Array], dataset: data.Dataset,
+    shapes: data.Shapes,
+) -> np.ndarray:
+    """[M, D], `config.codebook.init_latents` latents of real candidates in an order that the seed decides."""
+    found: list[np.ndarray] = []
+    batches = data.train_batches(
+        dataset, "train", batch_size=config.batch_size, seed=config.seed + 1, **shapes
+    )
+    while sum(map(len, found)) < config.codebook.init_latents:
+        batch = next(batches)
+        found.append(np.asarray(latents_of(batch))[batch.candidate_mask])
+    return np.concatenate(found)[: config.codebook.init_latents]
+
+
+def codebook_fit(config: ml_collections.ConfigDict) -> Callable[[jax.Array, jax.Array], Codebook]:
+    """(key of a state, latents [M, D]) -> the codebook that k-means finds, as a pure function."""
+
+    def fit(rng: jax.Array, latents: jax.Array) -> Codebook:
+        return quantization.kmeans_codebook(
+            jax.random.fold_in(rng, config.steps), latents, num_levels=config.model.num_levels,
+            num_codewords=config.model.num_codewords)
+
+    return fit

@@ -1,0 +1,78 @@
+"""Provenance: what a run says of where its numbers come from."""
+
+import subprocess
+
+import jax
+import pytest
+
+from tarq_jax.training import provenance
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    provenance.revision.cache_clear()
+    yield
+    provenance.revision.cache_clear()
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package under git's control, with one commit: (folder, commit)."""
+    def git(*arguments):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path,
+                              check=True, capture_output=True, text=True).stdout.strip()
+
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    return folder, git("rev-parse", "HEAD")
+
+
+def test_revision(package):
+    folder, commit = package
+    assert provenance.revision(folder) == commit
+    provenance.revision.cache_clear()
+    (folder.parent / "notes").write_text("outside of the package")
+    assert provenance.revision(folder) == commit
+    provenance.revision.cache_clear()
+    (folder / "__init__.py").write_text("changed = True")
+    assert provenance.revision(folder) == f"{commit}-changed"
+
+
+def test_a_copy_has_no_revision(package, tmp_path):
+    """Neither one outside of a repository, nor one that a foreign repository holds without knowing it."""
+    folder, _ = package
+    installed = folder / "environment" / "tarq_jax"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    assert provenance.revision(installed) is None
+    assert provenance.revision(tmp_path / "nowhere") is None
+
+
+def test_what_is_said(tiny_config, tiny_dataset):
+    found = provenance.provenance(tiny_config, tiny_dataset)
+    assert found["config"]["steps"] == tiny_config.steps
+    assert found["data"] == tiny_dataset.fingerprint
+    assert found["packages"]["jax"] == jax.__version__
+    assert found["device"].startswith(f"{jax.device_count()} x ")
+
+
+def test_a_change_is_added(tiny_config, tiny_dataset, tmp_path):
+    provenance.record(tmp_path, tiny_config, tiny_dataset)
+    provenance.record(tmp_path, tiny_config, tiny_dataset)
+    assert len(provenance.read(tmp_path)) == 1
+    tiny_config.steps += 1
+    provenance.record(tmp_path, tiny_config, tiny_dataset)
+    first, second = provenance.read(tmp_path)
+    assert second["config"]["steps"] == first["config"]["steps"] + 1
+
+
+@pytest.mark.parametrize("text", ["", "[{", "\x00"])
+def test_what_is_damaged_is_begun_anew(text, tiny_config, tiny_dataset, tmp_path):
+    (tmp_path / provenance.FILE).write_text(text)
+    assert provenance.read(tmp_path) == []
+    provenance.record(tmp_path, tiny_config, tiny_dataset)
+    assert len(provenance.read(tmp_path)) == 1
