@@ -1,0 +1,72 @@
+"""What seeds cost that are trained together: one compiled program for all of them, against single runs.
+
+    python -m benchmarks.seeds --json=benchmarks/results/seeds.json
+
+Trains TARQ of `configs/synthetic.py` with one seed by `tarq_jax.training.loop`, then with several by
+`tarq_jax.training.seeds`, each in a process of its own with an empty compilation cache. Seconds are of the
+whole: compilation, steps, codebooks, checkpoints, test. `ratio` is to one run, `share` to as many single runs
+one after the other.
+"""
+
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+
+from tarq_jax import cli, reporting
+
+STEPS = flags.DEFINE_integer("steps", 1500, "Steps of each run.", lower_bound=100)
+COUNTS = flags.DEFINE_list("counts", ["8"], "How many seeds are trained together; one row each.")
+MODEL = flags.DEFINE_string("model", "tarq", "Model that is trained.")
+DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Where prepared data are kept.")
+JSON = cli.json_flag()
+
+
+def measure(count: int, steps: int, model: str, data_dir: str) -> dict[str, Any]:
+    """Trains that many seeds together; 0 is one seed on its own."""
+    import jax
+
+    from configs import synthetic
+    from tarq_jax.training import loop, seeds
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = synthetic.get_config()
+    config.steps, config.codebook.start, config.data.data_dir = steps, min(300, steps // 5), data_dir
+    config = loop.with_model(config, model)
+    dataset = loop.load_data(config)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        if count:
+            folders = {seed: Path(folder) / str(seed) for seed in range(count)}
+            rows = seeds.train(config, dataset, folders, Console(stderr=True))[0]
+        else:
+            rows = loop.train(config, dataset, Path(folder), Console(stderr=True)).rows
+        seconds = time.perf_counter() - start
+    row = rows[0]
+    return {"model": model, "seeds": count, "device": jax.devices()[0].device_kind, "steps": steps,
+            "auc_of_first": row["auc"], "seconds": seconds,
+            "step_seconds": row["train_seconds"] * max(count, 1), "input_wait_share": row["input_wait_share"]}
+
+
+def main() -> None:
+    """Flags to table."""
+    counts = cli.whole_numbers(COUNTS, "numbers of seeds like 2,8")
+    processes = multiprocessing.get_context("spawn")
+    rows = []
+    for count in (0, *counts):
+        with processes.Pool(1) as pool:  # a process each: memory and caches are as of a fresh run
+            rows.append(pool.apply(measure, (count, STEPS.value, MODEL.value, DATA_DIR.value)))
+    alone = rows[0]["seconds"]
+    rows = [row | {"ratio": row["seconds"] / alone, "share": row["seconds"] / alone / max(row["seeds"], 1)}
+            for row in rows]
+    reporting.print_table(rows, "seeds trained together; 0 is one on its own")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

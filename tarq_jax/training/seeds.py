@@ -1,0 +1,289 @@
+"""Seeds as a batch axis: one compiled program trains all seeds of an experiment, by `vmap` over their states.
+
+A seed's numbers are those of `tarq_jax.training.loop.train` to rounding, and so is what it leaves behind: a
+folder with checkpoints, metrics and `results.json`, with which `train` could go on as well. Every seed has
+its own initialisation, order of the data and k-means. Devices share the seeds and exchange nothing.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from tarq_jax import data
+from tarq_jax.cli import Interrupted
+from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
+from tarq_jax.training import checkpoint, distributed, loop, parallel, provenance, setup
+from tarq_jax.training.evaluate import Row
+from tarq_jax.training.failure import LONGEST, StepFailed, Watch, paths_of
+from tarq_jax.training.meter import Meter
+from tarq_jax.training.objectives import Objective
+from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.types import Batch
+
+SEEDS = "seeds"  # the mesh axis
+
+
+def layout(shared: Any, of_seeds: Any) -> Any:
+    """Something for every part of a state: the step is the same for all seeds, all else a seed's own."""
+    return TrainState(shared, of_seeds, of_seeds, of_seeds, of_seeds)
+
+
+STACKED, SPECS = layout(None, 0), layout(PartitionSpec(), PartitionSpec(SEEDS))
+
+
+class Member(NamedTuple):
+    """One of the runs that are trained together."""
+
+    config: ml_collections.ConfigDict  # with its seed
+    workdir: Path
+    checkpoints: ocp.CheckpointManager
+    writer: MetricsWriter
+    watch: Watch
+
+
+class Parts(NamedTuple):
+    """What they share."""
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    mesh: Mesh  # over `SEEDS`
+    step: parallel.CompiledStep  # of stacked states and batches
+
+
+def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Mapping[int, Path],
+          console: Console) -> dict[int, list[Row]]:
+    """Trains one model with every seed, from its newest checkpoint on, and evaluates it on the test split.
+
+    Seeds whose checkpoints are of the same step go on together.
+
+    Args:
+      config: validated; `config.mesh` is not used, and `config.seed` replaced.
+      dataset: of all seeds.
+      workdirs: seed -> where its run is kept.
+      console: where progress goes.
+
+    Returns:
+      Seed -> rows as of `loop.train`; `train_seconds` is the seed's share of what all took.
+
+    Raises:
+      FloatingPointError: as of `loop.train`, and names the seed; no batch is kept.
+      Interrupted: after SIGINT or SIGTERM, once all states are saved.
+      ValueError: a setting does not fit the data or a checkpoint, or cannot be had with several seeds.
+    """
+    _check(config)
+    objective = setup.build(config.model, config.loss_weights, dataset.schema)
+    optimizer = setup.make_optimizer(config)
+    fresh = unstack(jax.jit(jax.vmap(
+        setup.initialiser(config, objective, optimizer), in_axes=(0, None), out_axes=STACKED))(
+            jnp.stack([jax.random.key(seed) for seed in workdirs]), setup.example(dataset)))
+    paths = paths_of(trainable(fresh[0].params, fresh[0].codebook))
+    rows: dict[int, list[Row]] = {}
+    with contextlib.ExitStack() as stack, distributed.interruptible() as interruption:
+        groups: dict[int, list[tuple[Member, checkpoint.Restored]]] = {}
+        for (seed, workdir), state in zip(workdirs.items(), fresh, strict=True):
+            member = _open(stack, _with_seed(config, seed), workdir, paths)
+            restored = checkpoint.restore_latest(member.checkpoints, state, member.config, dataset.schema)
+            provenance.record(workdir, member.config, dataset)
+            for sentence in restored.damaged:
+                console.print(f"seed {seed}: {sentence} Going on from step {int(restored.state.step)}.")
+            groups.setdefault(int(restored.state.step), []).append((member, restored))
+        for _, group in sorted(groups.items()):
+            members, restored_states = zip(*group, strict=True)
+            mesh = make_mesh(len(members))
+            parts = Parts(objective, optimizer, mesh, compile_step(config, objective, optimizer, mesh))
+            found = _train(parts, members, restored_states, dataset, console, interruption)
+            rows |= {member.config.seed: rows for member, rows in zip(members, found, strict=True)}
+    return {seed: rows[seed] for seed in workdirs}
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+    for name, refused in (("best_metric", config.best_metric), ("mesh.rules", config.mesh.rules)):
+        if refused:
+            raise ValueError(f"config.{name} is {refused!r}, expected it empty where seeds are trained "
+                             f"together")
+    if jax.process_count() > 1:
+        raise ValueError(f"there are {jax.process_count()} processes, expected one where seeds are trained "
+                         f"together")
+
+
+def _with_seed(config: ml_collections.ConfigDict, seed: int) -> ml_collections.ConfigDict:
+    config = copy.deepcopy(config)
+    config.seed = seed
+    return config
+
+
+def _open(stack: contextlib.ExitStack, config: ml_collections.ConfigDict, workdir: Path,
+          paths: Sequence[str]) -> Member:
+    checkpoints = stack.enter_context(checkpoint.manager(workdir, kept=config.checkpoints_kept))
+    writer = stack.enter_context(MetricsWriter(workdir))
+    return Member(config, workdir, checkpoints, writer, Watch(paths, config.optimizer.max_gradient_norm))
+
+
+def make_mesh(num_seeds: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """As many devices as divide the seeds."""
+    devices = jax.devices() if devices is None else devices
+    used = max(n for n in range(1, len(devices) + 1) if num_seeds % n == 0)
+    return jax.make_mesh((used,), (SEEDS,), axis_types=(AxisType.Auto,), devices=devices[:used])
+
+
+def compile_step(config: ml_collections.ConfigDict, objective: Objective,
+                 optimizer: optax.GradientTransformation, mesh: Mesh) -> parallel.CompiledStep:
+    """`train_step` of states and batches with an axis of seeds in front; metrics come with it too.
+
+    The step number is one for all, so that what happens every so many steps stays a branch.
+    """
+    step = jax.vmap(setup.make_step(config, objective, optimizer), in_axes=(STACKED, 0),
+                    out_axes=(STACKED, 0))
+    each = PartitionSpec(SEEDS)
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(SPECS, each), out_specs=(SPECS, each),
+                                 check_vma=False), donate_argnums=0)
+
+
+def stack_states(states: Sequence[TrainState], mesh: Mesh) -> TrainState:
+    """States of the same step as one, each device with its share of them."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s.replace(step=None) for s in states))
+    state = stacked.replace(step=states[0].step)
+    shared, of_seeds = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (SEEDS,)))
+    return jax.device_put(state, layout(shared, of_seeds))
+
+
+def unstack(state: TrainState) -> list[TrainState]:
+    """The states that are in one, on the first device."""
+    def of_seed(seed: int) -> TrainState:
+        own = jax.tree.map(lambda leaf: leaf[seed], state.replace(step=None))
+        return jax.device_put(own.replace(step=state.step), jax.devices()[0])
+
+    return [of_seed(seed) for seed in range(len(state.rng))]
+
+
+def _train(
+    parts: Parts, members: Sequence[Member], restored: Sequence[checkpoint.Restored], dataset: data.Dataset,
+    console: Console, interruption: distributed.Interruption,
+) -> list[list[Row]]:
+    """Rows of each of the members, whose states are of the same step."""
+    config, shapes = members[0].config, setup.batch_shapes(dataset)
+    state = stack_states([found.state for found in restored], parts.mesh)
+    meter = Meter([sum(counts) for counts in zip(*(found.counted for found in restored), strict=True)])
+    start = int(state.step)
+    pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+    batches = data.prefetch(_batches(members, dataset, shapes, start), config.prefetch,
+                            functools.partial(_transfer, mesh=parts.mesh))
+    with progress_bar(console) as progress:
+        bar = progress.add_task(
+            f"{config.model.name} x {len(members)}", total=config.steps, completed=start, note="")
+        for step in range(start, config.steps):
+            if step == config.codebook.start and state.codebook is not None:
+                meter.pause()
+                state = initialise_codebooks(parts, members, state, dataset, shapes)
+            with meter.waiting():
+                batch, num_candidates = next(batches)
+            state, metrics = parts.step(state, batch)
+            meter.count(num_candidates, metrics)
+            done = step + 1
+            pending.append((done, metrics))
+            logged = done % config.log_every == 0 or done == config.steps
+            if logged or len(pending) == LONGEST:
+                scalars, pending = _look(members, pending), []
+            if logged:
+                rates = meter.read()
+                for member, values in zip(members, scalars, strict=True):
+                    member.writer.write(done, values | rates)
+                progress.update(bar, completed=done, note=f"{rates['examples_per_second']:,.0f} candidates/s")
+            stop = interruption.due(done)
+            measured = config.eval_every and done % config.eval_every == 0 and not stop
+            saved = stop or done % config.checkpoint_every == 0 or done == config.steps
+            if measured or saved:
+                meter.pause()
+                _look(members, pending)
+                pending = []
+            if measured:
+                for member, rows in zip(members, _test(parts, members, state, dataset, "validation"),
+                                        strict=True):
+                    member.writer.write(done, loop.flat_scalars(rows, "validation"))
+            if saved:
+                share = [count / len(members) for count in meter.counted]
+                for member, own in zip(members, unstack(state), strict=True):
+                    checkpoint.save(member.checkpoints, own, member.config, dataset.schema, share)
+            if stop:
+                raise Interrupted(f"interrupted; saved step {done} of {len(members)} seeds, call again to go "
+                                  f"on")
+        batches.close()
+    return _finish(parts, members, state, dataset, meter)
+
+
+def _batches(members: Sequence[Member], dataset: data.Dataset, shapes: data.Shapes, start: int
+             ) -> Iterator[Batch]:
+    """Batches with an axis of seeds in front, each seed's in its own order; all histories are as long."""
+    each = [data.train_batches(dataset, "train", batch_size=member.config.batch_size, seed=member.config.seed,
+                               start_step=start, readers=member.config.data.readers, **shapes)
+            for member in members]
+    return (jax.tree.map(lambda *leaves: np.stack(leaves), *batches) for batches in zip(*each, strict=True))
+
+
+def _transfer(batch: Batch, mesh: Mesh) -> tuple[Batch, int]:
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(SEEDS))), int(batch.candidate_mask.sum())
+
+
+def _look(members: Sequence[Member], pending: Sequence[tuple[int, Mapping[str, jax.Array]]]
+          ) -> list[dict[str, float]]:
+    """The scalars of each seed's last step; StepFailed if one is wrong, see `Watch`."""
+    fetched = jax.device_get(pending)
+    scalars = []
+    for i, member in enumerate(members):
+        for step, metrics in fetched:
+            member.watch.add(step, {name: values[i] for name, values in metrics.items()})
+        try:
+            scalars.append(member.watch.check())
+        except StepFailed as failed:
+            raise FloatingPointError(f"seed {member.config.seed}, {failed}; checkpoints before it stay in "
+                                     f"{member.workdir}") from failed
+    return scalars
+
+
+def initialise_codebooks(parts: Parts, members: Sequence[Member], state: TrainState, dataset: data.Dataset,
+                         shapes: data.Shapes) -> TrainState:
+    """As `setup.initialise_codebook`, of every seed on latents of its own."""
+    config, objective = members[0].config, parts.objective
+    if config.codebook.init == "random" or objective.latents is None:
+        return state
+    latents_of = jax.jit(objective.latents)
+    latents = np.stack([
+        setup.draw_latents(member.config, functools.partial(latents_of, own.params), dataset, shapes)
+        for member, own in zip(members, unstack(state), strict=True)])
+    each = PartitionSpec(SEEDS)
+    fit = jax.jit(jax.shard_map(jax.vmap(setup.codebook_fit(config)), mesh=parts.mesh,
+                                in_specs=(each, each), out_specs=each, check_vma=False))
+    return state.replace(codebook=fit(state.rng, latents))
+
+
+def _test(parts: Parts, members: Sequence[Member], state: TrainState, dataset: data.Dataset, split: str
+          ) -> list[list[Row]]:
+    return [
+        loop.test(member.config, parts.objective, own, dataset, split,
+                  scores=loop.scores_file(member.config, member.workdir) if split == "test" else None)
+        for member, own in zip(members, unstack(state), strict=True)]
+
+
+def _finish(parts: Parts, members: Sequence[Member], state: TrainState, dataset: data.Dataset, meter: Meter
+            ) -> list[list[Row]]:
+    totals = meter.total()
+    totals["train_seconds"] /= len(members)
+    found = []
+    for member, rows in zip(members, _test(parts, members, state, dataset, "test"), strict=True):
+        rows = [row | {"parameters": setup.count_parameters(state) // len(members)} | totals for row in rows]
+        member.writer.write(member.config.steps, loop.flat_scalars(rows, "test"))
+        write_rows(rows, member.workdir / "results.json")
+        found.append(rows)
+    return found

@@ -1,0 +1,192 @@
+"""Seeds as a batch axis: each one's run is that of `loop.train`, and can be gone on with either way."""
+
+import copy
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from tarq_jax import metrics
+from tarq_jax.cli import Interrupted
+from tarq_jax.training import checkpoint, loop, provenance, seeds, setup
+from tarq_jax.training.evaluate import SCORES
+
+pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
+
+SEEDS = (3, 0, 7, 1)
+
+
+def folders(root, chosen=SEEDS):
+    return {seed: root / str(seed) for seed in chosen}
+
+
+def with_seed(config, seed):
+    config = copy.deepcopy(config)
+    config.seed = seed
+    return config
+
+
+def saved_state(workdir, config, dataset):
+    """The newest state that a run has saved."""
+    objective = setup.build(config.model, config.loss_weights, dataset.schema)
+    fresh = setup.init_state(config, objective, setup.make_optimizer(config), dataset)
+    with checkpoint.manager(workdir) as checkpoints:
+        return checkpoint.restore_latest(checkpoints, fresh, config, dataset.schema).state
+
+
+def assert_close(found, expected, rtol=1e-3):
+    """States whose arithmetic went in another order.
+
+    Biases of keys shift all weights of a softmax alike: their gradient is rounding, which Adam enlarges.
+    """
+    assert jax.random.key_data(found.rng).tolist() == jax.random.key_data(expected.rng).tolist()
+    expected, found = (jax.tree_util.tree_leaves_with_path(s.replace(rng=None)) for s in (expected, found))
+    assert len(found) == len(expected) > 10
+    for (path, leaf), (_, own) in zip(expected, found, strict=True):
+        if "'key_projection'" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(own, leaf, rtol=rtol, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, tiny_dataset, silent, compiled_once):
+    """Four seeds, over four devices: (folder, rows by seed)."""
+    root = tmp_path_factory.mktemp("together")
+    config = tiny.make_config()
+    config.save_scores = True
+    return root, seeds.train(config, tiny_dataset, folders(root), silent)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_ends_as_it_does_on_its_own(
+        seed, together, tiny_config, tiny_dataset, tmp_path, silent, untimed):
+    root, rows = together
+    config = with_seed(tiny_config, seed)
+    alone = loop.train(config, tiny_dataset, tmp_path, silent)
+    assert_close(saved_state(root / str(seed), config, tiny_dataset), alone.state)
+    for row, expected in zip(*map(untimed, (rows[seed], alone.rows)), strict=True):
+        assert row.pop("model") == expected.pop("model")
+        assert row == pytest.approx(expected, rel=1e-3)
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+             for folder in (root / str(seed), tmp_path)]
+    for found, expected in zip(*lines, strict=True):
+        assert found["step"] == expected["step"]
+        for name in ("loss", "gradient_norm", "test/tarq/log_loss"):
+            assert (name in found) == (name in expected)
+            if name in expected:
+                assert found[name] == pytest.approx(expected[name], rel=1e-3)
+
+
+def test_every_seed_is_a_run_of_its_own(together):
+    root, rows = together
+    assert list(rows) == list(SEEDS)
+    assert len({row[0]["log_loss"] for row in rows.values()}) == len(SEEDS)
+    for seed, workdir in folders(root).items():
+        assert json.loads((workdir / "results.json").read_text()) == rows[seed]
+        with checkpoint.manager(workdir) as checkpoints:
+            meta = checkpoint.newest_meta(checkpoints)
+        assert meta["config"]["seed"] == seed
+        entry, = provenance.read(workdir)
+        assert entry["config"]["seed"] == seed
+
+
+def test_scores_are_those_that_rows_were_made_of(together):
+    root, rows = together
+    for seed, workdir in folders(root).items():
+        with np.load(workdir / SCORES) as scores:
+            for row in rows[seed]:
+                found = metrics.auc(scores["labels"], scores[row["model"]], scores["weights"])
+                assert found == pytest.approx(row["auc"], abs=1e-12)
+
+
+def test_devices_share_seeds(together):
+    del together
+    assert seeds.make_mesh(4).size == 4
+    assert seeds.make_mesh(7, jax.devices()[:4]).size == 1
+    assert seeds.make_mesh(6, jax.devices()[:4]).size == 3
+
+
+def test_the_step_has_no_collective(tiny_config, tiny_dataset):
+    """Devices exchange nothing, and what is due every so many steps is a branch, not a selection."""
+    objective = setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
+    optimizer, mesh = setup.make_optimizer(tiny_config), seeds.make_mesh(4)
+    init = jax.vmap(setup.initialiser(tiny_config, objective, optimizer), in_axes=(0, None),
+                    out_axes=seeds.STACKED)
+    batch = setup.example(tiny_dataset)
+    state = jax.eval_shape(init, jax.random.split(jax.random.key(0), 4), batch)
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), batch)
+    text = seeds.compile_step(tiny_config, objective, optimizer, mesh).lower(state, stacked).as_text()
+    assert "stablehlo.case" in text
+    for collective in ("all_reduce", "all_gather", "all_to_all", "collective_permute", "reduce_scatter"):
+        assert collective not in text
+
+
+def test_stacking_is_undone_by_unstacking(together, tiny_config, tiny_dataset, same_bits):
+    root, _ = together
+    states = [saved_state(folder, with_seed(tiny_config, seed), tiny_dataset)
+              for seed, folder in folders(root).items()]
+    stacked = seeds.stack_states(states, seeds.make_mesh(4))
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(stacked.replace(step=None))} == {4}
+    for found, expected in zip(seeds.unstack(stacked), states, strict=True):
+        same_bits(found, expected)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+        together, tiny_config, tiny_dataset, tmp_path, silent, send, same_bits):
+    workdirs = folders(tmp_path)
+    with send(signal.SIGTERM, 4), pytest.raises(Interrupted, match="saved step 4 of 4 seeds"):
+        seeds.train(tiny_config, tiny_dataset, workdirs, silent)
+    seeds.train(tiny_config, tiny_dataset, workdirs, silent)
+    for seed, workdir in workdirs.items():
+        config = with_seed(tiny_config, seed)
+        same_bits(saved_state(workdir, config, tiny_dataset),
+                  saved_state(together[0] / str(seed), config, tiny_dataset))
+
+
+def test_seeds_at_different_steps_go_on_apart(together, tiny_config, tiny_dataset, tmp_path, silent, send):
+    """One was begun on its own, one is finished, two are new."""
+    with send(signal.SIGTERM, 2), pytest.raises(Interrupted):
+        loop.train(with_seed(tiny_config, 3), tiny_dataset, tmp_path / "3", silent)
+    rows = loop.train(with_seed(tiny_config, 0), tiny_dataset, tmp_path / "0", silent).rows
+    found = seeds.train(tiny_config, tiny_dataset, folders(tmp_path), silent)
+    assert list(found) == list(SEEDS)
+    assert found[0][0]["log_loss"] == rows[0]["log_loss"]
+    for seed in SEEDS:
+        assert found[seed][0]["log_loss"] == pytest.approx(together[1][seed][0]["log_loss"], rel=1e-3)
+
+
+def test_models_without_a_codebook(tiny_config, tiny_dataset, tmp_path, silent):
+    tiny_config.model.name = "two_tower"
+    tiny_config.eval_every = 3
+    rows = seeds.train(tiny_config, tiny_dataset, folders(tmp_path, (1, 0)), silent)
+    assert [row["model"] for found in rows.values() for row in found] == ["two_tower"] * 2
+    lines = [json.loads(line) for line in (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation/two_tower/auc" in line] == [3, 6]
+
+
+def test_a_failing_seed_is_named(tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
+    make = setup.initialiser
+
+    def poisoned(*arguments):
+        def init(rng, batch):
+            state = make(*arguments)(rng, batch)
+            seventh = jnp.all(jax.random.key_data(rng) == jax.random.key_data(jax.random.key(7)))
+            factor = jnp.where(seventh, jnp.nan, 1)
+            return state.replace(params=jax.tree.map(lambda leaf: leaf * factor, state.params))
+        return init
+
+    monkeypatch.setattr(setup, "initialiser", poisoned)
+    with pytest.raises(FloatingPointError, match=r"seed 7, step 1: .*not finite.*checkpoints before it"):
+        seeds.train(tiny_config, tiny_dataset, folders(tmp_path), silent)
+    assert not list(tmp_path.glob("*/checkpoints/[0-9]*"))
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("best_metric", "auc"), ("mesh.rules", (("embedding$", ("model",)),))])
+def test_what_seeds_cannot_have(name, value, tiny_config, tiny_dataset, tmp_path, silent):
+    tiny_config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=rf"config.{name} is .*expected it empty"):
+        seeds.train(tiny_config, tiny_dataset, folders(tmp_path), silent)
