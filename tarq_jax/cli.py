@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import ml_collections
@@ -60,6 +60,22 @@ def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> l
     if not flag.value or not all(text.isdecimal() and int(text) >= least for text in flag.value):
         wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected {expected}")
     return [int(text) for text in flag.value]
+
+
+def seeds_flag(default: str) -> flags.Flag:
+    """Defines `--seeds=LIST`, of initialisation and order of the data."""
+    if "seeds" not in flags.FLAGS:
+        flags.DEFINE_list("seeds", default.split(","), "Seeds of initialisation and order, a run each.")
+    return flags.FLAGS["seeds"]
+
+
+def seeds(flag: flags.Flag) -> list[int]:
+    """The numbers of `seeds_flag`; what are not different whole numbers is a wrong call."""
+    values: Any = flag.value
+    found = [int(value) for value in values if value.isdecimal()]
+    if not found or len(found) < len(values) or len(set(found)) < len(found):
+        wrong_call(f"--seeds is {','.join(values)!r}, expected different whole numbers like 0,1,2")
+    return found
 
 
 def url_flag() -> flags.Flag:
@@ -157,3 +173,19 @@ def settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     except (OSError, ValueError) as error:  # absl loads the file lazily: here is where it may be missing
         wrong_call(error)
     return config
+
+
+def study(
+    config: ml_collections.ConfigDict, chosen: Sequence[str] = ()
+) -> dict[str, ml_collections.ConfigDict]:
+    """The configurations of a study's variants, or the chosen ones; what does not hold is a wrong call."""
+    from tarq_jax.config import variants_of
+
+    try:
+        variants = variants_of(config)
+    except (OSError, ValueError) as error:
+        wrong_call(error)
+    for name in chosen:
+        if name not in variants:
+            wrong_call(f"--variant is {name!r}, expected one of {sorted(variants)}")
+    return {name: variants[name] for name in chosen} if chosen else variants

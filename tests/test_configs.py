@@ -13,7 +13,9 @@ from tarq_jax.data import BUILDERS, PipelineSource
 from tarq_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+STUDIES = ("ablation",)  # of several experiments, see tests/experiments/test_ablate.py
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py")
+               if path.stem not in ("__init__", *STUDIES))
 COLUMNS = {"auc", "gauc", "log_loss", "calibration", "parameters", "train_seconds", "examples_per_second"}
 STUDENT_COLUMNS = {"utilisation", "quantization_error", "attention_error", "recall_at_4", "rank_correlation"}
 

@@ -18,8 +18,7 @@ from tarq_jax.config import COMPARED, MODELS
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "Where all runs are kept.")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"],
-                          "Seeds of initialisation and order, one run each a model.")
+SEEDS = cli.seeds_flag("0,1,2")
 TRAINED = flags.DEFINE_multi_enum("model", list(COMPARED), list(MODELS), "A model to train; repeat for more.")
 JSON = cli.json_flag()
 
@@ -56,7 +55,7 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
 
 def main() -> None:
     """Flags to table."""
-    seeds = _seeds(SEEDS.value)
+    seeds = cli.seeds(SEEDS)
     rows = compare(cli.settings(CONFIG.value), TRAINED.value, seeds, Path(WORKDIR.value))
     if len(seeds) > 1:
         reporting.print_table(rows, "each seed, test split", reporting.PREDICTOR)
@@ -66,13 +65,6 @@ def main() -> None:
     reporting.write_rows(rows + summary, Path(WORKDIR.value) / "results.json")
     if JSON.value:
         reporting.write_rows(rows + summary, JSON.value)
-
-
-def _seeds(values: Sequence[str]) -> list[int]:
-    seeds = [int(value) for value in values if value.isdecimal()]
-    if not seeds or len(seeds) < len(values) or len(set(seeds)) < len(seeds):
-        cli.wrong_call(f"--seeds is {','.join(values)!r}, expected different whole numbers like 0,1,2")
-    return seeds
 
 
 if __name__ == "__main__":

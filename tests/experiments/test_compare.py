@@ -10,7 +10,7 @@ import tiny
 from tarq_jax import metrics, reporting
 from tarq_jax.config import COMPARED
 from tarq_jax.experiments import compare as comparison
-from tarq_jax.training import loop
+from tarq_jax.training import loop, setup
 
 RUNS = ("two_tower", "target_attention")
 SEEDS = (0, 1)
@@ -73,7 +73,7 @@ def test_calling_again_trains_nothing(compared, tiny_config, tiny_dataset, silen
             raise AssertionError("a step was taken")
         return step
 
-    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(setup, "compile_step", compile_step)
     monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
     again = comparison.compare(tiny_config, RUNS, SEEDS, workdir, silent)
     np.testing.assert_equal(again, rows)

@@ -1,0 +1,122 @@
+"""Ablations: trains every variant of a study with every seed, all seeds of a variant in one program.
+
+    python -m tarq_jax.experiments.ablate --config=configs/ablation.py --workdir=runs/ablation
+
+WORKDIR/runs.parquet has a row for each run, WORKDIR/<variant>-<seed> what the run left. What is in the table
+is not run again, under whichever name: calling again goes on where it stopped. For intervals, figures and a
+page see `tarq_jax.experiments.report`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from rich.console import Console
+
+from tarq_jax import cli, reporting
+from tarq_jax.experiments import run_table
+
+CONFIG = cli.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", "runs/ablation", "Where the runs and their table are kept.")
+SEEDS = cli.seeds_flag("0,1,2,3,4")
+VARIANT = flags.DEFINE_multi_string("variant", [], "A variant to train; repeat for more. All if not given.")
+JSON = cli.json_flag()
+
+COLUMNS = ("variant", "seeds", "auc", "auc_std", "gauc", "log_loss", "teacher_auc", "utilisation",
+           "attention_error", "parameters", "train_seconds")
+
+
+def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[int], workdir: Path,
+           console: Console) -> list[dict[str, Any]]:
+    """Trains what is missing in the table of `workdir`.
+
+    A variant that diverges leaves no row, and the others go on.
+
+    Args:
+      variants: name -> configuration, see `tarq_jax.config.variants_of`.
+      seeds: of initialisation, order of the data and k-means; the data themselves stay the same.
+      workdir: where the table and the runs are kept.
+      console: where progress goes.
+
+    Returns:
+      The rows of these variants and seeds, in their order.
+
+    Raises:
+      FloatingPointError: variants diverged; names each with its seed and step.
+      Interrupted: after SIGINT or SIGTERM, once all states are saved.
+      ValueError: a setting does not fit the data, or what was saved of a run.
+    """
+    from tarq_jax.training import loop  # after the flags: importing JAX takes seconds
+    from tarq_jax.training import seeds as together
+
+    path, datasets, failures = workdir / run_table.FILE, {}, []
+    for number, (name, config) in enumerate(variants.items(), start=1):
+        options = str(sorted(config.data.to_dict().items()))
+        if options not in datasets:
+            datasets[options] = loop.load_data(config)
+            loop.describe_data(datasets[options], console)
+        dataset = datasets[options]
+        wanted = [identity(config, dataset.fingerprint, seed) | {"variant": name} for seed in seeds]
+        known = run_table.read(path)
+        missing = [row["seed"] for row in wanted if run_table.find(known, row) is None]
+        console.print(f"variant {number} of {len(variants)}, {name}: {len(missing)} of {len(seeds)} seeds to "
+                      f"train")
+        found = {}
+        if missing:
+            folders = {seed: workdir / f"{name}-{seed}" for seed in missing}
+            try:
+                found = together.train(config, dataset, folders, console)
+            except FloatingPointError as error:
+                failures.append(f"{name}: {error}")
+                continue
+        added = [{**(run_table.find(known, row) or _flat(found[row["seed"]]) | row), **row} for row in wanted]
+        names = {(row["variant"], row["seed"]) for row in added}
+        run_table.write(path, [row for row in known if (row["variant"], row["seed"]) not in names] + added)
+    if failures:
+        raise FloatingPointError(
+            f"{len(failures)} of {len(variants)} variants diverged; {'; '.join(failures)}")
+    rows = {(row["variant"], row["seed"]): row for row in run_table.read(path)}
+    return [rows[name, seed] for name in variants for seed in seeds]
+
+
+def identity(config: ml_collections.ConfigDict, data: str, seed: int) -> dict[str, Any]:
+    """What tells a run from others."""
+    return {"seed": seed, "settings": run_table.settings_of(config), "data": data}
+
+
+def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of a run: its predictor's, with what its teacher reaches beside it."""
+    import jax
+
+    from tarq_jax.training import provenance
+
+    row = dict(rows[0])
+    for teacher in rows[1:]:
+        row |= {f"teacher_{key}": teacher[key] for key in ("auc", "gauc", "log_loss")}
+    versions = {f"version_{name}": version for name, version in provenance.versions().items() if version}
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return row | {"revision": provenance.revision(), "device": device} | versions
+
+
+def main() -> None:
+    """Flags to table."""
+    seeds = cli.seeds(SEEDS)
+    variants = cli.study(CONFIG.value, VARIANT.value)
+    rows = ablate(variants, seeds, Path(WORKDIR.value), Console())
+    title = f"mean over seeds {', '.join(map(str, seeds))}, test split"
+    reporting.print_table(summarise(rows), title, COLUMNS)
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds, a row a variant; columns of text are left out."""
+    by_variant = [{"model": row["variant"]} | {key: value for key, value in row.items()
+                                               if not isinstance(value, str)} for row in rows]
+    return [{"variant": row.pop("model")} | row for row in reporting.summarise(by_variant)]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,65 @@
+"""The table of a study: one row a run, in a Parquet file that is written anew with each addition."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+Row = Mapping[str, Any]
+
+FILE = "runs.parquet"
+KEYS = ("variant", "seed")
+SAME = ("settings", "data", "seed")  # runs that agree in these are the same run
+# What a run is told apart by is all that changes its numbers: neither where data lie, nor what is measured.
+WITHOUT_EFFECT = ("seed", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
+                  "checkpoints_kept", "recall_k", "save_scores", "prefetch")
+WITHOUT_EFFECT_OF_DATA = ("data_dir", "readers", "prepared", "stream", "source", "attributes")
+
+
+def settings_of(config: ml_collections.ConfigDict) -> str:
+    """A short hash of the settings that a run's numbers depend on, but for its seed and data files."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in WITHOUT_EFFECT}
+    settings["data"] = {key: value for key, value in settings["data"].items()
+                        if key not in WITHOUT_EFFECT_OF_DATA}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows; none where there is no file.
+
+    Raises:
+      ValueError: the file is no table of a study.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return []
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}; move it away to begin anew") from error
+    missing = {*KEYS, *SAME, "model", "auc"} - (rows[0].keys() if rows else {*KEYS, *SAME, "model", "auc"})
+    if missing:
+        raise ValueError(f"{path} has no columns {sorted(missing)}, expected the table of a study")
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Replaces the table; columns are those that any row has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = dict.fromkeys(key for row in rows for key in row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".{path.name}")
+    pq.write_table(pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows]), written)
+    written.replace(path)
+
+
+def find(rows: Sequence[Row], like: Row) -> Row | None:
+    """The row of the same run, whatever its variant is called; None if it was not run."""
+    return next((row for row in rows if all(row[key] == like[key] for key in SAME)), None)

@@ -1,0 +1,195 @@
+"""Ablations: a row a run, nothing run twice, whatever happens in between."""
+
+import ml_collections
+import pytest
+import tiny
+
+from configs import ablation
+from tarq_jax.cli import Interrupted
+from tarq_jax.config import variants_of
+from tarq_jax.experiments import ablate as ablation_command
+from tarq_jax.experiments import run_table
+from tarq_jax.training import loop, seeds
+
+pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
+
+SEEDS = (4, 2)
+CHANGES = {"tarq": {}, "again": {}, "two_tower": {"model": {"name": "two_tower"}}}
+
+
+def make_variants(changes=CHANGES):
+    return variants_of(ml_collections.ConfigDict(
+        {"base": tiny.make_config(), "reference": "tarq", "variants": changes}))
+
+
+@pytest.fixture
+def ablate(tiny_dataset, silent, monkeypatch):
+    """Runs variants on the data of `tiny`; `ablate.trained` lists what was trained."""
+    train = seeds.train
+
+    def counted(config, dataset, folders, console):
+        run.trained.append((config.model.name, *folders))
+        return train(config, dataset, folders, console)
+
+    def run(variants, chosen, workdir):
+        run.trained = []
+        return ablation_command.ablate(variants, chosen, workdir, silent)
+
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    monkeypatch.setattr(seeds, "train", counted)
+    return run
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, tiny_dataset, silent, compiled_once, one_device):
+    """Rows of a whole study, and where it is."""
+    workdir = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load_data", lambda config: tiny_dataset)
+        return ablation_command.ablate(make_variants(), SEEDS, workdir, silent), workdir
+
+
+def test_a_row_for_each_run(study):
+    rows, workdir = study
+    assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for v in CHANGES for s in SEEDS]
+    assert rows == run_table.read(workdir / run_table.FILE)
+    for row in rows:
+        assert {"auc", "gauc", "log_loss", "parameters", "settings", "data", "device"} <= row.keys()
+        assert "version_jax" in row
+        assert ("teacher_auc" in row) == (row["model"] == "tarq")
+    assert len({row["auc"] for row in rows}) == 4
+
+
+def test_what_is_the_same_is_run_once(study):
+    rows, workdir = study
+    assert not list(workdir.glob("again-*"))
+    for first, second in zip(rows[:2], rows[2:4], strict=True):
+        assert second == {**first, "variant": "again"}
+
+
+def test_rows_are_those_of_runs_on_their_own(study, tiny_config, tiny_dataset, tmp_path, silent):
+    tiny_config.seed, tiny_config.model.name = 2, "two_tower"
+    row, = loop.train(tiny_config, tiny_dataset, tmp_path, silent).rows
+    found, = (found for found in study[0] if (found["variant"], found["seed"]) == ("two_tower", 2))
+    for name in ("auc", "gauc", "log_loss", "calibration", "parameters"):
+        assert found[name] == pytest.approx(row[name], rel=1e-3)
+
+
+def test_calling_again_trains_what_is_missing(study, ablate, tmp_path):
+    rows, _ = study
+    run_table.write(tmp_path / run_table.FILE, rows)
+    assert ablate(make_variants(), SEEDS, tmp_path) == rows
+    assert ablate.trained == []
+    more = ablate(make_variants(), (4, 3), tmp_path)
+    assert ablate.trained == [("tarq", 3), ("two_tower", 3)]
+    assert [row["seed"] for row in more] == [4, 3] * 3
+    assert len(run_table.read(tmp_path / run_table.FILE)) == 9
+    changed = make_variants({"tarq": {"model": {"num_codewords": 3}}})
+    ablate(changed, (4,), tmp_path / "other")
+    assert ablate.trained == [("tarq", 4)]
+
+
+def test_an_interruption_loses_nothing(study, ablate, tmp_path, monkeypatch):
+    counted = seeds.train
+
+    def interrupted(config, *rest):
+        if config.model.name == "two_tower":
+            raise Interrupted("interrupted")
+        return counted(config, *rest)
+
+    monkeypatch.setattr(seeds, "train", interrupted)
+    with pytest.raises(Interrupted):
+        ablate(make_variants(), SEEDS, tmp_path)
+    assert len(run_table.read(tmp_path / run_table.FILE)) == 4
+    monkeypatch.setattr(seeds, "train", counted)
+    rows = ablate(make_variants(), SEEDS, tmp_path)
+    assert ablate.trained == [("two_tower", *SEEDS)]
+    assert [row["auc"] for row in rows] == [row["auc"] for row in study[0]]
+
+
+def test_a_variant_that_diverges_leaves_the_others(ablate, tmp_path, monkeypatch):
+    def diverging(config, dataset, folders, console):
+        if config.optimizer.learning_rate > 1:
+            raise FloatingPointError("seed 4, step 3: loss not finite")
+        return {seed: [{"model": config.model.name, "auc": 0.5}] for seed in folders}
+
+    monkeypatch.setattr(seeds, "train", diverging)
+    variants = make_variants({"bad": {"optimizer": {"learning_rate": 1e9}}, **CHANGES})
+    with pytest.raises(FloatingPointError, match="1 of 4 variants diverged; bad: seed 4, step 3: loss"):
+        ablate(variants, SEEDS, tmp_path)
+    assert {row["variant"] for row in run_table.read(tmp_path / run_table.FILE)} == CHANGES.keys()
+
+
+def test_what_tells_runs_apart():
+    config = tiny.make_config()
+    same, other = tiny.make_config(), tiny.make_config()
+    same.seed, same.log_every, same.data.data_dir = 9, 77, "elsewhere"
+    other.optimizer.learning_rate = 0.5
+    assert run_table.settings_of(config) == run_table.settings_of(same) != run_table.settings_of(other)
+
+
+def test_summary_is_of_each_variant(study):
+    summary = ablation_command.summarise(study[0])
+    assert [row["variant"] for row in summary] == list(CHANGES)
+    first, second = (row["auc"] for row in study[0][:2])
+    assert summary[0]["auc"] == pytest.approx((first + second) / 2) and summary[0]["seeds"] == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 but damaged", b"x" * 100])
+def test_a_damaged_table_is_named(content, tmp_path):
+    path = tmp_path / run_table.FILE
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{run_table.FILE} cannot be read as Parquet"):
+        run_table.read(path)
+    assert path.read_bytes() == content
+
+
+def test_another_table_is_named(tmp_path):
+    path = tmp_path / run_table.FILE
+    run_table.write(path, [{"user": 1, "auc": 0.5}])
+    with pytest.raises(ValueError, match=r"has no columns .*'variant'"):
+        run_table.read(path)
+
+
+@pytest.mark.parametrize("mode", ["", "smoke", *ablation.BASES, "lastfm,smoke"])
+def test_the_study_of_the_repository(mode):
+    study = ablation.get_config(mode)
+    variants = variants_of(study)
+    assert study.is_locked and study.reference == "tarq"
+    assert variants["tarq"].to_dict() == study.base.to_dict()
+    different = {run_table.settings_of(config) for config in variants.values()}
+    assert len(variants) > 25 and len(different) >= len(variants) - 1  # Beauty has 256 codewords anyhow
+
+
+@pytest.mark.parametrize("mode", ["nowhere", "lastfm,beauty", "smoke,nowhere"])
+def test_modes_that_do_not_exist(mode):
+    with pytest.raises(ValueError, match=f"mode is '{mode}', expected one of"):
+        ablation.get_config(mode)
+
+
+def test_the_command(command, tmp_path):
+    arguments = ("-m", "tarq_jax.experiments.ablate", "--config=configs/ablation.py:smoke", "--seeds=0,1",
+                 "--variant=two_tower", "--variant=cold", f"--workdir={tmp_path / 'runs'}",
+                 f"--config.base.data.data_dir={tmp_path / 'data'}")
+    done = command(*arguments, f"--json={tmp_path / 'rows.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "variant 2 of 2, cold: 2 of 2 seeds to train" in done.stdout
+    assert "mean over seeds 0, 1, test split" in done.stdout
+    rows = run_table.read(tmp_path / "runs" / run_table.FILE)
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("two_tower", 0), ("two_tower", 1), ("cold", 0), ("cold", 1)]
+    assert all(row["data"] and row["revision"] != "" for row in rows)
+    assert (tmp_path / "rows.json").exists()
+
+
+@pytest.mark.parametrize(("argument", "named"), [
+    ("--variant=tarqq", "--variant is 'tarqq', expected one of ["),
+    ("--seeds=1,1", "--seeds is '1,1', expected different whole numbers"),
+    ("--config.variants.order_0.model.order=7", "config.variants.order_0: config.model.order is 7"),
+    ("--config.base.steps=0", "config.base: config.steps is 0"),
+])
+def test_wrong_calls(argument, named, wrong_call, tmp_path):
+    line = wrong_call("-m", "tarq_jax.experiments.ablate", "--config=configs/ablation.py:smoke", argument,
+                      f"--workdir={tmp_path / 'runs'}")
+    assert named in line
+    assert not (tmp_path / "runs").exists()
