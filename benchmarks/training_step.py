@@ -1,4 +1,4 @@
-"""A whole training step of TARQ against the same in PyTorch, on CPU in one run.
+"""A whole training step of TARQ against the same in PyTorch, on one device in one run.
 
     pip install -e '.[bench]'
     python -m benchmarks.training_step --json=benchmarks/results/training_step.json
@@ -7,7 +7,8 @@ Both have the model, sizes, batch, losses and AdamW of `configs/synthetic.py` (o
 `configs/synthetic_order_0.py`. PyTorch starts from our parameters; every loss has to agree in each of
 `CHECKED` steps, or the command fails. Measured in turns (ours, PyTorch, ours, ...), medians, with batches
 ready in memory. On a machine of more cores, call it under `taskset -c 0,1`. PyTorch's threads wait for
-each other, so that beside other work one may be faster than two: it is measured with both numbers.
+each other, so that beside other work one may be faster than two: it is measured with both numbers. With
+`--device=cuda` both train on a GPU, products in float32 throughout; losses may then differ ten times as much.
 """
 
 import itertools
@@ -24,17 +25,18 @@ from rich.progress import track
 
 from configs import synthetic, synthetic_order_0
 from tarq_jax import cli, data, reporting
-from tarq_jax.training import loop
+from tarq_jax.training import setup
 from tarq_jax.types import Batch
 
 CONFIG_NAMES = flags.DEFINE_list("configs", ["order 1", "order 0"], "Which of the two to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each.")
 STEPS = flags.DEFINE_integer("steps", 10, "Steps a turn.")
 THREADS = flags.DEFINE_list("threads", ["2", "1"], "Of PyTorch; JAX takes all cores that it is given.")
+DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "Of PyTorch; has to be that of JAX.")
 JSON = cli.json_flag()
 
 CONFIGS = {"order 1": synthetic, "order 0": synthetic_order_0}
-BATCHES, CHECKED, TOLERANCE = 16, 5, 1e-3
+BATCHES, CHECKED, TOLERANCE = 16, 5, {"cpu": 1e-3, "cuda": 1e-2}
 
 
 class Workload(NamedTuple):
@@ -43,7 +45,7 @@ class Workload(NamedTuple):
     config: ml_collections.ConfigDict
     dataset: data.Dataset
     batches: list[Batch]  # with NumPy leaves
-    parts: loop.Setup  # of one device; codebook fitted and in use
+    parts: setup.Setup  # of one device; codebook fitted and in use
 
 
 class Contender(NamedTuple):
@@ -51,6 +53,7 @@ class Contender(NamedTuple):
 
     name: str
     step: Callable[[int], Any]  # index of a batch -> the loss, perhaps still on its way
+    wait: Callable[[Any], Any]  # for losses that are
     losses: Callable[[int], np.ndarray]  # the same, all losses, on the host
 
 
@@ -60,8 +63,8 @@ def make_workload(config: ml_collections.ConfigDict) -> Workload:
     options = {"train_requests": 2048, "validation_requests": 1, "test_requests": 1} | {
         name: config.data[name] for name in ("num_items", "history_length", "sharpness", "seed")}
     dataset = data.synthetic.generate(data.SyntheticOptions(**options))
-    shapes, parts = loop.batch_shapes(dataset), loop.set_up(config, dataset)
-    state = loop.initialise_codebook(config, parts.objective, parts.state, dataset, shapes, parts.mesh)
+    shapes, parts = setup.batch_shapes(dataset), setup.set_up(config, dataset)
+    state = setup.initialise_codebook(config, parts.objective, parts.state, dataset, shapes, parts.mesh)
     state = state.replace(step=state.step + config.codebook.start + 1)  # no revival in the first steps
     batches = data.train_batches(dataset, "train", batch_size=config.batch_size, seed=0, **shapes)
     return Workload(config, dataset, list(itertools.islice(batches, BATCHES)), parts._replace(state=state))
@@ -70,7 +73,7 @@ def make_workload(config: ml_collections.ConfigDict) -> Workload:
 def ours(workload: Workload) -> Contender:
     """The compiled step of training, health metrics and revival included."""
     way, mesh, objective, optimizer, state = workload.parts
-    step = loop.compile_step(workload.config, objective, optimizer, mesh, state)
+    step = setup.compile_step(workload.config, objective, optimizer, mesh, state)
     state = jax.tree.map(lambda leaf: leaf.copy(), state)
     batches = [way.put(batch, mesh) for batch in workload.batches]
 
@@ -85,10 +88,10 @@ def ours(workload: Workload) -> Contender:
         metrics = jax.device_get(take(index))
         return np.array([metrics[f"loss/{name}"] for name in LOSSES])
 
-    return Contender("tarq_jax", lambda index: take(index)["loss"], losses)
+    return Contender("tarq_jax", lambda index: take(index)["loss"], jax.block_until_ready, losses)
 
 
-def pytorch(workload: Workload, compiled: bool, threads: int) -> Contender:
+def pytorch(workload: Workload, compiled: bool, threads: int, device: str = "cpu") -> Contender:
     """The peer, eagerly or under `torch.compile`, with the fused AdamW."""
     import torch
 
@@ -102,14 +105,17 @@ def pytorch(workload: Workload, compiled: bool, threads: int) -> Contender:
         codewords=config.model.num_codewords, order=config.model.order,
         aligned_share=config.model.aligned_share)
     model, codebook = from_flax.torch_model(workload.parts.state, sizes)
+    model = model.to(device)
+    codebook = torch_tarq.Codebook(*(part.to(device) for part in codebook))
     decayed = [value for name, value in model.named_parameters() if name != "codewords"]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
     if sizes.order == 0:
         groups.append({"params": [model.codewords], "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
-    loss_weights = torch.tensor([config.loss_weights[name] for name in torch_tarq.LOSSES])
-    batches = [from_flax.torch_batch(batch) for batch in workload.batches]
+    loss_weights = torch.tensor([config.loss_weights[name] for name in torch_tarq.LOSSES], device=device)
+    batches = [torch_tarq.TorchBatch(*(column.to(device) for column in from_flax.torch_batch(batch)))
+               for batch in workload.batches]
     forward = torch.compile(model) if compiled else model
 
     def take(index):
@@ -125,17 +131,19 @@ def pytorch(workload: Workload, compiled: bool, threads: int) -> Contender:
             model, codebook, codes, residuals, batch.weights > 0, config.codebook.decay)
         return losses
 
-    name = f"PyTorch{', torch.compile' if compiled else ''}, {threads} thread{'s' * (threads > 1)}"
-    return Contender(name, lambda index: take(index)[0].item(), lambda index: take(index).detach().numpy())
+    where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
+    name = f"PyTorch{', torch.compile' if compiled else ''}, {where}"
+    return Contender(name, lambda index: take(index)[0].detach(), lambda found: torch.stack(found).cpu(),
+                     lambda index: take(index).detach().cpu().numpy())
 
 
-def check_same(own: Contender, peer: Contender) -> float:
-    """Largest relative difference of any loss over the first steps; a ValueError beyond `TOLERANCE`."""
+def check_same(own: Contender, peer: Contender, tolerance: float = TOLERANCE["cpu"]) -> float:
+    """Largest relative difference of any loss over the first steps; a ValueError beyond the tolerance."""
     worst = 0.0
     for index in range(CHECKED):
         expected, found = own.losses(index), peer.losses(index)
         worst = max(worst, float(np.max(np.abs(found - expected) / np.maximum(np.abs(expected), 1e-3))))
-        if not worst < TOLERANCE:
+        if not worst < tolerance:
             raise ValueError(f"{peer.name}: losses of step {index} are {found}, expected {expected}")
     return worst
 
@@ -147,7 +155,7 @@ def seconds_of_turns(contenders: list[Contender], console: Console, title: str) 
         for contender in contenders:
             start = time.perf_counter()
             found = [contender.step(index % BATCHES) for index in range(STEPS.value)]
-            jax.block_until_ready(found)
+            contender.wait(found)
             if turn:
                 seconds[contender.name].append((time.perf_counter() - start) / STEPS.value)
     return seconds
@@ -156,9 +164,10 @@ def seconds_of_turns(contenders: list[Contender], console: Console, title: str) 
 def compare(name: str, console: Console) -> Iterator[dict[str, Any]]:
     """A row a contender: candidate examples a second, and ours over it."""
     workload = make_workload(CONFIGS[name].get_config())
-    peers = [pytorch(workload, compiled, int(threads))
-             for threads in THREADS.value for compiled in (False, True)]
-    differences = [check_same(ours(workload), peer) for peer in peers]
+    threads = [int(number) for number in THREADS.value] if DEVICE.value == "cpu" else [1]
+    peers = [pytorch(workload, compiled, number, DEVICE.value)
+             for number in threads for compiled in (False, True)]
+    differences = [check_same(ours(workload), peer, TOLERANCE[DEVICE.value]) for peer in peers]
     contenders = [ours(workload), *peers]
     seconds = seconds_of_turns(contenders, console, name)
     examples = float(np.mean([batch.candidate_mask.sum() for batch in workload.batches]))
@@ -172,6 +181,9 @@ def compare(name: str, console: Console) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Flags to table."""
+    if (found := jax.default_backend().replace("gpu", "cuda")) != DEVICE.value:
+        cli.wrong_call(f"--device is {DEVICE.value!r}, expected {found!r}, on which JAX runs")
+    jax.config.update("jax_default_matmul_precision", "highest")
     rows = [row for name in CONFIG_NAMES.value for row in compare(name, Console())]
     reporting.print_table(rows, "a training step")
     if JSON.value:

@@ -217,9 +217,10 @@ def update_codebook(model: TorchTarq, codebook: Codebook, codes: Tensor, residua
     """Moves the statistics, and with order 1 the codewords to the running means, in place."""
     levels, size = codebook.counts.shape
     real = mask.flatten()
-    index = (codes.flatten(0, 1)[real] + size * torch.arange(levels)).flatten()  # of all levels at once
+    first = size * torch.arange(levels, device=codes.device)
+    index = (codes.flatten(0, 1)[real] + first).flatten()  # of all levels at once
     counts = torch.bincount(index, minlength=levels * size).view(levels, size)
-    sums = torch.zeros(levels * size, residuals.shape[-1]).index_add_(
+    sums = torch.zeros(levels * size, residuals.shape[-1], device=codes.device).index_add_(
         0, index, residuals.flatten(0, 1)[real].flatten(0, 1)).view_as(codebook.sums)
     codebook.counts.mul_(decay).add_(counts, alpha=1.0 - decay)
     codebook.sums.mul_(decay).add_(sums, alpha=1.0 - decay)
