@@ -1,0 +1,184 @@
+"""Analysis of an A/B test: lifts of CTR, CVR and GMV, how sure they are, and what certainty would take.
+
+    python -m tarq_jax.experiments.ab --data=runs/ab.csv --simulate=200000
+
+FILE has a header and a row for each user (or bucket of users): `user`, `arm`, `impressions`, `clicks`,
+`orders`, `revenue`, and where there is one the same of a period before, `pre_impressions` and so on, which
+CUPED makes use of. CTR is clicks over impressions, CVR orders over clicks, GMV revenue a user. `--simulate`
+first writes FILE with the lifts that the TARQ paper reports. Intervals are by the delta method over users,
+and for GMV, whose tail is heavy, by bootstrap too; p-values are adjusted over all metrics and arms by Holm.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from scipy import stats
+
+from tarq_jax import cli, reporting, statistics
+from tarq_jax.experiments import ab_rows
+
+DATA = flags.DEFINE_string("data", None, "File of rows, CSV or Parquet.", required=True)
+CONTROL = flags.DEFINE_string("control", "control", "Arm that the others are compared with.")
+RATIO = flags.DEFINE_list("ratio", [], "Planned shares of arms in the order of their names; even if none.")
+LEVEL = flags.DEFINE_float("level", 0.95, "Of intervals.", lower_bound=0.5, upper_bound=0.9999)
+POWER = flags.DEFINE_float("power", 0.8, "Chance to find an effect that is there.", lower_bound=0.5,
+                           upper_bound=0.9999)
+REPLICATES = flags.DEFINE_integer("replicates", 2000, "Of the bootstrap.", lower_bound=100)
+MAX_BAD_FRACTION = flags.DEFINE_float(
+    "max_bad_fraction", 0.0, "Share of rows that may be bad and left out.", lower_bound=0.0, upper_bound=1.0)
+SIMULATE = flags.DEFINE_integer("simulate", 0, "Users to make up first; 0 for none.", lower_bound=0)
+JSON = cli.json_flag()
+
+METRICS = {"ctr": ("clicks", "impressions"), "cvr": ("orders", "clicks"), "gmv": ("revenue", None)}
+REPORTED = {"ctr": 0.0057, "cvr": 0.0459, "gmv": 0.0747}  # relative lifts of the paper, section 4
+BUCKETS = 2000  # that many users' sums are drawn by
+MISMATCH = 0.001  # p-value below which shares of the arms are not believed
+
+
+class Plan(NamedTuple):
+    """How sure an analysis is to be."""
+
+    level: float = 0.95
+    power: float = 0.8
+    replicates: int = 2000
+
+
+def ratio_of(columns: Mapping[str, np.ndarray], metric: str, prefix: str = "") -> statistics.Ratio:
+    """The metric of one arm's users; ValueError where its denominator is 0."""
+    top, bottom = METRICS[metric]
+    values = columns[prefix + top]
+    try:
+        return statistics.ratio(values, np.ones(len(values)) if bottom is None else columns[prefix + bottom])
+    except ValueError as error:
+        raise ValueError(f"{metric} of an arm cannot be had: {error}") from error
+
+
+def compare(table: ab_rows.Table, control: int, arm: int, plan: Plan) -> list[dict[str, Any]]:
+    """A row a metric and method: `delta`, `cuped` where there is a period before, `bootstrap` for GMV."""
+    treated, others = table.of(arm), table.of(control)
+    rows = []
+    for metric, (top, bottom) in METRICS.items():
+        arms = ratio_of(treated, metric), ratio_of(others, metric)
+        if not arms[1].value:
+            raise ValueError(f"{metric} of arm {table.arms[control]!r} is 0, expected more for a lift")
+        estimates = {"delta": statistics.lift(*arms, level=plan.level)}
+        if {f"pre_{name}" for name in (top, bottom) if name} <= table.columns.keys():
+            before = ratio_of(treated, metric, "pre_"), ratio_of(others, metric, "pre_")
+            estimates["cuped"] = statistics.lift(*statistics.cuped(*arms, *before), level=plan.level)
+        if bottom is None:
+            estimates["bootstrap"] = bootstrap_lift(treated[top], others[top], plan)
+        shared = {"metric": metric, "arm": table.arms[arm], "control_value": arms[1].value,
+                  "value": arms[0].value}
+        rows += [shared | {"method": method} | describe(found, metric, table, arm, plan)
+                 for method, found in estimates.items()]
+    return rows
+
+
+def describe(found: statistics.Estimate, metric: str, table: ab_rows.Table, arm: int, plan: Plan
+             ) -> dict[str, Any]:
+    """An estimated lift as columns, with the users that the paper's lift would take."""
+    treated = int((table.arm == arm).sum())
+    users = len(table.arm) if len(table.arms) == 2 else treated * 2
+    share = treated / users
+    deviation = found.standard_error / np.sqrt(1 / (share * users) + 1 / ((1 - share) * users))
+    return {
+        "lift": found.value, "low": found.low, "high": found.high, "p_value": found.p_value,
+        "detectable_lift": statistics.minimum_detectable_effect(
+            found.standard_error, level=plan.level, power=plan.power),
+        "reported_lift": REPORTED[metric],
+        "users_for_reported": round(statistics.users_needed(
+            REPORTED[metric], deviation, share=share, level=plan.level, power=plan.power)),
+    }
+
+
+def bootstrap_lift(treated: np.ndarray, others: np.ndarray, plan: Plan) -> statistics.Estimate:
+    """Lift of means with a percentile interval; many users are drawn by `BUCKETS` random buckets an arm."""
+    sums = [_bucket_sums(values, seed) for seed, values in enumerate((treated, others))]
+    sizes = [len(part[0]) for part in sums]
+
+    def lift(weights: np.ndarray) -> np.ndarray:
+        first, second = np.split(weights, [sizes[0]], axis=1)
+        means = [(weights @ totals) / (weights @ counts)
+                 for weights, (totals, counts) in zip((first, second), sums, strict=True)]
+        return means[0] / means[1] - 1
+
+    return statistics.bootstrap(lift, sum(sizes), replicates=plan.replicates, level=plan.level)
+
+
+def _bucket_sums(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and numbers of users of each bucket; of each user where they are few."""
+    if len(values) <= BUCKETS:
+        return values, np.ones(len(values))
+    bucket = np.random.default_rng(seed).permutation(len(values)) % BUCKETS
+    return np.bincount(bucket, values, BUCKETS), np.bincount(bucket, minlength=BUCKETS).astype(float)
+
+
+def analyse(table: ab_rows.Table, control: str, plan: Plan) -> list[dict[str, Any]]:
+    """All arms against the control.
+
+    Args:
+      table: of `ab_rows.read`.
+      control: name of an arm.
+      plan: how sure to be.
+
+    Returns:
+      Rows of `compare`, with `p_adjusted` over the primary rows: `cuped` where it is there, else `delta`.
+
+    Raises:
+      ValueError: there is no such arm, or a metric cannot be had.
+    """
+    if control not in table.arms:
+        raise ValueError(f"--control is {control!r}, expected one of the arms {list(table.arms)}")
+    index = table.arms.index(control)
+    rows = [row for arm in range(len(table.arms)) if arm != index
+            for row in compare(table, index, arm, plan)]
+    has_cuped = {(row["metric"], row["arm"]) for row in rows if row["method"] == "cuped"}
+    primary = [row for row in rows
+               if row["method"] == ("cuped" if (row["metric"], row["arm"]) in has_cuped else "delta")]
+    for row, p_value in zip(primary, statistics.adjust([row["p_value"] for row in primary]), strict=True):
+        row["p_adjusted"] = float(p_value)
+    return rows
+
+
+def sample_ratio(table: ab_rows.Table, planned: Sequence[float]) -> tuple[np.ndarray, float]:
+    """Users of each arm, and the chi-squared p-value that they were assigned as planned."""
+    counts = np.bincount(table.arm, minlength=len(table.arms))
+    shares = np.array(planned, float) if len(planned) else np.ones(len(counts))
+    if len(shares) != len(counts) or not (np.isfinite(shares) & (shares > 0)).all():
+        raise ValueError(f"--ratio is {','.join(map(str, planned))!r}, expected {len(counts)} positive "
+                         f"numbers, one for each of the arms {list(table.arms)}")
+    return counts, float(stats.chisquare(counts, shares / shares.sum() * counts.sum()).pvalue)
+
+
+def main() -> None:
+    """Flags to tables."""
+    path = Path(DATA.value)
+    try:
+        planned = [float(text) for text in RATIO.value]
+    except ValueError:
+        cli.wrong_call(f"--ratio is {','.join(RATIO.value)!r}, expected positive numbers like 1,1")
+    if SIMULATE.value:
+        lifts = {"ctr": REPORTED["ctr"], "cvr": REPORTED["cvr"],
+                 "revenue": (1 + REPORTED["gmv"]) / (1 + REPORTED["ctr"]) / (1 + REPORTED["cvr"]) - 1}
+        ab_rows.simulate(path, SIMULATE.value, lifts)
+    table, report = ab_rows.read(path, max_bad_fraction=MAX_BAD_FRACTION.value)
+    counts, p_value = sample_ratio(table, planned)
+    print(f"rows: {report.read:,} read, {report.bad:,} left out")
+    arms = ", ".join(f"{name} {count:,}" for name, count in zip(table.arms, counts, strict=True))
+    verdict = ("as planned" if p_value >= MISMATCH else
+               "SAMPLE RATIO MISMATCH: users are missing in an arm; lifts are not to be believed")
+    print(f"users: {arms}; p = {p_value:.3g} of shares as planned: {verdict}")
+    rows = analyse(table, CONTROL.value, Plan(LEVEL.value, POWER.value, REPLICATES.value))
+    rows = [row | {"sample_ratio_p": p_value} for row in rows]
+    reporting.print_table(rows, f"lifts over {CONTROL.value}, {LEVEL.value:.0%} intervals", [
+        "metric", "arm", "method", "control_value", "value", "lift", "low", "high", "p_value", "p_adjusted",
+        "detectable_lift", "reported_lift", "users_for_reported"])
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

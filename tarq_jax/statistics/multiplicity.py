@@ -1,0 +1,39 @@
+"""p-values of many tests at once, adjusted by statsmodels."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tarq_jax.metrics import _checks
+
+METHODS = {"holm": "holm", "benjamini_hochberg": "fdr_bh"}  # ours to statsmodels' names
+
+
+def adjust(p_values: ArrayLike, method: Literal["holm", "benjamini_hochberg"] = "holm") -> np.ndarray:
+    """Adjusted p-values, in the order given.
+
+    Args:
+      p_values: [M] in [0, 1].
+      method: `holm` bounds the chance of any false finding (Holm 1979), `benjamini_hochberg` the share of
+        false ones among the findings (Benjamini and Hochberg 1995).
+
+    Returns:
+      [M]; to be held against the level as they are.
+
+    Raises:
+      ValueError: the method is unknown, a p-value is not in [0, 1], or statsmodels is not installed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    p_values = _checks.non_negative("p_values", p_values)
+    _checks.rank_of("p_values", p_values, "M")
+    if (p_values > 1).any():
+        raise ValueError(f"p_values: expected values in [0, 1], got {p_values.max()}")
+    if not len(p_values):
+        return p_values
+    try:
+        from statsmodels.stats.multitest import multipletests
+    except ImportError:
+        raise ValueError("statsmodels is not installed: pip install 'tarq_jax[study]'") from None
+    return multipletests(p_values, method=METHODS[method])[1]

@@ -1,0 +1,80 @@
+"""Resampling: bootstrap over users of any metric, and permutation of paired values."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from tarq_jax.metrics import _checks
+from tarq_jax.statistics.estimates import Estimate, check_level
+
+CHUNK = 2**24  # weights that are in memory at once
+
+
+def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int, *, replicates: int = 2000, seed: int = 0,
+              level: float = 0.95, null: float = 0.0) -> Estimate:
+    """Percentile interval of a metric under resampling of whole users (Efron and Tibshirani 1993, ch. 13).
+
+    Args:
+      metric: weights [R, U], how often each user was drawn in each replicate, to R values; a metric of
+        candidates weighs each by its user: `weights[:, user]`. A sum over users is `weights @ column`.
+      users: U.
+      replicates: R in all.
+      seed: of the draws.
+      level: of the interval.
+      null: that `p_value` tests: twice the smaller share of replicates beyond it.
+
+    Returns:
+      The metric of the users as they are, with the spread of the replicates.
+
+    Raises:
+      ValueError: a number is below 1, or a replicate is not finite.
+    """
+    users, replicates = (_checks.positive_int(name, value)
+                         for name, value in (("users", users), ("replicates", replicates)))
+    tail = (1 - check_level(level)) / 2
+    value = float(np.asarray(metric(np.ones((1, users)))).reshape(()))
+    rng = np.random.default_rng(seed)
+    found: list[np.ndarray] = []
+    while (left := replicates - sum(map(len, found))) > 0:
+        count = min(left, max(1, CHUNK // users))
+        drawn = rng.multinomial(users, np.full(users, 1 / users), size=count)
+        found.append(np.asarray(metric(drawn), dtype=float))
+    values = _checks.finite("replicates of the metric", np.concatenate(found))
+    low, high = np.quantile(values, [tail, 1 - tail])
+    beyond = min((values <= null).mean(), (values >= null).mean())
+    p_value = min(1.0, 2 * max(float(beyond), 1 / (replicates + 1)))
+    return Estimate(value, float(values.std(ddof=1)) if replicates > 1 else 0.0, float(low), float(high),
+                    p_value)
+
+
+def paired_permutation(
+    first: ArrayLike, second: ArrayLike, *, replicates: int = 9999, seed: int = 0
+) -> float:
+    """p-value, two-sided, that paired values have the same mean: signs of their differences are permuted.
+
+    Exact where all 2^U are no more than `replicates`, see `scipy.stats.permutation_test`.
+
+    Args:
+      first: [U], of each user.
+      second: [U].
+      replicates: permutations at most.
+      seed: of the draws.
+
+    Raises:
+      ValueError: shapes differ, a value is not finite, or there are fewer than 2.
+
+    >>> paired_permutation([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    0.25
+    """
+    first, second = _checks.finite("first", first), _checks.finite("second", second)
+    _checks.rank_of("first", first, "U")
+    _checks.shape_of("second", second, first.shape, "first")
+    if len(first) < 2:
+        raise ValueError(f"first: expected at least 2 values, got {len(first)}")
+    done = stats.permutation_test(
+        (first, second), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples",
+        vectorized=True, n_resamples=replicates, batch=max(1, CHUNK // len(first)),
+        rng=np.random.default_rng(seed))
+    return float(done.pvalue)

@@ -1,0 +1,171 @@
+"""A/B analysis: known lifts are found, closed forms hold, and whatever is wrong with a file is said."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tarq_jax import statistics
+from tarq_jax.experiments import ab, ab_rows
+
+HEADER = "user,arm,impressions,clicks,orders,revenue"
+GOOD = [f"u{i},{'treatment' if i % 2 else 'control'},{10 + i % 3},{2 + i % 4},{i % 2 + i % 3 // 2},{i % 5}.5"
+        for i in range(40)]
+LIFTS = {"ctr": 0.3, "cvr": 0.2, "revenue": 0.1}
+
+
+def write(folder, rows, header=HEADER, name="rows.csv"):
+    path = folder / name
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def plan(**changes):
+    return ab.Plan()._replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    path = tmp_path_factory.mktemp("simulated") / "rows.parquet"
+    ab_rows.simulate(path, 40_000, LIFTS, seed=3)
+    return path
+
+
+def test_known_lifts_are_found(simulated):
+    table, report = ab_rows.read(simulated)
+    assert report.read == 40_000 and report.bad == 0 and table.arms == ("control", "treatment")
+    rows = {(row["metric"], row["method"]): row for row in ab.analyse(table, "control", plan())}
+    assert set(rows) == {*((m, how) for m in ("ctr", "cvr", "gmv") for how in ("delta", "cuped")),
+                         ("gmv", "bootstrap")}
+    truth = {"ctr": 0.3, "cvr": 0.2, "gmv": 1.3 * 1.2 * 1.1 - 1}
+    for (metric, _), row in rows.items():
+        assert row["low"] < truth[metric] < row["high"] and row["p_value"] < 0.01
+    assert all(("p_adjusted" in row) == (method == "cuped") for (_, method), row in rows.items())
+    width = {key: row["high"] - row["low"] for key, row in rows.items()}
+    assert width["ctr", "cuped"] < width["ctr", "delta"]
+    assert width["gmv", "bootstrap"] == pytest.approx(width["gmv", "delta"], rel=0.15)
+
+
+def test_rows_are_closed_forms(tmp_path):
+    table, _ = ab_rows.read(write(tmp_path, GOOD))
+    rows = ab.analyse(table, "control", plan(level=0.9))
+    assert [(row["metric"], row["method"]) for row in rows] == [
+        ("ctr", "delta"), ("cvr", "delta"), ("gmv", "delta"), ("gmv", "bootstrap")]
+    numbers = np.array([line.split(",")[2:] for line in GOOD], float)
+    own, others = numbers[1::2].sum(axis=0), numbers[::2].sum(axis=0)
+    for row, (top, bottom) in zip(rows, ((1, 0), (2, 1)), strict=False):
+        assert row["value"] == pytest.approx(own[top] / own[bottom])
+        assert row["lift"] == pytest.approx(own[top] / own[bottom] / (others[top] / others[bottom]) - 1)
+    assert rows[2]["value"] == pytest.approx(own[3] / 20)
+    expected = statistics.adjust([row["p_value"] for row in rows[:3]])
+    assert [row["p_adjusted"] for row in rows[:3]] == pytest.approx(expected)
+
+
+def test_users_for_a_lift_make_it_detectable(simulated):
+    """With that many users the detectable lift is the reported one."""
+    table, _ = ab_rows.read(simulated)
+    for row in ab.analyse(table, "control", plan()):
+        factor = (row["users_for_reported"] / len(table.arm)) ** 0.5
+        assert row["detectable_lift"] / factor == pytest.approx(row["reported_lift"], rel=0.01)
+
+
+def test_three_arms_are_each_compared_with_the_control(tmp_path):
+    rows = [line.replace("treatment", "second" if i % 4 == 1 else "first") for i, line in enumerate(GOOD)]
+    table, _ = ab_rows.read(write(tmp_path, rows))
+    found = ab.analyse(table, "control", plan())
+    assert {row["arm"] for row in found} == {"first", "second"}
+    assert ab.sample_ratio(table, [2, 1, 1])[1] == pytest.approx(1.0)
+    assert ab.sample_ratio(table, [])[1] < 0.1
+
+
+def test_parquet_and_csv_say_the_same(simulated, tmp_path):
+    from pyarrow import csv
+
+    path = tmp_path / "rows.csv"
+    csv.write_csv(pq.read_table(simulated), path)
+    for first, second in zip(*(ab_rows.read(p)[0].columns.values() for p in (simulated, path)), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(("bad", "reason"), [
+    ("x,control,-1,0,0,0", "impressions is negative"),
+    ("x,control,1,nan,0,0", "clicks is not a finite number"),
+    ("x,control,1,,0,0", "clicks is not a finite number"),
+    ("x,control,1,1,one,0", "orders is not a finite number"),
+    ("x,,1,1,1,0", "arm is empty"), (",control,1,1,1,0", "user is empty"),
+    ("x,control,1,1,1,inf", "revenue is not a finite number"), ("x,control,1", ab_rows.TORN),
+    ("x,control,1,1,1,1,1", ab_rows.TORN)])
+def test_bad_rows_are_counted_and_sampled(bad, reason, tmp_path):
+    path = write(tmp_path, [*GOOD, bad])
+    with pytest.raises(ValueError, match=f"1 of 41 rows are malformed.*{reason}"):
+        ab_rows.read(path)
+    table, report = ab_rows.read(path, max_bad_fraction=0.1)
+    assert len(table.arm) == 40 and report.reasons == {reason: 1}
+    assert report.samples[0]["text"].strip("{}").count("control") == (0 if reason == "arm is empty" else 1)
+
+
+@pytest.mark.parametrize(("rows", "header", "message"), [
+    (GOOD, HEADER.replace("orders", "order"), "has no column 'orders', expected user, arm"),
+    (GOOD, HEADER.replace("user", "id"), "has no column 'user'"),
+    ([*GOOD, GOOD[3]], HEADER, "user 'u3' is in 2 rows, expected one row a user; 1 users are in several"),
+    (GOOD[::2], HEADER, r"column 'arm' has \['control'\], expected at least two arms"),
+    ([], HEADER, "has no rows, expected one a user"),
+])
+def test_wrong_files(rows, header, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ab_rows.read(write(tmp_path, rows, header))
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("rows.csv", b"", "cannot be read as CSV"), ("rows.csv", b"\xff\xfe\x00bad", "cannot be read as CSV"),
+    ("rows.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),
+    ("rows.parquet", b"", "cannot be read as Parquet")])
+def test_broken_files(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        ab_rows.read(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_columns_of_other_types(tmp_path):
+    columns = {name: [1, 2] for name in ab_rows.COUNTS} | {"user": [1, 2], "arm": ["a", "b"]}
+    columns["clicks"] = [[1], [2]]
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="clicks is not a finite number"):
+        ab_rows.read(tmp_path / "rows.parquet")
+
+
+def test_metrics_that_cannot_be_had(tmp_path):
+    table, _ = ab_rows.read(write(tmp_path, [line.rsplit(",", 2)[0] + ",0,0" for line in GOOD]))
+    with pytest.raises(ValueError, match="cvr of arm 'control' is 0"):
+        ab.analyse(table, "control", plan())
+    table, _ = ab_rows.read(write(tmp_path, [",".join([*line.split(",")[:2], *"0000"]) for line in GOOD]))
+    with pytest.raises(ValueError, match="ctr of an arm cannot be had: denominator: expected a sum other"):
+        ab.analyse(table, "control", plan())
+
+
+def test_the_command(command, tmp_path):
+    path, rows = tmp_path / "new" / "rows.csv", tmp_path / "rows.json"
+    done = command("-m", "tarq_jax.experiments.ab", f"--data={path}", "--simulate=5000", f"--json={rows}",
+                   "--replicates=200")
+    assert done.returncode == 0, done.stderr
+    assert "rows: 5,000 read, 0 left out" in done.stdout and "as planned" in done.stdout
+    assert len(json.loads(rows.read_text())) == 7
+    done = command("-m", "tarq_jax.experiments.ab", f"--data={path}", "--ratio=3,1", "--replicates=200")
+    assert done.returncode == 0 and "SAMPLE RATIO MISMATCH" in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["--data=nowhere.csv"], 1, "no file nowhere.csv: expected rows of an A/B test"),
+    (["--control=old"], 1, "--control is 'old', expected one of the arms ['control', 'treatment']"),
+    (["--ratio=1,x"], 2, "--ratio is '1,x', expected positive numbers"),
+    (["--ratio=1,1,1"], 1, "--ratio is '1.0,1.0,1.0', expected 2 positive numbers"),
+    (["--level=1.5"], 2, "level"),
+])
+def test_wrong_calls(arguments, code, message, command, tmp_path):
+    path = write(tmp_path, GOOD)
+    done = command("-m", "tarq_jax.experiments.ab", f"--data={path}", *arguments)
+    line, = done.stderr.splitlines()
+    assert (done.returncode, line.startswith("error: "), message in line) == (code, True, True), line

@@ -1,0 +1,109 @@
+"""Intervals cover a known truth as often as they say, and p-values are uniform where nothing differs."""
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from tarq_jax.statistics import auc_difference, auc_estimate, lift, over_seeds_and_data, ratio
+
+pytestmark = pytest.mark.slow
+
+DATA_SETS = 2000
+SHARE = (0.93, 0.97)
+UNLIKELY = 0.001  # of a Kolmogorov-Smirnov test: what p-values that are uniform fail once in a thousand
+
+
+def covered(estimates, truth) -> float:
+    return float(np.mean([found.low <= truth <= found.high for found in estimates]))
+
+
+def uniform(estimates) -> float:
+    """p-value of a Kolmogorov-Smirnov test."""
+    return float(stats.kstest([found.p_value for found in estimates], "uniform").pvalue)
+
+
+def candidates(rng, users=120, each=5):
+    """Labels and users; and scores of two equally good rankers, which share some of a user's noise."""
+    labels = rng.random((users, each)) < 0.4
+    shared = 0.6 * rng.normal(size=(users, 1))
+    scores = [labels + shared + rng.normal(size=(users, each)) for _ in range(2)]
+    return labels.ravel(), [score.ravel() for score in scores], np.repeat(np.arange(users), each)
+
+
+AUC = float(stats.norm.cdf(1 / np.sqrt(2 * (1 + 0.6**2))))  # two users; of one user's own pairs there are few
+
+
+def test_auc():
+    """The truth counts pairs within a user, where noise that is shared does not hurt: 4 of 599 others."""
+    own = float(stats.norm.cdf(1 / np.sqrt(2)))
+    truth = AUC + (own - AUC) * 4 / 599
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(DATA_SETS):
+        labels, scores, users = candidates(rng)
+        found.append(auc_estimate(labels, scores[0], users))
+    assert SHARE[0] <= covered(found, truth) <= SHARE[1]
+
+
+def test_auc_of_independent_candidates():
+    rng = np.random.default_rng(1)
+    found = []
+    for _ in range(DATA_SETS):
+        labels = rng.random(400) < 0.3
+        found.append(auc_estimate(labels, labels + rng.normal(size=400)))
+    assert SHARE[0] <= covered(found, float(stats.norm.cdf(1 / np.sqrt(2)))) <= SHARE[1]
+
+
+def test_auc_difference():
+    rng = np.random.default_rng(2)
+    found = []
+    for _ in range(DATA_SETS):
+        labels, scores, users = candidates(rng)
+        found.append(auc_difference(labels, *scores, users))
+    assert SHARE[0] <= covered(found, 0.0) <= SHARE[1]
+    assert uniform(found) > UNLIKELY
+
+
+def arm(rng, ctr, value, users=3000):
+    """Clicks, impressions and heavy-tailed revenue of each user."""
+    impressions = rng.poisson(6, users) + 1
+    taste = special.expit(rng.normal(special.logit(ctr), 0.7, users))
+    clicks = rng.binomial(impressions, taste)
+    revenue = value * rng.poisson(0.05 * impressions) * rng.lognormal(0, 1.0, users)
+    return clicks, impressions, revenue
+
+
+def lifts(seed, better):
+    """(CTR, GMV) lifts of `DATA_SETS` experiments whose arms differ by the factor `better` in revenue."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(DATA_SETS):
+        treated, others = arm(rng, 0.1, better), arm(rng, 0.1, 1.0)
+        ones = np.ones(3000)
+        found.append((lift(*(ratio(clicks, shown) for clicks, shown, _ in (treated, others))),
+                      lift(*(ratio(revenue, ones) for _, _, revenue in (treated, others)))))
+    return zip(*found, strict=True)
+
+
+def test_ctr_and_gmv_without_a_difference():
+    ctr, gmv = lifts(3, 1.0)
+    for found in (ctr, gmv):
+        assert SHARE[0] <= covered(found, 0.0) <= SHARE[1]
+    assert min(uniform(ctr), uniform(gmv)) > UNLIKELY
+
+
+def test_gmv_lift():
+    ctr, gmv = lifts(4, 1.1)
+    assert SHARE[0] <= covered(gmv, 0.1) <= SHARE[1]
+    assert SHARE[0] <= covered(ctr, 0.0) <= SHARE[1]
+
+
+def test_seeds_and_data():
+    """Five seeds, as an ablation has, and users of another spread."""
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(DATA_SETS):
+        table = 0.1 * rng.normal(size=(5, 1)) + rng.normal(size=(1, 200)) + rng.normal(size=(5, 200))
+        values = table.mean(axis=1)
+        found.append(over_seeds_and_data(values, (table - values[:, None]) / 200).estimate)
+    assert SHARE[0] <= covered(found, 0.0) <= SHARE[1]

@@ -1,0 +1,166 @@
+"""Ratios, resampling, many tests and power, against scipy, statsmodels and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats import power as statsmodels_power
+
+from tarq_jax import metrics, statistics
+from tarq_jax.statistics import Estimate, adjust, bootstrap, cuped, lift, paired_permutation, ratio
+
+
+def users_of(rng, size=4000, rate=0.2):
+    impressions = rng.poisson(8, size) + 1
+    return rng.binomial(impressions, np.clip(rng.beta(2, 2 / rate - 2, size), 0, 1)), impressions
+
+
+def test_a_mean_is_a_ratio():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 50)
+    found = ratio(values, np.ones(50))
+    assert found.value == pytest.approx(values.mean())
+    assert math.sqrt(found.variance) == pytest.approx(stats.sem(values))
+
+
+def test_delta_method_is_that_of_the_literature():
+    """Deng, Knoblich and Lu 2018, eq. 1: by variances and the covariance of both sums."""
+    clicks, impressions = users_of(np.random.default_rng(1))
+    size, found = len(clicks), ratio(clicks, impressions)
+    x, y = impressions.mean(), clicks.mean()
+    cov = np.cov(clicks, impressions)
+    expected = (cov[0, 0] / x**2 - 2 * y / x**3 * cov[0, 1] + y**2 / x**4 * cov[1, 1]) / size
+    assert found.variance == pytest.approx(expected)
+
+
+def test_lift_is_the_bootstrap_for_many_users():
+    rng = np.random.default_rng(2)
+    arms = [users_of(rng, 3000, rate) for rate in (0.22, 0.2)]
+    found = lift(*(ratio(*arm) for arm in arms))
+    shares = [bootstrap(lambda w, arm=arm: (w @ arm[0]) / (w @ arm[1]), 3000, replicates=800, seed=i)
+              for i, arm in enumerate(arms)]
+    errors = shares[0].standard_error, (1 + found.value) * shares[1].standard_error
+    assert found.standard_error == pytest.approx(math.hypot(*errors) / shares[1].value, rel=0.06)
+    assert found.value == pytest.approx(shares[0].value / shares[1].value - 1)
+
+
+def test_cuped_of_means_is_that_of_the_paper():
+    """Deng et al. 2013: the variance falls by the squared correlation, the expectation stays."""
+    rng = np.random.default_rng(3)
+    before = [rng.normal(10, 3, 5000) for _ in range(2)]
+    now = [0.8 * b + rng.normal(1, 2, 5000) for b in before]
+    ones = np.ones(5000)
+    plain = [ratio(values, ones) for values in now]
+    adjusted = cuped(*plain, *(ratio(values, ones) for values in before))
+    correlation = np.corrcoef(np.concatenate(now), np.concatenate(before))[0, 1]
+    for own, other in zip(adjusted, plain, strict=True):
+        assert own.variance / other.variance == pytest.approx(1 - correlation**2, rel=0.03)
+    assert sum(a.value for a in adjusted) == pytest.approx(sum(p.value for p in plain))
+    theta = 0.8
+    expected = plain[0].value - plain[1].value - theta * (before[0].mean() - before[1].mean())
+    assert adjusted[0].value - adjusted[1].value == pytest.approx(expected, abs=0.01)
+
+
+def test_cuped_without_a_period_before_changes_nothing():
+    values, ones = np.arange(5.0), np.ones(5)
+    first, second = cuped(ratio(values, ones), ratio(values, ones), ratio(ones, ones), ratio(ones, ones))
+    assert first.value == second.value == 2.0
+
+
+def test_bootstrap_of_a_mean():
+    values = np.random.default_rng(4).exponential(size=400)
+    found = bootstrap(lambda weights: weights @ values / 400, 400, replicates=4000, null=1.0)
+    assert found.value == pytest.approx(values.mean())
+    assert found.standard_error == pytest.approx(values.std() / 20, rel=0.05)
+    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=0)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval), rel=0.01)
+
+
+def test_bootstrap_of_an_auc_by_user():
+    """Against the influence of users."""
+    rng = np.random.default_rng(5)
+    users = np.repeat(np.arange(150), 6)
+    labels = rng.random(900) < 0.4
+    scores = rng.normal(size=900) + labels + np.repeat(rng.normal(size=150), 6)
+    found = bootstrap(
+        lambda weights: [metrics.auc(labels, scores, own[users]) for own in weights], 150, replicates=300)
+    assert found.standard_error == pytest.approx(
+        statistics.auc_estimate(labels, scores, users).standard_error, rel=0.12)
+
+
+def test_bootstrap_in_chunks_is_of_all_replicates(monkeypatch):
+    from tarq_jax.statistics import resampling
+
+    sizes = []
+    monkeypatch.setattr(resampling, "CHUNK", 70)
+    bootstrap(lambda weights: sizes.append(len(weights)) or weights.sum(axis=1), 10, replicates=17)
+    assert sizes == [1, 7, 7, 3]
+
+
+def test_permutation_is_exact_for_few():
+    first, second = [3.0, 1.0, 4.0, 1.5, 9.0], [2.0, 1.5, 1.0, 1.0, 2.0]
+    differences = np.subtract(first, second)
+    signs = np.array(np.meshgrid(*[[1, -1]] * 5)).reshape(5, -1)
+    expected = np.mean(abs(signs.T @ differences) >= abs(differences.sum()) - 1e-12)
+    assert paired_permutation(first, second) == pytest.approx(expected)
+
+
+def test_adjusted_p_values_are_those_of_r():
+    """p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm" and "BH")."""
+    values = [0.01, 0.02, 0.03, 0.04, 0.05]
+    assert adjust(values, "holm") == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert adjust(values, "benjamini_hochberg") == pytest.approx([0.05] * 5)
+    assert adjust([0.001, 0.2, 0.03]) == pytest.approx([0.003, 0.2, 0.06])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_adjusting_keeps_the_order(values):
+    holm, hochberg = adjust(values), adjust(values, "benjamini_hochberg")
+    assert (holm >= hochberg - 1e-12).all() and (hochberg >= np.array(values) - 1e-12).all()
+    assert hochberg == pytest.approx(stats.false_discovery_control(values))
+
+
+def test_users_and_power_agree():
+    needed = statistics.users_needed(0.1, 1.0, share=0.3)
+    error = math.sqrt(1 / (0.3 * needed) + 1 / (0.7 * needed))
+    assert statistics.minimum_detectable_effect(error) == pytest.approx(0.1, rel=1e-4)
+    assert statistics.power_of(0.1, error) == pytest.approx(0.8, abs=1e-4)
+    assert statistics.power_of(-0.1, error) == pytest.approx(0.8, abs=1e-4)
+    assert statistics.users_needed(0.1, 1.0) == pytest.approx(
+        2 * statsmodels_power.NormalIndPower().solve_power(0.1, power=0.8, alpha=0.05, ratio=1))
+    assert statistics.users_needed(0.1, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: ratio([1.0], [1.0]), "numerator: expected at least 2 users, got 1"),
+    (lambda: ratio([1.0, 2.0], [0.0, 0.0]), "denominator: expected a sum other than 0"),
+    (lambda: ratio([1.0, 2.0], [1.0]), "denominator: expected shape"),
+    (lambda: lift(ratio([1, 2], [1, 1]), ratio([0, 0], [1, 1])), "control: expected a value other than 0"),
+    (lambda: cuped(*[ratio([1, 2], [1, 1])] * 3, ratio([1, 2, 3], [1, 1, 1])), "before: expected shape"),
+    (lambda: bootstrap(lambda weights: weights[:, 0], 0), "users: expected an integer >= 1, got 0"),
+    (lambda: bootstrap(lambda weights: weights[:, 0] * np.nan, 3), "replicates of the metric: expected fini"),
+    (lambda: paired_permutation([1.0], [2.0]), "first: expected at least 2 values, got 1"),
+    (lambda: paired_permutation([1.0, 2.0], [2.0]), "second: expected shape"),
+    (lambda: adjust([0.5, 1.5]), r"p_values: expected values in \[0, 1\], got 1.5"),
+    (lambda: adjust([0.5], "bonferroni"), "method: expected one of"),
+    (lambda: statistics.users_needed(0.0, 1.0), "effect: expected a number other than 0"),
+    (lambda: statistics.users_needed(0.1, 1.0, share=1.0), "share: expected a number in"),
+    (lambda: statistics.users_needed(0.1, -1.0), "deviation: expected a number of at least 0"),
+    (lambda: statistics.users_needed(0.1, 1.0, power=1.0), "power: expected a number in"),
+    (lambda: statistics.power_of(0.1, 0.0), "standard_error: expected a number above 0"),
+    (lambda: statistics.minimum_detectable_effect(-1.0), "standard_error: expected a number of at least 0"),
+])
+def test_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_nothing_to_adjust():
+    assert len(adjust([])) == 0
+
+
+def test_an_estimate_is_flat():
+    assert Estimate._fields == ("value", "standard_error", "low", "high", "p_value")

@@ -1,0 +1,68 @@
+"""Two sources of variance, against simulated layouts whose components are known, and simpler cases."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tarq_jax.statistics import over_seeds_and_data
+
+
+def layout(rng, seeds, users, of_seeds=1.0, of_users=1.0, of_both=1.0):
+    """(values, influence) of a mean over users."""
+    table = (of_seeds * rng.normal(size=(seeds, 1)) + of_users * rng.normal(size=(1, users))
+             + of_both * rng.normal(size=(seeds, users)))
+    values = table.mean(axis=1)
+    return values, (table - values[:, None]) / users
+
+
+def test_without_users_noise_it_is_the_t_interval_over_seeds():
+    rng = np.random.default_rng(0)
+    values, influence = layout(rng, 5, 40, of_users=0.0, of_both=0.0)
+    found = over_seeds_and_data(values, influence).estimate
+    expected = stats.ttest_1samp(values, 0.0)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_without_seeds_noise_it_is_the_t_interval_over_users():
+    rng = np.random.default_rng(0)
+    values, influence = layout(rng, 5, 40, of_seeds=0.0, of_both=0.0)
+    found = over_seeds_and_data(values, influence).estimate
+    users = influence[0] * 40 + values[0]
+    assert found.p_value == pytest.approx(stats.ttest_1samp(users, 0.0).pvalue)
+
+
+def test_one_seed_counts_data_alone():
+    rng = np.random.default_rng(0)
+    values, influence = layout(rng, 1, 40)
+    found = over_seeds_and_data(values, influence)
+    users = influence[0] * 40 + values[0]
+    assert found.estimate.standard_error == pytest.approx(stats.sem(users))
+    assert found.components.seeds == found.components.both == 0
+
+
+def test_components_are_unbiased():
+    """Means over many layouts against 4 / S, 9 / U and 1 / (S U) with S = 6 and U = 50."""
+    rng = np.random.default_rng(1)
+    parts = np.array([over_seeds_and_data(*layout(rng, 6, 50, 2.0, 3.0, 1.0)).components
+                      for _ in range(3000)]).mean(axis=0)
+    np.testing.assert_allclose(parts, [4 / 6, 9 / 50, 1 / 300], rtol=0.06)
+
+
+def test_components_add_up():
+    rng = np.random.default_rng(2)
+    found = over_seeds_and_data(*layout(rng, 4, 30))
+    assert sum(found.components) == pytest.approx(found.estimate.standard_error**2)
+    assert found.estimate.value == pytest.approx(layout(np.random.default_rng(2), 4, 30)[0].mean())
+
+
+@pytest.mark.parametrize(("values", "influence", "message"), [
+    ([1.0], [[0.0]], "influence: expected at least 2 users, got 1"),
+    ([1.0, 2.0], [[0.0, 1.0]], "values: expected shape"),
+    ([np.nan], [[0.0, 1.0]], "values: expected finite values"),
+    ([1.0], [[0.0, np.inf]], "influence: expected finite values"),
+    ([[1.0]], [[0.0, 1.0]], "values: expected shape"),
+])
+def test_wrong_arguments(values, influence, message):
+    with pytest.raises(ValueError, match=message):
+        over_seeds_and_data(values, influence)
