@@ -173,3 +173,40 @@ def timelines(columns: Mapping[str, Mapping[str, Mapping[str, Line]]],
         grid[0, place].set_title(title)
         grid[-1, place].set_xlabel("seconds")
     return figure
+
+
+def forest(intervals: Mapping[str, tuple[float, float, float]], label: str) -> Figure:
+    """A line a name, from low to high with a mark at the value; dashed is no difference."""
+    figure, (axis,) = _panels(1, width=7.0, height=0.28 * len(intervals) + 1.0)
+    for place, (value, low, high) in enumerate(intervals.values()):
+        differs = low > 0 or high < 0
+        axis.plot([low, high], [place, place], color=COLOURS[0] if differs else "#888888")
+        axis.plot([value], [place], "o", color=COLOURS[0] if differs else "#888888", markersize=5)
+    axis.axvline(0.0, color="black", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(intervals)), list(intervals))
+    axis.invert_yaxis()
+    axis.set(xlabel=label)
+    return figure
+
+
+def frontier(points: Mapping[str, tuple[float, float]], best: Sequence[str], quality: str) -> Figure:
+    """Quality over milliseconds; those in `best` are joined by a line."""
+    figure, (axis,) = _panels(1, width=8.0, height=5.0)
+    axis.plot(*zip(*(points[name] for name in best), strict=True), color=COLOURS[0], drawstyle="steps-post",
+              linewidth=1)
+    for name, (across, up) in points.items():
+        axis.plot([across], [up], "o", color=COLOURS[0] if name in best else "#888888")
+        axis.annotate(name, (across, up), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set(xscale="log", xlabel="ms", ylabel=quality)
+    return figure
+
+
+def lines(by_name: Mapping[str, Line], across: str, up: str) -> Figure:
+    """A line a name over one quantity."""
+    figure, (axis,) = _panels(1, width=8.0, height=4.6)
+    for index, (name, (x, y)) in enumerate(by_name.items()):
+        style = ("-", "--")[index // len(COLOURS) % 2]
+        axis.plot(x, y, style, color=COLOURS[index % len(COLOURS)], label=name)
+    axis.set(xlabel=across, ylabel=up)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    return figure

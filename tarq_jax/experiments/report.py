@@ -1,0 +1,191 @@
+"""What a study says, on one page: differences with intervals, the frontier, learning curves, codebooks.
+
+    python -m tarq_jax.experiments.report --study=runs/ablation --serving=benchmarks/results/serving.json
+
+Writes OUT/index.html, which opens without a network, OUT/README.md, the figures beside them as PNG files, and
+OUT/summary.json. Latencies of whole requests come from the rows that `benchmarks.serving` wrote.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from tarq_jax import cli, reporting
+
+STUDY = flags.DEFINE_string("study", None, "The --workdir of tarq_jax.experiments.ablate.", required=True)
+OUT = flags.DEFINE_string("out", None, "Where the page goes; STUDY/report if not given.")
+REFERENCE = flags.DEFINE_string("reference", "tarq", "Variant that the others are compared with.")
+SERVING = flags.DEFINE_string("serving", None, "Rows of benchmarks.serving, for latencies.")
+CANDIDATES = flags.DEFINE_integer("candidates", 10_000, "Of requests that latencies are of.", lower_bound=1)
+HISTORY = flags.DEFINE_integer("history", 1_000, "Length of their histories.", lower_bound=1)
+LEVEL = flags.DEFINE_float("level", 0.95, "Of intervals.", lower_bound=0.5, upper_bound=0.9999)
+TITLE = flags.DEFINE_string("title", "Ablation", "Of the page.")
+JSON = cli.json_flag()
+
+TABLE = ("variant", "seeds", "auc", "difference", "low", "high", "p_adjusted", "seeds_error", "data_error",
+         "gap_recovered", "gap_low", "gap_high", "latency_ms")
+HEALTH = ("variant", "utilisation", "attention_error", "teacher_auc", "parameters", "train_seconds")
+CURVES = 8  # learning curves that a figure has room for
+
+
+def add_latencies(rows: Sequence[dict[str, Any]], methods: Mapping[str, str | None],
+                  latencies: Mapping[str, float]) -> None:
+    """Gives each row the latency of the method that serves its variant, where one was measured."""
+    for row in rows:
+        method = methods.get(row["variant"])
+        if method is not None and method in latencies:
+            row["latency_ms"] = latencies[method]
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float) -> list[str]:
+    """What the table says, in words: what earns something, what costs, what cannot be told apart."""
+    tested = [row for row in rows if "p_adjusted" in row]
+    worse = [row for row in tested if row["p_adjusted"] < 1 - level and row["difference"] < 0]
+    better = [row for row in tested if row["p_adjusted"] < 1 - level and row["difference"] > 0]
+    same = [row for row in tested if row["p_adjusted"] >= 1 - level]
+    sentences = [
+        f"{what} (adjusted by Holm, {level:.0%}): {_named(found) or 'none'}."
+        for what, found in ((f"Below {reference}", worse), (f"Above {reference}", better))]
+    if same:
+        furthest = max(max(abs(row["low"]), abs(row["high"])) for row in same)
+        sentences.append(f"Not told apart from {reference}, at most {furthest:.4f} AUC away: "
+                         f"{', '.join(row['variant'] for row in same)}.")
+    return sentences
+
+
+def _named(rows: Sequence[Mapping[str, Any]]) -> str:
+    ordered = sorted(rows, key=lambda row: -abs(row["difference"]))
+    return ", ".join(f"{row['variant']} {row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+                     for row in ordered)
+
+
+def frontier_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which methods are on the frontier of latency and quality; None without latencies."""
+    from tarq_jax.experiments import study
+
+    points = {row["variant"]: (row["latency_ms"], row["auc"]) for row in rows if "latency_ms" in row}
+    if len(points) < 2:
+        return None
+    on = study.on_frontier(points)
+    listed = ", ".join(f"{name} ({points[name][0]:.1f} ms, AUC {points[name][1]:.4f})" for name in on)
+    missing = [row["variant"] for row in rows if "latency_ms" not in row]
+    return f"On the frontier: {listed}. Without a latency: {', '.join(missing) or 'none'}."
+
+
+def sections(variants: Mapping[str, Any], rows: list[dict[str, Any]], reference: str, level: float,
+             command: str) -> dict[str, Any]:
+    """The parts of the page, by the names of their figures."""
+    from tarq_jax.experiments import plots, study
+    from tarq_jax.experiments.page import Section
+
+    parts = {"summary": Section("In words", verdicts(rows, reference, level), _columns(rows, TABLE))}
+    tested = [row for row in rows if "difference" in row]
+    if tested:
+        parts["forest"] = Section(
+            "Differences", image=plots.png(plots.forest(
+                {row["variant"]: (row["difference"], row["low"], row["high"]) for row in tested},
+                f"test AUC less that of {reference}")),
+            caption=f"{level:.0%} intervals over seeds and users; not adjusted.")
+    if (sentence := frontier_sentence(rows)) is not None:
+        quality = "gap_recovered" if all("gap_recovered" in row for row in rows) else "auc"
+        points = {row["variant"]: (row["latency_ms"], row[quality]) for row in rows if "latency_ms" in row}
+        parts["frontier"] = Section(
+            "Quality against latency", [sentence],
+            image=plots.png(plots.frontier(points, study.on_frontier(points),
+                                           quality.replace("_", " "))),
+            caption="Quality is of this study; latency the median of a whole request, of the serving "
+                    "benchmark, at its sizes.")
+    curves = {name: curve for name in [row["variant"] for row in rows][:CURVES]
+              if (curve := study.learning_curve(variants[name]))[0]}
+    if curves:
+        parts["learning"] = Section(
+            "Learning curves", image=plots.png(plots.lines(curves, "step", "AUC, validation")),
+            caption=f"Mean over seeds, of the best {len(curves)}.")
+    health = [row for row in rows if "utilisation" in row]
+    if health:
+        parts["health"] = Section(
+            "Codebooks", ["Utilisation is that of the level that has least, on the test split."],
+            _columns(health, HEALTH))
+    parts["provenance"] = Section("Where the numbers come from", [command, *provenance(variants)])
+    return parts
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    present = [name for name in names if any(name in row for row in rows)]
+    return [{name: row.get(name, "") for name in present} for row in rows]
+
+
+def provenance(variants: Mapping[str, Any]) -> list[str]:
+    """Seeds, data, code, packages and devices of all runs, a sentence each."""
+    rows = [row for variant in variants.values() for row in variant.rows]
+    facts = {"seeds": "seed", "data fingerprint": "data", "revision": "revision", "device": "device"}
+    packages = sorted({key for row in rows for key in row if key.startswith("version_")})
+    facts |= {key.removeprefix("version_"): key for key in packages}
+    return [f"{name}: {', '.join(sorted({str(row.get(key, 'unknown')) for row in rows}))}"
+            for name, key in facts.items()]
+
+
+def markdown(title: str, parts: Mapping[str, Any]) -> str:
+    """The page's text, tables and figures as Markdown."""
+    lines = [f"# {title}"]
+    for name, part in parts.items():
+        lines += ["", f"## {part.title}", "", *(f"- {sentence}" for sentence in part.sentences)]
+        if part.rows:
+            lines += ["", "| " + " | ".join(key.replace("_", " ") for key in part.rows[0]) + " |",
+                      "|" + " --- |" * len(part.rows[0])]
+            lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in part.rows]
+        if part.image:
+            lines += ["", f"![{part.caption}]({name}.png)", "", part.caption]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def read_serving(path: str | None) -> list[dict[str, Any]]:
+    """Rows of `benchmarks.serving`; none without a file."""
+    if path is None:
+        return []
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"--serving {path} cannot be read as JSON: {error}") from error
+
+
+def main() -> None:
+    """Flags to page, Markdown and table."""
+    from tarq_jax.experiments import study
+    from tarq_jax.experiments.page import render
+
+    serving = read_serving(SERVING.value)
+    folder = Path(str(STUDY.value))
+    variants = study.load(folder)
+    rows = study.summary(variants, REFERENCE.value, LEVEL.value)
+    methods = {name: study.served_as(study.settings(variant)) for name, variant in variants.items()}
+    add_latencies(rows, methods, study.latencies(serving, CANDIDATES.value, HISTORY.value))
+    command = shlex.join(["python", "-m", "tarq_jax.experiments.report", *sys.argv[1:]])
+    parts = sections(variants, rows, REFERENCE.value, LEVEL.value, command)
+    out = Path(OUT.value or folder / "report")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        if part.image:
+            (out / f"{name}.png").write_bytes(part.image)
+    (out / "index.html").write_text(render(TITLE.value, list(parts.values())))
+    (out / "README.md").write_text(markdown(TITLE.value, parts))
+    reporting.write_rows(rows, out / "summary.json")
+    reporting.print_table(rows, f"{TITLE.value}, against {REFERENCE.value}", TABLE)
+    for sentence in parts["summary"].sentences:
+        print(sentence)
+    print(f"page: {out / 'index.html'}")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

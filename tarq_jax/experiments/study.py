@@ -1,0 +1,186 @@
+"""From the runs of a study to what it says: differences from the reference, with seeds and users as sources.
+
+Scores of every test candidate, which `config.save_scores` keeps, give each user's influence on an AUC.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tarq_jax import statistics
+from tarq_jax.experiments import run_table
+from tarq_jax.statistics import Estimate
+from tarq_jax.training.evaluate import SCORES
+from tarq_jax.training.provenance import FILE as PROVENANCE
+
+ENDS = ("two_tower", "target_attention")  # variants that the gap lies between
+
+
+class Variant(NamedTuple):
+    """Runs of one variant, seed by seed."""
+
+    name: str
+    seeds: tuple[int, ...]
+    rows: list[dict[str, Any]]  # of the table
+    folders: list[Path]
+    auc: np.ndarray  # [S]
+    influence: np.ndarray  # [S, U], see `statistics.auc_influence`
+
+    def at(self, seeds: Sequence[int]) -> "Variant":
+        """The runs of these seeds, in their order."""
+        index = [self.seeds.index(seed) for seed in seeds]
+        return Variant(self.name, tuple(seeds), [self.rows[i] for i in index],
+                       [self.folders[i] for i in index], self.auc[index], self.influence[index])
+
+
+def load(workdir: Path) -> dict[str, Variant]:
+    """The variants of a study, from its table and its runs' scores.
+
+    Raises:
+      FileNotFoundError: there is no table, or a run has no scores.
+      ValueError: the table is damaged, or runs are of different data.
+    """
+    path = workdir / run_table.FILE
+    rows = run_table.read(path)
+    if not rows:
+        raise FileNotFoundError(f"no runs in {path}: expected the --workdir of tarq_jax.experiments.ablate")
+    if len(data := {row["data"] for row in rows}) > 1:
+        raise ValueError(f"{path}: runs are of {len(data)} data sets, expected one; move others to a study "
+                         f"of their own")
+    folders = {_same(row): folder for row in rows
+               if (folder := workdir / f"{row['variant']}-{row['seed']}").is_dir()}
+    variants = {}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["seed"])
+        places = [folders.get(_same(row), workdir / f"{name}-{row['seed']}") for row in own]
+        found = [_influence(place / SCORES, row["model"]) for place, row in zip(places, own, strict=True)]
+        variants[name] = Variant(
+            name, tuple(row["seed"] for row in own), own, places, np.array([one.auc for one in found]),
+            np.stack([one.influence for one in found]))
+    return variants
+
+
+def _same(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a run is told by, whatever its variant is called."""
+    return tuple(row[key] for key in run_table.SAME)
+
+
+def _influence(path: Path, model: str) -> statistics.AucInfluence:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: expected scores, as config.save_scores=True keeps them")
+    with np.load(path) as scores:
+        kept = scores["weights"] > 0
+        return statistics.auc_influence(scores["labels"][kept], scores[model][kept], scores["users"][kept])
+
+
+def difference(variant: Variant, reference: Variant, level: float = 0.95) -> statistics.SeededEstimate | None:
+    """AUC less that of the reference, on the seeds that both have; None without one."""
+    seeds = [seed for seed in variant.seeds if seed in reference.seeds]
+    if not seeds:
+        return None
+    own, other = variant.at(seeds), reference.at(seeds)
+    return statistics.over_seeds_and_data(own.auc - other.auc, own.influence - other.influence, level=level)
+
+
+def gap_recovered(variant: Variant, variants: Mapping[str, Variant], level: float = 0.95) -> Estimate | None:
+    """Share of the gap between two-tower and target attention: a ratio of means over seeds, by delta method.
+
+    None where an end of the gap was not trained, no seed is shared, or there is no gap.
+    """
+    if not all(name in variants for name in ENDS):
+        return None
+    low, high = (variants[name] for name in ENDS)
+    seeds = [seed for seed in variant.seeds if seed in low.seeds and seed in high.seeds]
+    if not seeds:
+        return None
+    own, low, high = variant.at(seeds), low.at(seeds), high.at(seeds)
+    gap = float((high.auc - low.auc).mean())
+    if gap <= 0:
+        return None
+    share = float((own.auc - low.auc).mean()) / gap
+    values, influence = (
+        (getattr(own, name) - getattr(low, name) - share * (getattr(high, name) - getattr(low, name))) / gap
+        for name in ("auc", "influence"))
+    found = statistics.over_seeds_and_data(values, influence, level=level).estimate
+    return found._replace(value=share, low=share + found.low, high=share + found.high)
+
+
+def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95) -> list[dict[str, Any]]:
+    """A row a variant, the best first: AUC, difference from the reference, share of the gap, health.
+
+    Raises:
+      ValueError: there is no such reference.
+    """
+    if reference not in variants:
+        raise ValueError(f"--reference is {reference!r}, expected one of {sorted(variants)}")
+    rows = []
+    for variant in variants.values():
+        row: dict[str, Any] = {"variant": variant.name, "seeds": len(variant.seeds),
+                               "auc": float(variant.auc.mean())}
+        if variant.name != reference and (found := difference(variant, variants[reference], level)):
+            estimate, parts = found
+            row |= {"difference": estimate.value, "low": estimate.low, "high": estimate.high,
+                    "p_value": estimate.p_value, "seeds_error": parts.seeds**0.5 if parts.seeds > 0 else 0.0,
+                    "data_error": parts.data**0.5 if parts.data > 0 else 0.0}
+        if (gap := gap_recovered(variant, variants, level)) is not None:
+            row |= {"gap_recovered": gap.value, "gap_low": gap.low, "gap_high": gap.high}
+        for name in ("teacher_auc", "utilisation", "attention_error", "parameters", "train_seconds"):
+            if name in variant.rows[0]:
+                row[name] = float(np.mean([one[name] for one in variant.rows]))
+        rows.append(row)
+    tested = [row for row in rows if "p_value" in row]
+    for row, p_value in zip(tested, statistics.adjust([row["p_value"] for row in tested]), strict=True):
+        row["p_adjusted"] = float(p_value)
+    return sorted(rows, key=lambda row: -row["auc"])
+
+
+def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:
+    """Steps, and AUC on the validation split, mean over seeds; empty where none was evaluated on the way."""
+    key = f"validation/{variant.rows[0]['model']}/auc"
+    by_step: dict[int, list[float]] = {}
+    for folder in variant.folders:
+        path = folder / "metrics.jsonl"
+        for line in map(json.loads, path.read_text().splitlines()) if path.is_file() else ():
+            if line.get(key) is not None:
+                by_step.setdefault(line["step"], []).append(line[key])
+    return sorted(by_step), [float(np.mean(by_step[step])) for step in sorted(by_step)]
+
+
+def settings(variant: Variant) -> dict[str, Any]:
+    """The configuration of its first run, as its provenance has it; empty where that is missing."""
+    path = variant.folders[0] / PROVENANCE
+    return json.loads(path.read_text())[-1]["config"] if path.is_file() else {}
+
+
+def served_as(config: Mapping[str, Any]) -> str | None:
+    """What `benchmarks.serving` calls the method that serves such a model; None where it has none."""
+    if not config:
+        return None
+    model = config["model"]
+    names = {"two_tower": "two-tower", "cold": "COLD-style MLP",
+             "target_attention": "target attention, in blocks",
+             "tarq": f"TARQ order {model['order']} {model['head']}, K={model['num_codewords']}"}
+    return names.get(model["name"])
+
+
+def latencies(serving: Sequence[Mapping[str, Any]], candidates: int, history: int) -> dict[str, float]:
+    """Median milliseconds of a whole request by method, of rows of `benchmarks.serving`."""
+    return {row["model"]: row["latency_p50_ms"] for row in serving
+            if row.get("kind") == "request" and (row["candidates"], row["history"]) == (candidates, history)}
+
+
+def on_frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Those of (latency, quality) that no other beats in both, the fastest first.
+
+    >>> on_frontier({"a": (1.0, 0.1), "b": (2.0, 0.9), "c": (3.0, 0.5)})
+    ['a', 'b']
+    """
+    best, found = -np.inf, []
+    for name, (_, quality) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if quality > best:
+            best = quality
+            found.append(name)
+    return found

@@ -1,0 +1,205 @@
+"""Studies on disk, made up so that the truth is known, through analysis to page."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tarq_jax import metrics, statistics
+from tarq_jax.experiments import report, run_table, study
+from tarq_jax.training.evaluate import SCORES, write_scores
+
+USERS, EACH, SEEDS = 150, 4, (0, 1, 2, 3)
+SIGNAL = {"two_tower": 0.3, "tarq": 1.0, "tarq_twin": 1.0, "target_attention": 1.1}
+SERVING = [{"kind": "request", "model": name, "candidates": 10, "history": 5, "latency_p50_ms": ms}
+           for name, ms in (("two-tower", 1.0), ("TARQ order 1 mlp, K=8", 2.0),
+                            ("target attention, in blocks", 9.0))]
+
+
+def settings(model):
+    return {"model": {"name": "tarq" if model == "tarq_twin" else model, "order": 1, "head": "mlp",
+                      "num_codewords": 8}}
+
+
+def write_study(root, signal=None, seeds=SEEDS):
+    """Runs whose scores are the label, a noise that all share, and a little of their own."""
+    rng = np.random.default_rng(0)
+    labels = rng.random(USERS * EACH) < 0.4
+    shared = rng.normal(size=USERS * EACH)
+    rows = []
+    for variant, strength in (signal or SIGNAL).items():
+        for seed in seeds:
+            model = "tarq" if "tarq" in variant else variant
+            scores = strength * labels + shared + 0.2 * rng.normal(size=len(labels))
+            folder = root / f"{variant}-{seed}"
+            write_scores(folder / SCORES, {
+                "labels": labels.astype(np.float32), "weights": np.ones(len(labels)),
+                "users": np.repeat(np.arange(USERS), EACH), model: scores})
+            (folder / "provenance.json").write_text(json.dumps([{"config": settings(variant)}]))
+            (folder / "metrics.jsonl").write_text("".join(
+                json.dumps({"step": step, f"validation/{model}/auc": 0.5 + step / 100 + seed / 1000}) + "\n"
+                for step in (5, 10)))
+            rows.append({"variant": variant, "seed": seed, "settings": variant, "data": "d", "model": model,
+                         "auc": metrics.auc(labels, scores), "revision": "r", "device": "cpu",
+                         "version_jax": "1", "parameters": 9, "train_seconds": 2.0,
+                         **({"utilisation": 0.9} if model == "tarq" else {})})
+    run_table.write(root / run_table.FILE, rows)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def variants(folder):
+    return study.load(folder)
+
+
+def test_runs_are_as_the_table_has_them(variants):
+    assert list(variants) == list(SIGNAL)
+    for variant in variants.values():
+        assert variant.seeds == SEEDS and variant.influence.shape == (len(SEEDS), USERS)
+        np.testing.assert_allclose(variant.auc, [row["auc"] for row in variant.rows], rtol=1e-12)
+
+
+def test_a_difference_is_that_of_the_statistics(variants):
+    own, other = variants["two_tower"], variants["tarq"]
+    found = study.difference(own, other)
+    assert found == statistics.over_seeds_and_data(own.auc - other.auc, own.influence - other.influence)
+    assert found.estimate.high < 0
+    few = study.difference(own.at((2, 0)), other)
+    assert few.estimate.value == pytest.approx(np.mean((own.auc - other.auc)[[0, 2]]))
+    assert study.difference(own.at((1,)), other.at((2,))) is None
+
+
+def test_gap_recovered_is_a_ratio_of_means(variants):
+    low, own, high = (variants[name].auc.mean() for name in ("two_tower", "tarq", "target_attention"))
+    found = study.gap_recovered(variants["tarq"], variants)
+    assert found.value == pytest.approx((own - low) / (high - low))
+    assert found.low < found.value < found.high
+    for name, value in (("two_tower", 0.0), ("target_attention", 1.0)):
+        end = study.gap_recovered(variants[name], variants)
+        assert (end.value, end.low, end.high) == pytest.approx((value, value, value), abs=1e-9)
+    assert study.gap_recovered(own, {"tarq": variants["tarq"]}) is None
+
+
+def test_the_interval_of_the_gap_is_the_jackknife_over_users(variants):
+    """One seed, so that users are the only source: leave each out in turn."""
+    one = {name: variant.at((0,)) for name, variant in variants.items()}
+    found = study.gap_recovered(one["tarq"], one)
+    points = []
+    for user in range(USERS):
+        areas = {}
+        for name in ("two_tower", "tarq", "target_attention"):
+            with np.load(one[name].folders[0] / SCORES) as scores:
+                kept = scores["users"] != user
+                model = one[name].rows[0]["model"]
+                areas[name] = metrics.auc(scores["labels"][kept], scores[model][kept])
+        ends = areas["two_tower"], areas["target_attention"]
+        points.append(metrics.gap_recovered(areas["tarq"], *ends))
+    jackknife = np.sqrt((USERS - 1) / USERS * np.square(points - np.mean(points)).sum())
+    assert found.standard_error == pytest.approx(jackknife, rel=0.05)
+
+
+def test_summary(variants):
+    rows = {row["variant"]: row for row in study.summary(variants, "tarq")}
+    assert [row["auc"] for row in rows.values()] == sorted((row["auc"] for row in rows.values()), reverse=True)
+    assert "p_value" not in rows["tarq"] and rows["tarq"]["utilisation"] == 0.9
+    tested = [row for row in rows.values() if "p_value" in row]
+    assert [row["p_adjusted"] for row in tested] == pytest.approx(
+        statistics.adjust([row["p_value"] for row in tested]))
+    assert rows["two_tower"]["p_adjusted"] < 0.001 < 0.05 < rows["tarq_twin"]["p_adjusted"]
+    with pytest.raises(ValueError, match="--reference is 'nothing', expected one of"):
+        study.summary(variants, "nothing")
+
+
+def test_verdicts_say_what_differs(variants):
+    words = report.verdicts(study.summary(variants, "tarq"), "tarq", 0.95)
+    assert words[0].startswith("Below tarq (adjusted by Holm, 95%): two_tower -0.")
+    assert "target_attention +0." in words[1] and "two_tower" not in words[1]
+    assert "away: tarq_twin." in words[2]
+
+
+def test_learning_curves_are_means_over_seeds(variants):
+    steps, values = study.learning_curve(variants["tarq"])
+    assert steps == [5, 10] and values == pytest.approx([0.5515, 0.6015])
+
+
+def test_a_run_of_another_name_is_found(folder, tmp_path):
+    """Rows that were copied, as a run was not run again."""
+    write_study(tmp_path, {"tarq": 1.0})
+    rows = run_table.read(tmp_path / run_table.FILE)
+    run_table.write(tmp_path / run_table.FILE, rows + [{**row, "variant": "again"} for row in rows])
+    found = study.load(tmp_path)
+    np.testing.assert_array_equal(found["again"].influence, found["tarq"].influence)
+
+
+def test_latencies_are_of_the_same_method(variants):
+    rows = study.summary(variants, "tarq")
+    report.add_latencies(rows, {name: study.served_as(study.settings(v)) for name, v in variants.items()},
+                         study.latencies(SERVING, 10, 5))
+    assert {row["variant"]: row.get("latency_ms") for row in rows} == {
+        "two_tower": 1.0, "tarq": 2.0, "tarq_twin": 2.0, "target_attention": 9.0}
+    assert study.latencies(SERVING, 10, 6) == {}
+    assert study.served_as({"model": {**settings("din")["model"]}}) is None and study.served_as({}) is None
+
+
+@pytest.mark.parametrize(("points", "expected"), [
+    ({}, []), ({"a": (1.0, 0.5)}, ["a"]),
+    ({"slow": (3.0, 0.9), "fast": (1.0, 0.7), "worse": (2.0, 0.6), "equal": (3.0, 0.8)}, ["fast", "slow"]),
+    ({"a": (1.0, 0.5), "same": (1.0, 0.5)}, ["a"]),
+])
+def test_frontier(points, expected):
+    assert study.on_frontier(points) == expected
+
+
+def test_the_command(folder, command, tmp_path):
+    (tmp_path / "serving.json").write_text(json.dumps(SERVING))
+    done = command("-m", "tarq_jax.experiments.report", f"--study={folder}", f"--out={tmp_path / 'page'}",
+                   f"--serving={tmp_path / 'serving.json'}", "--candidates=10", "--history=5",
+                   f"--json={tmp_path / 'rows.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "Below tarq" in done.stdout
+    page, text = ((tmp_path / "page" / name).read_text() for name in ("index.html", "README.md"))
+    for part in ("Differences", "Quality against latency", "Learning curves", "Codebooks", "fingerprint: d"):
+        assert part in page and part in text
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page
+    images = {path.name for path in (tmp_path / "page").glob("*.png")}
+    assert images == {"forest.png", "frontier.png", "learning.png"}
+    assert all(f"]({name})" in text for name in images)
+    assert json.loads((tmp_path / "rows.json").read_text()) == json.loads(
+        (tmp_path / "page" / "summary.json").read_text())
+
+
+def test_without_ends_or_latencies_there_is_a_page(command, tmp_path):
+    write_study(tmp_path / "study", {"tarq": 1.0}, seeds=(0,))
+    done = command("-m", "tarq_jax.experiments.report", f"--study={tmp_path / 'study'}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "study" / "report" / "index.html").exists()
+
+
+@pytest.mark.parametrize(("break_it", "message"), [
+    (lambda root: (root / run_table.FILE).unlink(), "no runs in"),
+    (lambda root: (root / run_table.FILE).write_bytes(b"no"), "cannot be read as Parquet"),
+    (lambda root: (root / "tarq-2" / SCORES).unlink(), "expected scores, as config.save_scores=True keeps"),
+])
+def test_broken_studies(break_it, message, tmp_path):
+    break_it(write_study(tmp_path, {"tarq": 1.0}))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        study.load(tmp_path)
+
+
+def test_runs_of_different_data_are_refused(tmp_path):
+    write_study(tmp_path, {"tarq": 1.0})
+    rows = run_table.read(tmp_path / run_table.FILE)
+    run_table.write(tmp_path / run_table.FILE, [{**row, "data": str(row["seed"])} for row in rows])
+    with pytest.raises(ValueError, match="runs are of 4 data sets, expected one"):
+        study.load(tmp_path)
+
+
+def test_a_broken_serving_file(tmp_path):
+    (tmp_path / "serving.json").write_text("{")
+    with pytest.raises(ValueError, match=r"serving\.json cannot be read as JSON"):
+        report.read_serving(str(tmp_path / "serving.json"))
