@@ -105,7 +105,8 @@ def test_the_interval_of_the_gap_is_the_jackknife_over_users(variants):
 
 def test_summary(variants):
     rows = {row["variant"]: row for row in study.summary(variants, "tarq")}
-    assert [row["auc"] for row in rows.values()] == sorted((row["auc"] for row in rows.values()), reverse=True)
+    areas = [row["auc"] for row in rows.values()]
+    assert areas == sorted(areas, reverse=True)
     assert "p_value" not in rows["tarq"] and rows["tarq"]["utilisation"] == 0.9
     tested = [row for row in rows.values() if "p_value" in row]
     assert [row["p_adjusted"] for row in tested] == pytest.approx(
