@@ -162,7 +162,7 @@ def request_rows(bench: Bench, parts: Sequence[dict[str, Any]], console: Console
             seconds=bench.plan.seconds, least=bench.plan.least)
         for name, seconds in times.items():
             yield {"kind": "request", "model": name, "candidates": count, "history": length,
-                   **_latency(seconds), **memory(bench, parts, name, count, length)}
+                   **latency(seconds), **memory(bench, parts, name, count, length)}
 
 
 def user_side_parts(contender: Contender) -> list[tuple[str, str]]:
@@ -189,7 +189,8 @@ def memory(bench: Bench, parts: Sequence[dict[str, Any]], name: str, count: int,
             "temporary_mb": max(held)}
 
 
-def _latency(seconds: np.ndarray) -> dict[str, Any]:
+def latency(seconds: np.ndarray) -> dict[str, Any]:
+    """Percentiles and spread of calls, in ms."""
     lower, upper = np.quantile(seconds, [0.25, 0.75])
     return {column: 1e3 * float(np.quantile(seconds, share)) for column, share in QUANTILES.items()} | {
         "spread_ms": 1e3 * float(upper - lower), "calls": len(seconds)}
@@ -230,7 +231,7 @@ def part_rows(bench: Bench, roof: Peaks, console: Console) -> Iterator[dict[str,
         for (name, part, count, length), seconds in times.items():
             cost = parts[name, part, count, length].cost
             yield {"kind": "part", "model": name, "part": part, "candidates": count, "history": length,
-                   **_latency(seconds), **roof.bounds(cost.flops, cost.bytes, cost.exponentials),
+                   **latency(seconds), **roof.bounds(cost.flops, cost.bytes, cost.exponentials),
                    "mflop": cost.flops / 1e6, "moved_mb": cost.bytes / 1e6,
                    "temporary_mb": cost.temporary / 1e6}
         del parts

@@ -80,12 +80,13 @@ def make_contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
     common = dataset.schema, sizes.width, sizes.heads, sizes.hidden
     two_tower, attention = TwoTower(*common), TargetAttention(*common)
     params = random_params(two_tower, dataset)
-    yield Contender(TWO_TOWER, methods.from_module(two_tower, params), two_tower, _logits(two_tower, params))
+    yield Contender(TWO_TOWER, methods.from_module(two_tower, params), two_tower,
+                    logits_of(two_tower, params))
     weights = cold.random_weights(sizes.width, sizes.hidden)
     yield Contender(COLD, cold.method(two_tower.clone(compute=SERVED), params, weights), two_tower,
                     _cold_logits(two_tower, params, weights))
     params = random_params(attention, dataset)
-    served, reference = methods.from_module(attention, params), _logits(attention, params)
+    served, reference = methods.from_module(attention, params), logits_of(attention, params)
     whole = served._replace(name="target_attention_whole", score=inspect.unwrap(SCORES["target_attention"]))
     yield Contender(IN_BLOCKS, served, attention, reference)
     yield Contender(WHOLE, whole, attention, reference)
@@ -95,7 +96,7 @@ def make_contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
             params = random_params(module, dataset, codewords)
             chosen = draw_codewords(item_latents(module, params, dataset), sizes.levels, codewords)
             yield Contender(tarq_name(order, head, codewords), methods.from_module(module, params, chosen),
-                            module, _logits(module, params, chosen))
+                            module, logits_of(module, params, chosen))
 
 
 def random_params(module: nn.Module, dataset: Dataset, codewords: int = 0) -> Any:
@@ -143,7 +144,8 @@ def draw_codewords(latents: np.ndarray, levels: int, codewords: int) -> np.ndarr
     return np.stack(drawn)
 
 
-def _logits(module: nn.Module, params: Any, *arguments: Any) -> Callable[[Batch], jax.Array]:
+def logits_of(module: nn.Module, params: Any, *arguments: Any) -> Callable[[Batch], jax.Array]:
+    """The training code, compiled: batch -> logits."""
     forward: Callable[..., Any] = jax.jit(module.apply)
     return lambda batch: forward(params, batch, *arguments).logits
 

@@ -155,15 +155,21 @@ def settings(variant: Variant) -> dict[str, Any]:
     return json.loads(path.read_text())[-1]["config"] if path.is_file() else {}
 
 
+# What `benchmarks.serving` and `benchmarks.frontier` call the methods that serve models, but for TARQ.
+METHODS = {
+    "two_tower": "two-tower", "target_attention": "target attention, in blocks", "cold": "COLD-style MLP",
+    "inttower": "IntTower", "linear_attention": "linear attention", "sdim": "SDIM", "eta": "ETA", "din": "DIN",
+}
+
+
 def served_as(config: Mapping[str, Any]) -> str | None:
-    """What `benchmarks.serving` calls the method that serves such a model; None where it has none."""
+    """The name of the method that serves such a model, where latency is measured; None where it is not."""
     if not config:
         return None
     model = config["model"]
-    names = {"two_tower": "two-tower", "cold": "COLD-style MLP",
-             "target_attention": "target attention, in blocks",
-             "tarq": f"TARQ order {model['order']} {model['head']}, K={model['num_codewords']}"}
-    return names.get(model["name"])
+    if model["name"] == "tarq":
+        return f"TARQ order {model['order']} {model['head']}, K={model['num_codewords']}"
+    return METHODS.get(model["name"])
 
 
 def latencies(serving: Sequence[Mapping[str, Any]], candidates: int, history: int) -> dict[str, float]:

@@ -73,6 +73,12 @@ def bound(function: Callable[..., Any], module: nn.Module) -> Callable[[Any, Any
 
 def user_and_history(backbone: TwoTower, request: Arrays) -> tuple[jax.Array, jax.Array]:
     """v_user [B, D] and the history X [B, N, D]."""
+    layers, history = user_layers_and_history(backbone, request)
+    return layers[-1], history
+
+
+def user_layers_and_history(backbone: TwoTower, request: Arrays) -> tuple[list[jax.Array], jax.Array]:
+    """As `user_and_history`, with every layer of the user tower, [B, any] each."""
     mask = request["mask"]
     nothing = jnp.zeros((mask.shape[0], 0))
     batch = Batch(
@@ -80,7 +86,7 @@ def user_and_history(backbone: TwoTower, request: Arrays) -> tuple[jax.Array, ja
         history=request["events"], history_mask=mask, candidates={}, candidate_mask=nothing > 0,
         labels=nothing, weights=nothing)
     history = backbone.with_events(batch, request["embedding"])
-    return backbone.user_vector(batch, history), history
+    return backbone.user_layers(batch, history), history
 
 
 def history_of_teacher(module: TargetAttention, request: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:

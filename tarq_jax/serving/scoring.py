@@ -165,13 +165,13 @@ def dot_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 @in_blocks_on_cpu
 def mlp_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """The interaction head on the output of order 1."""
-    return _on_attended(weights, user, items, first_order(weights, user, items))
+    return on_attended(weights, user, items, first_order(weights, user, items))
 
 
 @in_blocks
 def target_attention(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """Every item attends over the whole history."""
-    return _on_attended(weights, user, items, attend(user, items))
+    return on_attended(weights, user, items, attend(user, items))
 
 
 def _sums(values: jax.Array) -> jax.Array:
@@ -183,7 +183,7 @@ def _sums(values: jax.Array) -> jax.Array:
     return values @ jnp.ones(values.shape[-1])
 
 
-def _on_attended(weights: Arrays, user: Arrays, items: Arrays, attended: jax.Array) -> jax.Array:
+def on_attended(weights: Arrays, user: Arrays, items: Arrays, attended: jax.Array) -> jax.Array:
     """The interaction head on `o = W attended + b`."""
     output = attended @ weights["output_kernel"] + weights["output_bias"]
     return _interaction(weights, user, items, output, output @ weights["first_output"])

@@ -1,0 +1,228 @@
+"""The baselines of `tarq_jax.models` as they would be served: for the frontier, not for export by users.
+
+As of the methods of `tarq_jax.serving`, what depends on the user or on the item alone is computed once for
+each. Linear attention and SDIM keep sums of the history, DIN compares every pair, ETA searches by Hamming
+distance and attends to what it finds, IntTower takes the best of a few products.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tarq_jax.approximate_attention import EPSILON, hash_planes, signatures
+from tarq_jax.attention import attention_sums
+from tarq_jax.models import Din, HardSearch, IntTower, LinearAttention, Sdim
+from tarq_jax.serving.method import (
+    SERVED,
+    Method,
+    bound,
+    head_on_attended,
+    interaction_head,
+    interaction_items,
+    interaction_user,
+    item_towers,
+    side_by_side,
+    user_and_history,
+    user_layers_and_history,
+)
+from tarq_jax.serving.scoring import Arrays, Score, in_blocks, in_blocks_on_cpu, look_up, on_attended
+from tarq_jax.serving.vectors import read
+
+ROUNDS, BITS, SELECTED = 16, 3, 16  # as the models have them
+
+
+class Attention(NamedTuple):
+    """How one of them attends, in three parts.
+
+    Attributes:
+      user: (module, encoded history, history X, mask) -> state, [B, ...] each.
+      item: (module, x_item) -> what the index keeps besides, [M, ...] each.
+      score: of the item side.
+      num_codewords: beyond the integers that the index keeps.
+    """
+
+    user: Callable[..., dict[str, Any]]
+    item: Callable[..., dict[str, Any]]
+    score: Score
+    num_codewords: int = 0
+
+
+def positive(x: jax.Array) -> jax.Array:
+    """The feature map of linear attention."""
+    return jax.nn.elu(x) + 1.0
+
+
+def linear_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
+    """Sums over the history: [B, H, E, E] and [B, H, E]."""
+    keys, values = module.attention.keys_values(encoded)
+    features = jnp.where(mask[:, None, :, None], positive(keys), 0.0)
+    return {"sums": jnp.swapaxes(features, -1, -2) @ values, "totals": features.sum(axis=-2)}
+
+
+def linear_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
+    """[M, D], positive."""
+    return {"query": positive(side_by_side(module.query(embedding)))}
+
+
+@in_blocks_on_cpu
+def linear(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+    """One product a head."""
+    heads, width, _ = user["sums"].shape
+    queries = jnp.swapaxes(read(items, "query").reshape(-1, heads, width), 0, 1)
+    attended = queries @ user["sums"] / (queries @ user["totals"][..., None] + EPSILON)
+    return on_attended(weights, user, items, side_by_side(attended))
+
+
+def codes_of(vectors: jax.Array) -> jax.Array:
+    """Codes of signatures of rounds: [..., D] to [..., R]."""
+    planes = hash_planes(vectors.shape[-1], ROUNDS, BITS)
+    return jnp.sum(signatures(vectors, planes) * 2 ** np.arange(BITS), axis=-1)
+
+
+def sdim_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
+    """Buckets of every round: their sums of values [B, R, S, D] and how many there are [B, R, S]."""
+    filled = jnp.where(mask[..., None, None], jax.nn.one_hot(codes_of(history), 2**BITS), 0.0)
+    values = jnp.swapaxes(module.attention.values(encoded), 1, 2)
+    values = values.reshape(*values.shape[:2], -1)
+    return {"buckets": jnp.einsum("bnrs,bnd->brsd", filled, values), "counts": filled.sum(axis=1)}
+
+
+def sdim_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
+    """A code a round, [M, R]."""
+    return {"codes": codes_of(embedding)}
+
+
+@in_blocks_on_cpu
+def sdim(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+    """One look-up a round."""
+    attended, count = (look_up(user[name], items["codes"]) for name in ("buckets", "counts"))
+    return on_attended(weights, user, items, attended / jnp.maximum(count, 1.0)[:, None])
+
+
+def signs_of(vectors: jax.Array) -> jax.Array:
+    """Whether each plane has a vector above it: [..., D] to [..., R T] bool."""
+    planes = hash_planes(vectors.shape[-1], ROUNDS, BITS)
+    return signatures(vectors, planes.reshape(planes.shape[0], 1, -1))[..., 0, :]
+
+
+def eta_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
+    """Keys and values [B, N, H, E], and signs of positions as -1 and 1."""
+    keys, values = (jnp.swapaxes(part, 1, 2) for part in module.attention.keys_values(encoded))
+    return {"keys": keys, "values": values, "signs": jnp.where(signs_of(history), 1.0, -1.0), "mask": mask}
+
+
+def eta_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
+    """The query [M, D], and signs as 0 and 1."""
+    return {"query": side_by_side(module.query(embedding)), "signs": signs_of(embedding).astype(jnp.int32)}
+
+
+@in_blocks
+def eta(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+    """Hamming distances to all positions, the nearest, attention over these."""
+    positions, heads, width = user["keys"].shape
+    products = jnp.where(items["signs"] > 0, 1.0, -1.0) @ user["signs"].T
+    rank = products.astype(jnp.int32) * positions + jnp.arange(positions)
+    rank = jnp.where(user["mask"], rank + ROUNDS * BITS * positions, -1)
+    best, chosen = jax.lax.top_k(rank, min(SELECTED, positions))
+    keys, values = (jnp.swapaxes(user[name][chosen], 1, 2) for name in ("keys", "values"))  # [M, H, S, E]
+    queries = read(items, "query").reshape(-1, heads, 1, width)
+    attended = attention_sums(queries, keys, values, (best >= 0)[:, None, None])
+    return on_attended(weights, user, items, attended.reshape(-1, heads * width))
+
+
+def din_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
+    """Positions as the first layer of the activation unit reads them, and their values side by side."""
+    values = jnp.swapaxes(module.attention.values(encoded), 1, 2)
+    return {"history": history, "values": values.reshape(*values.shape[:2], -1), "mask": mask}
+
+
+def din_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
+    """Nothing but x_item, which is there anyhow."""
+    return {}
+
+
+@in_blocks
+def din(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+    """The activation unit of every pair, its first layer in four parts."""
+    unit, queries, keys = weights["unit"], read(items, "embedding"), user["history"]
+    of_query, of_key, of_product, of_change = unit["first"]
+    products = keys @ (queries[:, :, None] * of_product)  # [M, N, F]
+    of_both = (queries @ (of_query + of_change) + unit["bias"])[:, None] + keys @ (of_key - of_change)
+    hidden = products + of_both
+    pair = (jax.nn.gelu(hidden) @ unit["last"]["kernel"] + unit["last"]["bias"])[..., 0]
+    return on_attended(weights, user, items, jnp.where(user["mask"], pair, 0.0) @ user["values"])
+
+
+ATTENTIONS: Mapping[str, tuple[type[nn.Module], Attention]] = {
+    "linear attention": (LinearAttention, Attention(linear_user, linear_item, linear)),
+    "SDIM": (Sdim, Attention(sdim_user, sdim_item, sdim, 2**BITS)),
+    "ETA": (HardSearch, Attention(eta_user, eta_item, eta, 2)),
+    "DIN": (Din, Attention(din_user, din_item, din)),
+}
+INTTOWER = "IntTower"
+
+
+def attention_method(name: str, module: nn.Module, variables: Any) -> Method:
+    """Serves one of `ATTENTIONS`."""
+    attention = ATTENTIONS[name][1]
+    params = variables["params"]
+    head = interaction_head(params["head"])
+    weights: dict[str, Any] = {"variables": variables, "head": head}
+    item_weights = head_on_attended(params, head)
+    if name == "DIN":
+        first, last = (params["unit"][f"Dense_{index}"] for index in range(2))
+        item_weights["unit"] = {"first": np.split(first["kernel"], 4), "bias": first["bias"], "last": last}
+
+    def user_side(module, weights, request):
+        user, history = user_and_history(module.backbone, request)
+        encoded = module.history_encoder(history, request["mask"])
+        state = attention.user(module, encoded, history, request["mask"])
+        return state | interaction_user(user, weights)
+
+    def encode(module, weights, features):
+        arrays = interaction_items(module.backbone, weights, features)
+        return arrays | attention.item(module, arrays["embedding"])
+
+    return Method(name, module.schema, bound(user_side, module), bound(encode, module), weights, item_weights,
+                  weights, num_codewords=attention.num_codewords, keeps_history=name in ("ETA", "DIN"),
+                  score=attention.score)
+
+
+@in_blocks_on_cpu
+def inttower(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+    """Two towers, and for each vector of the user the best product with one of the item's."""
+    vectors = read(items, "vectors")
+    products = vectors @ user["vectors"].T  # [M, I, U]
+    return read(items, "vector") @ user["vector"] + weights["bias"] + products.max(axis=1).sum(axis=-1)
+
+
+def inttower_method(module: nn.Module, variables: Any) -> Method:
+    """Serves IntTower."""
+    scale = np.float32(1 / np.sqrt(module.width))
+
+    def user_side(module, weights, request):
+        layers, _ = user_layers_and_history(module.backbone, request)
+        vectors = [project(layer) for project, layer in zip(module.user_vectors, layers, strict=True)]
+        return {"vector": layers[-1] * scale, "vectors": jnp.concatenate(vectors, axis=1) * scale}
+
+    def encode(module, weights, features):
+        towers = item_towers(module.backbone, features)
+        return towers | {"vectors": module.item_vectors(towers["vector"])}
+
+    weights = {"variables": variables}
+    bias = {"bias": variables["params"]["backbone"]["bias"]}
+    return Method("inttower", module.schema, bound(user_side, module), bound(encode, module), weights, bias,
+                  weights, score=inttower)
+
+
+def modules(**common: Any) -> Iterator[tuple[str, nn.Module, Callable[[Any], Method]]]:
+    """Name, module, and what makes a method of its parameters; `common` is what all modules take."""
+    for name, (module, _) in ATTENTIONS.items():
+        served = module(**common, compute=SERVED)
+        yield name, module(**common), functools.partial(attention_method, name, served)
+    yield INTTOWER, IntTower(**common), functools.partial(inttower_method, IntTower(**common, compute=SERVED))

@@ -1,0 +1,98 @@
+"""Latency of whole requests of every method at one point, the baselines among them: one axis of the frontier.
+
+    python -m benchmarks.frontier --json=benchmarks/results/frontier_latency.json
+
+As `benchmarks.serving` measures requests, in turns, with random weights, after scores were compared with
+those of the training code; methods of `benchmarks.serving_contenders` and of `benchmarks.approximations`.
+`python -m tarq_jax.experiments.report --serving=FILE` draws quality against it.
+"""
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import approximations, serving
+from benchmarks.serving_contenders import (
+    Contender,
+    Sizes,
+    load_scorer,
+    logits_of,
+    make_batch,
+    make_contenders,
+    make_dataset,
+    random_params,
+)
+from benchmarks.timing import in_turns
+from tarq_jax import cli, reporting
+from tarq_jax.data import Dataset
+
+SECONDS = flags.DEFINE_float("seconds", 2.0, "That each method is measured for.", lower_bound=0,
+                             allow_override=True)
+COUNT = flags.DEFINE_integer("count", 10_000, "Candidates of a request.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 1_000, "Length of its history.", lower_bound=1)
+TOP_K = flags.DEFINE_integer("top_k", 500, "Candidates that are kept.", lower_bound=1, allow_override=True)
+JSON = cli.json_flag()
+
+CHECKED = 1_000  # candidates whose scores are compared
+
+
+def contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
+    """Every method, with random weights."""
+    yield from make_contenders(sizes, dataset)
+    few = sizes._replace(codewords=sizes.few_codewords)  # which order 0 is not measured with elsewhere
+    yield from (made for made in make_contenders(few, dataset) if made.name.startswith("TARQ order 0"))
+    for name, module, method_of in approximations.modules(
+            schema=dataset.schema, width=sizes.width, num_heads=sizes.heads, hidden=sizes.hidden):
+        params = random_params(module, dataset)
+        yield Contender(name, method_of(params), module, logits_of(module, params))
+
+
+def measure(sizes: Sizes, count: int, length: int, top_k: int, seconds: float, console: Console
+            ) -> list[dict[str, Any]]:
+    """A row a method.
+
+    Raises:
+      ValueError: scores are not those of the training code.
+    """
+    dataset = make_dataset(sizes)
+    rng = np.random.default_rng(1)
+    history = rng.integers(1, sizes.items + 1, length)
+    ids = rng.permutation(sizes.items)[:count] + 1
+    request = {"history": {"item_id": history}}
+    calls, differences = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, made in enumerate(track(list(contenders(sizes, dataset)), "loading", console=console)):
+            (out := Path(folder) / str(number)).mkdir()
+            checked = ids[:min(CHECKED, count)]
+            scorer = load_scorer(made, dataset, out, histories=(length,), candidates=(len(checked), count),
+                                 top_k=top_k)
+            found = scorer.score(request, checked)
+            expected = np.asarray(made.reference(make_batch(dataset, history, found.ids)))[0]
+            differences[made.name] = float(np.abs(found.scores - expected).max() / np.abs(expected).max())
+            if not differences[made.name] < serving.TOLERANCE:
+                raise ValueError(f"{made.name}: scores differ from the training code's by "
+                                 f"{differences[made.name]:.1e} of the largest, expected at most "
+                                 f"{serving.TOLERANCE:.0e}")
+            calls[made.name] = functools.partial(scorer.score, request, ids, top_k=top_k)
+        times = in_turns(calls, seconds=seconds)
+    return [{"kind": "request", "model": name, "candidates": count, "history": length}
+            | serving.latency(found) | {"difference": differences[name]} for name, found in times.items()]
+
+
+def main() -> None:
+    """Flags to table."""
+    rows = measure(Sizes(), COUNT.value, LENGTH.value, TOP_K.value, SECONDS.value, Console(stderr=True))
+    reporting.print_table(rows, "whole requests")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
