@@ -21,7 +21,7 @@ from tarq_jax import cli, reporting
 
 STEPS = flags.DEFINE_integer("steps", 1500, "Steps of each run.", lower_bound=100)
 COUNTS = flags.DEFINE_list("counts", ["8"], "How many seeds are trained together; one row each.")
-MODEL = flags.DEFINE_string("model", "tarq", "Model that is trained.")
+MODEL = flags.DEFINE_string("model", "tarq", "Model that is trained.", allow_override=True)
 DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Where prepared data are kept.")
 JSON = cli.json_flag()
 

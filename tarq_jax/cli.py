@@ -78,6 +78,19 @@ def seeds(flag: flags.Flag) -> list[int]:
     return found
 
 
+def level_flag() -> flags.Flag:
+    """Defines `--level=SHARE`, of intervals."""
+    if "level" not in flags.FLAGS:
+        flags.DEFINE_float("level", 0.95, "Of intervals.", lower_bound=0.5, upper_bound=0.9999)
+    return flags.FLAGS["level"]
+
+
+def level(flag: flags.Flag) -> float:
+    """The share of `level_flag`."""
+    found: Any = flag.value
+    return float(found)
+
+
 def url_flag() -> flags.Flag:
     """Defines `--url=URL`, of a service to ask."""
     if "url" not in flags.FLAGS:

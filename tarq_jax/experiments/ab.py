@@ -23,7 +23,7 @@ from tarq_jax.experiments import ab_rows
 DATA = flags.DEFINE_string("data", None, "File of rows, CSV or Parquet.", required=True)
 CONTROL = flags.DEFINE_string("control", "control", "Arm that the others are compared with.")
 RATIO = flags.DEFINE_list("ratio", [], "Planned shares of arms in the order of their names; even if none.")
-LEVEL = flags.DEFINE_float("level", 0.95, "Of intervals.", lower_bound=0.5, upper_bound=0.9999)
+LEVEL = cli.level_flag()
 POWER = flags.DEFINE_float("power", 0.8, "Chance to find an effect that is there.", lower_bound=0.5,
                            upper_bound=0.9999)
 REPLICATES = flags.DEFINE_integer("replicates", 2000, "Of the bootstrap.", lower_bound=100)
@@ -171,9 +171,9 @@ def main() -> None:
     verdict = ("as planned" if p_value >= MISMATCH else
                "SAMPLE RATIO MISMATCH: users are missing in an arm; lifts are not to be believed")
     print(f"users: {arms}; p = {p_value:.3g} of shares as planned: {verdict}")
-    rows = analyse(table, CONTROL.value, Plan(LEVEL.value, POWER.value, REPLICATES.value))
+    rows = analyse(table, CONTROL.value, Plan(cli.level(LEVEL), POWER.value, REPLICATES.value))
     rows = [row | {"sample_ratio_p": p_value} for row in rows]
-    reporting.print_table(rows, f"lifts over {CONTROL.value}, {LEVEL.value:.0%} intervals", [
+    reporting.print_table(rows, f"lifts over {CONTROL.value}, {cli.level(LEVEL):.0%} intervals", [
         "metric", "arm", "method", "control_value", "value", "lift", "low", "high", "p_value", "p_adjusted",
         "detectable_lift", "reported_lift", "users_for_reported"])
     if JSON.value:

@@ -18,12 +18,11 @@ from absl import flags
 from tarq_jax import cli, reporting
 
 STUDY = flags.DEFINE_string("study", None, "The --workdir of tarq_jax.experiments.ablate.", required=True)
-OUT = flags.DEFINE_string("out", None, "Where the page goes; STUDY/report if not given.")
+OUT = flags.DEFINE_string("out", None, "Where the page goes; STUDY/report if not given.", allow_override=True)
 REFERENCE = flags.DEFINE_string("reference", "tarq", "Variant that the others are compared with.")
 SERVING = flags.DEFINE_string("serving", None, "Rows of benchmarks.serving, for latencies.")
-CANDIDATES = flags.DEFINE_integer("candidates", 10_000, "Of requests that latencies are of.", lower_bound=1)
-HISTORY = flags.DEFINE_integer("history", 1_000, "Length of their histories.", lower_bound=1)
-LEVEL = flags.DEFINE_float("level", 0.95, "Of intervals.", lower_bound=0.5, upper_bound=0.9999)
+POINT = flags.DEFINE_list("point", ["10000", "1000"], "Candidates and history of the latencies shown.")
+LEVEL = cli.level_flag()
 TITLE = flags.DEFINE_string("title", "Ablation", "Of the page.")
 JSON = cli.json_flag()
 
@@ -163,14 +162,17 @@ def main() -> None:
     from tarq_jax.experiments import study
     from tarq_jax.experiments.page import render
 
+    point = cli.whole_numbers(POINT, "candidates and length of history like 10000,1000")
+    if len(point) != 2:
+        cli.wrong_call(f"--point is {','.join(POINT.value)!r}, expected two numbers like 10000,1000")
     serving = read_serving(SERVING.value)
     folder = Path(str(STUDY.value))
-    variants = study.load(folder)
-    rows = study.summary(variants, REFERENCE.value, LEVEL.value)
+    variants, level = study.load(folder), cli.level(LEVEL)
+    rows = study.summary(variants, REFERENCE.value, level)
     methods = {name: study.served_as(study.settings(variant)) for name, variant in variants.items()}
-    add_latencies(rows, methods, study.latencies(serving, CANDIDATES.value, HISTORY.value))
+    add_latencies(rows, methods, study.latencies(serving, *point))
     command = shlex.join(["python", "-m", "tarq_jax.experiments.report", *sys.argv[1:]])
-    parts = sections(variants, rows, REFERENCE.value, LEVEL.value, command)
+    parts = sections(variants, rows, REFERENCE.value, level, command)
     out = Path(OUT.value or folder / "report")
     out.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():

@@ -138,7 +138,7 @@ def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95
 
 
 def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:
-    """Steps, and AUC on the validation split, mean over seeds; empty where none was evaluated on the way."""
+    """Steps, and AUC on the validation split, mean over seeds; empty without evaluations on the way."""
     key = f"validation/{variant.rows[0]['model']}/auc"
     by_step: dict[int, list[float]] = {}
     for folder in variant.folders:
@@ -158,7 +158,8 @@ def settings(variant: Variant) -> dict[str, Any]:
 # What `benchmarks.serving` and `benchmarks.frontier` call the methods that serve models, but for TARQ.
 METHODS = {
     "two_tower": "two-tower", "target_attention": "target attention, in blocks", "cold": "COLD-style MLP",
-    "inttower": "IntTower", "linear_attention": "linear attention", "sdim": "SDIM", "eta": "ETA", "din": "DIN",
+    "inttower": "IntTower", "linear_attention": "linear attention", "sdim": "SDIM", "eta": "ETA",
+    "din": "DIN",
 }
 
 

@@ -144,7 +144,7 @@ def test_latencies_are_of_the_same_method(variants):
     assert {row["variant"]: row.get("latency_ms") for row in rows} == {
         "two_tower": 1.0, "tarq": 2.0, "tarq_twin": 2.0, "target_attention": 9.0}
     assert study.latencies(SERVING, 10, 6) == {}
-    assert study.served_as({"model": {**settings("din")["model"]}}) is None and study.served_as({}) is None
+    assert study.served_as(settings("two_tower_large")) is None and study.served_as({}) is None
 
 
 @pytest.mark.parametrize(("points", "expected"), [
@@ -159,7 +159,7 @@ def test_frontier(points, expected):
 def test_the_command(folder, command, tmp_path):
     (tmp_path / "serving.json").write_text(json.dumps(SERVING))
     done = command("-m", "tarq_jax.experiments.report", f"--study={folder}", f"--out={tmp_path / 'page'}",
-                   f"--serving={tmp_path / 'serving.json'}", "--candidates=10", "--history=5",
+                   f"--serving={tmp_path / 'serving.json'}", "--point=10,5",
                    f"--json={tmp_path / 'rows.json'}")
     assert done.returncode == 0, done.stderr
     assert "Below tarq" in done.stdout
