@@ -165,9 +165,9 @@ def few_programs_in_memory() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def compiled_once() -> Iterator[None]:
     """Runs of equal settings share objectives and compiled steps: tracing is most of a tiny run's time."""
-    from tarq_jax.training import setup
+    from tarq_jax.training import seeds, setup
 
-    build, compile_step = setup.build, setup.compile_step
+    build, compile_step, compile_seeds = setup.build, setup.compile_step, seeds.compile_step
     objectives, steps = {}, {}
 
     def shared_build(model, loss_weights, schema, *how):
@@ -183,7 +183,14 @@ def compiled_once() -> Iterator[None]:
             steps[key] = compile_step(config, objective, optimizer, mesh, state)
         return steps[key]
 
+    def shared_seeds(config, objective, optimizer, mesh):
+        key = objective, config.codebook.to_json(), config.optimizer.to_json(), config.steps, mesh
+        if key not in steps:
+            steps[key] = compile_seeds(config, objective, optimizer, mesh)
+        return steps[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "build", shared_build)
         patch.setattr(setup, "compile_step", shared_step)
+        patch.setattr(seeds, "compile_step", shared_seeds)
         yield

@@ -17,7 +17,7 @@ from tarq_jax.training.evaluate import SCORES
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
 
-SEEDS = (3, 0, 7, 1)
+SEEDS = (3, 0)
 
 
 def folders(root, chosen=SEEDS):
@@ -53,14 +53,14 @@ def assert_close(found, expected, rtol=1e-3):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, tiny_dataset, silent, compiled_once):
-    """Four seeds, over four devices: (folder, rows by seed)."""
+    """Two seeds, over two devices: (folder, rows by seed)."""
     root = tmp_path_factory.mktemp("together")
     config = tiny.make_config()
     config.save_scores = True
     return root, seeds.train(config, tiny_dataset, folders(root), silent)
 
 
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_seed_ends_as_it_does_on_its_own(
         seed, together, tiny_config, tiny_dataset, tmp_path, silent, untimed):
     root, rows = together
@@ -128,8 +128,8 @@ def test_stacking_is_undone_by_unstacking(together, tiny_config, tiny_dataset, s
     root, _ = together
     states = [saved_state(folder, with_seed(tiny_config, seed), tiny_dataset)
               for seed, folder in folders(root).items()]
-    stacked = seeds.stack_states(states, seeds.make_mesh(4))
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(stacked.replace(step=None))} == {4}
+    stacked = seeds.stack_states(states, seeds.make_mesh(2))
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(stacked.replace(step=None))} == {2}
     for found, expected in zip(seeds.unstack(stacked), states, strict=True):
         same_bits(found, expected)
 
@@ -137,7 +137,7 @@ def test_stacking_is_undone_by_unstacking(together, tiny_config, tiny_dataset, s
 def test_an_interrupted_run_goes_on_to_the_same_bits(
         together, tiny_config, tiny_dataset, tmp_path, silent, send, same_bits):
     workdirs = folders(tmp_path)
-    with send(signal.SIGTERM, 4), pytest.raises(Interrupted, match="saved step 4 of 4 seeds"):
+    with send(signal.SIGTERM, 4), pytest.raises(Interrupted, match="saved step 4 of 2 seeds"):
         seeds.train(tiny_config, tiny_dataset, workdirs, silent)
     seeds.train(tiny_config, tiny_dataset, workdirs, silent)
     for seed, workdir in workdirs.items():
@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
 
 def test_seeds_at_different_steps_go_on_apart(together, tiny_config, tiny_dataset, tmp_path, silent, send):
-    """One was begun on its own, one is finished, two are new."""
+    """One was begun on its own, the other is finished."""
     with send(signal.SIGTERM, 2), pytest.raises(Interrupted):
         loop.train(with_seed(tiny_config, 3), tiny_dataset, tmp_path / "3", silent)
     rows = loop.train(with_seed(tiny_config, 0), tiny_dataset, tmp_path / "0", silent).rows
@@ -173,13 +173,13 @@ def test_a_failing_seed_is_named(tiny_config, tiny_dataset, tmp_path, silent, mo
     def poisoned(*arguments):
         def init(rng, batch):
             state = make(*arguments)(rng, batch)
-            seventh = jnp.all(jax.random.key_data(rng) == jax.random.key_data(jax.random.key(7)))
-            factor = jnp.where(seventh, jnp.nan, 1)
+            chosen = jnp.all(jax.random.key_data(rng) == jax.random.key_data(jax.random.key(0)))
+            factor = jnp.where(chosen, jnp.nan, 1)
             return state.replace(params=jax.tree.map(lambda leaf: leaf * factor, state.params))
         return init
 
     monkeypatch.setattr(setup, "initialiser", poisoned)
-    with pytest.raises(FloatingPointError, match=r"seed 7, step 1: .*not finite.*checkpoints before it"):
+    with pytest.raises(FloatingPointError, match=r"seed 0, step 1: .*not finite.*checkpoints before it"):
         seeds.train(tiny_config, tiny_dataset, folders(tmp_path), silent)
     assert not list(tmp_path.glob("*/checkpoints/[0-9]*"))
 
