@@ -5,8 +5,9 @@
 FILE has a header and a row for each user (or bucket of users): `user`, `arm`, `impressions`, `clicks`,
 `orders`, `revenue`, and where there is one the same of a period before, `pre_impressions` and so on, which
 CUPED makes use of. CTR is clicks over impressions, CVR orders over clicks, GMV revenue a user. `--simulate`
-first writes FILE with the lifts that the TARQ paper reports. Intervals are by the delta method over users,
-and for GMV, whose tail is heavy, by bootstrap too; p-values are adjusted over all metrics and arms by Holm.
+first writes FILE, which must not be there, with the lifts that the TARQ paper reports. Intervals are by the
+delta method over users, and for GMV, whose tail is heavy, by bootstrap too; p-values are adjusted over all
+metrics and arms by Holm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def ratio_of(columns: Mapping[str, np.ndarray], metric: str, prefix: str = "") -
     try:
         return statistics.ratio(values, np.ones(len(values)) if bottom is None else columns[prefix + bottom])
     except ValueError as error:
-        raise ValueError(f"{metric} of an arm cannot be had: {error}") from error
+        raise ValueError(f"{prefix}{metric} of an arm cannot be had: {error}") from error
 
 
 def compare(table: ab_rows.Table, control: int, arm: int, plan: Plan) -> list[dict[str, Any]]:
@@ -103,9 +104,13 @@ def bootstrap_lift(treated: np.ndarray, others: np.ndarray, plan: Plan) -> stati
         first, second = np.split(weights, [sizes[0]], axis=1)
         means = [(weights @ totals) / (weights @ counts)
                  for weights, (totals, counts) in zip((first, second), sums, strict=True)]
-        return means[0] / means[1] - 1
+        with np.errstate(divide="ignore", invalid="ignore"):  # `bootstrap` refuses what comes of it
+            return means[0] / means[1] - 1
 
-    return statistics.bootstrap(lift, sum(sizes), replicates=plan.replicates, level=plan.level)
+    try:
+        return statistics.bootstrap(lift, sizes, replicates=plan.replicates, level=plan.level)
+    except ValueError as error:
+        raise ValueError(f"gmv of so few users with revenue has no bootstrap: {error}") from error
 
 
 def _bucket_sums(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -159,6 +164,8 @@ def main() -> None:
     try:
         planned = [float(text) for text in RATIO.value]
     except ValueError:
+        planned = [-1.0]
+    if not all(0 < share < np.inf for share in planned):
         cli.wrong_call(f"--ratio is {','.join(RATIO.value)!r}, expected positive numbers like 1,1")
     if SIMULATE.value:
         lifts = {"ctr": REPORTED["ctr"], "cvr": REPORTED["cvr"],

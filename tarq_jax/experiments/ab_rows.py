@@ -53,10 +53,13 @@ def read(path: Path, *, max_bad_fraction: float = 0.0) -> tuple[Table, RowReport
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}, expected {', '.join((*KEYS, *COUNTS))}; it "
                          f"has {', '.join(table.column_names)}")
+    twice = sorted(name for name, count in Counter(table.column_names).items() if count > 1)
+    if twice:
+        raise ValueError(f"{path} has more than one column {twice[0]!r}, expected one of each name")
     if not table.num_rows:
         raise ValueError(f"{path} has no rows, expected one a user")
     names = [*COUNTS, *(name for name in BEFORE if name in table.column_names)]
-    keys = {name: _text(table[name]) for name in KEYS}
+    keys = {name: _text(path, name, table[name]) for name in KEYS}
     reasons = np.full(table.num_rows, "", dtype=object)
     for name in KEYS:
         reasons[(keys[name] == "") & (reasons == "")] = f"{name} is empty"
@@ -100,19 +103,24 @@ def _csv(path: Path) -> tuple[Any, list[str]]:
         with path.open(encoding="utf-8-sig") as file:
             header = next(iter(file), "").rstrip("\r\n").split(",")
         as_text = csv.ConvertOptions(column_types={name.strip('"'): pa.string() for name in header})
+        # A thread of Arrow's that still held `skip` when the interpreter ends would abort the process.
         table = csv.read_csv(path, parse_options=csv.ParseOptions(invalid_row_handler=skip),
-                             convert_options=as_text)
+                             read_options=csv.ReadOptions(use_threads=False), convert_options=as_text)
     except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path} cannot be read as CSV: {error}") from error
     return table, torn
 
 
-def _text(column: Any) -> np.ndarray:
+def _text(path: Path, name: str, column: Any) -> np.ndarray:
     """[R] strings, empty where nothing is there."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    return pc.fill_null(column.cast(pa.string()), "").to_numpy(zero_copy_only=False)
+    try:
+        return pc.fill_null(column.cast(pa.string()), "").to_numpy(zero_copy_only=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(f"{path}: column {name!r} is of type {column.type}, expected text or whole numbers: "
+                         f"{error}") from error
 
 
 def _numbers(column: Any) -> np.ndarray:
@@ -158,12 +166,20 @@ def _check_users(path: Path, users: np.ndarray) -> None:
 def simulate(path: Path, users: int, lifts: Mapping[str, float], *, seed: int = 0) -> None:
     """Writes rows of two arms, `control` and `treatment`, with a period before and known relative lifts.
 
+    A file that is there may hold a test that was run, and is never written over.
+
     Args:
       path: to write; Parquet where it ends so, else CSV.
       users: of both arms together.
       lifts: `ctr`, `cvr` and `revenue` an order.
       seed: of all draws.
+
+    Raises:
+      FileExistsError: there is such a file.
     """
+    if path.exists():
+        raise FileExistsError(f"{path} exists, expected a new file to make up rows in; leave out --simulate "
+                              "to analyse it")
     import pyarrow as pa
     import pyarrow.parquet as pq
     from pyarrow import csv

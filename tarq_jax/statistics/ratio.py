@@ -13,6 +13,8 @@ from scipy import stats
 from tarq_jax.metrics import _checks
 from tarq_jax.statistics.estimates import Estimate, wald
 
+LARGEST = 1e50  # whose fourth power, which an interval of a lift takes, is a float64
+
 
 class Ratio(NamedTuple):
     """A ratio of sums, and what each user adds to its error."""
@@ -35,13 +37,17 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Ratio:
       denominator: [U], x; ones for a mean by user.
 
     Raises:
-      ValueError: shapes differ, a value is not finite, or the denominators sum to 0.
+      ValueError: shapes differ, a value is not finite or too large (`LARGEST`), or the denominators sum
+        to 0.
     """
     top, bottom = _checks.finite("numerator", numerator), _checks.finite("denominator", denominator)
     _checks.rank_of("numerator", top, "U")
     _checks.shape_of("denominator", bottom, top.shape, "numerator")
     if len(top) < 2:
         raise ValueError(f"numerator: expected at least 2 users, got {len(top)}")
+    for name, values in (("numerator", top), ("denominator", bottom)):
+        if (largest := float(np.abs(values).max())) > LARGEST:
+            raise ValueError(f"{name}: expected values of at most {LARGEST:g}, got {largest:g}")
     total = float(bottom.sum())
     if not total:
         raise ValueError("denominator: expected a sum other than 0, got 0")
@@ -84,8 +90,8 @@ def lift(treatment: Ratio, control: Ratio, *, level: float = 0.95) -> Estimate:
     """Relative difference `r_t / r_c - 1` of two independent arms.
 
     The interval is Fieller's (1954): all lifts d that `r_t - (1 + d) r_c` does not rule out. It is about the
-    delta method's, `value +- z error`, where the control is known well; it always agrees with the p-value,
-    which is of `r_t - r_c`, and has no end where the control could be 0.
+    delta method's, `value +- z error`, where the control is known well, and then agrees with the p-value,
+    which is of `r_t - r_c`. Where the control could be 0 it has no end, whatever the p-value.
 
     Args:
       treatment: of the treated users.

@@ -1,6 +1,6 @@
 """Resampling: bootstrap over users of any metric, and permutation of paired values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,14 +12,14 @@ from tarq_jax.statistics.estimates import Estimate, check_level
 CHUNK = 2**24  # weights that are in memory at once
 
 
-def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int, *, replicates: int = 2000, seed: int = 0,
-              level: float = 0.95, null: float = 0.0) -> Estimate:
+def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[int], *,
+              replicates: int = 2000, seed: int = 0, level: float = 0.95, null: float = 0.0) -> Estimate:
     """Percentile interval of a metric under resampling of whole users (Efron and Tibshirani 1993, ch. 13).
 
     Args:
       metric: weights [R, U], how often each user was drawn in each replicate, to R values; a metric of
         candidates weighs each by its user: `weights[:, user]`. A sum over users is `weights @ column`.
-      users: U.
+      users: U; or the users of each group, such as an arm, that are drawn within it: U is their sum.
       replicates: R in all.
       seed: of the draws.
       level: of the interval.
@@ -31,16 +31,17 @@ def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int, *, replicat
     Raises:
       ValueError: a number is below 1, or a replicate is not finite.
     """
-    users, replicates = (_checks.positive_int(name, value)
-                         for name, value in (("users", users), ("replicates", replicates)))
+    sizes = users if isinstance(users, Sequence) else [users]
+    groups = [_checks.positive_int("users", size) for size in sizes]
+    total, replicates = sum(groups), _checks.positive_int("replicates", replicates)
     tail = (1 - check_level(level)) / 2
-    value = float(np.asarray(metric(np.ones((1, users)))).reshape(()))
+    value = float(np.asarray(metric(np.ones((1, total)))).reshape(()))
     rng = np.random.default_rng(seed)
     found: list[np.ndarray] = []
     while (left := replicates - sum(map(len, found))) > 0:
-        count = min(left, max(1, CHUNK // users))
-        drawn = rng.multinomial(users, np.full(users, 1 / users), size=count)
-        found.append(np.asarray(metric(drawn), dtype=float))
+        count = min(left, max(1, CHUNK // total))
+        drawn = [rng.multinomial(size, np.full(size, 1 / size), size=count) for size in groups]
+        found.append(np.asarray(metric(np.concatenate(drawn, axis=1)), dtype=float))
     values = _checks.finite("replicates of the metric", np.concatenate(found))
     low, high = np.quantile(values, [tail, 1 - tail])
     beyond = min((values <= null).mean(), (values >= null).mean())

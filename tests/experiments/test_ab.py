@@ -112,6 +112,7 @@ def test_bad_rows_are_counted_and_sampled(bad, reason, tmp_path):
     ([*GOOD, GOOD[3]], HEADER, "user 'u3' is in 2 rows, expected one row a user; 1 users are in several"),
     (GOOD[::2], HEADER, r"column 'arm' has \['control'\], expected at least two arms"),
     ([], HEADER, "has no rows, expected one a user"),
+    ([f"{line},1" for line in GOOD], f"{HEADER},revenue", "more than one column 'revenue', expected one of"),
 ])
 def test_wrong_files(rows, header, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -137,7 +138,43 @@ def test_columns_of_other_types(tmp_path):
         ab_rows.read(tmp_path / "rows.parquet")
 
 
+@pytest.mark.parametrize("users", [pa.array([[1], [2]]), pa.array([b"\xff", b"b"])])
+def test_users_of_other_types(users, tmp_path):
+    columns = {name: [1, 2] for name in ab_rows.COUNTS} | {"user": users, "arm": ["a", "b"]}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet: column 'user' is of type .*, expected text or wh"):
+        ab_rows.read(tmp_path / "rows.parquet")
+
+
+def test_arms_are_drawn_apart_in_the_bootstrap(tmp_path):
+    """Two users in an arm: were both arms drawn as one, the arm would be empty in some replicates."""
+    table, _ = ab_rows.read(write(tmp_path, [*GOOD[::2], GOOD[1], GOOD[3]]))
+    row = ab.analyse(table, "control", plan(replicates=200))[-1]
+    assert row["method"] == "bootstrap" and np.isfinite([row["low"], row["high"]]).all()
+
+
+def test_a_control_without_revenue_in_some_replicates_is_said(tmp_path):
+    table, _ = ab_rows.read(write(tmp_path, [GOOD[1], GOOD[3], "x,control,9,3,1,0", "y,control,9,3,1,5"]))
+    with pytest.raises(ValueError, match="gmv of so few users with revenue has no bootstrap: replicates"):
+        ab.analyse(table, "control", plan(replicates=200))
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path):
+    path = write(tmp_path, GOOD)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"rows.csv exists, expected a new file.*leave out --simulate"):
+        ab_rows.simulate(path, 10, LIFTS)
+    assert path.read_bytes() == before
+
+
 def test_metrics_that_cannot_be_had(tmp_path):
+    before = ",".join(ab_rows.BEFORE)
+    table, _ = ab_rows.read(write(tmp_path, [f"{line},0,0,0,0" for line in GOOD], f"{HEADER},{before}"))
+    with pytest.raises(ValueError, match="pre_ctr of an arm cannot be had: denominator"):
+        ab.analyse(table, "control", plan())
+    table, _ = ab_rows.read(write(tmp_path, [*GOOD, "x,control,1,1,1,1e300"]))
+    with pytest.raises(ValueError, match="gmv of an arm cannot be had: numerator: expected values of at"):
+        ab.analyse(table, "control", plan())
     table, _ = ab_rows.read(write(tmp_path, [line.rsplit(",", 2)[0] + ",0,0" for line in GOOD]))
     with pytest.raises(ValueError, match="cvr of arm 'control' is 0"):
         ab.analyse(table, "control", plan())
@@ -161,6 +198,9 @@ def test_the_command(command, tmp_path):
     (["--data=nowhere.csv"], 1, "no file nowhere.csv: expected rows of an A/B test"),
     (["--control=old"], 1, "--control is 'old', expected one of the arms ['control', 'treatment']"),
     (["--ratio=1,x"], 2, "--ratio is '1,x', expected positive numbers"),
+    (["--ratio=-1,1"], 2, "--ratio is '-1,1', expected positive numbers"),
+    (["--ratio=nan,1"], 2, "--ratio is 'nan,1', expected positive numbers"),
+    (["--simulate=10"], 1, "exists, expected a new file to make up rows in"),
     (["--ratio=1,1,1"], 1, "--ratio is '1.0,1.0,1.0', expected 2 positive numbers"),
     (["--level=1.5"], 2, "level"),
 ])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from tarq_jax.statistics import auc_difference, auc_estimate, lift, over_seeds_and_data, ratio
+from tarq_jax.statistics import auc_difference, auc_estimate, cuped, lift, over_seeds_and_data, ratio
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +96,30 @@ def test_gmv_lift():
     ctr, gmv = lifts(4, 1.1)
     assert SHARE[0] <= covered(gmv, 0.1) <= SHARE[1]
     assert SHARE[0] <= covered(ctr, 0.0) <= SHARE[1]
+
+
+def test_ctr_lift():
+    """Rates are scaled, so that the ratio of expectations is exact; none reaches 1."""
+    rng = np.random.default_rng(7)
+    found = []
+    for _ in range(DATA_SETS):
+        shown = rng.poisson(6, (2, 3000)) + 1
+        rates = 0.1 * rng.lognormal(0, 0.4, (2, 3000)).clip(max=9) * [[1.1], [1.0]]
+        clicks = rng.binomial(shown, rates)
+        found.append(lift(ratio(clicks[0], shown[0]), ratio(clicks[1], shown[1])))
+    assert SHARE[0] <= covered(found, 0.1) <= SHARE[1]
+
+
+def test_gmv_lift_with_cuped():
+    """Users keep their taste from the period before; revenue has a heavy tail."""
+    rng = np.random.default_rng(11)
+    found, ones = [], np.ones(3000)
+    for _ in range(DATA_SETS):
+        taste = rng.lognormal(0, 0.8, (2, 3000))
+        before, now = (rng.poisson(0.3 * taste) * rng.lognormal(0, 1.0, (2, 3000)) for _ in range(2))
+        arms = ratio(1.1 * now[0], ones), ratio(now[1], ones)
+        found.append(lift(*cuped(*arms, *(ratio(values, ones) for values in before))))
+    assert SHARE[0] <= covered(found, 0.1) <= SHARE[1]
 
 
 def test_seeds_and_data():

@@ -99,6 +99,20 @@ def test_bootstrap_in_chunks_is_of_all_replicates(monkeypatch):
     assert sizes == [1, 7, 7, 3]
 
 
+def test_bootstrap_of_groups_draws_within_each():
+    totals = []
+    bootstrap(lambda weights: totals.append((weights[:, :3].sum(1), weights[:, 3:].sum(1)))
+              or weights.sum(axis=1), [3, 5], replicates=50)
+    assert all((first == 3).all() and (second == 5).all() for first, second in totals)
+
+
+def test_a_lift_over_what_could_be_0_has_no_end():
+    """Whatever the p-value: the two arms differ for sure."""
+    wide = np.array([0.5, -0.5, 0.5, -0.5])
+    found = lift(statistics.Ratio(10.0, wide), statistics.Ratio(1.0, wide))
+    assert (found.low, found.high) == (-math.inf, math.inf) and found.p_value < 1e-6
+
+
 def test_permutation_is_exact_for_few():
     first, second = [3.0, 1.0, 4.0, 1.5, 9.0], [2.0, 1.5, 1.0, 1.0, 2.0]
     differences = np.subtract(first, second)
@@ -138,6 +152,8 @@ def test_users_and_power_agree():
     (lambda: ratio([1.0], [1.0]), "numerator: expected at least 2 users, got 1"),
     (lambda: ratio([1.0, 2.0], [0.0, 0.0]), "denominator: expected a sum other than 0"),
     (lambda: ratio([1.0, 2.0], [1.0]), "denominator: expected shape"),
+    (lambda: ratio([1.0, 1e60], [1.0, 1.0]), r"numerator: expected values of at most 1e\+50, got 1e\+60"),
+    (lambda: bootstrap(lambda weights: weights[:, 0], [3, 0]), "users: expected an integer >= 1, got 0"),
     (lambda: lift(ratio([1, 2], [1, 1]), ratio([0, 0], [1, 1])), "control: expected a value other than 0"),
     (lambda: cuped(*[ratio([1, 2], [1, 1])] * 3, ratio([1, 2, 3], [1, 1, 1])), "before: expected shape"),
     (lambda: bootstrap(lambda weights: weights[:, 0], 0), "users: expected an integer >= 1, got 0"),
