@@ -194,9 +194,13 @@ def frontier(points: Mapping[str, tuple[float, float]], best: Sequence[str], qua
     figure, (axis,) = _panels(1, width=8.0, height=5.0)
     axis.plot(*zip(*(points[name] for name in best), strict=True), color=COLOURS[0], drawstyle="steps-post",
               linewidth=1)
+    at_once: dict[tuple[float, float], int] = {}  # labels of points that lie on each other are stacked
     for name, (across, up) in points.items():
+        place = round(across, 1), round(up, 2)
+        at_once[place] = at_once.get(place, 0) + 1
         axis.plot([across], [up], "o", color=COLOURS[0] if name in best else "#888888")
-        axis.annotate(name, (across, up), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.annotate(name, (across, up), xytext=(5, 9 * at_once[place] - 5), textcoords="offset points",
+                      fontsize=8)
     axis.set(xscale="log", xlabel="ms", ylabel=quality)
     return figure
 
