@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tarq_jax.approximate_attention import EPSILON, hash_planes, signatures
+from tarq_jax.approximate_attention import EPSILON, hash_planes, positive_features, sides, signature_codes
 from tarq_jax.attention import attention_sums
 from tarq_jax.models import Din, HardSearch, IntTower, LinearAttention, Sdim
 from tarq_jax.serving.method import (
     SERVED,
     Method,
     bound,
+    dense_layers,
     head_on_attended,
     interaction_head,
     interaction_items,
@@ -44,29 +45,28 @@ class Attention(NamedTuple):
       item: (module, x_item) -> what the index keeps besides, [M, ...] each.
       score: of the item side.
       num_codewords: beyond the integers that the index keeps.
+      keeps_history: whether the state grows with the history.
+      weights: parameters -> weights of the item side beside the head's.
     """
 
     user: Callable[..., dict[str, Any]]
     item: Callable[..., dict[str, Any]]
     score: Score
     num_codewords: int = 0
-
-
-def positive(x: jax.Array) -> jax.Array:
-    """The feature map of linear attention."""
-    return jax.nn.elu(x) + 1.0
+    keeps_history: bool = False
+    weights: Callable[[Any], dict[str, Any]] = lambda params: {}
 
 
 def linear_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
     """Sums over the history: [B, H, E, E] and [B, H, E]."""
     keys, values = module.attention.keys_values(encoded)
-    features = jnp.where(mask[:, None, :, None], positive(keys), 0.0)
+    features = jnp.where(mask[:, None, :, None], positive_features(keys), 0.0)
     return {"sums": jnp.swapaxes(features, -1, -2) @ values, "totals": features.sum(axis=-2)}
 
 
 def linear_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
     """[M, D], positive."""
-    return {"query": positive(side_by_side(module.query(embedding)))}
+    return {"query": positive_features(side_by_side(module.query(embedding)))}
 
 
 @in_blocks_on_cpu
@@ -80,8 +80,7 @@ def linear(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 
 def codes_of(vectors: jax.Array) -> jax.Array:
     """Codes of signatures of rounds: [..., D] to [..., R]."""
-    planes = hash_planes(vectors.shape[-1], ROUNDS, BITS)
-    return jnp.sum(signatures(vectors, planes) * 2 ** np.arange(BITS), axis=-1)
+    return signature_codes(vectors, hash_planes(vectors.shape[-1], ROUNDS, BITS))
 
 
 def sdim_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
@@ -106,8 +105,7 @@ def sdim(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 
 def signs_of(vectors: jax.Array) -> jax.Array:
     """Whether each plane has a vector above it: [..., D] to [..., R T] bool."""
-    planes = hash_planes(vectors.shape[-1], ROUNDS, BITS)
-    return signatures(vectors, planes.reshape(planes.shape[0], 1, -1))[..., 0, :]
+    return sides(vectors, hash_planes(vectors.shape[-1], ROUNDS, BITS))
 
 
 def eta_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
@@ -146,6 +144,12 @@ def din_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
     return {}
 
 
+def din_weights(params: Any) -> dict[str, Any]:
+    """The activation unit, its first layer in four parts."""
+    first, last = dense_layers(params["unit"])
+    return {"unit": {"first": np.split(first["kernel"], 4), "bias": first["bias"], "last": last}}
+
+
 @in_blocks
 def din(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """The activation unit of every pair, its first layer in four parts."""
@@ -161,8 +165,8 @@ def din(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 ATTENTIONS: Mapping[str, tuple[type[nn.Module], Attention]] = {
     "linear attention": (LinearAttention, Attention(linear_user, linear_item, linear)),
     "SDIM": (Sdim, Attention(sdim_user, sdim_item, sdim, 2**BITS)),
-    "ETA": (HardSearch, Attention(eta_user, eta_item, eta, 2)),
-    "DIN": (Din, Attention(din_user, din_item, din)),
+    "ETA": (HardSearch, Attention(eta_user, eta_item, eta, 2, keeps_history=True)),
+    "DIN": (Din, Attention(din_user, din_item, din, keeps_history=True, weights=din_weights)),
 }
 INTTOWER = "IntTower"
 
@@ -173,10 +177,7 @@ def attention_method(name: str, module: nn.Module, variables: Any) -> Method:
     params = variables["params"]
     head = interaction_head(params["head"])
     weights: dict[str, Any] = {"variables": variables, "head": head}
-    item_weights = head_on_attended(params, head)
-    if name == "DIN":
-        first, last = (params["unit"][f"Dense_{index}"] for index in range(2))
-        item_weights["unit"] = {"first": np.split(first["kernel"], 4), "bias": first["bias"], "last": last}
+    item_weights = head_on_attended(params, head) | attention.weights(params)
 
     def user_side(module, weights, request):
         user, history = user_and_history(module.backbone, request)
@@ -189,7 +190,7 @@ def attention_method(name: str, module: nn.Module, variables: Any) -> Method:
         return arrays | attention.item(module, arrays["embedding"])
 
     return Method(name, module.schema, bound(user_side, module), bound(encode, module), weights, item_weights,
-                  weights, num_codewords=attention.num_codewords, keeps_history=name in ("ETA", "DIN"),
+                  weights, num_codewords=attention.num_codewords, keeps_history=attention.keeps_history,
                   score=attention.score)
 
 

@@ -13,7 +13,7 @@ through all of it at sizes that say nothing.
 import functools
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ from tarq_jax.data import Dataset
 from tarq_jax.models import TwoTower
 from tarq_jax.serving import Scorer
 from tarq_jax.serving.index import round_up
+from tarq_jax.types import Batch
 
 REPORT = flags.DEFINE_string("report", None, "Folder to write a page with figures to.",
                              allow_override=True)
@@ -135,9 +136,17 @@ def check(bench: Bench, name: str) -> float:
     Raises:
       ValueError: it is beyond `TOLERANCE`.
     """
-    history, ids = bench.history(bench.plan.main[1]), bench.candidates(bench.plan.candidates[0])
-    found = bench.scorers[name].score({"history": {"item_id": history}}, ids)
-    expected = np.asarray(bench.contenders[name].reference(make_batch(bench.dataset, history, found.ids)))[0]
+    return difference_of(name, bench.contenders[name].reference, bench.scorers[name], bench.dataset,
+                         bench.history(bench.plan.main[1]), bench.candidates(bench.plan.candidates[0]))
+
+
+def difference_of(
+    name: str, reference: Callable[[Batch], jax.Array], scorer: Scorer, dataset: Dataset,
+    history: np.ndarray, ids: np.ndarray,
+) -> float:
+    """As `check`, of one request to a scorer that is loaded, against the training code's logits."""
+    found = scorer.score({"history": {"item_id": history}}, ids)
+    expected = np.asarray(reference(make_batch(dataset, history, found.ids)))[0]
     difference = float(np.abs(found.scores - expected).max() / np.abs(expected).max())
     if not difference < TOLERANCE:
         raise ValueError(f"{name}: scores differ from the training code's by {difference:.1e} of the "

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from benchmarks.peers import cold
 from tarq_jax.data import Dataset
+from tarq_jax.experiments.study import tarq_name
 from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.models.layers import Compute
 from tarq_jax.models.tarq import Head
@@ -54,16 +55,6 @@ class Contender(NamedTuple):
     method: Method
     module: nn.Module
     reference: Callable[[Batch], jax.Array]  # logits [B, G] by the training code
-
-
-def tarq_name(order: int, head: str, codewords: int) -> str:
-    """What tables call a method of TARQ.
-
-    Example:
-      >>> tarq_name(1, "mlp", 64)
-      'TARQ order 1 mlp, K=64'
-    """
-    return f"TARQ order {order} {head}, K={codewords}"
 
 
 def make_dataset(sizes: Sizes) -> Dataset:

@@ -37,14 +37,15 @@ def linear_attention(
     """
     _check_heads(queries, keys, values)
     chex.assert_shape(mask, (keys.shape[0], keys.shape[2]))
-    features = jnp.where(mask[:, None, :, None], _positive(keys), 0.0)
+    features = jnp.where(mask[:, None, :, None], positive_features(keys), 0.0)
     sums = jnp.swapaxes(features, -1, -2) @ values.astype(jnp.float32)
     totals = jnp.sum(features, axis=-2)[..., None]
-    queries = _positive(queries)
+    queries = positive_features(queries)
     return (queries @ sums / (queries @ totals + EPSILON)).astype(values.dtype)
 
 
-def _positive(x: jax.Array) -> jax.Array:
+def positive_features(x: jax.Array) -> jax.Array:
+    """`elu(x) + 1`, the feature map of linear attention: [...] to [...] float32."""
     return jax.nn.elu(x.astype(jnp.float32)) + 1.0
 
 
@@ -68,6 +69,16 @@ def signatures(vectors: jax.Array, planes: chex.Array) -> jax.Array:
     chex.assert_shape(planes, (vectors.shape[-1], None, None))
     highest = jax.lax.Precision.HIGHEST  # a bit must not depend on the device
     return jnp.tensordot(vectors.astype(jnp.float32), planes, axes=1, precision=highest) > 0
+
+
+def signature_codes(vectors: jax.Array, planes: chex.Array) -> jax.Array:
+    """The signature of each round as a number below 2^T: [..., D] and [D, R, T] to [..., R] int."""
+    return jnp.sum(signatures(vectors, planes) * 2 ** np.arange(planes.shape[-1]), axis=-1)
+
+
+def sides(vectors: jax.Array, planes: chex.Array) -> jax.Array:
+    """The bits of all rounds together: [..., D] and [D, R, T] to [..., R * T] bool."""
+    return signatures(vectors, planes.reshape(planes.shape[0], 1, -1))[..., 0, :]
 
 
 def collision_attention(
@@ -101,9 +112,7 @@ def collision_attention(
 
 def _buckets(vectors: jax.Array, planes: chex.Array) -> jax.Array:
     """One-hot codes of the signature of each round, side by side: [..., D] to [..., R * 2^T]."""
-    bits = planes.shape[-1]
-    codes = jnp.sum(signatures(vectors, planes) * 2 ** np.arange(bits), axis=-1)
-    one_hot = jax.nn.one_hot(codes, 2**bits)
+    one_hot = jax.nn.one_hot(signature_codes(vectors, planes), 2 ** planes.shape[-1])
     return one_hot.reshape(*one_hot.shape[:-2], -1)
 
 
@@ -121,10 +130,9 @@ def hash_similarity(queries: jax.Array, keys: jax.Array, planes: chex.Array) -> 
       [B, G, N] int32.
     """
     chex.assert_shape(keys, (queries.shape[0], None, queries.shape[-1]))
-    flat = planes.reshape(planes.shape[0], 1, -1)
-    ones = (jnp.where(signatures(x, flat)[..., 0, :], 1.0, -1.0) for x in (queries, keys))
+    ones = [jnp.where(sides(x, planes), 1.0, -1.0) for x in (queries, keys)]
     products = jnp.einsum("bgt,bnt->bgn", *ones)  # of whole numbers: exact
-    return (flat.shape[-1] + products.astype(jnp.int32)) // 2
+    return (ones[0].shape[-1] + products.astype(jnp.int32)) // 2
 
 
 def category_similarity(queries: chex.Array, keys: chex.Array) -> jax.Array:

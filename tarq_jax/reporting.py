@@ -3,7 +3,8 @@
 import json
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Row = Mapping[str, Any]
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -24,7 +27,7 @@ class MetricsWriter:
         if not enabled:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lines = (workdir / "metrics.jsonl").open("a")
+        self._lines = (workdir / METRICS).open("a")
         from tensorboardX import SummaryWriter  # imports PyTorch where it is installed: that takes seconds
 
         self._events = SummaryWriter(str(workdir / "tensorboard"))
@@ -47,6 +50,12 @@ class MetricsWriter:
         if self._enabled:
             self._lines.close()
             self._events.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines that `MetricsWriter` wrote; none where it did not."""
+    path = workdir / METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def progress_bar(console: Console) -> Progress:
@@ -102,10 +111,16 @@ def summarise(rows: Sequence[dict]) -> list[dict]:
 
 def write_rows(rows: Sequence[Row], path: str | Path) -> None:
     """The rows as a JSON list of flat objects, atomically; a value that is not finite becomes null."""
-    path = Path(path)
+    with replacing(Path(path)) as written:
+        written.write_text(json.dumps([_finite(row) for row in rows], indent=1) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields another name in the same folder; what is written there takes the place of `path` at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    written.write_text(json.dumps([_finite(row) for row in rows], indent=1) + "\n")
+    yield written
     written.replace(path)
 
 

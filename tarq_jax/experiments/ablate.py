@@ -89,16 +89,13 @@ def identity(config: ml_collections.ConfigDict, data: str, seed: int) -> dict[st
 
 def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One row of a run: its predictor's, with what its teacher reaches beside it."""
-    import jax
-
     from tarq_jax.training import provenance
 
     row = dict(rows[0])
     for teacher in rows[1:]:
         row |= {f"teacher_{key}": teacher[key] for key in ("auc", "gauc", "log_loss")}
     versions = {f"version_{name}": version for name, version in provenance.versions().items() if version}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return row | {"revision": provenance.revision(), "device": device} | versions
+    return row | {"revision": provenance.revision(), "device": provenance.device()} | versions
 
 
 def main() -> None:

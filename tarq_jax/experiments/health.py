@@ -5,7 +5,6 @@
 Writes RUN/health/index.html, which opens without a network, and PNG files.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,9 +113,8 @@ def training_curves(
     workdir: Path, num_levels: int, start: int
 ) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
     """Steps from `start` on, and by quantity and level what `metrics.jsonl` has, if it is there."""
-    path = workdir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    lines = [line for line in lines if "codebook/perplexity_1" in line and line["step"] > start]
+    lines = [line for line in reporting.read_metrics(workdir)
+             if "codebook/perplexity_1" in line and line["step"] > start]
     curves = {
         title: {f"level {level}": [line[f"codebook/{name}_{level}"] for line in lines]
                 for level in range(1, num_levels + 1)}
@@ -167,7 +165,7 @@ def sections(run: Any, observed: Observed, rows: Sequence[dict[str, Any]], workd
 
 def main() -> None:
     """Flags to page and table."""
-    from tarq_jax.experiments.page import render
+    from tarq_jax.experiments import page
     from tarq_jax.training.restore import load_run  # after the flags: importing JAX takes seconds
 
     workdir = Path(str(RUN.value))
@@ -176,11 +174,7 @@ def main() -> None:
     rows = level_rows(observed, run.config)
     parts = sections(run, observed, rows, workdir)
     out = Path(OUT.value or workdir / "health")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, section in parts.items():
-        if section.image:
-            (out / f"{name}.png").write_bytes(section.image)
-    (out / "index.html").write_text(render(f"Codebook health of {workdir}", list(parts.values())))
+    page.write(out, f"Codebook health of {workdir}", parts)
     reporting.print_table(rows, f"{SPLIT.value} split, {workdir}")
     for sentence in parts["summary"].sentences:
         print(sentence)

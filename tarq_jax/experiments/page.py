@@ -3,6 +3,7 @@
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -26,6 +27,29 @@ def render(title: str, sections: Sequence[Section]) -> str:
     name = html.escape(title)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
             f"<style>{STYLE}</style></head><body><h1>{name}</h1>{body}</body></html>\n")
+
+
+def write(folder: Path, title: str, parts: Mapping[str, Section]) -> None:
+    """Writes `index.html` and beside it the figures as PNG files, each under the name of its part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        if part.image:
+            (folder / f"{name}.png").write_bytes(part.image)
+    (folder / "index.html").write_text(render(title, list(parts.values())))
+
+
+def markdown(title: str, parts: Mapping[str, Section]) -> str:
+    """The parts of a page as Markdown, with the figures that `write` put beside it."""
+    lines = [f"# {title}"]
+    for name, part in parts.items():
+        lines += ["", f"## {part.title}", "", *(f"- {sentence}" for sentence in part.sentences)]
+        if part.rows:
+            lines += ["", "| " + " | ".join(key.replace("_", " ") for key in part.rows[0]) + " |",
+                      "|" + " --- |" * len(part.rows[0])]
+            lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in part.rows]
+        if part.image:
+            lines += ["", f"![{part.caption}]({name}.png)", "", part.caption]
+    return "\n".join(lines) + "\n"
 
 
 def _section(section: Section) -> str:

@@ -129,24 +129,6 @@ def provenance(variants: Mapping[str, Any]) -> list[str]:
             for name, key in facts.items()]
 
 
-def markdown(title: str, parts: Mapping[str, Any]) -> str:
-    """The page's text, tables and figures as Markdown."""
-    lines = [f"# {title}"]
-    for name, part in parts.items():
-        lines += ["", f"## {part.title}", "", *(f"- {sentence}" for sentence in part.sentences)]
-        if part.rows:
-            lines += ["", "| " + " | ".join(key.replace("_", " ") for key in part.rows[0]) + " |",
-                      "|" + " --- |" * len(part.rows[0])]
-            lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in part.rows]
-        if part.image:
-            lines += ["", f"![{part.caption}]({name}.png)", "", part.caption]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def read_serving(path: str | None) -> list[dict[str, Any]]:
     """Rows of `benchmarks.serving`; none without a file."""
     if path is None:
@@ -159,8 +141,7 @@ def read_serving(path: str | None) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Flags to page, Markdown and table."""
-    from tarq_jax.experiments import study
-    from tarq_jax.experiments.page import render
+    from tarq_jax.experiments import page, study
 
     point = cli.whole_numbers(POINT, "candidates and length of history like 10000,1000")
     if len(point) != 2:
@@ -174,12 +155,8 @@ def main() -> None:
     command = shlex.join(["python", "-m", "tarq_jax.experiments.report", *sys.argv[1:]])
     parts = sections(variants, rows, REFERENCE.value, level, command)
     out = Path(OUT.value or folder / "report")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, part in parts.items():
-        if part.image:
-            (out / f"{name}.png").write_bytes(part.image)
-    (out / "index.html").write_text(render(TITLE.value, list(parts.values())))
-    (out / "README.md").write_text(markdown(TITLE.value, parts))
+    page.write(out, TITLE.value, parts)
+    (out / "README.md").write_text(page.markdown(TITLE.value, parts))
     reporting.write_rows(rows, out / "summary.json")
     reporting.print_table(rows, f"{TITLE.value}, against {REFERENCE.value}", TABLE)
     for sentence in parts["summary"].sentences:

@@ -8,6 +8,8 @@ from typing import Any
 
 import ml_collections
 
+from tarq_jax.reporting import replacing
+
 Row = Mapping[str, Any]
 
 FILE = "runs.parquet"
@@ -54,12 +56,16 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     import pyarrow.parquet as pq
 
     columns = dict.fromkeys(key for row in rows for key in row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}")
-    pq.write_table(pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows]), written)
-    written.replace(path)
+    with replacing(path) as written:
+        pq.write_table(
+            pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows]), written)
+
+
+def same(row: Row) -> tuple[Any, ...]:
+    """What a run is told by, whatever its variant is called."""
+    return tuple(row[key] for key in SAME)
 
 
 def find(rows: Sequence[Row], like: Row) -> Row | None:
-    """The row of the same run, whatever its variant is called; None if it was not run."""
-    return next((row for row in rows if all(row[key] == like[key] for key in SAME)), None)
+    """The row of the same run; None if it was not run."""
+    return next((row for row in rows if same(row) == same(like)), None)

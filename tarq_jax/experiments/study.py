@@ -3,7 +3,6 @@
 Scores of every test candidate, which `config.save_scores` keeps, give each user's influence on an AUC.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,10 @@ import numpy as np
 
 from tarq_jax import statistics
 from tarq_jax.experiments import run_table
+from tarq_jax.reporting import read_metrics
 from tarq_jax.statistics import Estimate
+from tarq_jax.training import provenance
 from tarq_jax.training.evaluate import SCORES
-from tarq_jax.training.provenance import FILE as PROVENANCE
 
 ENDS = ("two_tower", "target_attention")  # variants that the gap lies between
 
@@ -50,22 +50,17 @@ def load(workdir: Path) -> dict[str, Variant]:
     if len(data := {row["data"] for row in rows}) > 1:
         raise ValueError(f"{path}: runs are of {len(data)} data sets, expected one; move others to a study "
                          f"of their own")
-    folders = {_same(row): folder for row in rows
+    folders = {run_table.same(row): folder for row in rows
                if (folder := workdir / f"{row['variant']}-{row['seed']}").is_dir()}
     variants = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["seed"])
-        places = [folders.get(_same(row), workdir / f"{name}-{row['seed']}") for row in own]
+        places = [folders.get(run_table.same(row), workdir / f"{name}-{row['seed']}") for row in own]
         found = [_influence(place / SCORES, row["model"]) for place, row in zip(places, own, strict=True)]
         variants[name] = Variant(
             name, tuple(row["seed"] for row in own), own, places, np.array([one.auc for one in found]),
             np.stack([one.influence for one in found]))
     return variants
-
-
-def _same(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a run is told by, whatever its variant is called."""
-    return tuple(row[key] for key in run_table.SAME)
 
 
 def _influence(path: Path, model: str) -> statistics.AucInfluence:
@@ -76,12 +71,17 @@ def _influence(path: Path, model: str) -> statistics.AucInfluence:
         return statistics.auc_influence(scores["labels"][kept], scores[model][kept], scores["users"][kept])
 
 
+def on_shared_seeds(*variants: Variant) -> list[Variant] | None:
+    """The variants on the seeds that all of them have; None without one."""
+    seeds = [seed for seed in variants[0].seeds if all(seed in other.seeds for other in variants)]
+    return [variant.at(seeds) for variant in variants] if seeds else None
+
+
 def difference(variant: Variant, reference: Variant, level: float = 0.95) -> statistics.SeededEstimate | None:
     """AUC less that of the reference, on the seeds that both have; None without one."""
-    seeds = [seed for seed in variant.seeds if seed in reference.seeds]
-    if not seeds:
+    if (shared := on_shared_seeds(variant, reference)) is None:
         return None
-    own, other = variant.at(seeds), reference.at(seeds)
+    own, other = shared
     return statistics.over_seeds_and_data(own.auc - other.auc, own.influence - other.influence, level=level)
 
 
@@ -92,11 +92,9 @@ def gap_recovered(variant: Variant, variants: Mapping[str, Variant], level: floa
     """
     if not all(name in variants for name in ENDS):
         return None
-    low, high = (variants[name] for name in ENDS)
-    seeds = [seed for seed in variant.seeds if seed in low.seeds and seed in high.seeds]
-    if not seeds:
+    if (shared := on_shared_seeds(variant, *(variants[name] for name in ENDS))) is None:
         return None
-    own, low, high = variant.at(seeds), low.at(seeds), high.at(seeds)
+    own, low, high = shared
     gap = float((high.auc - low.auc).mean())
     if gap <= 0:
         return None
@@ -142,8 +140,7 @@ def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:
     key = f"validation/{variant.rows[0]['model']}/auc"
     by_step: dict[int, list[float]] = {}
     for folder in variant.folders:
-        path = folder / "metrics.jsonl"
-        for line in map(json.loads, path.read_text().splitlines()) if path.is_file() else ():
+        for line in read_metrics(folder):
             if line.get(key) is not None:
                 by_step.setdefault(line["step"], []).append(line[key])
     return sorted(by_step), [float(np.mean(by_step[step])) for step in sorted(by_step)]
@@ -151,8 +148,8 @@ def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:
 
 def settings(variant: Variant) -> dict[str, Any]:
     """The configuration of its first run, as its provenance has it; empty where that is missing."""
-    path = variant.folders[0] / PROVENANCE
-    return json.loads(path.read_text())[-1]["config"] if path.is_file() else {}
+    entries = provenance.read(variant.folders[0])
+    return entries[-1]["config"] if entries else {}
 
 
 # What `benchmarks.serving` and `benchmarks.frontier` call the methods that serve models, but for TARQ.
@@ -163,13 +160,23 @@ METHODS = {
 }
 
 
+def tarq_name(order: int, head: str, codewords: int) -> str:
+    """What tables of latency call a method of TARQ.
+
+    Example:
+      >>> tarq_name(1, "mlp", 64)
+      'TARQ order 1 mlp, K=64'
+    """
+    return f"TARQ order {order} {head}, K={codewords}"
+
+
 def served_as(config: Mapping[str, Any]) -> str | None:
     """The name of the method that serves such a model, where latency is measured; None where it is not."""
     if not config:
         return None
     model = config["model"]
     if model["name"] == "tarq":
-        return f"TARQ order {model['order']} {model['head']}, K={model['num_codewords']}"
+        return tarq_name(model["order"], model["head"], model["num_codewords"])
     return METHODS.get(model["name"])
 
 

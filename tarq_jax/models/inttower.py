@@ -1,17 +1,13 @@
 """IntTower: two towers that meet in many inner products, layer by layer (arXiv 2210.09890)."""
 
 import functools
-from collections.abc import Sequence
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tarq_jax.models.embedding import ONE_DEVICE, Tables
-from tarq_jax.models.layers import Compute
-from tarq_jax.models.two_tower import InteractionOutput, TwoTower
-from tarq_jax.schema import Schema
+from tarq_jax.models.two_tower import InteractionOutput, OnTwoTowers
 from tarq_jax.types import Batch
 
 
@@ -36,7 +32,7 @@ def late_interaction(user: jax.Array, items: jax.Array) -> jax.Array:
     return products.max(axis=-1).sum(axis=-1) / jnp.sqrt(user.shape[-1])
 
 
-class IntTower(nn.Module):
+class IntTower(OnTwoTowers):
     """Backbone logit plus `late_interaction` of vectors from every layer of the user tower with the item's.
 
     Every layer of the user tower gives M vectors, v_item gives M (the FE-Block of Li et al. 2022,
@@ -44,27 +40,14 @@ class IntTower(nn.Module):
     loss on v_user and v_item. The paper has no inner product of v_user and v_item beside it.
 
     Attributes:
-      schema: fields of the data.
-      width: D, also of each vector.
-      num_heads: H, of attention over the history.
-      hidden: hidden widths of both towers.
-      num_vectors: M.
-      compute: see `Compute`.
-      tables: how embedding tables are kept and looked up.
+      num_vectors: M, of width D each.
     """
 
-    schema: Schema
-    width: int = 32
-    num_heads: int = 2
-    hidden: Sequence[int] = (64,)
     num_vectors: int = 4
-    compute: Compute = Compute()
-    tables: Tables = ONE_DEVICE
 
     def setup(self):
         """Creates the parts."""
-        self.backbone = TwoTower(
-            self.schema, self.width, self.num_heads, self.hidden, compute=self.compute, tables=self.tables)
+        super().setup()
         vectors = functools.partial(
             nn.DenseGeneral, (self.num_vectors, self.width), dtype=self.compute.dtype)
         self.user_vectors = [vectors() for _ in range(len(self.hidden) + 1)]

@@ -1,16 +1,13 @@
 """Target attention: every candidate attends over the user's history. The teacher of TARQ."""
 
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import struct
 
-from tarq_jax.models.embedding import ONE_DEVICE, Tables
-from tarq_jax.models.layers import MLP, Compute, MultiHeadAttention
-from tarq_jax.models.two_tower import TwoTower, TwoTowerOutput, history_encoder
-from tarq_jax.schema import ITEM_ID, Schema
+from tarq_jax.models.layers import MLP, MultiHeadAttention
+from tarq_jax.models.two_tower import OnTwoTowers, TwoTowerOutput, history_encoder
+from tarq_jax.schema import ITEM_ID
 from tarq_jax.types import Batch, Features
 
 
@@ -33,33 +30,17 @@ def interaction_features(attention_output: jax.Array, backbone: TwoTowerOutput) 
     return jnp.concatenate([attention_output, items, attention_output * items, towers], axis=-1)
 
 
-class AttentionModel(nn.Module):
+class AttentionModel(OnTwoTowers):
     """What models share in which candidates read an encoded history: all but how they attend to it.
 
     `H_t = X + MHA(X, X, X)`, an output `o` of some attention of the candidate over H_t,
     `logit = MLP([o, x_item, o * x_item, v_user * v_item]) + backbone logit`.
-
-    Attributes:
-      schema: fields of the data.
-      width: D.
-      num_heads: H.
-      hidden: hidden widths of all MLPs.
-      compute: see `Compute`.
-      tables: how embedding tables are kept and looked up.
     """
-
-    schema: Schema
-    width: int = 32
-    num_heads: int = 2
-    hidden: Sequence[int] = (64,)
-    compute: Compute = Compute()
-    tables: Tables = ONE_DEVICE
 
     def setup(self):
         """Creates the parts."""
+        super().setup()
         sizes, compute = (self.num_heads, self.width), self.compute
-        self.backbone = TwoTower(
-            self.schema, self.width, self.num_heads, self.hidden, compute=compute, tables=self.tables)
         self.history_encoder = history_encoder(*sizes, compute)
         self.query_tower = MLP(self.hidden, self.width, compute)
         self.attention = MultiHeadAttention(*sizes, compute)

@@ -123,3 +123,28 @@ class TwoTower(nn.Module):
             encoded = encode(history, batch.history_mask)
             parts.append(attend(parts[0][:, None], encoded, batch.history_mask)[:, 0])
         return self.user_tower.layers(jnp.concatenate(parts, axis=-1))
+
+
+class OnTwoTowers(nn.Module):
+    """What models share that add something to the logit of two towers, their `backbone`.
+
+    Attributes:
+      schema: fields of the data.
+      width: D.
+      num_heads: H.
+      hidden: hidden widths of all MLPs.
+      compute: see `Compute`.
+      tables: how embedding tables are kept and looked up.
+    """
+
+    schema: Schema
+    width: int = 32
+    num_heads: int = 2
+    hidden: Sequence[int] = (64,)
+    compute: Compute = Compute()
+    tables: Tables = ONE_DEVICE
+
+    def setup(self):
+        """Creates the backbone; subclasses add parts of their own."""
+        self.backbone = TwoTower(
+            self.schema, self.width, self.num_heads, self.hidden, compute=self.compute, tables=self.tables)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from tarq_jax import metrics
+from tarq_jax.reporting import replacing
 from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predictions
 from tarq_jax.types import Batch
 
@@ -93,8 +94,5 @@ def write_scores(path: Path, columns: Mapping[str, np.ndarray]) -> None:
       columns: `labels`, `users`, `weights` and the logits of each predictor under its name, [C] each over the
         real candidates in the order of the split.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}")
-    with written.open("wb") as file:
+    with replacing(path) as written, written.open("wb") as file:
         np.savez_compressed(file, **columns)  # type: ignore[arg-type]  # names are not known to it
-    written.replace(path)

@@ -128,7 +128,7 @@ def train(
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
         batches = data.prefetch(
             batches_from(start_step=start, readers=config.data.readers), config.prefetch,
-            functools.partial(_transfer, put=lambda batch: way.put(batch, mesh)))
+            functools.partial(transfer, put=lambda batch: way.put(batch, mesh)))
         step_fn = setup.compile_step(config, objective, optimizer, mesh, state)
         meter = Meter(counted)
         for step in range(start, config.steps):
@@ -146,8 +146,8 @@ def train(
                 writer.write(done, scalars)
                 progress.update(bar, completed=done, note=_note(scalars))
             stop, validated = interruption.due(done), None
-            measured = _due(config.eval_every, done) and bool(config.best_metric or not stop)
-            saved = stop or _due(config.checkpoint_every, done) or done == config.steps
+            measured = due(config.eval_every, done) and bool(config.best_metric or not stop)
+            saved = stop or due(config.checkpoint_every, done) or done == config.steps
             if measured or saved:
                 meter.pause()
                 watch.check()
@@ -226,12 +226,13 @@ def _until(leave: Callable[[], bool], batches: Iterator[Batch], split: str) -> I
         yield batch
 
 
-def _transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:
+def transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:
     """A batch put on the devices, and how many real candidates it holds, as many on all hosts as here."""
     return put(batch), int(batch.candidate_mask.sum()) * jax.process_count()
 
 
-def _due(every: int, step: int) -> bool:
+def due(every: int, step: int) -> bool:
+    """Whether something is done after this step that is done every so many; 0 is never."""
     return every > 0 and step % every == 0
 
 

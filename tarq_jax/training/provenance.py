@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from tarq_jax.data import Dataset
+from tarq_jax.reporting import replacing
 
 FILE = "provenance.json"
 PACKAGES = ("tarq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -29,12 +30,16 @@ def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str,
       `config`, all settings; `data`, the fingerprint of the prepared data; `revision` of the code, see
       `revision`; `packages`, their versions; `device`, kind and number; `python`.
     """
-    devices = jax.devices()
     return {
         "config": json.loads(config.to_json()), "data": dataset.fingerprint, "revision": revision(),
-        "packages": dict(versions()), "device": f"{len(devices)} x {devices[0].device_kind}",
+        "packages": dict(versions()), "device": device(),
         "python": platform.python_version(),
     }
+
+
+def device() -> str:
+    """How many devices of which kind."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 @functools.cache
@@ -71,13 +76,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def record(workdir: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     """Adds to the list in `workdir/provenance.json`, one entry each time that something has changed."""
-    path = workdir / FILE
     entries = read(workdir)
     entry = provenance(config, dataset)
     if entries[-1:] != [entry]:
-        written = path.with_name(f".{FILE}")
-        written.write_text(json.dumps([*entries, entry], indent=1) + "\n")
-        written.replace(path)
+        with replacing(workdir / FILE) as written:
+            written.write_text(json.dumps([*entries, entry], indent=1) + "\n")
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

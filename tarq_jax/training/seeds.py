@@ -40,7 +40,8 @@ def layout(shared: Any, of_seeds: Any) -> Any:
     return TrainState(shared, of_seeds, of_seeds, of_seeds, of_seeds)
 
 
-STACKED, SPECS = layout(None, 0), layout(PartitionSpec(), PartitionSpec(SEEDS))
+SHARED, EACH = PartitionSpec(), PartitionSpec(SEEDS)  # of a device: the whole, or its seeds
+STACKED, SPECS = layout(None, 0), layout(SHARED, EACH)
 
 
 class Member(NamedTuple):
@@ -57,7 +58,6 @@ class Parts(NamedTuple):
     """What they share."""
 
     objective: Objective
-    optimizer: optax.GradientTransformation
     mesh: Mesh  # over `SEEDS`
     step: parallel.CompiledStep  # of stacked states and batches
 
@@ -102,7 +102,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
         for _, group in sorted(groups.items()):
             members, restored_states = zip(*group, strict=True)
             mesh = make_mesh(len(members))
-            parts = Parts(objective, optimizer, mesh, compile_step(config, objective, optimizer, mesh))
+            parts = Parts(objective, mesh, compile_step(config, objective, optimizer, mesh))
             found = _train(parts, members, restored_states, dataset, console, interruption)
             rows |= {member.config.seed: rows for member, rows in zip(members, found, strict=True)}
     return {seed: rows[seed] for seed in workdirs}
@@ -146,8 +146,7 @@ def compile_step(config: ml_collections.ConfigDict, objective: Objective,
     """
     step = jax.vmap(setup.make_step(config, objective, optimizer), in_axes=(STACKED, 0),
                     out_axes=(STACKED, 0))
-    each = PartitionSpec(SEEDS)
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(SPECS, each), out_specs=(SPECS, each),
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(SPECS, EACH), out_specs=(SPECS, EACH),
                                  check_vma=False), donate_argnums=0)
 
 
@@ -155,8 +154,7 @@ def stack_states(states: Sequence[TrainState], mesh: Mesh) -> TrainState:
     """States of the same step as one, each device with its share of them."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s.replace(step=None) for s in states))
     state = stacked.replace(step=states[0].step)
-    shared, of_seeds = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (SEEDS,)))
-    return jax.device_put(state, layout(shared, of_seeds))
+    return jax.device_put(state, layout(NamedSharding(mesh, SHARED), NamedSharding(mesh, EACH)))
 
 
 def unstack(state: TrainState) -> list[TrainState]:
@@ -178,8 +176,9 @@ def _train(
     meter = Meter([sum(counts) for counts in zip(*(found.counted for found in restored), strict=True)])
     start = int(state.step)
     pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+    put = functools.partial(jax.device_put, device=NamedSharding(parts.mesh, EACH))
     batches = data.prefetch(_batches(members, dataset, shapes, start), config.prefetch,
-                            functools.partial(_transfer, mesh=parts.mesh))
+                            functools.partial(loop.transfer, put=put))
     with progress_bar(console) as progress:
         bar = progress.add_task(
             f"{config.model.name} x {len(members)}", total=config.steps, completed=start, note="")
@@ -193,7 +192,7 @@ def _train(
             meter.count(num_candidates, metrics)
             done = step + 1
             pending.append((done, metrics))
-            logged = done % config.log_every == 0 or done == config.steps
+            logged = loop.due(config.log_every, done) or done == config.steps
             if logged or len(pending) == LONGEST:
                 scalars, pending = _look(members, pending), []
             if logged:
@@ -202,25 +201,25 @@ def _train(
                     member.writer.write(done, values | rates)
                 progress.update(bar, completed=done, note=f"{rates['examples_per_second']:,.0f} candidates/s")
             stop = interruption.due(done)
-            measured = config.eval_every and done % config.eval_every == 0 and not stop
-            saved = stop or done % config.checkpoint_every == 0 or done == config.steps
+            measured = loop.due(config.eval_every, done) and not stop
+            saved = stop or loop.due(config.checkpoint_every, done) or done == config.steps
             if measured or saved:
                 meter.pause()
                 _look(members, pending)
-                pending = []
+                pending, states = [], unstack(state)
             if measured:
-                for member, rows in zip(members, _test(parts, members, state, dataset, "validation"),
+                for member, rows in zip(members, _test(parts, members, states, dataset, "validation"),
                                         strict=True):
                     member.writer.write(done, loop.flat_scalars(rows, "validation"))
             if saved:
                 share = [count / len(members) for count in meter.counted]
-                for member, own in zip(members, unstack(state), strict=True):
+                for member, own in zip(members, states, strict=True):
                     checkpoint.save(member.checkpoints, own, member.config, dataset.schema, share)
             if stop:
                 raise Interrupted(f"interrupted; saved step {done} of {len(members)} seeds, call again to go "
                                   f"on")
         batches.close()
-    return _finish(parts, members, state, dataset, meter)
+    return _finish(parts, members, unstack(state), dataset, meter)
 
 
 def _batches(members: Sequence[Member], dataset: data.Dataset, shapes: data.Shapes, start: int
@@ -230,10 +229,6 @@ def _batches(members: Sequence[Member], dataset: data.Dataset, shapes: data.Shap
                                start_step=start, readers=member.config.data.readers, **shapes)
             for member in members]
     return (jax.tree.map(lambda *leaves: np.stack(leaves), *batches) for batches in zip(*each, strict=True))
-
-
-def _transfer(batch: Batch, mesh: Mesh) -> tuple[Batch, int]:
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(SEEDS))), int(batch.candidate_mask.sum())
 
 
 def _look(members: Sequence[Member], pending: Sequence[tuple[int, Mapping[str, jax.Array]]]
@@ -262,27 +257,26 @@ def initialise_codebooks(parts: Parts, members: Sequence[Member], state: TrainSt
     latents = np.stack([
         setup.draw_latents(member.config, functools.partial(latents_of, own.params), dataset, shapes)
         for member, own in zip(members, unstack(state), strict=True)])
-    each = PartitionSpec(SEEDS)
     fit = jax.jit(jax.shard_map(jax.vmap(setup.codebook_fit(config)), mesh=parts.mesh,
-                                in_specs=(each, each), out_specs=each, check_vma=False))
+                                in_specs=(EACH, EACH), out_specs=EACH, check_vma=False))
     return state.replace(codebook=fit(state.rng, latents))
 
 
-def _test(parts: Parts, members: Sequence[Member], state: TrainState, dataset: data.Dataset, split: str
-          ) -> list[list[Row]]:
+def _test(parts: Parts, members: Sequence[Member], states: Sequence[TrainState], dataset: data.Dataset,
+          split: str) -> list[list[Row]]:
     return [
         loop.test(member.config, parts.objective, own, dataset, split,
                   scores=loop.scores_file(member.config, member.workdir) if split == "test" else None)
-        for member, own in zip(members, unstack(state), strict=True)]
+        for member, own in zip(members, states, strict=True)]
 
 
-def _finish(parts: Parts, members: Sequence[Member], state: TrainState, dataset: data.Dataset, meter: Meter
-            ) -> list[list[Row]]:
-    totals = meter.total()
+def _finish(parts: Parts, members: Sequence[Member], states: Sequence[TrainState], dataset: data.Dataset,
+            meter: Meter) -> list[list[Row]]:
+    totals = {"parameters": setup.count_parameters(states[0])} | meter.total()
     totals["train_seconds"] /= len(members)
     found = []
-    for member, rows in zip(members, _test(parts, members, state, dataset, "test"), strict=True):
-        rows = [row | {"parameters": setup.count_parameters(state) // len(members)} | totals for row in rows]
+    for member, rows in zip(members, _test(parts, members, states, dataset, "test"), strict=True):
+        rows = [row | totals for row in rows]
         member.writer.write(member.config.steps, loop.flat_scalars(rows, "test"))
         write_rows(rows, member.workdir / "results.json")
         found.append(rows)
