@@ -24,7 +24,7 @@ from rich.console import Console
 from tarq_jax import data
 from tarq_jax.cli import Interrupted
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
-from tarq_jax.training import checkpoint, distributed, loop, parallel, provenance, setup
+from tarq_jax.training import checkpoint, distributed, loop, parallel, provenance, setup, sharding
 from tarq_jax.training.evaluate import Row
 from tarq_jax.training.failure import LONGEST, StepFailed, Watch, paths_of
 from tarq_jax.training.meter import Meter
@@ -83,7 +83,8 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
       ValueError: a setting does not fit the data or a checkpoint, or cannot be had with several seeds.
     """
     _check(config)
-    objective = setup.build(config.model, config.loss_weights, dataset.schema)
+    tables = sharding.make_tables(config)
+    objective = setup.build(config.model, config.loss_weights, dataset.schema, tables)
     optimizer = setup.make_optimizer(config)
     fresh = unstack(jax.jit(jax.vmap(
         setup.initialiser(config, objective, optimizer), in_axes=(0, None), out_axes=STACKED))(

@@ -167,6 +167,14 @@ def test_models_without_a_codebook(tiny_config, tiny_dataset, tmp_path, silent):
     assert [line["step"] for line in lines if "validation/two_tower/auc" in line] == [3, 6]
 
 
+def test_tables_are_rounded_up_as_in_the_loop(tiny_config, tiny_dataset, tmp_path, silent):
+    """So that either can go on with what the other saved."""
+    tiny_config.model.name, tiny_config.model.table_multiple = "two_tower", 64
+    rows = seeds.train(tiny_config, tiny_dataset, folders(tmp_path, (1,)), silent)
+    again = loop.train(with_seed(tiny_config, 1), tiny_dataset, tmp_path / "1", silent).rows
+    assert again[0]["log_loss"] == pytest.approx(rows[1][0]["log_loss"], rel=1e-6)
+
+
 def test_a_failing_seed_is_named(tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
     make = setup.initialiser
 
