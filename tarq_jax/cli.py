@@ -1,5 +1,6 @@
 """How commands start and end: one-line errors and the exit codes of DESIGN section 6."""
 
+import functools
 import math
 import signal
 import sys
@@ -128,16 +129,23 @@ def read_token(flag: flags.Flag) -> str | None:
     return token
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses flags, runs `main` and exits with the code that fits what happened."""
+def run(main: Callable[..., None], *, words: bool = False) -> None:
+    """Parses flags, runs `main` and exits with the code that fits what happened.
+
+    With `words`, `main` takes a list of the arguments that are no flags; without, there must be none.
+    """
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step they take
-    app.run(lambda _: sys.exit(_exit_code(main)), flags_parser=_parse)
+
+    def call(argv):
+        sys.exit(_exit_code(functools.partial(main, argv[1:]) if words else main))
+
+    app.run(call, flags_parser=functools.partial(_parse, words=words))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], words: bool = False) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        if len(rest) > 1:
+        if len(rest) > 1 and not words:
             raise ValueError(f"unexpected argument {rest[1]!r}, expected only flags")
         for name in flags.FLAGS:  # which absl's own bounds let through
             value = flags.FLAGS[name].value

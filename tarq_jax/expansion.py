@@ -12,6 +12,7 @@ levels of a codebook that follow the first, so that an item stays L codes.
 Shapes that do not fit are an AssertionError of chex; an empty history expands to zero.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,11 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarq_jax.attention import attention_sums
+from tarq_jax.kernels import Implementation, attend, use_pallas, with_derivative_of
+from tarq_jax.kernels import look_up as look_up_kernel
 from tarq_jax.types import Expansion
 
 
 def expand(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, *, block: int = 0
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, *, block: int | None = None,
+    implementation: Implementation = None,
 ) -> Expansion:
     """Expands every codeword over each user's history; once a request, whatever the number of candidates.
 
@@ -35,9 +39,13 @@ def expand(
       values: [B, H, N, E].
       mask: [B, N] bool.
       block: codewords and positions at a time, for long histories, see `attention_sums`.
+      implementation: see `tarq_jax.kernels`.
 
     Returns:
       Expansion with means [B, H, K, E] and jacobians [B, H, K, E, E].
+
+    Raises:
+      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
 
     Example:
       >>> keys = values = jnp.array([[[[0.0], [2.0]]]])
@@ -50,8 +58,14 @@ def expand(
     requests, heads, positions, width = keys.shape
     chex.assert_shape(queries, (heads, None, width))
     chex.assert_shape(mask, (requests, positions))
-    means, mean_keys, second = attention_sums(
-        queries[None], keys, values, mask[:, None, None], block=block, summed=_moments)
+    queries = jnp.broadcast_to(queries, (requests, *queries.shape))
+
+    def plain(queries, keys, values, mask):
+        return attention_sums(queries, keys, values, mask[:, None, None], block=block, summed=_moments)
+
+    kernel = use_pallas("expand", implementation, attend.refusal(queries, keys, values))
+    sums = with_derivative_of(plain, attend.expand) if kernel else plain
+    means, mean_keys, second = sums(queries, keys, values, mask)
     covariance = second.reshape(*means.shape, width) - means[..., :, None] * mean_keys[..., None, :]
     return Expansion(means=means, jacobians=covariance / jnp.sqrt(width))
 
@@ -62,24 +76,47 @@ def _moments(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, 
     return values, keys, products.reshape(*keys.shape[:-1], -1)
 
 
-def look_up_expansion(expansion: Expansion, codes: jax.Array, residuals: jax.Array) -> jax.Array:
-    """`m_c + J_c (q - c)` for every candidate, by gathering; plain, and the reference of the faster ways.
+def look_up_expansion(
+    expansion: Expansion, codes: jax.Array, residuals: jax.Array, *, implementation: Implementation = None
+) -> jax.Array:
+    """`m_c + J_c (q - c)` for every candidate.
+
+    A gather a column of the Jacobians, which XLA fuses with product and sum: the candidates' own [G, E, E]
+    are never formed.
 
     Args:
       expansion: of `expand`.
       codes: [B, G] int, of the first level.
       residuals: [B, H, G, E], `q - c`, quantized or exact.
+      implementation: see `tarq_jax.kernels`.
 
     Returns:
       [B, H, G, E], attention output head by head.
+
+    Raises:
+      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
     """
     requests, heads, _, width = expansion.means.shape
     chex.assert_shape(codes, (requests, None))
     chex.assert_shape(residuals, (requests, heads, codes.shape[1], width))
+    arguments = expansion.means, expansion.jacobians, codes, residuals
+    refusal = look_up_kernel.expansion_refusal(*arguments[:2], residuals)
+    if use_pallas("look_up_expansion", implementation, refusal):
+        return with_derivative_of(_gathered, look_up_kernel.look_up_expansion)(*arguments)
+    return with_derivative_of(_gathered, _by_columns)(*arguments)
+
+
+def _gathered(means, jacobians, codes, residuals):
+    """With the Jacobian of each candidate: the slower, but its gradient is the faster."""
     codes = codes[:, None, :, None]
-    means = jnp.take_along_axis(expansion.means, codes, axis=2)
-    jacobians = jnp.take_along_axis(expansion.jacobians, codes[..., None], axis=2)
-    return means + jnp.einsum("bhgef,bhgf->bhge", jacobians, residuals)
+    own = jnp.take_along_axis(jacobians, codes[..., None], axis=2)
+    return jnp.take_along_axis(means, codes, axis=2) + jnp.einsum("bhgef,bhgf->bhge", own, residuals)
+
+
+def _by_columns(means, jacobians, codes, residuals):
+    take = jax.vmap(functools.partial(jnp.take, axis=1, mode="clip"))  # over requests, of [H, K, E]
+    columns = (take(jacobians[..., f], codes) * residuals[..., f, None] for f in range(residuals.shape[-1]))
+    return functools.reduce(jnp.add, columns, take(means, codes))
 
 
 class Blocks(NamedTuple):

@@ -4,12 +4,16 @@ Reduce with `weighted_mean`. Sources: TARQ (arXiv 2509.16931) and DESIGN section
 fit are an AssertionError of chex; nothing is broadcast.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from tarq_jax import shards
+from tarq_jax.blockwise import best_block
+from tarq_jax.kernels import Implementation, align, use_pallas, with_derivative_of
 from tarq_jax.quantization import negative_distances
 
 
@@ -91,6 +95,9 @@ def codebook_alignment(
     personalized: jax.Array,
     chosen: jax.Array,
     attended: jax.Array,
+    *,
+    block: int | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """Makes the order of codewords by latent agree with their order by attention output.
 
@@ -106,9 +113,16 @@ def codebook_alignment(
       personalized: [B, L, K, D], `A`.
       chosen: [B, G, L, D], `C_l[c_l]`.
       attended: [B, G, L, D], `A_l[c_l]`.
+      block: candidates of a request looked at together: memory then grows with B x block x K instead of
+        B x G x K, and what the gradient needs is computed again. 0 looks at all at once; None chooses, see
+        `tarq_jax.blockwise.best_block`.
+      implementation: see `tarq_jax.kernels`.
 
     Returns:
       [B, G], at least 0; 0 where both orders agree at every level.
+
+    Raises:
+      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
     """
     chex.assert_rank([latents, codewords], 3)
     requests, candidates, width = latents.shape
@@ -116,8 +130,16 @@ def codebook_alignment(
     chex.assert_equal_shape([latents, teacher_outputs])
     chex.assert_shape(personalized, (requests, *codewords.shape))
     chex.assert_shape([chosen, attended], (requests, candidates, len(codewords), width))
-    latent, output = latents, jax.lax.stop_gradient(teacher_outputs)
-    total = jnp.zeros(latents.shape[:-1], latents.dtype)
+    arguments = latents, jax.lax.stop_gradient(teacher_outputs), codewords, personalized, chosen, attended
+    block = best_block(candidates, codewords.shape[1], 256) if block is None else block
+    plain = functools.partial(_alignment_in_blocks, block=block) if 0 < block < candidates else _alignment
+    if use_pallas("align", implementation, align.refusal(codewords, personalized, latents)):
+        return with_derivative_of(plain, align.alignment)(*arguments)
+    return plain(*arguments)
+
+
+def _alignment(latent, output, codewords, personalized, chosen, attended):
+    total = jnp.zeros(latent.shape[:-1], latent.dtype)
     for level in range(codewords.shape[0]):
         log_p = jax.nn.log_softmax(negative_distances(latent, codewords[level]))
         log_q = jax.nn.log_softmax(negative_distances(output, personalized[:, level]))
@@ -125,3 +147,19 @@ def codebook_alignment(
         latent = latent - chosen[:, :, level]
         output = output - attended[:, :, level]
     return total
+
+
+def _alignment_in_blocks(latents, outputs, codewords, personalized, chosen, attended, *, block):
+    requests, candidates = latents.shape[:2]
+
+    def split(array):  # [B, G, ...] to [G / block, B, block, ...]
+        padding = [(0, 0), (0, -candidates % block), *((0, 0),) * (array.ndim - 2)]
+        return jnp.moveaxis(jnp.pad(array, padding).reshape(requests, -1, block, *array.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def of_block(parts):
+        latents, outputs, chosen, attended = parts
+        return _alignment(latents, outputs, codewords, personalized, chosen, attended)
+
+    found = jax.lax.map(of_block, tuple(map(split, (latents, outputs, chosen, attended))))
+    return jnp.moveaxis(found, 0, 1).reshape(requests, -1)[:, :candidates]

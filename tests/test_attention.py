@@ -195,24 +195,21 @@ def codebook():
     return normal(10, B, L, K, E), np.random.default_rng(11).integers(0, K, (B, Q, L))
 
 
-def gather(personalized, codes):
-    entries = np.empty((B, Q, L, E), np.float32)
+def test_look_up_sums_what_a_gather_finds(codebook):
+    personalized, codes = codebook
+    expected = np.zeros((B, Q, E), np.float32)
     for request, candidate, level in np.ndindex(B, Q, L):
-        entries[request, candidate, level] = personalized[request, level, codes[request, candidate, level]]
-    return entries
-
-
-def test_look_up_equals_a_gather(codebook):
-    np.testing.assert_allclose(attention.look_up(*codebook), gather(*codebook), rtol=1e-6)
+        expected[request, candidate] += personalized[request, level, codes[request, candidate, level]]
+    np.testing.assert_allclose(attention.look_up(personalized, codes), expected, rtol=1e-6)
 
 
 def test_gradient_of_look_up_is_a_scatter(codebook):
     personalized, codes = codebook
-    upstream = normal(12, B, Q, L, E)
+    upstream = normal(12, B, Q, E)
     gradient = jax.grad(lambda p: jnp.sum(upstream * attention.look_up(p, codes)))(personalized)
     expected = np.zeros_like(personalized)
     for request, candidate, level in np.ndindex(B, Q, L):
-        expected[request, level, codes[request, candidate, level]] += upstream[request, candidate, level]
+        expected[request, level, codes[request, candidate, level]] += upstream[request, candidate]
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 

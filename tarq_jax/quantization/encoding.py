@@ -14,6 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tarq_jax.kernels import Implementation, use_pallas
+from tarq_jax.kernels import encode as kernel
 from tarq_jax.types import Levels, QuantizerOutput
 
 SEARCHED = 4  # entries for each that `_top` is to find, which it searches one by one
@@ -112,7 +114,8 @@ def balanced(
 
 
 def encode(
-    codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, block: int | None = None
+    codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, block: int | None = None,
+    implementation: Implementation = None,
 ) -> QuantizerOutput:
     """Greedy residual quantization: each level assigns what the ones before left over.
 
@@ -123,10 +126,14 @@ def encode(
       block: latents that go through all levels at a time, so that their distances stay in the cache: for
         many on CPU, where 2048 takes half the time. None takes all at once, as latents split over devices
         and an `assign` that depends on the batch need.
+      implementation: see `tarq_jax.kernels`; the kernel has blocks of its own.
 
     Returns:
       Codes [..., L], quantized latents [..., D], residuals and chosen codewords [..., L, D]; all
       but the codes are differentiable.
+
+    Raises:
+      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
 
     Example:
       >>> codewords = jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]])
@@ -135,8 +142,13 @@ def encode(
       ([[1, 0]], [[3.0]])
     """
     levels = as_levels(codewords, latents)
+    refusal = f"assign is {assign}, expected nearest" if assign is not nearest else None
+    if use_pallas("encode", implementation, refusal or kernel.refusal(levels, latents)):
+        codes_of = functools.partial(kernel.codes, jax.lax.stop_gradient(levels))
+        return _encode_by(codes_of, levels, latents, None)
     if block is not None:
-        return _encode_by(lambda points: encode(levels, points, assign=assign).codes, levels, latents, block)
+        codes_of = functools.partial(_greedy_codes, levels, assign=assign)
+        return _encode_by(codes_of, levels, latents, block)
     residual, codes, residuals, chosen = jnp.asarray(latents), [], [], []
     for level in levels:
         code = assign(residual.reshape(-1, residual.shape[-1]), level).reshape(residual.shape[:-1])
@@ -173,6 +185,10 @@ def beam_encode(
     if beam == 1 or len(levels) == 1:
         return encode(levels, latents, block=block)
     return _encode_by(functools.partial(_best_codes, levels, beam=beam), levels, latents, block)
+
+
+def _greedy_codes(levels: tuple[jax.Array, ...], latents: jax.Array, assign: Assign) -> jax.Array:
+    return encode(levels, latents, assign=assign, implementation="xla").codes
 
 
 def _encode_by(
@@ -241,7 +257,7 @@ def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: 
 
 def _best_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) -> jax.Array:
     """Codes [M, L] by a beam, or the greedy ones where those are nearer, for latents [M, D]."""
-    greedy = encode(levels, latents)
+    greedy = encode(levels, latents, implementation="xla")
     found = with_codes(levels, latents, _beam_codes(levels, latents, beam))
     better = _squared_error(found, latents) < _squared_error(greedy, latents)
     return jnp.where(better[:, None], found.codes, greedy.codes)

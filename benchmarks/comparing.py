@@ -1,0 +1,147 @@
+"""Measures programs in processes of their own, those of several revisions in turns."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.measuring import Key
+from tarq_jax import reporting
+
+ROOT = Path(__file__).resolve().parents[1]
+TURNS = 5  # of each program in each process, unless its time is up before
+LEAST = 2  # calls of a program in a process
+
+
+class Series(NamedTuple):
+    """What was found of a program."""
+
+    described: dict[str, Any]
+    times: list[list[float]]  # milliseconds of each call, by process
+
+    @property
+    def typical(self) -> list[float]:
+        """Lower quartile of each process: what disturbs only adds."""
+        return [float(np.quantile(times, 0.25)) for times in self.times]
+
+
+class Worker:
+    """A `benchmarks.worker` that runs in a tree; ends with the context."""
+
+    def __init__(self, tree: Path, slowdowns: Sequence[str] = ()):
+        """Starts the process."""
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", *slowdowns], cwd=tree, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __enter__(self) -> "Worker":
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Its answer; an OSError if it died."""
+        if self._process.stdin is None or self._process.stdout is None:
+            raise OSError("the worker has no pipes")
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, ValueError) as error:
+            code = self._process.wait()
+            raise OSError(f"the process that measures {request} ended with code {code}") from error
+
+
+def tree_of(revision: str, folder: Path) -> Path:
+    """The library as of a revision, with the benchmarks of today; a CalledProcessError if there is none."""
+    archive = subprocess.run(["git", "archive", "--format=tar", revision, "tarq_jax"], cwd=ROOT, check=True,
+                             capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
+    return folder
+
+
+def ask_machine(seconds: float) -> dict[str, Any]:
+    """Device and peaks of this machine."""
+    with Worker(ROOT) as worker:
+        return worker.ask(peaks=seconds)
+
+
+def with_plain(keys: Sequence[Key], names: Sequence[str]) -> list[Key]:
+    """Those of the keys with these names, and their `plain` ones."""
+    chosen = [key for key in keys if key.name in names]
+    beside = {key._replace(implementation="plain") for key in chosen}
+    return [key for key in keys if key in chosen or key in beside]
+
+
+def times_of(found: Mapping[Key, Series]) -> dict[str, list[float]]:
+    """What verdicts are made of, by name of the program."""
+    return {key.name: series.typical for key, series in found.items() if series.times}
+
+
+def measure(
+    keys: Sequence[Key], trees: Mapping[str, Path], *, processes: int, seconds: float,
+    slowdowns: Sequence[str] = (), console: Console | None = None,
+) -> dict[str, dict[Key, Series]]:
+    """Every program in every tree: all of one operation, workload and direction, and all trees, take turns.
+
+    Args:
+      keys: what to measure.
+      trees: by name, folders with `tarq_jax` and `benchmarks`; `slowdowns` are those of "new".
+      processes: one after the other, each measures everything.
+      seconds: of each program in each process.
+      slowdowns: see `benchmarks.worker`.
+      console: where progress goes.
+    """
+    found: dict[str, dict[Key, Series]] = {name: {key: Series({}, []) for key in keys} for name in trees}
+    groups: dict[tuple[str, ...], list[Key]] = {}
+    for key in keys:
+        groups.setdefault((key.operation, key.workload, key.direction), []).append(key)
+    with reporting.progress_bar(console or Console(quiet=True)) as bar:
+        task = bar.add_task("measuring", total=processes * len(groups), note="")
+        for _ in range(processes):
+            with ExitStack() as stack:
+                workers = {name: stack.enter_context(Worker(tree, slowdowns if name == "new" else ()))
+                           for name, tree in trees.items()}
+                for group, members in groups.items():
+                    bar.update(task, note=" ".join(group))
+                    _measure_group(members, workers, seconds, found)
+                    bar.advance(task)
+    return found
+
+
+def _measure_group(
+    members: Sequence[Key], workers: Mapping[str, Worker], seconds: float,
+    found: Mapping[str, dict[Key, Series]],
+) -> None:
+    """Adds to `found` what one process of each tree says."""
+    running = []
+    for key in members:
+        for name, worker in workers.items():
+            described = worker.ask(key=key)
+            found[name][key].described.update(described)
+            if "error" in described:
+                running.append((key, worker, found[name][key].times))
+                found[name][key].times.append([])
+    for _ in range(TURNS):
+        for key, worker, times in running:
+            if sum(times[-1]) < 1e3 * seconds or len(times[-1]) < LEAST:
+                times[-1] += worker.ask(key=key, seconds=seconds / TURNS)["times"]
+    for worker in workers.values():
+        worker.ask(forget=True)

@@ -1,0 +1,81 @@
+"""Does the comparison of `python -m benchmarks` notice a slowdown, and nothing else?
+
+    python -m benchmarks.detection --json=benchmarks/results/detection.json
+
+The library is compared with itself, while every other operation, other ones each time, takes 1.3 times as
+long in one of the two. Counts verdicts, of measurements in turns (`--revision`) and against the numbers of
+the repeat before (`--against`).
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from benchmarks import comparing, measuring, verdicts
+from benchmarks.operations import OPERATIONS
+from tarq_jax import cli, reporting
+
+REPEATS = flags.DEFINE_integer("repeats", 20, "Comparisons.", lower_bound=2)
+FACTOR = flags.DEFINE_float("factor", 1.3, "Of the time of what is slowed down.", lower_bound=1.0)
+JSON = cli.json_flag()
+
+WORKLOAD, PROCESSES, SECONDS = "config", 3, 0.2
+
+
+def compare(slowed: list[str], before: dict[str, list[float]] | None, console: Console) -> tuple[
+        dict[str, verdicts.Verdict], dict[str, list[float]]]:
+    """Verdicts by name of a program, and the times of the library as it is.
+
+    Args:
+      slowed: names of operations.
+      before: times of another comparison to hold the new ones against; None takes turns.
+      console: where progress goes.
+    """
+    keys = [key for key in measuring.keys(list(OPERATIONS), [WORKLOAD], ["plain", "xla"])
+            if key.direction == "forward"]
+    trees = {"new": comparing.ROOT} | ({"old": comparing.ROOT} if before is None else {})
+
+    def times(keys):
+        found = comparing.measure(
+            keys, trees, processes=PROCESSES, seconds=SECONDS, console=console,
+            slowdowns=[f"{name}={FACTOR.value}" for name in slowed])
+        return {side: comparing.times_of(programs) for side, programs in found.items()}
+
+    def judge(times):
+        return (verdicts.in_turns(times["new"], times["old"]) if before is None
+                else verdicts.against(times["new"], before))
+
+    first = times(keys)
+    found = verdicts.settled(judge(first), lambda names: judge(times(comparing.with_plain(keys, names))))
+    return found, first.get("old", {})
+
+
+def main() -> None:
+    """Flags to table."""
+    rng, console, counts = np.random.default_rng(0), Console(), Counter[tuple[str, str, str]]()
+    before: dict[str, list[float]] = {}
+    for index in range(REPEATS.value):
+        slowed = [str(name) for name in rng.choice(sorted(OPERATIONS), len(OPERATIONS) // 2, replace=False)]
+        console.print(f"repeat {index + 1} of {REPEATS.value}, slowed down: {', '.join(slowed)}")
+        comparisons = {"in turns": None, "against a file": before} if before else {"in turns": None}
+        for how, old in comparisons.items():
+            found, times = compare(slowed, old, console)
+            before = times or before
+            for name, verdict in found.items():
+                operation, _, implementation, _ = name.split("/")
+                kind = "slowed" if operation in slowed and implementation != "plain" else "same"
+                counts[how, kind, verdict.word] += 1
+    rows: list[dict[str, Any]] = [
+        {"compared": how, "program": kind, "factor": FACTOR.value if kind == "slowed" else 1.0,
+         **{word: counts[how, kind, word] for word in ("slower", "same", "faster")}}
+        for how in ("in turns", "against a file") for kind in ("slowed", "same")]
+    reporting.print_table(rows, f"{REPEATS.value} comparisons")
+    if JSON.value:
+        reporting.write_rows(rows, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

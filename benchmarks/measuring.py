@@ -1,0 +1,95 @@
+"""One program of an operation, compiled: its memory, its cost, and its numbers against `plain`."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import operations
+from benchmarks.workloads import WORKLOADS
+
+DIRECTIONS = ("forward", "gradient")
+WORST = 1e-3  # difference to `plain`, relative, beyond which numbers are called wrong
+MOST_MB = 4096  # that a program may take besides its arguments: what takes more is told, and not run
+
+
+class Key(NamedTuple):
+    """What is measured."""
+
+    operation: str
+    workload: str
+    implementation: str
+    direction: str
+
+    @property
+    def name(self) -> str:
+        """In one word."""
+        return "/".join(self)
+
+
+class Program(NamedTuple):
+    """A compiled program."""
+
+    call: Callable[[], Any]
+    row: Mapping[str, float]  # what is known of it without running it
+
+
+def keys(names: list[str], sizes: list[str], implementations: list[str]) -> list[Key]:
+    """Everything there is of these operations, workloads and implementations."""
+    return [
+        Key(name, workload, implementation, direction)
+        for name in names for workload in sizes for direction in DIRECTIONS
+        for implementation, _ in operations.OPERATIONS[name].implementations.items()
+        if implementation in implementations and (direction == "forward" or (
+            operations.OPERATIONS[name].differentiable
+            and implementation not in operations.OPERATIONS[name].prepared))
+    ]
+
+
+def compile_program(key: Key) -> Program:
+    """Lowers and compiles.
+
+    Raises:
+      NotImplementedError: the implementation does not take these arguments, or takes too much memory.
+    """
+    operation = operations.OPERATIONS[key.operation]
+    function = operation.implementations[key.implementation]
+    arguments = operations.make_arguments(operation, WORKLOADS[key.workload])
+    if key.implementation in operation.prepared:
+        arguments = operation.prepared[key.implementation](*arguments)
+    if key.direction == "gradient":
+        function = operations.gradient(operation, function)
+    # What is on the host is part of the program, as the order of an index is.
+    traced = {place: value for place, value in enumerate(arguments) if isinstance(value, jax.Array)}
+
+    def program(arrays):
+        return function(*(arrays.get(place, value) for place, value in enumerate(arguments)))
+
+    start = time.perf_counter()
+    lowered = jax.jit(program).lower(traced)
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    memory: Any = compiled.memory_analysis()
+    peak = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+    if peak > MOST_MB:
+        raise NotImplementedError(f"takes {peak:,.0f} MB")
+    cost: Any = compiled.cost_analysis()
+    return Program(lambda: compiled(traced), {
+        "lower_ms": 1e3 * (middle - start), "compile_ms": 1e3 * (end - middle), "peak_mb": peak,
+        "temporary_mb": memory.temp_size_in_bytes / 2**20,
+        "flops": cost.get("flops", 0.0), "exponentials": cost.get("transcendentals", 0.0),
+        "bytes": float(memory.argument_size_in_bytes + memory.output_size_in_bytes),
+        "bytes_accessed": cost.get("bytes accessed", 0.0)})
+
+
+def error(found: Any, expected: Any) -> float:
+    """Largest difference of a number over the largest of all, or share of codes that differ."""
+    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    floats = [pair for pair in pairs if jnp.issubdtype(pair[1].dtype, jnp.floating)]
+    codes = [pair for pair in pairs if not jnp.issubdtype(pair[1].dtype, jnp.floating)]
+    scale = max((float(jnp.max(jnp.abs(other))) for _, other in floats), default=1.0)
+    differences = [float(jnp.max(jnp.abs(one - other))) / (scale or 1.0) for one, other in floats]
+    return max(differences + [float(jnp.mean(one != other)) for one, other in codes])

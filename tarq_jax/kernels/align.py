@@ -1,0 +1,59 @@
+"""The codebook alignment loss on a TPU: both distributions over codewords are formed and read in VMEM."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from tarq_jax.kernels import calling
+
+ROWS = 128  # candidates of a block: two distributions of each are held, with their exponentials
+
+
+def refusal(codewords: jax.Array, personalized: jax.Array, latents: jax.Array) -> str | None:
+    """Why `alignment` cannot take these arguments; None if it can."""
+    return calling.not_real(latents, codewords, personalized) or calling.too_large(
+        codewords=codewords, personalized=personalized[0])
+
+
+def alignment(
+    latents: jax.Array, outputs: jax.Array, codewords: jax.Array, personalized: jax.Array,
+    chosen: jax.Array, attended: jax.Array,
+) -> jax.Array:
+    """As `tarq_jax.losses.codebook_alignment`, shapes as there: [B, G]."""
+    requests, size, width = latents.shape
+    levels = len(codewords)
+    block = calling.block_of(size, ROWS)
+    latents, outputs = (calling.padded(array, 1, block) for array in (latents, outputs))
+    chosen, attended = (calling.padded(jnp.swapaxes(array, 1, 2), 2, block) for array in (chosen, attended))
+    by_candidate = pl.BlockSpec((1, block, width), lambda request, row: (request, row, 0))
+    by_level = pl.BlockSpec((1, levels, block, width), lambda request, row: (request, 0, row, 0))
+    found = calling.call(
+        _kernel, latents, outputs, codewords, personalized, chosen, attended,
+        grid=(requests, latents.shape[1] // block),
+        in_specs=[by_candidate, by_candidate,
+                  pl.BlockSpec(codewords.shape, lambda request, row: (0, 0, 0)),
+                  pl.BlockSpec((1, *codewords.shape), lambda request, row: (request, 0, 0, 0)),
+                  by_level, by_level],
+        out_specs=pl.BlockSpec((1, block, 1), lambda request, row: (request, row, 0)),
+        out_shape=jax.ShapeDtypeStruct((*latents.shape[:2], 1), jnp.float32))
+    return found[:, :size, 0].astype(latents.dtype)
+
+
+def _kernel(latents_ref, outputs_ref, codewords_ref, personalized_ref, chosen_ref, attended_ref, total_ref):
+    latent, output = latents_ref[0].astype(jnp.float32), outputs_ref[0].astype(jnp.float32)
+    total = jnp.zeros(total_ref.shape[1:], jnp.float32)
+    for level in range(codewords_ref.shape[0]):
+        log_p = _log_softmax(latent, codewords_ref[level].astype(jnp.float32))
+        log_q = _log_softmax(output, personalized_ref[0, level].astype(jnp.float32))
+        total += jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=1, keepdims=True)
+        latent -= chosen_ref[0, level].astype(jnp.float32)
+        output -= attended_ref[0, level].astype(jnp.float32)
+    total_ref[0] = total
+
+
+def _log_softmax(points, words):
+    """`log softmax_k(-|x - c_k|^2)`: [M, D] and [K, D] to [M, K]."""
+    norms = calling.dot(jnp.ones((1, words.shape[1]), jnp.float32), words**2, (1, 1))
+    scores = 2.0 * calling.dot(points, words, (1, 1)) - norms
+    scores -= jnp.max(scores, axis=1, keepdims=True)
+    return scores - jnp.log(jnp.sum(jnp.exp(scores), axis=1, keepdims=True))

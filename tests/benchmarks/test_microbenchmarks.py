@@ -1,0 +1,143 @@
+"""The microbenchmarks run, compare and judge."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from absl.flags import FLAGS
+from absl.testing import flagsaver
+from hypothesis import given
+from hypothesis import strategies as st
+
+import benchmarks.__main__
+from benchmarks import comparing, measuring, verdicts
+from benchmarks.machine import Peaks
+from benchmarks.measuring import Key
+
+
+@pytest.mark.skipif(not (comparing.ROOT / ".git").exists(), reason="no repository to take a revision from")
+def test_rows_and_verdicts_against_a_revision(command, tmp_path):
+    found = tmp_path / "found.json"
+    run = command("-m", "benchmarks", "look_up", "--workload=single", "--processes=1", "--seconds=0.02",
+                  "--revision=HEAD", f"--json={found}", "--slowdown=look_up=1000")
+    assert run.returncode == 1, run.stderr
+    assert "error: slower: look_up/single/" in run.stderr and "plain" not in run.stderr
+    rows = {(row["implementation"], row["direction"]): row for row in json.loads(found.read_text())}
+    assert set(rows) == {(way, direction) for way in ("plain", "xla", "one_hot")
+                         for direction in ("forward", "gradient")}
+    for row in rows.values():
+        assert row["run_ms"] > 0 and row["compile_ms"] > 0 and len(row["processes_ms"]) == 1
+        assert row["error"] < measuring.WORST and row["bound_ms"] > 0 and row["change"] > 0
+    assert rows["xla", "forward"]["verdict"] == "slower" and rows["xla", "forward"]["change"] > 10
+
+
+def test_an_earlier_file(tmp_path):
+    path, key = tmp_path / "earlier.json", Key("look_up", "single", "xla", "forward")
+    path.write_text(json.dumps([key._asdict() | {"processes_ms": [1.0, 2.0]},
+                                key._asdict() | {"workload": "paper", "note": "takes 9 MB"}]))
+    assert benchmarks.__main__.earlier(str(path)) == {key.name: [1.0, 2.0]}
+
+
+@pytest.mark.parametrize("words, flags, complaint", [
+    (["encoding"], {}, "operation is 'encoding', expected some of align, attend"),
+    ([], {"workload": ["huge"]}, "--workload is 'huge'"),
+    ([], {"implementation": ["cuda"]}, "--implementation is 'cuda'"),
+    ([], {"against": "nowhere.json"}, "--against=nowhere.json: FileNotFoundError"),
+    ([], {"against": "setup.cfg"}, "--against=setup.cfg: JSONDecodeError"),
+    ([], {"revision": "nothing"}, "--revision is 'nothing': fatal: not a valid object name"),
+])
+def test_wrong_calls(capsys, words, flags, complaint):
+    if not FLAGS.is_parsed():
+        FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(**flags), pytest.raises(SystemExit) as ended:
+        benchmarks.__main__.main(words)
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_is_told():
+    with comparing.Worker(comparing.ROOT) as worker:
+        worker._process.kill()
+        with pytest.raises(OSError, match="ended with code -9"):
+            for _ in range(2):
+                worker.ask(peaks=0.1)
+
+
+def test_what_cannot_run_is_noted(monkeypatch):
+    from benchmarks import worker
+
+    monkeypatch.setattr(measuring, "MOST_MB", 0)
+    found = worker.answer({"key": ["top_k", "single", "xla", "forward"]}, {})
+    assert found["note"].startswith("NotImplementedError: takes ")
+    assert "KeyError" in worker.answer({"key": ["gone", "single", "xla", "forward"]}, {})["note"]
+
+
+def test_a_slowdown_is_one():
+    from benchmarks import worker
+
+    key = Key("top_k", "odd", "xla", "forward")
+    usual, slow = (worker.times(key, 0.02, slowdowns) for slowdowns in ({}, {"top_k": 50.0}))
+    assert min(slow) > 5 * min(usual)
+
+
+# Verdicts
+
+
+def times(values):
+    return {"encode/odd/xla/forward": values}
+
+
+@pytest.mark.parametrize("new, old, word", [
+    ([1.3, 1.3, 1.3], [1.0, 1.0, 1.0], "slower"),
+    ([1.3, 1.3, 0.9], [1.0, 1.0, 1.0], "same"),  # one process disagrees
+    ([1.1, 1.1, 1.1], [1.0, 1.0, 1.0], "same"),  # within tolerance
+    ([0.7, 0.7, 0.7], [1.0, 1.0, 1.0], "faster"),
+    ([2.6, 1.3, 1.3], [2.0, 1.0, 1.0], "slower"),  # the machine was slow in the first turns
+])
+def test_verdicts_of_turns(new, old, word):
+    found, = verdicts.in_turns(times(new), times(old)).values()
+    assert found.word == word
+
+
+@given(st.floats(0.2, 5.0), st.sampled_from([0.5, 1.0, 2.0]))
+def test_a_faster_machine_changes_no_verdict_against_a_file(drift, factor):
+    name, plain = "encode/odd/xla/forward", "encode/odd/plain/forward"
+    old = {name: [1.0, 1.02, 0.98], plain: [3.0, 3.1, 2.9]}
+    new = {name: [drift * factor * value for value in old[name]],
+           plain: [drift * value for value in old[plain]]}
+    found = verdicts.against(new, old)
+    assert found[name].word == {0.5: "faster", 1.0: "same", 2.0: "slower"}[factor]
+    assert found[plain].word == "same"
+
+
+@pytest.mark.parametrize("again, word", [([1.3, 1.2, 1.4], "slower"), ([1.0, 0.9, 1.1], "same")])
+def test_suspects_are_measured_again(again, word):
+    asked = []
+
+    def measure(names):
+        asked.extend(names)
+        return verdicts.in_turns({name: again for name in names}, {name: [1.0] * 3 for name in names})
+
+    first = verdicts.in_turns({"a": [1.3, 1.2, 1.4], "b": [1.0] * 3}, {"a": [1.0] * 3, "b": [1.0] * 3})
+    found = verdicts.settled(first, measure)
+    assert asked == ["a"] and found["a"].word == word and found["b"].word == "same"
+
+
+def test_false_alarms_and_misses_at_a_noise_of_five_percent():
+    rng = np.random.default_rng(0)
+
+    def judge(factor):
+        new, old = np.exp(0.05 * rng.standard_normal((2, 3)))
+        return verdicts.in_turns(times(factor * new), times(old))
+
+    def words(factor):
+        return [next(iter(verdicts.settled(judge(factor), lambda _: judge(factor)).values())).word
+                for _ in range(2000)]
+
+    assert words(1.0).count("same") > 1995 and words(1.3).count("slower") > 1960
+
+
+def test_bounds():
+    assert Peaks(1e9, 1e9, 1e9).bounds(2e6, 3e6, 1e6) == {
+        "flop_bound_ms": 2.0, "byte_bound_ms": 3.0, "exp_bound_ms": 1.0}
+    assert sys.modules[Peaks.__module__].__doc__

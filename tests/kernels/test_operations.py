@@ -1,0 +1,145 @@
+"""Every way to compute an operation of `benchmarks.operations` has the numbers of the textbook."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import measuring, operations
+from benchmarks.operations import OPERATIONS
+from benchmarks.workloads import WORKLOADS
+from tarq_jax import expansion, kernels, quantization
+from tarq_jax.types import Expansion
+
+KERNELS = [name for name, operation in OPERATIONS.items() if "pallas" in operation.implementations]
+WAYS = [(name, way) for name, operation in OPERATIONS.items() for way in operation.implementations
+        if way != "plain"]
+
+
+@functools.cache
+def expected(name, workload, direction="forward", dtype=jnp.float32):
+    """What `plain` gives, in float32 of arguments that are rounded to a type."""
+    operation = OPERATIONS[name]
+    plain = operation.implementations["plain"]
+    function = operations.gradient(operation, plain) if direction == "gradient" else plain
+    return jax.jit(function)(*(as_float32(array) for array in arguments(name, workload, dtype)))
+
+
+@functools.cache
+def arguments(name, workload, dtype=jnp.float32):
+    return operations.make_arguments(OPERATIONS[name], WORKLOADS[workload], dtype)
+
+
+def as_float32(array):
+    return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def run(function, name, way, workload, dtype=jnp.float32):
+    """Of the arguments, in the form that the way wants; what it wants on the host is not traced."""
+    found = arguments(name, workload, dtype)
+    if way not in OPERATIONS[name].prepared:
+        return jax.jit(function)(*found)
+    prepared = OPERATIONS[name].prepared[way](*found)
+    return function(*prepared)
+
+
+@pytest.mark.parametrize("workload", ["odd", "single", "blocks"])
+@pytest.mark.parametrize("name, way", WAYS)
+def test_numbers_are_those_of_the_textbook(name, way, workload):
+    found = run(OPERATIONS[name].implementations[way], name, way, workload)
+    assert measuring.error(found, expected(name, workload)) < 1e-5
+
+
+@pytest.mark.parametrize("name, way", [(name, way) for name, way in WAYS if OPERATIONS[name].differentiable
+                                       and way not in OPERATIONS[name].prepared])
+def test_gradients_are_those_of_the_textbook(name, way):
+    operation = OPERATIONS[name]
+    found = run(operations.gradient(operation, operation.implementations[way]), name, way, "odd")
+    assert measuring.error(found, expected(name, "odd", "gradient")) < 1e-5
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_in_bfloat16(name):
+    found = run(OPERATIONS[name].implementations["pallas"], name, "pallas", "odd", jnp.bfloat16)
+    floats = [leaf for leaf in jax.tree.leaves(found) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in floats)
+    assert measuring.error(jax.tree.map(as_float32, found), expected(name, "odd", dtype=jnp.bfloat16)) < 0.03
+
+
+@pytest.mark.parametrize("workload", ["odd", "paper"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_lower_for_a_tpu(name, workload):
+    specs = jax.eval_shape(lambda: operations.make_arguments(OPERATIONS[name], WORKLOADS[workload]))
+    traced = jax.jit(OPERATIONS[name].implementations["pallas"]).trace(*specs)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_kernel_is_the_default_where_it_was_not_measured(name):
+    operation = OPERATIONS[name]
+    default = {
+        "encode": lambda codewords, latents: quantization.encode(codewords, latents),
+        "look_up_expansion": lambda means, jacobians, codes, residuals: expansion.look_up_expansion(
+            Expansion(means, jacobians), codes[None], residuals[None]),
+    }.get(name)
+    if default is None:
+        assert not any(preferred == name for preferred, _ in kernels.PREFERRED)
+        return
+    specs = jax.eval_shape(lambda: operations.make_arguments(operation, WORKLOADS["single"]))
+    text = jax.jit(default).trace(*specs).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in text
+
+
+# What a kernel refuses
+
+
+def encode(**options):
+    return quantization.encode(jnp.zeros((2, 3, 4)), jnp.zeros((5, 4)), **options)
+
+
+@pytest.mark.parametrize("call, complaint", [
+    (lambda: encode(assign=quantization.nearest_by_cosine, implementation="pallas"), "expected nearest"),
+    (lambda: quantization.encode(jnp.zeros((1, 3, 4)), jnp.zeros((0, 4)), implementation="pallas"),
+     r"shape \(0, 4\)"),
+    (lambda: quantization.encode(jnp.zeros((1, 2**14, 256)), jnp.zeros((5, 256)), implementation="pallas"),
+     "codewords take 16777216 bytes, expected at most"),
+    (lambda: quantization.encode(jnp.zeros((1, 3, 4), jnp.float16), jnp.zeros((5, 4)),
+                                 implementation="pallas"), "types are float16, float32"),
+])
+def test_a_kernel_says_what_it_does_not_take(call, complaint):
+    with pytest.raises(NotImplementedError, match=complaint):
+        call()
+
+
+def test_unknown_implementations_are_refused():
+    with pytest.raises(ValueError, match="implementation is 'cuda', expected 'xla', 'pallas' or None"):
+        encode(implementation="cuda")
+
+
+def test_none_falls_back_where_the_kernel_does_not_fit(monkeypatch):
+    monkeypatch.setattr(kernels, "PREFERRED", {("encode", jax.default_backend()): "pallas"})
+    codewords, latents = arguments("encode", "odd")
+    kernel = jax.make_jaxpr(quantization.encode)(codewords, latents)
+    assert "pallas_call" in str(kernel)
+    cosine = functools.partial(quantization.encode, assign=quantization.nearest_by_cosine)
+    assert "pallas_call" not in str(jax.make_jaxpr(cosine)(codewords, latents))
+
+
+def test_kernels_compose_with_vmap_and_forward_mode():
+    codes, residuals = arguments("look_up_expansion", "odd")[2:]
+    expanded = Expansion(*arguments("look_up_expansion", "odd")[:2])
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), expanded)
+
+    def look_up(expanded, residuals, way):
+        both = (jnp.broadcast_to(array, (2, *array.shape)) for array in (codes, residuals))
+        return expansion.look_up_expansion(expanded, *both, implementation=way)
+
+    for function in (
+        lambda way: jax.vmap(functools.partial(look_up, residuals=residuals, way=way))(stacked),
+        lambda way: jax.jvp(lambda moved: look_up(expanded, moved, way), (residuals,), (residuals,)),
+    ):
+        for one, other in zip(*(jax.tree.leaves(jax.jit(functools.partial(function, way))())
+                                for way in ("xla", "pallas")), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
