@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tarq_jax.blockwise import MASKED, Summed, best_block, blockwise_sums, scaled_products
-from tarq_jax.kernels import Implementation, attend, use_pallas, with_derivative_of
-from tarq_jax.kernels import look_up as look_up_kernel
+from tarq_jax.kernels import Implementation, pick, with_derivative_of
 
 
 def attention_weights(queries: jax.Array, keys: jax.Array, mask: chex.Array) -> jax.Array:
@@ -117,9 +116,8 @@ def multi_head_attention(
         mask = mask.reshape(batch, *(1,) * (keys.ndim - 2), positions)
         return attention_sums(queries, keys, values, mask, block=block)
 
-    if use_pallas("attend", implementation, attend.refusal(queries, keys, values)):
-        return with_derivative_of(plain, attend.attend)(queries, keys, values, mask)
-    return plain(queries, keys, values, mask)
+    kernel = pick("attend", implementation, queries, keys, values, mask)
+    return (with_derivative_of(plain, kernel) if kernel else plain)(queries, keys, values, mask)
 
 
 def personalized_codebook(
@@ -174,9 +172,8 @@ def look_up(
     chex.assert_rank(personalized, 4)
     requests, levels = personalized.shape[:2]
     chex.assert_shape(codes, (requests, None, levels))
-    if use_pallas("look_up", implementation, look_up_kernel.refusal(personalized)):
-        return with_derivative_of(_look_up, look_up_kernel.look_up)(personalized, codes)
-    return _look_up(personalized, codes)
+    kernel = pick("look_up", implementation, personalized, codes)
+    return (with_derivative_of(_look_up, kernel) if kernel else _look_up)(personalized, codes)
 
 
 def _look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarq_jax.attention import attention_sums
-from tarq_jax.kernels import Implementation, attend, use_pallas, with_derivative_of
-from tarq_jax.kernels import look_up as look_up_kernel
+from tarq_jax.kernels import Implementation, pick, with_derivative_of
 from tarq_jax.types import Expansion
 
 
@@ -63,8 +62,8 @@ def expand(
     def plain(queries, keys, values, mask):
         return attention_sums(queries, keys, values, mask[:, None, None], block=block, summed=_moments)
 
-    kernel = use_pallas("expand", implementation, attend.refusal(queries, keys, values))
-    sums = with_derivative_of(plain, attend.expand) if kernel else plain
+    kernel = pick("expand", implementation, queries, keys, values, mask)
+    sums = with_derivative_of(plain, kernel) if kernel else plain
     means, mean_keys, second = sums(queries, keys, values, mask)
     covariance = second.reshape(*means.shape, width) - means[..., :, None] * mean_keys[..., None, :]
     return Expansion(means=means, jacobians=covariance / jnp.sqrt(width))
@@ -100,10 +99,8 @@ def look_up_expansion(
     chex.assert_shape(codes, (requests, None))
     chex.assert_shape(residuals, (requests, heads, codes.shape[1], width))
     arguments = expansion.means, expansion.jacobians, codes, residuals
-    refusal = look_up_kernel.expansion_refusal(*arguments[:2], residuals)
-    if use_pallas("look_up_expansion", implementation, refusal):
-        return with_derivative_of(_gathered, look_up_kernel.look_up_expansion)(*arguments)
-    return with_derivative_of(_gathered, _by_columns)(*arguments)
+    kernel = pick("look_up_expansion", implementation, *arguments)
+    return with_derivative_of(_gathered, kernel or _by_columns)(*arguments)
 
 
 def _gathered(means, jacobians, codes, residuals):

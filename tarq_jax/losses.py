@@ -13,7 +13,7 @@ import optax
 
 from tarq_jax import shards
 from tarq_jax.blockwise import best_block
-from tarq_jax.kernels import Implementation, align, use_pallas, with_derivative_of
+from tarq_jax.kernels import Implementation, pick, with_derivative_of
 from tarq_jax.quantization import negative_distances
 
 
@@ -133,9 +133,8 @@ def codebook_alignment(
     arguments = latents, jax.lax.stop_gradient(teacher_outputs), codewords, personalized, chosen, attended
     block = best_block(candidates, codewords.shape[1], 256) if block is None else block
     plain = functools.partial(_alignment_in_blocks, block=block) if 0 < block < candidates else _alignment
-    if use_pallas("align", implementation, align.refusal(codewords, personalized, latents)):
-        return with_derivative_of(plain, align.alignment)(*arguments)
-    return plain(*arguments)
+    kernel = pick("align", implementation, *arguments)
+    return (with_derivative_of(plain, kernel) if kernel else plain)(*arguments)
 
 
 def _alignment(latent, output, codewords, personalized, chosen, attended):

@@ -9,15 +9,17 @@ within `shard_map`, as XLA cannot partition it.
 | operation | functions | TPU | NVIDIA |
 |---|---|---|---|
 | `encode` | `quantization.encode` | all levels in one pass, one-hot on the MXU | XLA |
-| `attend` | `attention.multi_head_attention`, `personalized_codebook` | flash attention | XLA |
+| `attend` | `attention.multi_head_attention` | flash attention | as on TPU, bfloat16 |
 | `expand` | `expansion.expand` | flash attention, products formed in VMEM | XLA |
 | `look_up` | `attention.look_up` | one-hot on the MXU | XLA |
 | `look_up_expansion` | `expansion.look_up_expansion` | one-hot on the MXU | XLA |
 | `align` | `losses.codebook_alignment` | distances of all levels in VMEM | XLA |
 
-Derivatives are those of the XLA form, computed anew, so that nothing large is kept for them.
+`personalized_codebook` is `attend` with codewords as queries. Top-k has no kernel: XLA's own reads the scores
+once. Derivatives are those of the XLA form, computed anew, so that nothing large is kept for them.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -25,17 +27,25 @@ import jax
 
 Implementation = Literal["xla", "pallas"] | None
 
-# (operation, platform) -> "pallas", where it was measured at par or better. None was measured on a TPU yet.
+# operation -> module that has its kernel, under its name, and a `refuse_` function of the same arguments that
+# says why it does not take them. Imported when a kernel is wanted: Pallas takes half a second.
+MODULES = {"encode": "encode", "attend": "attention", "expand": "attention", "look_up": "look_up",
+           "look_up_expansion": "look_up", "align": "align"}
+ON_GPU = ("attend",)  # the operations that have a kernel for NVIDIA
+# (operation, platform) -> "pallas", where it was measured at par or better. None was measured yet.
 PREFERRED: Mapping[tuple[str, str], str] = {}
 
 
-def use_pallas(operation: str, implementation: Implementation, refusal: str | None) -> bool:
-    """Whether an operation is to run as a kernel.
+def pick(
+    operation: str, implementation: Implementation, *arguments: Any, refusal: str | None = None
+) -> Callable[..., Any] | None:
+    """The kernel that an operation is to run as, a function of the arguments; None for XLA.
 
     Args:
       operation: a name of the table above.
       implementation: what the caller asked for.
-      refusal: why the kernel cannot take these arguments; None if it can.
+      arguments: of the kernel.
+      refusal: why no kernel would do, if the caller knows.
 
     Raises:
       NotImplementedError: a kernel was asked for that does not take these arguments.
@@ -43,10 +53,16 @@ def use_pallas(operation: str, implementation: Implementation, refusal: str | No
     """
     if implementation not in ("xla", "pallas", None):
         raise ValueError(f"implementation is {implementation!r}, expected 'xla', 'pallas' or None")
-    if implementation == "pallas" and refusal:
+    platform = jax.default_backend()
+    if (implementation or PREFERRED.get((operation, platform), "xla")) == "xla":
+        return None
+    module = importlib.import_module(f"tarq_jax.kernels.{MODULES[operation]}")
+    if platform == "gpu" and operation not in ON_GPU:
+        refusal = "this is a GPU, and the kernel is for a TPU"
+    refusal = refusal or getattr(module, f"refuse_{operation}")(*arguments)
+    if refusal and implementation == "pallas":
         raise NotImplementedError(f"{operation} has no kernel for this: {refusal}; use implementation='xla'")
-    preferred = PREFERRED.get((operation, jax.default_backend())) == "pallas"
-    return implementation == "pallas" or (implementation is None and preferred and not refusal)
+    return None if refusal else getattr(module, operation)
 
 
 def with_derivative_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:

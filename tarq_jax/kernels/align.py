@@ -9,13 +9,17 @@ from tarq_jax.kernels import calling
 ROWS = 128  # candidates of a block: two distributions of each are held, with their exponentials
 
 
-def refusal(codewords: jax.Array, personalized: jax.Array, latents: jax.Array) -> str | None:
-    """Why `alignment` cannot take these arguments; None if it can."""
+def refuse_align(
+    latents: jax.Array, outputs: jax.Array, codewords: jax.Array, personalized: jax.Array,
+    chosen: jax.Array, attended: jax.Array,
+) -> str | None:
+    """Why `align` cannot take these arguments; None if it can."""
+    del outputs, chosen, attended
     return calling.not_real(latents, codewords, personalized) or calling.too_large(
         codewords=codewords, personalized=personalized[0])
 
 
-def alignment(
+def align(
     latents: jax.Array, outputs: jax.Array, codewords: jax.Array, personalized: jax.Array,
     chosen: jax.Array, attended: jax.Array,
 ) -> jax.Array:

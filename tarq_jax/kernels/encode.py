@@ -10,14 +10,14 @@ from jax.experimental import pallas as pl
 from tarq_jax.kernels import calling
 
 
-def refusal(levels: Sequence[jax.Array], latents: jax.Array) -> str | None:
-    """Why `codes` cannot take these arguments; None if it can."""
+def refuse_encode(levels: Sequence[jax.Array], latents: jax.Array) -> str | None:
+    """Why `encode` cannot take these arguments; None if it can."""
     if latents.size == 0:
         return f"latents are of shape {latents.shape}, expected some"
     return calling.not_real(latents, *levels) or calling.too_large(codewords=list(levels))
 
 
-def codes(levels: Sequence[jax.Array], latents: jax.Array) -> jax.Array:
+def encode(levels: Sequence[jax.Array], latents: jax.Array) -> jax.Array:
     """Greedy residual codes by Euclidean distance: L arrays [K_l, D] and [M, D] to int32 [M, L].
 
     Distances [M, K] and residuals stay in VMEM; what is subtracted is looked up by a product with one-hot

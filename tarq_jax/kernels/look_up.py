@@ -8,8 +8,9 @@ from jax.experimental import pallas as pl
 from tarq_jax.kernels import calling
 
 
-def refusal(personalized: jax.Array) -> str | None:
-    """Why `look_up` cannot take this table; None if it can."""
+def refuse_look_up(personalized: jax.Array, codes: jax.Array) -> str | None:
+    """Why `look_up` cannot take these arguments; None if it can."""
+    del codes
     return calling.not_real(personalized) or calling.too_large(personalized=personalized[0])
 
 
@@ -37,8 +38,11 @@ def _look_up_kernel(table_ref, codes_ref, output_ref):
     output_ref[0] = total.astype(output_ref.dtype)
 
 
-def expansion_refusal(means: jax.Array, jacobians: jax.Array, residuals: jax.Array) -> str | None:
+def refuse_look_up_expansion(
+    means: jax.Array, jacobians: jax.Array, codes: jax.Array, residuals: jax.Array
+) -> str | None:
     """Why `look_up_expansion` cannot take these arguments; None if it can."""
+    del codes
     return calling.not_real(means, jacobians, residuals) or calling.too_large(
         means=means[0, 0], jacobians=jacobians[0, 0])
 

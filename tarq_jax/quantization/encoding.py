@@ -14,8 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tarq_jax.kernels import Implementation, use_pallas
-from tarq_jax.kernels import encode as kernel
+from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
 SEARCHED = 4  # entries for each that `_top` is to find, which it searches one by one
@@ -143,8 +142,9 @@ def encode(
     """
     levels = as_levels(codewords, latents)
     refusal = f"assign is {assign}, expected nearest" if assign is not nearest else None
-    if use_pallas("encode", implementation, refusal or kernel.refusal(levels, latents)):
-        codes_of = functools.partial(kernel.codes, jax.lax.stop_gradient(levels))
+    kernel = pick("encode", implementation, levels, latents, refusal=refusal)
+    if kernel:
+        codes_of = functools.partial(kernel, jax.lax.stop_gradient(levels))
         return _encode_by(codes_of, levels, latents, None)
     if block is not None:
         codes_of = functools.partial(_greedy_codes, levels, assign=assign)

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from benchmarks import measuring, operations
 from benchmarks.operations import OPERATIONS
 from benchmarks.workloads import WORKLOADS
-from tarq_jax import expansion, kernels, quantization
+from tarq_jax import attention, expansion, kernels, quantization
+from tarq_jax.kernels import attention_gpu
 from tarq_jax.types import Expansion
 
 KERNELS = [name for name, operation in OPERATIONS.items() if "pallas" in operation.implementations]
@@ -90,6 +92,39 @@ def test_no_kernel_is_the_default_where_it_was_not_measured(name):
     specs = jax.eval_shape(lambda: operations.make_arguments(operation, WORKLOADS["single"]))
     text = jax.jit(default).trace(*specs).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" not in text
+
+
+def history(width, dtype=jnp.bfloat16, seed=0):
+    """Queries, keys, values and mask of two requests, the second of which has no history."""
+    rng = np.random.default_rng(seed)
+    queries, keys, values = (jnp.asarray(rng.normal(size=(2, 2, length, width)), dtype)
+                             for length in (70, 130, 130))
+    return queries, keys, values, jnp.asarray(rng.random((2, 130)) < 0.6).at[1].set(False)
+
+
+@pytest.mark.parametrize("width", attention_gpu.WIDTHS)
+def test_attention_on_a_gpu(width):
+    """Interpreted by Mosaic GPU's own interpreter, and lowered for a GPU that is not here."""
+    arrays = history(width)
+    found = attention_gpu.attend(*arrays, interpret=InterpretGPUParams())
+    exact = OPERATIONS["attend"].implementations["plain"](*map(as_float32, arrays))
+    assert not np.any(np.asarray(found[1])) and measuring.error(as_float32(found), exact) < 0.01
+    attend = functools.partial(attention.multi_head_attention, implementation="pallas")
+    assert "mosaic_gpu" in jax.jit(attend).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    trained = jax.jit(jax.value_and_grad(lambda *arrays: as_float32(attend(*arrays)).sum()))
+    assert "mosaic_gpu" in trained.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("width, dtype, complaint", [
+    (16, jnp.float32, "queries are float32, expected bfloat16 on a GPU"),
+    (24, jnp.bfloat16, r"heads are 24 wide, expected one of \(16, 32, 64\) on a GPU"),
+])
+def test_attention_on_a_gpu_refuses(monkeypatch, width, dtype, complaint):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(NotImplementedError, match=complaint):
+        attention.multi_head_attention(*history(width, dtype), implementation="pallas")
+    with pytest.raises(NotImplementedError, match="look_up has no kernel for this: this is a GPU"):
+        attention.look_up(*arguments("look_up", "odd"), implementation="pallas")
 
 
 # What a kernel refuses

@@ -13,15 +13,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tarq_jax.kernels import calling
-
-MASKED = -1e30
+from tarq_jax.kernels import attention_gpu, calling
+from tarq_jax.kernels.calling import MASKED
 
 Summed = Callable[[jax.Array, jax.Array], Sequence[jax.Array]]  # [n, E] twice -> arrays [n, any]
 
 
-def refusal(queries: jax.Array, keys: jax.Array, values: jax.Array) -> str | None:
-    """Why neither `attend` nor `expand` can take these arguments; None if they can."""
+def refuse_attend(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> str | None:
+    """Why `attend` cannot take these arguments; None if it can."""
+    on_gpu = attention_gpu.refusal(queries, keys, values) if jax.default_backend() == "gpu" else None
+    return on_gpu or refuse_expand(queries, keys, values, mask)
+
+
+def refuse_expand(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> str | None:
+    """Why `expand` cannot take these arguments; None if it can."""
+    del mask
     if queries.size == 0 or keys.size == 0:
         return f"queries and keys are of shapes {queries.shape} and {keys.shape}, expected some of both"
     return calling.not_real(queries, keys, values)
@@ -29,8 +39,14 @@ def refusal(queries: jax.Array, keys: jax.Array, values: jax.Array) -> str | Non
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """`sum_n a_n v_n`: [B, ..., Q, E], keys and values [B, ..., N, E], mask [B, N] to [B, ..., Q, E]."""
-    found, = _sums(lambda keys, values: (values,), (values.shape[-1],), queries, keys, values, mask)
-    return found.astype(values.dtype)
+    def on_tpu(queries, keys, values, mask):
+        found, = _sums(lambda keys, values: (values,), (values.shape[-1],), queries, keys, values, mask)
+        return found.astype(values.dtype)
+
+    if attention_gpu.refusal(queries, keys, values):
+        return on_tpu(queries, keys, values, mask)
+    return jax.lax.platform_dependent(
+        queries, keys, values, mask, cuda=attention_gpu.attend, default=on_tpu)
 
 
 def expand(
