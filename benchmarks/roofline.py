@@ -34,8 +34,11 @@ CHIPS = {
     # cloud.google.com/tpu/docs/v5p: 4,800 Gb/s each way; a pod holds more than is looked at here, so that
     # `beyond`, a host's 200 Gb/s for 4 chips, does not matter
     "TPU v5p": Chip(459e12, 95e9, 2765e9, 600e9, 8960, 6.2e9),
+    # cloud.google.com/tpu/docs/v6e: 800 GB/s both ways; 25.6 Tb/s of data-centre network a pod of 256
+    "TPU v6e": Chip(918e12, 32e9, 1640e9, 400e9, 256, 12.5e9),
     # nvidia.com H100 SXM: NVLink 900 GB/s both ways between 8; one 400 Gb/s NIC a GPU beyond
     "H100": Chip(989e12, 80e9, 3350e9, 450e9, 8, 50e9),
+    "H200": Chip(989e12, 141e9, 4800e9, 450e9, 8, 50e9),
 }
 # Passes over a table of an optimizer that looks at every row: gradient made and read, parameters and what
 # is kept of them read and written.

@@ -1,0 +1,99 @@
+"""What each operation costs on chips that are not here: memory of its program for a TPU, and rooflines.
+
+    pip install -e '.[tpu]'
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.compiled --json=FILE
+
+First table: every operation, compiled by XLA and Mosaic for each `--topology` without a device, at the sizes
+of `--workload`: temporary memory, and bytes that XLA counts as read and written. Programs of XLA are traced
+as on a CPU, so that attention goes by blocks where it would there. Second table: the milliseconds that no
+program can stay under, by FLOPs of the textbook's form at the peak that the vendor states for bfloat16
+(float32 by three to six passes), and by bytes of arguments and results: `benchmarks.roofline` has the chips.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import measuring, operations
+from benchmarks.measuring import Key
+from benchmarks.operations import OPERATIONS
+from benchmarks.roofline import CHIPS, Chip
+from benchmarks.workloads import WORKLOADS
+from tarq_jax import cli, reporting
+
+TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x2", "v6e:2x2"], "TPUs to compile for, as libtpu names them.")
+WORKLOAD = flags.DEFINE_list(
+    "workload", ["paper", "config"], "Of `benchmarks.workloads`.", allow_override=True)
+JSON = cli.json_flag()
+
+IMPLEMENTATIONS = ["plain", "xla", "pallas"]
+FIRST = ("chip", "operation", "workload", "direction", "implementation", "temporary_mb", "bytes_accessed_mb")
+SECOND = ("chip", "operation", "workload", "direction", "flop_bound_ms", "byte_bound_ms", "bound_ms")
+
+
+def program(key: Key) -> tuple[Any, Any]:
+    """The function of a key, and the shapes of its arguments."""
+    operation = OPERATIONS[key.operation]
+    function = operation.implementations[key.implementation]
+    shapes = jax.eval_shape(lambda: operations.make_arguments(operation, WORKLOADS[key.workload]))
+    return operations.gradient(operation, function) if key.direction == "gradient" else function, shapes
+
+
+def for_tpu(keys: list[Key], topology: str, console: Console) -> Iterator[dict[str, Any]]:
+    """A row a program."""
+    description = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, chips_per_host_bounds=(2, 2, 1))
+    chip: Any = description.devices[0]
+    for key in track(keys, f"compiling for {topology}", console=console):
+        function, shapes = program(key)
+        placed = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(chip))
+                  for shape in shapes]
+        compiled = jax.jit(function).trace(*placed).lower().compile()
+        cost: Any = compiled.cost_analysis()
+        memory: Any = compiled.memory_analysis()
+        yield key._asdict() | {
+            "chip": chip.device_kind, "temporary_mb": memory.temp_size_in_bytes / 2**20,
+            "bytes_accessed_mb": cost.get("bytes accessed", 0.0) / 1e6}
+
+
+def bounds(chip: Chip, flops: float, moved: float) -> dict[str, float]:
+    """Milliseconds by FLOPs and by bytes, and the larger of both.
+
+    Example:
+      >>> bounds(Chip(2e12, 16e9, 1e12, 0.0, 1, 0.0), flops=4e9, moved=1e9)
+      {'flop_bound_ms': 2.0, 'byte_bound_ms': 1.0, 'bound_ms': 2.0}
+    """
+    by_flops, by_bytes = 1e3 * flops / chip.flops, 1e3 * moved / chip.memory_bandwidth
+    return {"flop_bound_ms": by_flops, "byte_bound_ms": by_bytes, "bound_ms": max(by_flops, by_bytes)}
+
+
+def rooflines(keys: list[Key]) -> Iterator[dict[str, Any]]:
+    """A row a chip and program of the textbook, whose operations XLA counts on CPU; nothing is run."""
+    for key in keys:
+        function, shapes = program(key)
+        compiled = jax.jit(function).lower(*shapes).compile()
+        memory, cost = measuring.memory_of(compiled), measuring.cost_of(compiled)
+        for name, chip in CHIPS.items():
+            yield {"chip": name} | key._asdict() | bounds(chip, cost["flops"], memory["bytes"])
+
+
+def main() -> None:
+    """Flags to tables."""
+    console = Console()
+    keys = measuring.keys(list(OPERATIONS), WORKLOAD.value, IMPLEMENTATIONS)
+    first = [row for topology in TOPOLOGY.value for row in for_tpu(keys, topology, console)]
+    second = list(rooflines([key for key in keys if key.implementation == "plain"]))
+    reporting.print_table(first, "compiled for a TPU", FIRST)
+    reporting.print_table(second, "bounds", SECOND)
+    if JSON.value:
+        reporting.write_rows(first + second, JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
