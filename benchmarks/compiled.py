@@ -85,6 +85,7 @@ def rooflines(keys: list[Key]) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Flags to tables."""
+    jax.config.update("jax_enable_compilation_cache", False)  # which cannot read a TPU's without one
     console = Console()
     keys = measuring.keys(list(OPERATIONS), WORKLOAD.value, IMPLEMENTATIONS)
     first = [row for topology in TOPOLOGY.value for row in for_tpu(keys, topology, console)]

@@ -27,6 +27,7 @@ _HOME = {
     "fit_codebook": "quantization",
     "kmeans_codebook": "quantization",
     "look_up": "attention",
+    "look_up_expansion": "expansion",
     "multi_head_attention": "attention",
     "personalized_codebook": "attention",
     "revive": "quantization",

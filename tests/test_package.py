@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import tarq_jax
 
@@ -12,6 +13,23 @@ def test_every_public_name_is_there_and_documented():
         assert getattr(tarq_jax, name).__doc__, name
 
 
+def test_the_public_interface():
+    """What goes from this list goes by the policy of CONTRIBUTING.md, with a line in CHANGELOG.md."""
+    assert tarq_jax.__all__ == [
+        "Batch", "Codebook", "Field", "FirstOrderTarq", "QuantizerOutput", "Schema", "Scorer", "Tarq",
+        "TargetAttention", "TwoTower", "beam_encode", "codebook_alignment", "decode", "ema_codewords", "encode",
+        "expand", "fit_codebook", "kmeans_codebook", "look_up", "look_up_expansion", "multi_head_attention",
+        "personalized_codebook", "revive", "rotate", "straight_through", "update_statistics"]
+
+
+def test_the_version_is_the_same_everywhere():
+    root = Path(__file__).resolve().parents[1]
+    version = tarq_jax.__version__
+    for name, line in (("setup.cfg", f"version = {version}"), ("CITATION.cff", f"version: {version}"),
+                       ("CHANGELOG.md", f"## {version}")):
+        assert line in (root / name).read_text().splitlines(), name
+
+
 def test_import_is_light():
     code = "import sys, tarq_jax; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -19,21 +37,20 @@ def test_import_is_light():
 
 def test_imports_point_one_way():
     """DESIGN section 4: a layer imports only those below it."""
-    from pathlib import Path
-
     below = {
         "types": set(),
         "schema": set(),
         "data": {"types", "schema"},
-        "quantization": {"types"},
+        "kernels": set(),
+        "quantization": {"types", "kernels"},
         "blockwise": set(),
-        "attention": {"blockwise"},
+        "attention": {"blockwise", "kernels"},
         "approximate_attention": {"attention"},
-        "expansion": {"types", "attention"},
+        "expansion": {"types", "attention", "kernels"},
         "corrections": {"attention", "expansion"},
         "conversion": {"quantization", "attention", "expansion", "corrections"},
         "shards": set(),
-        "losses": {"quantization", "shards"},
+        "losses": {"quantization", "shards", "blockwise", "kernels"},
         "metrics": {"types"},
         "models": {"types", "schema", "quantization", "attention", "approximate_attention", "expansion",
                    "corrections", "shards"},

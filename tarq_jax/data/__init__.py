@@ -1,5 +1,7 @@
 """Data sets for pre-ranking: schema, sources, block records and the input pipeline.
 
+Used like this::
+
     dataset = load("synthetic", data_dir="/tmp/data", train_requests=1000)
     for batch in train_batches(dataset, "train", batch_size=64, history_length=50, num_candidates=16, seed=0):
         ...

@@ -6,14 +6,14 @@ says why not; None the faster of the two by the table `PREFERRED`, which only me
 a CPU the same kernel is interpreted, slowly, so that tests can compare its numbers. Under a mesh call it
 within `shard_map`, as XLA cannot partition it.
 
-| operation | functions | TPU | NVIDIA |
-|---|---|---|---|
-| `encode` | `quantization.encode` | all levels in one pass, one-hot on the MXU | XLA |
-| `attend` | `attention.multi_head_attention` | flash attention | as on TPU, bfloat16 |
-| `expand` | `expansion.expand` | flash attention, products formed in VMEM | XLA |
-| `look_up` | `attention.look_up` | one-hot on the MXU | XLA |
-| `look_up_expansion` | `expansion.look_up_expansion` | one-hot on the MXU | XLA |
-| `align` | `losses.codebook_alignment` | distances of all levels in VMEM | XLA |
+Operations with a kernel for TPUs, by their functions:
+
+- `encode`, `quantization.encode`: all levels in one pass over the latents, one-hot products on the MXU;
+- `attend`, `attention.multi_head_attention`: flash attention; for NVIDIA too, in bfloat16;
+- `expand`, `expansion.expand`: flash attention, products of values and keys formed in VMEM;
+- `look_up`, `attention.look_up`: one-hot products on the MXU;
+- `look_up_expansion`, `expansion.look_up_expansion`: likewise, with the Jacobians in VMEM;
+- `align`, `losses.codebook_alignment`: both distributions of all levels in VMEM.
 
 `personalized_codebook` is `attend` with codewords as queries. Top-k has no kernel: XLA's own reads the scores
 once. Derivatives are those of the XLA form, computed anew, so that nothing large is kept for them.
@@ -42,7 +42,7 @@ def pick(
     """The kernel that an operation is to run as, a function of the arguments; None for XLA.
 
     Args:
-      operation: a name of the table above.
+      operation: one of the names above.
       implementation: what the caller asked for.
       arguments: of the kernel.
       refusal: why no kernel would do, if the caller knows.
