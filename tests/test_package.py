@@ -16,10 +16,11 @@ def test_every_public_name_is_there_and_documented():
 def test_the_public_interface():
     """What goes from this list goes by the policy of CONTRIBUTING.md, with a line in CHANGELOG.md."""
     assert tarq_jax.__all__ == [
-        "Batch", "Codebook", "Field", "FirstOrderTarq", "QuantizerOutput", "Schema", "Scorer", "Tarq",
-        "TargetAttention", "TwoTower", "beam_encode", "codebook_alignment", "decode", "ema_codewords", "encode",
-        "expand", "fit_codebook", "kmeans_codebook", "look_up", "look_up_expansion", "multi_head_attention",
-        "personalized_codebook", "revive", "rotate", "straight_through", "update_statistics"]
+        "Batch", "Codebook", "Field", "FirstOrderTarq", "QuantizerOutput", "Schema", "Scorer",
+        "TargetAttention", "Tarq", "TwoTower", "beam_encode", "codebook_alignment", "decode",
+        "ema_codewords", "encode", "expand", "fit_codebook", "kmeans_codebook", "look_up",
+        "look_up_expansion", "multi_head_attention", "personalized_codebook", "revive", "rotate",
+        "straight_through", "update_statistics"]
 
 
 def test_the_version_is_the_same_everywhere():
