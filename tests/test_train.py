@@ -100,6 +100,7 @@ def test_checkpoints_are_orbax(done):
     assert saved["step"] == 12
 
 
+@pytest.mark.slow
 def test_interrupted_and_called_again(done, train, tmp_path):
     interrupted = train(tmp_path, code=("-c", INTERRUPTED_AT_8))
     assert interrupted.returncode == 75, interrupted.stderr

@@ -7,6 +7,7 @@ from benchmarks.serving_contenders import COLD, IN_BLOCKS, TWO_TOWER, Contender
 from tarq_jax.experiments import study
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_baselines_are_served_as_they_train(silent, monkeypatch):
     """The others are tested with the serving benchmark: here one of them is enough."""

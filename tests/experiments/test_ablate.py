@@ -170,6 +170,7 @@ def test_modes_that_do_not_exist(mode):
         ablation.get_config(mode)
 
 
+@pytest.mark.slow
 def test_the_command(command, tmp_path):
     arguments = ("-m", "tarq_jax.experiments.ablate", "--config=configs/ablation.py:smoke", "--seeds=0,1",
                  "--variant=two_tower", "--variant=cold", f"--workdir={tmp_path / 'runs'}",

@@ -97,6 +97,7 @@ def test_a_model_without_codebook_is_refused(tiny_config, tiny_dataset, tmp_path
         health.observe(load_run(tmp_path), "test", 10)
 
 
+@pytest.mark.slow
 def test_command(command, smoke_run, tmp_path):
     report = ("-m", "tarq_jax.experiments.health")
     done = command(*report, f"--run={smoke_run('tarq')}", f"--out={tmp_path}", f"--json={tmp_path}/rows.json")

@@ -156,6 +156,7 @@ def test_frontier(points, expected):
     assert study.on_frontier(points) == expected
 
 
+@pytest.mark.slow
 def test_the_command(folder, command, tmp_path):
     (tmp_path / "serving.json").write_text(json.dumps(SERVING))
     done = command("-m", "tarq_jax.experiments.report", f"--study={folder}", f"--out={tmp_path / 'page'}",

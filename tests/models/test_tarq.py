@@ -73,9 +73,11 @@ def test_personalize_serves_what_training_sees(model, output, batch):
 
 def test_attended_equals_look_up(output):
     """Candidates attend with their own codewords in training, and look up in serving."""
-    looked_up = look_up(output.personalized, output.quantizer.codes)
-    close(output.attended, looked_up)
-    close(output.attention_output, looked_up.sum(axis=2))
+    codes = output.quantizer.codes
+    close(output.attention_output, look_up(output.personalized, codes))
+    for level in range(L):
+        alone = slice(level, level + 1)
+        close(output.attended[:, :, level], look_up(output.personalized[:, alone], codes[..., alone]))
 
 
 def test_head_closed_form(head, model, output):
@@ -83,7 +85,7 @@ def test_head_closed_form(head, model, output):
     params, backbone = model.params["params"], output.teacher.backbone
     user, item, candidates = (np.asarray(getattr(backbone, name)) for name in ("user", "item", "candidates"))
     codes = np.asarray(output.quantizer.codes)
-    attended = np.asarray(look_up(output.personalized, codes)).sum(axis=2)
+    attended = np.asarray(look_up(output.personalized, codes))
     if head == "scalar":
         added = np.zeros((B, G))
         for level in range(L):

@@ -38,11 +38,14 @@ def runs(command, tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "flags", "method", "platforms"), [
     ("tarq", ["--vectors=int8", "--histories=4,8"], "mlp_first_order", ["cpu", "cuda", "tpu"]),
-    ("target_attention", ["--platforms=cpu"], "target_attention", ["cpu"]),
+    pytest.param("target_attention", ["--platforms=cpu"], "target_attention", ["cpu"],
+                 marks=pytest.mark.slow),
     ("target_attention", ["--codewords=8", "--fine_tune=2", "--capacity=600", "--platforms=cpu"],
      "mlp_first_order", ["cpu"]),
-    ("target_attention", ["--codewords=8", "--levels=2", "--platforms=cpu"], "mlp_first_order", ["cpu"]),
-    ("target_attention", ["--codewords=8", "--order=0", "--platforms=cpu"], "mlp", ["cpu"]),
+    pytest.param("target_attention", ["--codewords=8", "--levels=2", "--platforms=cpu"], "mlp_first_order",
+                 ["cpu"], marks=pytest.mark.slow),
+    pytest.param("target_attention", ["--codewords=8", "--order=0", "--platforms=cpu"], "mlp", ["cpu"],
+                 marks=pytest.mark.slow),
 ])
 def test_export_and_serve_without_training_code(command, runs, tmp_path, name, flags, method, platforms):
     out = tmp_path / "out"

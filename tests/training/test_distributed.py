@@ -76,6 +76,7 @@ def test_several_processes_are_like_one(num, run_processes, tmp_path, finished, 
         assert list(checkpoints.all_steps()) == [4, 6]
 
 
+@pytest.mark.slow
 def test_all_stop_at_the_step_that_one_is_told_to(run_processes, tmp_path):
     done = run_processes(2, "1", tmp_path)
     assert [process.returncode for process in done] == [75, 75], done[0].stderr[-3000:]
