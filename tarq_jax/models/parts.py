@@ -35,18 +35,19 @@ class AttentionParts(NamedTuple):
 
 
 def target_attention_parts(module: TargetAttention) -> AttentionParts:
-    """The parts of this library's target attention."""
+    """The parts of this library's target attention, or of a subclass whose attention is still a softmax."""
     module = module.clone(compute=module.compute._replace(dtype=jnp.float32))  # what is quantized is float32
-    forward = nn.apply(TargetAttention.__call__, module)
+    kind = type(module)
+    forward = nn.apply(kind.__call__, module)
 
     def keys_values(params, batch):
         output = forward(params, batch)
         return output.keys, output.values
 
     return AttentionParts(
-        item_queries=nn.apply(TargetAttention.item_queries, module),
+        item_queries=nn.apply(kind.item_queries, module),
         keys_values=keys_values,
         context=lambda params, batch: forward(params, batch).backbone,
-        head=lambda params, backbone, attended: nn.apply(TargetAttention.score, module)(
+        head=lambda params, backbone, attended: nn.apply(kind.score, module)(
             params, attended, backbone)[0],
     )

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import struct
 
 from tarq_jax.models.layers import MLP, MultiHeadAttention
@@ -41,10 +42,14 @@ class AttentionModel(OnTwoTowers):
         """Creates the parts."""
         super().setup()
         sizes, compute = (self.num_heads, self.width), self.compute
-        self.history_encoder = history_encoder(*sizes, compute)
+        self.history_encoder = self.make_history_encoder()
         self.query_tower = MLP(self.hidden, self.width, compute)
         self.attention = MultiHeadAttention(*sizes, compute)
         self.head = MLP(self.hidden, 1, compute)
+
+    def make_history_encoder(self) -> nn.Module:
+        """What encodes the history: (X [B, N, D], mask [B, N]) -> H_t [B, N, D]."""
+        return history_encoder(self.num_heads, self.width, self.compute)
 
     def query(self, candidates: jax.Array) -> jax.Array:
         """Projected queries of item embeddings: [..., G, D] to [..., H, G, E]."""

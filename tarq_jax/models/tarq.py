@@ -151,7 +151,7 @@ class Tarq(nn.Module):
         passed = jnp.where(quantize, self.pass_through(latents, quantizer.quantized), latents)
         reconstruction, target = self.decode(passed, teacher)
         return TarqOutput(
-            logits=self._student_logits(gate_backbone(teacher.backbone), attended, quantizer.chosen),
+            logits=self.student_logits(gate_backbone(teacher.backbone), attended, quantizer.chosen),
             teacher=teacher,
             latents=latents,
             quantizer=quantizer,
@@ -220,7 +220,8 @@ class Tarq(nn.Module):
         target = teacher.backbone.candidates if self.decoded == "item" else flat_queries(teacher)
         return self.decoder(passed), target
 
-    def _student_logits(self, backbone: TwoTowerOutput, attended: jax.Array, chosen: jax.Array) -> jax.Array:
+    def student_logits(self, backbone: TwoTowerOutput, attended: jax.Array, chosen: jax.Array) -> jax.Array:
+        """What the head makes of `A_l[c_l]` and `C_l[c_l]`, [B, G, L, D] each, on the backbone: [B, G]."""
         if self.head == "scalar":
             added = self.codeword_scores(attended, chosen).sum(axis=-1, dtype=jnp.float32)
         elif self.head == "dot":

@@ -146,5 +146,9 @@ class OnTwoTowers(nn.Module):
 
     def setup(self):
         """Creates the backbone; subclasses add parts of their own."""
-        self.backbone = TwoTower(
-            self.schema, self.width, self.num_heads, self.hidden, compute=self.compute, tables=self.tables)
+        self.backbone = self.make_backbone()
+
+    def make_backbone(self) -> TwoTower:
+        """The two towers below, as a model of their own."""
+        sizes = self.schema, self.width, self.num_heads, self.hidden
+        return TwoTower(*sizes, compute=self.compute, tables=self.tables, parent=None)

@@ -20,7 +20,7 @@ from tarq_jax.training import checkpoint, distributed, provenance, setup, shardi
 from tarq_jax.training.evaluate import SCORES, Row, evaluate
 from tarq_jax.training.failure import Watch, batch_kept, paths_of
 from tarq_jax.training.meter import Meter
-from tarq_jax.training.objectives import Objective
+from tarq_jax.training.objectives import MakeObjective, Objective
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.types import Batch
 
@@ -88,12 +88,21 @@ def describe_data(dataset: data.Dataset, console: Console) -> None:
 
 def train(
     config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, console: Console, *,
-    resume: bool = True,
+    resume: bool = True, make_objective: MakeObjective | None = None,
 ) -> Result:
     """Trains one model from its newest checkpoint on, and evaluates it on the test split.
 
     The batch and the random numbers of a step depend on the seed and the step alone, so that a run
     that was interrupted ends in the same state as one that was not.
+
+    Args:
+      config: validated; with `make_objective`, `config.model.name` is best a name of its own, by which
+        commands that build the library's models refuse the run.
+      dataset: to train and test on.
+      workdir: for checkpoints and metrics.
+      console: where progress goes.
+      resume: see `run`.
+      make_objective: see `setup.set_up`.
 
     Raises:
       FloatingPointError: a step is not finite, or its gradient exceeds the limit; names the step and the
@@ -101,7 +110,7 @@ def train(
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
       ValueError: a setting does not fit the data or the checkpoint; or there is one, and `resume` is not set.
     """
-    way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
+    way, mesh, objective, optimizer, state = setup.set_up(config, dataset, make_objective)
     shapes = setup.batch_shapes(dataset)
     watch = Watch(paths_of(trainable(state.params, state.codebook)), config.optimizer.max_gradient_norm)
     batches_from = functools.partial(

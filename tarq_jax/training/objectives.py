@@ -14,7 +14,7 @@ from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
 from tarq_jax.schema import Schema
 from tarq_jax.training.modules import Supervised, as_served, make_module
-from tarq_jax.types import Batch, QuantizerOutput
+from tarq_jax.types import Batch, Codebook, QuantizerOutput
 
 Tree = TypeVar("Tree")
 
@@ -56,6 +56,7 @@ class Objective(NamedTuple):
       latents: (params, batch) -> what is quantized, [B, G, D]; None without a codebook.
       attention: (params, codewords, batch) -> by head or level, what student and teacher attend to;
         None without a codebook.
+      fit: (rng, latents [M, D]) -> the codebook to start from; None for k-means, level by level.
     """
 
     init: Callable[..., Any]
@@ -63,6 +64,12 @@ class Objective(NamedTuple):
     predict: Callable[..., "Predictions"]
     latents: Callable[..., jax.Array] | None = None
     attention: Callable[..., dict[str, AttentionWeights]] | None = None
+    fit: Callable[[jax.Array, jax.Array], Codebook] | None = None
+
+
+# What `build` is: (config.model, config.loss_weights, schema, tables, axis_name) -> Objective
+MakeObjective = Callable[
+    [ml_collections.ConfigDict, Mapping[str, float], Schema, Tables, shards.AxisName], Objective]
 
 
 def in_float32(output: Tree) -> Tree:

@@ -258,7 +258,7 @@ def initialise_codebooks(parts: Parts, members: Sequence[Member], state: TrainSt
     latents = np.stack([
         setup.draw_latents(member.config, functools.partial(latents_of, own.params), dataset, shapes)
         for member, own in zip(members, unstack(state), strict=True)])
-    fit = jax.jit(jax.shard_map(jax.vmap(setup.codebook_fit(config)), mesh=parts.mesh,
+    fit = jax.jit(jax.shard_map(jax.vmap(setup.codebook_fit(config, objective)), mesh=parts.mesh,
                                 in_specs=(EACH, EACH), out_specs=EACH, check_vma=False))
     return state.replace(codebook=fit(state.rng, latents))
 

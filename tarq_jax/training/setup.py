@@ -12,7 +12,7 @@ import optax
 
 from tarq_jax import data, quantization
 from tarq_jax.training import parallel, sharding
-from tarq_jax.training.objectives import Objective, build
+from tarq_jax.training.objectives import MakeObjective, Objective, build
 from tarq_jax.training.optimizers import make_optimizer
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.training.step import codebook_updates, train_step
@@ -29,8 +29,15 @@ class Setup(NamedTuple):
     state: TrainState  # fresh, on the mesh
 
 
-def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
+def set_up(
+    config: ml_collections.ConfigDict, dataset: data.Dataset, make_objective: MakeObjective | None = None
+) -> Setup:
     """The parts of a run, as its configuration describes them, over all devices.
+
+    Args:
+      config: of the run.
+      dataset: to train on.
+      make_objective: takes the place of `objectives.build`, for a model or a loss that is not the library's.
 
     Raises:
       ValueError: the mesh does not fit the devices, or the batch or a table the mesh.
@@ -41,7 +48,8 @@ def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     sharding.check_batch_size(config.batch_size, mesh)
     tables = sharding.make_tables(config, mesh)
-    objective = build(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)
+    make_objective = build if make_objective is None else make_objective
+    objective = make_objective(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)
     optimizer = make_optimizer(config)
     return Setup(way, mesh, objective, optimizer, init_state(config, objective, optimizer, dataset, mesh))
 
@@ -153,7 +161,7 @@ def initialise_codebook(
     everywhere = sharding.replicated(mesh)
     latents_of = jax.jit(objective.latents, out_shardings=everywhere)
     latents = draw_latents(config, functools.partial(latents_of, state.params), dataset, shapes)
-    fit = jax.jit(codebook_fit(config), out_shardings=everywhere)
+    fit = jax.jit(codebook_fit(config, objective), out_shardings=everywhere)
     return state.replace(codebook=fit(state.rng, latents))
 
 
@@ -172,12 +180,11 @@ def draw_latents(
     return np.concatenate(found)[: config.codebook.init_latents]
 
 
-def codebook_fit(config: ml_collections.ConfigDict) -> Callable[[jax.Array, jax.Array], Codebook]:
-    """(key of a state, latents [M, D]) -> the codebook that k-means finds, as a pure function."""
-
-    def fit(rng: jax.Array, latents: jax.Array) -> Codebook:
-        return quantization.kmeans_codebook(
-            jax.random.fold_in(rng, config.steps), latents, num_levels=config.model.num_levels,
-            num_codewords=config.model.num_codewords)
-
-    return fit
+def codebook_fit(
+    config: ml_collections.ConfigDict, objective: Objective
+) -> Callable[[jax.Array, jax.Array], Codebook]:
+    """(key of a state, latents [M, D]) -> the codebook that the objective fits, as a pure function."""
+    fit = objective.fit or functools.partial(
+        quantization.kmeans_codebook, num_levels=config.model.num_levels,
+        num_codewords=config.model.num_codewords)
+    return lambda rng, latents: fit(jax.random.fold_in(rng, config.steps), latents)

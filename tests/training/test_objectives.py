@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tarq_jax import data, losses
+from tarq_jax import data, losses, quantization
 from tarq_jax.config import COMPARED, MODELS
 from tarq_jax.models import Tarq
 from tarq_jax.training import setup
@@ -211,3 +211,22 @@ def test_the_teacher_trains_as_target_attention_alone_does(tiny_config, tiny_dat
         found[name] = state.params["params"]
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5),
                  found["tarq"]["teacher"], found["target_attention"])
+
+
+def test_an_objective_of_ones_own(tiny_config, tiny_dataset):
+    """`set_up` hands its maker what `build` gets; its own fit takes the place of k-means."""
+    made = []
+
+    def make_objective(*arguments):
+        made.append(arguments)
+        own = build(*arguments)
+        return own._replace(
+            fit=lambda rng, latents: quantization.with_codewords(latents[:8].reshape(2, 4, 4)))
+
+    parts = setup.set_up(tiny_config, tiny_dataset, make_objective)
+    (model, weights, schema, _, axis_name), = made
+    assert (model, weights, schema, axis_name) == (
+        tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema, None)
+    latents = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    fitted = setup.codebook_fit(tiny_config, parts.objective)(jax.random.key(0), latents)
+    np.testing.assert_array_equal(fitted.codewords, latents[:8].reshape(2, 4, 4))

@@ -1,0 +1,60 @@
+"""Softmax attention by random features (Performer, Choromanski et al. 2020, arXiv 2009.14794).
+
+    python -m examples.attention
+
+Overrides `attend` of `ApproximateAttention`, of type (batch, backbone, H_t [B, N, D]) -> [B, H, G, E]. The
+history is summed into M x E numbers a head once; a candidate costs as many, whatever the history.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from examples import small
+from tarq_jax.models.approximate_attention import ApproximateAttention
+from tarq_jax.training.objectives import supervised
+
+FEATURES = {"random_features_4": 4, "random_features_64": 64}  # name of the model -> M
+
+
+def features(vectors, draws, axes):
+    """`exp(<w_m, x> - |x|^2 / 2)` up to a factor shared over `axes`: [..., E] and [M, E] to [..., M]."""
+    logs = vectors @ draws.T - jnp.sum(vectors**2, axis=-1, keepdims=True) / 2
+    return jnp.exp(logs - logs.max(axis=axes, keepdims=True))
+
+
+def random_feature_attention(queries, keys, values, mask, draws):
+    """As `multi_head_attention`, which it tends to with the number of normal draws w, [M, E]."""
+    queries, keys = (x / x.shape[-1] ** 0.25 for x in (queries, keys))
+    of_keys = jnp.where(mask[:, None, :, None], features(keys, draws, (-2, -1)), 0.0)
+    of_queries = features(queries, draws, -1)
+    totals = of_queries @ of_keys.sum(axis=-2)[..., None]
+    sums = of_queries @ (jnp.swapaxes(of_keys, -1, -2) @ values)
+    return sums / jnp.maximum(totals, 1e-9)  # zero where the history is empty
+
+
+class RandomFeatureAttention(ApproximateAttention):
+    """Target attention by M = `num_features` random features."""
+
+    num_features: int = 32
+
+    def attend(self, batch, backbone, history):
+        """See `random_feature_attention`."""
+        queries, (keys, values) = self.query(backbone.candidates), self.attention.keys_values(history)
+        draws = np.random.default_rng(0).normal(size=(self.num_features, keys.shape[-1])).astype(np.float32)
+        return random_feature_attention(queries, keys, values, batch.history_mask, draws)
+
+
+def make_objective(model, loss_weights, schema, tables, axis_name):
+    """The model of that name, on labels."""
+    module = RandomFeatureAttention(*small.sizes(model, schema), num_features=FEATURES[model.name])
+    return supervised(module.clone(tables=tables), model.name, axis_name)
+
+
+def compare(config, dataset):
+    """A row for exact, for linear, and for random-feature attention by the number of features."""
+    made = {"target_attention": None, "linear_attention": None, **dict.fromkeys(FEATURES, make_objective)}
+    return small.table(config, dataset, made)
+
+
+if __name__ == "__main__":
+    small.run(compare)

@@ -1,0 +1,60 @@
+"""A hierarchical teacher: events attend within sessions, sessions to one another, candidates to events.
+
+    python -m examples.hierarchical_teacher
+
+Adds `SessionEncoder` of type (X [B, N, D], mask [B, N]) -> H_t [B, N, D], for `make_history_encoder`. It is
+converted with nothing retrained, as candidates attend by softmax; or it teaches TARQ by `make_teacher`.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from examples import small
+from tarq_jax.models import TargetAttention, parts
+from tarq_jax.models.two_tower import HistoryEncoder
+from tarq_jax.training import conversion
+from tarq_jax.training.objectives import supervised
+
+
+class SessionEncoder(nn.Module):
+    """Sessions of `window` events: N x window + (N / window)^2 pairs in place of N^2."""
+
+    num_heads: int
+    window: int = 4
+
+    @nn.compact
+    def __call__(self, history, mask):
+        """[B, N, D] with mask [B, N] to [B, N, D]."""
+        (batch, positions, width), more = history.shape, -mask.shape[1] % self.window
+        real = jnp.pad(mask, ((0, 0), (0, more))).reshape(-1, self.window)
+        events = jnp.pad(history, ((0, 0), (0, more), (0, 0))).reshape(*real.shape, width)
+        events = HistoryEncoder(self.num_heads, width)(events, real)
+        means = jnp.where(real[..., None], events, 0.0).mean(axis=1).reshape(batch, -1, width)
+        sessions = HistoryEncoder(self.num_heads, width)(means, real.any(axis=1).reshape(batch, -1))
+        return (events + sessions.reshape(-1, 1, width)).reshape(batch, -1, width)[:, :positions]
+
+
+class SessionAttention(TargetAttention):
+    """Target attention over events that know their session."""
+
+    def make_history_encoder(self):
+        """What encodes the history."""
+        return SessionEncoder(self.num_heads)
+
+
+def make_objective(model, loss_weights, schema, tables, axis_name):
+    """The teacher alone, on labels."""
+    return supervised(SessionAttention(*small.sizes(model, schema), tables=tables), model.name, axis_name)
+
+
+def compare(config, dataset):
+    """A row as it is trained, and one as it is converted to TARQ of order 1."""
+    trained, = small.train_each(config, dataset, {"hierarchical": make_objective}).values()
+    taken_apart = parts.target_attention_parts(SessionAttention(*small.sizes(config.model, dataset.schema)))
+    model = conversion.trained_model(taken_apart, trained.state.params, dataset)
+    index = conversion.fit_index(model, num_codewords=config.model.num_codewords, order=1)
+    return [trained.rows[0], conversion.evaluate_index(model, index, recall_k=4)[0] | {"model": "converted"}]
+
+
+if __name__ == "__main__":
+    small.run(compare)

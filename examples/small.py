@@ -1,0 +1,60 @@
+"""What the examples share: an experiment that takes seconds, and runs of the usual loop side by side.
+
+`configs/synthetic.py:smoke` with data and steps enough that models learn something, and far too few to judge
+them by: for that, call `tarq_jax.training.loop.run` with `configs/synthetic.py` and `make_objective`.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_collections
+from rich.console import Console
+
+from configs import synthetic
+from tarq_jax import cli, reporting
+from tarq_jax.data import Dataset, Schema
+from tarq_jax.training import loop
+from tarq_jax.training.objectives import MakeObjective
+
+Compare = Callable[[ml_collections.ConfigDict, Dataset], list[loop.Row]]
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The settings that all examples start from."""
+    config = synthetic.get_config("smoke")
+    config.steps = config.checkpoint_every = 200
+    config.data.train_requests, config.data.test_requests = 2000, 500
+    return config
+
+
+def sizes(model: ml_collections.ConfigDict, schema: Schema) -> tuple[Schema, int, int, tuple[int, ...]]:
+    """What every module of the library takes first: fields, D, H and hidden widths."""
+    return schema, model.width, model.num_heads, tuple(model.hidden)
+
+
+def train_each(
+    config: ml_collections.ConfigDict, dataset: Dataset, made: Mapping[str, MakeObjective | None]
+) -> dict[str, loop.Result]:
+    """Trains and tests a model for each name, the library's own of that name where it is None."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: loop.train(loop.with_model(config, name), dataset, Path(folder) / name,
+                                 Console(quiet=True), make_objective=make_objective)
+                for name, make_objective in made.items()}
+
+
+def table(
+    config: ml_collections.ConfigDict, dataset: Dataset, made: Mapping[str, MakeObjective | None]
+) -> list[loop.Row]:
+    """A row a model that `train_each` trains; of TARQ, its student's."""
+    return [result.rows[0] | {"model": name} for name, result in train_each(config, dataset, made).items()]
+
+
+def run(compare: Compare, load: Callable[[ml_collections.ConfigDict], Dataset] = loop.load_data) -> None:
+    """The command of an example: a table of what `compare` makes of the settings and of the data."""
+    def main():
+        config = get_config()
+        rows = compare(config, load(config))
+        reporting.print_table(rows, "test split; too short a run to judge by", reporting.PREDICTOR)
+
+    cli.run(main)
