@@ -31,6 +31,7 @@ from tarq_jax.training import conversion, setup
 
 pytestmark = pytest.mark.usefixtures("one_device")
 FOLDER = Path(small.__file__).parent
+PARTS = [path for path in FOLDER.glob("*.py") if path.stem != "notebook"]
 TRAINED = {  # of each example, a model to train that needs all of what it adds
     "product_quantization": "product", "hierarchical_teacher": "hierarchical", "head": "cross",
     "attention": "random_features_4", "loss": "target_attention", "backbone": "gru_target_attention",
@@ -81,7 +82,7 @@ def test_runs_and_learns(name, tiny_config, tiny_dataset, tmp_path, monkeypatch)
     assert len(values) == STEPS and np.mean(values[-8:]) < np.mean(values[:8])
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PARTS), ids=lambda path: path.stem)
 def test_examples_are_short_and_need_nothing_private(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 60
@@ -98,7 +99,7 @@ def test_examples_are_short_and_need_nothing_private(path):
 
 
 def test_every_example_is_tried():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*TRAINED, "__init__", "small"}
+    assert {path.stem for path in PARTS} == {*TRAINED, "__init__", "small"}
 
 
 # Product quantization.
@@ -283,3 +284,8 @@ def test_requests_of_a_log():
         own = slice(*test.history_offsets[request:request + 2])
         close(prices[test.history[own]], before, rtol=1e-6)
 
+
+@pytest.mark.slow
+def test_the_notebook(command):
+    done = command("-m", "examples.notebook")
+    assert done.returncode == 0 and "on the frontier are two_tower, tarq" in done.stdout, done.stderr
