@@ -112,6 +112,7 @@ def test_interrupted_and_called_again(done, train, tmp_path):
     assert untimed(rows_of(tmp_path / "results.json")) == untimed(rows_of(done[1] / "results.json"))
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_run_is_refused(done, train):
     refused = train(done[1], "--config.seed=7")
     assert refused.returncode == 1

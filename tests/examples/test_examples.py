@@ -37,6 +37,7 @@ TRAINED = {  # of each example, a model to train that needs all of what it adds
     "attention": "random_features_4", "loss": "target_attention", "backbone": "gru_target_attention",
     "dataset": "two_tower",
 }
+LONG = ("product_quantization", "hierarchical_teacher", "head")  # TARQ compiles for a while
 STEPS = 40
 close = np.testing.assert_allclose
 
@@ -63,7 +64,8 @@ def objective_of(example, config, schema, name):
     return example.make_objective(config.model, config.loss_weights, schema, ONE_DEVICE, None)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in TRAINED])
 def test_runs_and_learns(name, tiny_config, tiny_dataset, tmp_path, monkeypatch):
     """At tiny size, one model of those it compares: finite metrics, and a loss that falls."""
     example, model, train_each = importlib.import_module(f"examples.{name}"), TRAINED[name], small.train_each

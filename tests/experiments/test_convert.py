@@ -9,6 +9,7 @@ from tarq_jax.experiments import convert
 CONVERT = ("-m", "tarq_jax.experiments.convert")
 
 
+@pytest.mark.slow
 def test_rows(command, smoke_run, tmp_path):
     done = command(
         *CONVERT, f"--checkpoint={smoke_run('target_attention')}", f"--two_tower={smoke_run('two_tower')}",

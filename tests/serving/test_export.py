@@ -118,6 +118,7 @@ def check_scores(run, method, folder, logits):
             [scores[item] for item in ids[row].tolist()], expected[row], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_served(command, smoke_run, tmp_path):
     """Though it is target attention but for its attention, it is neither exported nor converted as such."""
     out, run = tmp_path / "out", smoke_run("linear_attention")
