@@ -107,10 +107,13 @@ def _by_query(corrections: jax.Array) -> list[jax.Array]:
 
 
 def attend(user: Arrays, items: Arrays) -> jax.Array:
-    """What every item attends over the whole history, its heads side by side: [M, D]."""
+    """What every item attends over the whole history, its heads side by side: [M, D].
+
+    At once, however many: callers choose their blocks, and programs are exported for other devices too.
+    """
     heads, _, width = user["keys"].shape
     queries = jnp.swapaxes(read(items, "query").reshape(-1, heads, width), 0, 1)
-    attended = attention_sums(queries, user["keys"], user["values"], user["mask"][None, None])
+    attended = attention_sums(queries, user["keys"], user["values"], user["mask"][None, None], block=0)
     return jnp.swapaxes(attended, 0, 1).reshape(-1, heads * width)
 
 
