@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from benchmarks import comparing, measuring, verdicts
+from benchmarks import comparing, measuring
 from benchmarks.machine import Peaks
 from benchmarks.measuring import Key
 from benchmarks.operations import OPERATIONS
@@ -111,23 +111,13 @@ def main(words: Sequence[str]) -> None:
             except subprocess.CalledProcessError as error:
                 cli.wrong_call(f"--revision is {REVISION.value!r}: {error.stderr.decode().strip()}")
 
-        def measured(keys):
-            return comparing.measure(keys, trees, processes=PROCESSES.value, seconds=SECONDS.value,
-                                     slowdowns=SLOWDOWN.value, console=console)
-
-        def judged(found):
-            times = {side: comparing.times_of(programs) for side, programs in found.items()}
-            return (verdicts.in_turns(times["new"], times["old"]) if REVISION.value
-                    else verdicts.against(times["new"], old))
-
         machine = comparing.ask_machine(SECONDS.value)
-        found = measured(wanted)
-        words_of = verdicts.settled(
-            judged(found), lambda names: judged(measured(comparing.with_plain(wanted, names))))
+        found, verdict_of = comparing.compare(
+            wanted, trees, old, processes=PROCESSES.value, seconds=SECONDS.value,
+            slowdowns=SLOWDOWN.value, console=console)
     rows = rows_of(found["new"], Peaks(*machine["peaks"]))
     for row in rows:
-        if _key(row).name in words_of:
-            verdict = words_of[_key(row).name]
+        if verdict := verdict_of.get(_key(row).name):
             row |= {"change": verdict.ratio, "change_low": min(verdict.ratios),
                     "change_high": max(verdict.ratios), "verdict": verdict.word}
     reporting.print_table(rows, machine["device"], COLUMNS)

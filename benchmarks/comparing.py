@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from benchmarks import verdicts
 from benchmarks.measuring import Key
 from tarq_jax import reporting
 
@@ -121,6 +122,26 @@ def measure(
                     _measure_group(members, workers, seconds, found)
                     bar.advance(task)
     return found
+
+
+def compare(
+    keys: Sequence[Key], trees: Mapping[str, Path], before: verdicts.Times, **options: Any
+) -> tuple[dict[str, dict[Key, Series]], dict[str, verdicts.Verdict]]:
+    """What `measure` finds, and verdicts by name of a program, once suspects were measured again.
+
+    Args:
+      keys: as those of `measure`, likewise `options`.
+      trees: "new" is judged, against "old" if it is there.
+      before: times of another call that "new" is held against otherwise.
+    """
+    def judge(found):
+        times = {name: times_of(programs) for name, programs in found.items()}
+        return (verdicts.in_turns(times["new"], times["old"]) if "old" in trees
+                else verdicts.against(times["new"], before))
+
+    found = measure(keys, trees, **options)
+    return found, verdicts.settled(
+        judge(found), lambda names: judge(measure(with_plain(keys, names), trees, **options)))
 
 
 def _measure_group(

@@ -37,12 +37,10 @@ FIRST = ("chip", "operation", "workload", "direction", "implementation", "tempor
 SECOND = ("chip", "operation", "workload", "direction", "flop_bound_ms", "byte_bound_ms", "bound_ms")
 
 
-def program(key: Key) -> tuple[Any, Any]:
-    """The function of a key, and the shapes of its arguments."""
-    operation = OPERATIONS[key.operation]
-    function = operation.implementations[key.implementation]
-    shapes = jax.eval_shape(lambda: operations.make_arguments(operation, WORKLOADS[key.workload]))
-    return operations.gradient(operation, function) if key.direction == "gradient" else function, shapes
+def shapes_of(key: Key) -> Any:
+    """Of the arguments."""
+    return jax.eval_shape(
+        lambda: operations.make_arguments(OPERATIONS[key.operation], WORKLOADS[key.workload]))
 
 
 def for_tpu(keys: list[Key], topology: str, console: Console) -> Iterator[dict[str, Any]]:
@@ -51,15 +49,12 @@ def for_tpu(keys: list[Key], topology: str, console: Console) -> Iterator[dict[s
         platform="tpu", topology_name=topology, chips_per_host_bounds=(2, 2, 1))
     chip: Any = description.devices[0]
     for key in track(keys, f"compiling for {topology}", console=console):
-        function, shapes = program(key)
         placed = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(chip))
-                  for shape in shapes]
-        compiled = jax.jit(function).trace(*placed).lower().compile()
-        cost: Any = compiled.cost_analysis()
-        memory: Any = compiled.memory_analysis()
+                  for shape in shapes_of(key)]
+        compiled = jax.jit(measuring.function_of(key)).lower(*placed).compile()
         yield key._asdict() | {
-            "chip": chip.device_kind, "temporary_mb": memory.temp_size_in_bytes / 2**20,
-            "bytes_accessed_mb": cost.get("bytes accessed", 0.0) / 1e6}
+            "chip": chip.device_kind, "temporary_mb": measuring.memory_of(compiled)["temporary_mb"],
+            "bytes_accessed_mb": measuring.cost_of(compiled)["bytes_accessed"] / 1e6}
 
 
 def bounds(chip: Chip, flops: float, moved: float) -> dict[str, float]:
@@ -76,8 +71,7 @@ def bounds(chip: Chip, flops: float, moved: float) -> dict[str, float]:
 def rooflines(keys: list[Key]) -> Iterator[dict[str, Any]]:
     """A row a chip and program of the textbook, whose operations XLA counts on CPU; nothing is run."""
     for key in keys:
-        function, shapes = program(key)
-        compiled = jax.jit(function).lower(*shapes).compile()
+        compiled = jax.jit(measuring.function_of(key)).lower(*shapes_of(key)).compile()
         memory, cost = measuring.memory_of(compiled), measuring.cost_of(compiled)
         for name, chip in CHIPS.items():
             yield {"chip": name} | key._asdict() | bounds(chip, cost["flops"], memory["bytes"])

@@ -38,19 +38,10 @@ def compare(slowed: list[str], before: dict[str, list[float]] | None, console: C
             if key.direction == "forward"]
     trees = {"new": comparing.ROOT} | ({"old": comparing.ROOT} if before is None else {})
 
-    def times(keys):
-        found = comparing.measure(
-            keys, trees, processes=PROCESSES, seconds=SECONDS, console=console,
-            slowdowns=[f"{name}={FACTOR.value}" for name in slowed])
-        return {side: comparing.times_of(programs) for side, programs in found.items()}
-
-    def judge(times):
-        return (verdicts.in_turns(times["new"], times["old"]) if before is None
-                else verdicts.against(times["new"], before))
-
-    first = times(keys)
-    found = verdicts.settled(judge(first), lambda names: judge(times(comparing.with_plain(keys, names))))
-    return found, first.get("old", {})
+    found, judged = comparing.compare(
+        keys, trees, before or {}, processes=PROCESSES, seconds=SECONDS, console=console,
+        slowdowns=[f"{name}={FACTOR.value}" for name in slowed])
+    return judged, comparing.times_of(found.get("old", {}))
 
 
 def main() -> None:

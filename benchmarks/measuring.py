@@ -54,13 +54,10 @@ def compile_program(key: Key) -> Program:
     Raises:
       NotImplementedError: the implementation does not take these arguments, or takes too much memory.
     """
-    operation = operations.OPERATIONS[key.operation]
-    function = operation.implementations[key.implementation]
+    operation, function = operations.OPERATIONS[key.operation], function_of(key)
     arguments = operations.make_arguments(operation, WORKLOADS[key.workload])
     if key.implementation in operation.prepared:
         arguments = operation.prepared[key.implementation](*arguments)
-    if key.direction == "gradient":
-        function = operations.gradient(operation, function)
     # What is on the host is part of the program, as the order of an index is.
     traced = {place: value for place, value in enumerate(arguments) if isinstance(value, jax.Array)}
 
@@ -77,6 +74,13 @@ def compile_program(key: Key) -> Program:
         raise NotImplementedError(f"takes {memory['peak_mb']:,.0f} MB")
     return Program(lambda: compiled(traced), {
         "lower_ms": 1e3 * (middle - start), "compile_ms": 1e3 * (end - middle)} | memory | cost_of(compiled))
+
+
+def function_of(key: Key) -> Callable[..., Any]:
+    """What is compiled, of the operation's arguments or of those that the implementation prepares."""
+    operation = operations.OPERATIONS[key.operation]
+    function = operation.implementations[key.implementation]
+    return operations.gradient(operation, function) if key.direction == "gradient" else function
 
 
 def memory_of(compiled: Any) -> dict[str, float]:

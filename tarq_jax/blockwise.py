@@ -53,12 +53,12 @@ def blockwise_sums(
       Pytree like that of `summed`, [..., Q, any] each, of the type of its leaves; zero where no position
       is unmasked.
     """
-    parts = _split(queries, block, -2)
-    history = _split(keys, block, -2), _split(values, block, -2), _split(mask, block, -1)
+    parts = split_blocks(queries, block, -2)
+    history = split_blocks(keys, block, -2), split_blocks(values, block, -2), split_blocks(mask, block, -1)
     return jax.tree.map(lambda means: _join(means, queries.shape[-2]), _attend(summed, parts, *history)[0])
 
 
-def _split(array: jax.Array, block: int, axis: int) -> jax.Array:
+def split_blocks(array: jax.Array, block: int, axis: int) -> jax.Array:
     """Blocks of even size along an axis, in front, the last one padded with zeros: [S, ..., size, ...]."""
     length = array.shape[axis]
     num = max(1, -(-length // block))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from tarq_jax import shards
-from tarq_jax.blockwise import best_block
+from tarq_jax.blockwise import best_block, split_blocks
 from tarq_jax.kernels import Implementation, pick, with_derivative_of
 from tarq_jax.quantization import negative_distances
 
@@ -151,14 +151,11 @@ def _alignment(latent, output, codewords, personalized, chosen, attended):
 def _alignment_in_blocks(latents, outputs, codewords, personalized, chosen, attended, *, block):
     requests, candidates = latents.shape[:2]
 
-    def split(array):  # [B, G, ...] to [G / block, B, block, ...]
-        padding = [(0, 0), (0, -candidates % block), *((0, 0),) * (array.ndim - 2)]
-        return jnp.moveaxis(jnp.pad(array, padding).reshape(requests, -1, block, *array.shape[2:]), 1, 0)
-
     @jax.checkpoint
     def of_block(parts):
         latents, outputs, chosen, attended = parts
         return _alignment(latents, outputs, codewords, personalized, chosen, attended)
 
-    found = jax.lax.map(of_block, tuple(map(split, (latents, outputs, chosen, attended))))
+    parts = tuple(split_blocks(array, block, 1) for array in (latents, outputs, chosen, attended))
+    found = jax.lax.map(of_block, parts)
     return jnp.moveaxis(found, 0, 1).reshape(requests, -1)[:, :candidates]
