@@ -21,5 +21,5 @@ html_theme = "furo"
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True  # fields that a docstring describes are not described twice
 autodoc_typehints = "signature"
-autodoc_mock_imports = ["ray", "triton_python_backend_utils", "apache_beam"]
+autodoc_mock_imports = ["ray", "pydantic", "triton_python_backend_utils", "apache_beam"]
 exclude_patterns = ["pictures"]

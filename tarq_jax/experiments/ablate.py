@@ -3,10 +3,12 @@
     python -m tarq_jax.experiments.ablate --config=configs/ablation.py --workdir=runs/ablation
 
 WORKDIR/runs.parquet has a row for each run, WORKDIR/<variant>-<seed> what the run left. What is in the table
-is not run again, under whichever name: calling again goes on where it stopped. For intervals, figures and a
-page see `tarq_jax.experiments.report`.
+is not run again, under whichever name and wherever it was run: calling again goes on where it stopped. For
+intervals, figures and a page see `tarq_jax.experiments.report`, which reads the table alone.
 """
 
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,8 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
       Interrupted: after SIGINT or SIGTERM, once all states are saved.
       ValueError: a setting does not fit the data, or what was saved of a run.
     """
-    from tarq_jax.training import loop  # after the flags: importing JAX takes seconds
+    from tarq_jax.experiments import study  # after the flags: importing JAX takes seconds
+    from tarq_jax.training import loop
     from tarq_jax.training import seeds as together
 
     path, datasets, failures = workdir / run_table.FILE, {}, []
@@ -66,13 +69,18 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
                       f"train")
         found = {}
         if missing:
+            config = copy.deepcopy(config)
+            config.save_scores = True
             folders = {seed: workdir / f"{name}-{seed}" for seed in missing}
             try:
-                found = together.train(config, dataset, folders, console)
+                trained = together.train(config, dataset, folders, console)
             except FloatingPointError as error:
                 failures.append(f"{name}: {error}")
                 continue
-        added = [{**(run_table.find(known, row) or _flat(found[row["seed"]]) | row), **row} for row in wanted]
+            settings = json.loads(config.to_json())
+            found = {seed: study.row_of_run(rows, settings, folders[seed]) | _origin()
+                     for seed, rows in trained.items()}
+        added = [{**(run_table.find(known, row) or found[row["seed"]]), **row} for row in wanted]
         names = {(row["variant"], row["seed"]) for row in added}
         run_table.write(path, [row for row in known if (row["variant"], row["seed"]) not in names] + added)
     if failures:
@@ -87,15 +95,12 @@ def identity(config: ml_collections.ConfigDict, data: str, seed: int) -> dict[st
     return {"seed": seed, "settings": run_table.settings_of(config), "data": data}
 
 
-def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row of a run: its predictor's, with what its teacher reaches beside it."""
+def _origin() -> dict[str, Any]:
+    """What made the numbers, beside settings and data."""
     from tarq_jax.training import provenance
 
-    row = dict(rows[0])
-    for teacher in rows[1:]:
-        row |= {f"teacher_{key}": teacher[key] for key in ("auc", "gauc", "log_loss")}
     versions = {f"version_{name}": version for name, version in provenance.versions().items() if version}
-    return row | {"revision": provenance.revision(), "device": provenance.device()} | versions
+    return {"revision": provenance.revision(), "device": provenance.device()} | versions
 
 
 def main() -> None:
@@ -106,12 +111,17 @@ def main() -> None:
     title = f"mean over seeds {', '.join(map(str, seeds))}, test split"
     reporting.print_table(summarise(rows), title, COLUMNS)
     if JSON.value:
-        reporting.write_rows(rows, JSON.value)
+        reporting.write_rows([_scalars(row) for row in rows], JSON.value)
+
+
+def _scalars(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what only a report reads."""
+    return {key: value for key, value in row.items() if key not in run_table.MEASURED}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds, a row a variant; columns of text are left out."""
-    by_variant = [{"model": row["variant"]} | {key: value for key, value in row.items()
+    by_variant = [{"model": row["variant"]} | {key: value for key, value in _scalars(row).items()
                                                if not isinstance(value, str)} for row in rows]
     return [{"variant": row.pop("model")} | row for row in reporting.summarise(by_variant)]
 

@@ -1,4 +1,8 @@
-"""The table of a study: one row a run, in a Parquet file that is written anew with each addition."""
+"""The table of a study: one row a run, in a Parquet file that is written anew with each addition.
+
+A row is all that is kept of a run: what tells it from others (`SAME`), its metrics, what a report draws
+(`MEASURED`), and where its numbers come from. `cp` moves a study; rows of two tables can be joined.
+"""
 
 import hashlib
 import json
@@ -15,6 +19,9 @@ Row = Mapping[str, Any]
 FILE = "runs.parquet"
 KEYS = ("variant", "seed")
 SAME = ("settings", "data", "seed")  # runs that agree in these are the same run
+# [U] each user's influence on the AUC, validation AUC by step, and the configuration as JSON.
+MEASURED = ("influence", "curve_step", "curve_auc", "config")
+COLUMNS = {*KEYS, *SAME, "model", "auc", *MEASURED}  # that no row lacks
 # What a run is told apart by is all that changes its numbers: neither where data lie, nor what is measured.
 WITHOUT_EFFECT = ("seed", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
                   "checkpoints_kept", "recall_k", "save_scores", "prefetch")
@@ -44,8 +51,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         rows = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}; move it away to begin anew") from error
-    missing = {*KEYS, *SAME, "model", "auc"} - (rows[0].keys() if rows else {*KEYS, *SAME, "model", "auc"})
-    if missing:
+    if rows and (missing := COLUMNS - rows[0].keys()):
         raise ValueError(f"{path} has no columns {sorted(missing)}, expected the table of a study")
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
@@ -57,8 +63,11 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
     columns = dict.fromkeys(key for row in rows for key in row)
     with replacing(path) as written:
-        pq.write_table(
-            pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows]), written)
+        table = pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
+        if "influence" in columns:
+            place = table.schema.get_field_index("influence")
+            table = table.set_column(place, "influence", table["influence"].cast(pa.list_(pa.float32())))
+        pq.write_table(table, written, compression="zstd")
 
 
 def same(row: Row) -> tuple[Any, ...]:

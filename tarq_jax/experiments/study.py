@@ -1,8 +1,10 @@
 """From the runs of a study to what it says: differences from the reference, with seeds and users as sources.
 
-Scores of every test candidate, which `config.save_scores` keeps, give each user's influence on an AUC.
+The table of a study is all that this reads: of each run it has the settings, the AUC with each user's
+influence on it, and the learning curve, so that a study can be moved and judged without the runs themselves.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,6 @@ from tarq_jax import statistics
 from tarq_jax.experiments import run_table
 from tarq_jax.reporting import read_metrics
 from tarq_jax.statistics import Estimate
-from tarq_jax.training import provenance
 from tarq_jax.training.evaluate import SCORES
 
 ENDS = ("two_tower", "target_attention")  # variants that the gap lies between
@@ -25,22 +26,43 @@ class Variant(NamedTuple):
     name: str
     seeds: tuple[int, ...]
     rows: list[dict[str, Any]]  # of the table
-    folders: list[Path]
     auc: np.ndarray  # [S]
     influence: np.ndarray  # [S, U], see `statistics.auc_influence`
 
     def at(self, seeds: Sequence[int]) -> "Variant":
         """The runs of these seeds, in their order."""
         index = [self.seeds.index(seed) for seed in seeds]
-        return Variant(self.name, tuple(seeds), [self.rows[i] for i in index],
-                       [self.folders[i] for i in index], self.auc[index], self.influence[index])
+        return Variant(self.name, tuple(seeds), [self.rows[i] for i in index], self.auc[index],
+                       self.influence[index])
+
+
+def row_of_run(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a study keeps of a run, under `run_table.MEASURED` and the names of its metrics.
+
+    Args:
+      rows: its predictors', its own before its teacher's, as `tarq_jax.training.loop.train` returns them.
+      config: of the run, with `save_scores`.
+      folder: of the run.
+    """
+    row = dict(rows[0])
+    for teacher in rows[1:]:
+        row |= {f"teacher_{key}": teacher[key] for key in ("auc", "gauc", "log_loss")}
+    with np.load(folder / SCORES) as scores:
+        kept = scores["weights"] > 0
+        found = statistics.auc_influence(
+            scores["labels"][kept], scores[row["model"]][kept], scores["users"][kept])
+    key = f"validation/{row['model']}/auc"
+    curve = [(line["step"], line[key]) for line in read_metrics(folder) if line.get(key) is not None]
+    return row | {
+        "influence": found.influence.astype(np.float32).tolist(), "curve_step": [step for step, _ in curve],
+        "curve_auc": [auc for _, auc in curve], "config": json.dumps(config, sort_keys=True)}
 
 
 def load(workdir: Path) -> dict[str, Variant]:
-    """The variants of a study, from its table and its runs' scores.
+    """The variants of a study, from its table.
 
     Raises:
-      FileNotFoundError: there is no table, or a run has no scores.
+      FileNotFoundError: there is no table.
       ValueError: the table is damaged, or runs are of different data.
     """
     path = workdir / run_table.FILE
@@ -50,25 +72,13 @@ def load(workdir: Path) -> dict[str, Variant]:
     if len(data := {row["data"] for row in rows}) > 1:
         raise ValueError(f"{path}: runs are of {len(data)} data sets, expected one; move others to a study "
                          f"of their own")
-    folders = {run_table.same(row): folder for row in rows
-               if (folder := workdir / f"{row['variant']}-{row['seed']}").is_dir()}
     variants = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["seed"])
-        places = [folders.get(run_table.same(row), workdir / f"{name}-{row['seed']}") for row in own]
-        found = [_influence(place / SCORES, row["model"]) for place, row in zip(places, own, strict=True)]
         variants[name] = Variant(
-            name, tuple(row["seed"] for row in own), own, places, np.array([one.auc for one in found]),
-            np.stack([one.influence for one in found]))
+            name, tuple(row["seed"] for row in own), own, np.array([row["auc"] for row in own]),
+            np.array([row["influence"] for row in own]))
     return variants
-
-
-def _influence(path: Path, model: str) -> statistics.AucInfluence:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected scores, as config.save_scores=True keeps them")
-    with np.load(path) as scores:
-        kept = scores["weights"] > 0
-        return statistics.auc_influence(scores["labels"][kept], scores[model][kept], scores["users"][kept])
 
 
 def on_shared_seeds(*variants: Variant) -> list[Variant] | None:
@@ -137,19 +147,16 @@ def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95
 
 def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:
     """Steps, and AUC on the validation split, mean over seeds; empty without evaluations on the way."""
-    key = f"validation/{variant.rows[0]['model']}/auc"
     by_step: dict[int, list[float]] = {}
-    for folder in variant.folders:
-        for line in read_metrics(folder):
-            if line.get(key) is not None:
-                by_step.setdefault(line["step"], []).append(line[key])
+    for row in variant.rows:
+        for step, auc in zip(row["curve_step"], row["curve_auc"], strict=True):
+            by_step.setdefault(step, []).append(auc)
     return sorted(by_step), [float(np.mean(by_step[step])) for step in sorted(by_step)]
 
 
 def settings(variant: Variant) -> dict[str, Any]:
-    """The configuration of its first run, as its provenance has it; empty where that is missing."""
-    entries = provenance.read(variant.folders[0])
-    return entries[-1]["config"] if entries else {}
+    """The configuration of its first run."""
+    return json.loads(variant.rows[0]["config"])
 
 
 # What `benchmarks.serving` and `benchmarks.frontier` call the methods that serve models, but for TARQ.
@@ -172,8 +179,6 @@ def tarq_name(order: int, head: str, codewords: int) -> str:
 
 def served_as(config: Mapping[str, Any]) -> str | None:
     """The name of the method that serves such a model, where latency is measured; None where it is not."""
-    if not config:
-        return None
     model = config["model"]
     if model["name"] == "tarq":
         return tarq_name(model["order"], model["head"], model["num_codewords"])

@@ -1,6 +1,7 @@
 """Ablations: a row a run, nothing run twice, whatever happens in between."""
 
 import ml_collections
+import numpy as np
 import pytest
 import tiny
 
@@ -10,6 +11,7 @@ from tarq_jax.config import variants_of
 from tarq_jax.experiments import ablate as ablation_command
 from tarq_jax.experiments import run_table
 from tarq_jax.training import loop, seeds
+from tarq_jax.training.evaluate import SCORES, write_scores
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
 
@@ -56,7 +58,7 @@ def test_a_row_for_each_run(study):
     assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for v in CHANGES for s in SEEDS]
     assert rows == run_table.read(workdir / run_table.FILE)
     for row in rows:
-        assert {"auc", "gauc", "log_loss", "parameters", "settings", "data", "device"} <= row.keys()
+        assert {"auc", "gauc", "log_loss", "parameters", "device", *run_table.COLUMNS} <= row.keys()
         assert "version_jax" in row
         assert ("teacher_auc" in row) == (row["model"] == "tarq")
     assert len({row["auc"] for row in rows}) == 4
@@ -114,7 +116,10 @@ def test_a_variant_that_diverges_leaves_the_others(ablate, tmp_path, monkeypatch
     def diverging(config, dataset, folders, console):
         if config.optimizer.learning_rate > 1:
             raise FloatingPointError("seed 4, step 3: loss not finite")
-        return {seed: [{"model": config.model.name, "auc": 0.5}] for seed in folders}
+        for folder in folders.values():
+            write_scores(folder / SCORES, {"labels": np.arange(4) % 2, "users": np.arange(4),
+                                           "weights": np.ones(4), config.model.name: np.arange(4) % 2})
+        return {seed: [{"model": config.model.name, "auc": 1.0}] for seed in folders}
 
     monkeypatch.setattr(seeds, "train", diverging)
     variants = make_variants({"bad": {"optimizer": {"learning_rate": 1e9}}, **CHANGES})

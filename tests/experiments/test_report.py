@@ -1,6 +1,7 @@
 """Studies on disk, made up so that the truth is known, through analysis to page."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -35,14 +36,14 @@ def write_study(root, signal=None, seeds=SEEDS):
             write_scores(folder / SCORES, {
                 "labels": labels.astype(np.float32), "weights": np.ones(len(labels)),
                 "users": np.repeat(np.arange(USERS), EACH), model: scores})
-            (folder / "provenance.json").write_text(json.dumps([{"config": settings(variant)}]))
             (folder / "metrics.jsonl").write_text("".join(
                 json.dumps({"step": step, f"validation/{model}/auc": 0.5 + step / 100 + seed / 1000}) + "\n"
                 for step in (5, 10)))
-            rows.append({"variant": variant, "seed": seed, "settings": variant, "data": "d", "model": model,
-                         "auc": metrics.auc(labels, scores), "revision": "r", "device": "cpu",
-                         "version_jax": "1", "parameters": 9, "train_seconds": 2.0,
-                         **({"utilisation": 0.9} if model == "tarq" else {})})
+            run = {"model": model, "auc": metrics.auc(labels, scores), "parameters": 9, "train_seconds": 2.0,
+                   **({"utilisation": 0.9} if model == "tarq" else {})}
+            rows.append(study.row_of_run([run], settings(variant), folder) | {
+                "variant": variant, "seed": seed, "settings": variant, "data": "d", "revision": "r",
+                "device": "cpu", "version_jax": "1"})
     run_table.write(root / run_table.FILE, rows)
     return root
 
@@ -85,7 +86,7 @@ def test_gap_recovered_is_a_ratio_of_means(variants):
     assert study.gap_recovered(own, {"tarq": variants["tarq"]}) is None
 
 
-def test_the_interval_of_the_gap_is_the_jackknife_over_users(variants):
+def test_the_interval_of_the_gap_is_the_jackknife_over_users(variants, folder):
     """One seed, so that users are the only source: leave each out in turn."""
     one = {name: variant.at((0,)) for name, variant in variants.items()}
     found = study.gap_recovered(one["tarq"], one)
@@ -93,7 +94,7 @@ def test_the_interval_of_the_gap_is_the_jackknife_over_users(variants):
     for user in range(USERS):
         areas = {}
         for name in ("two_tower", "tarq", "target_attention"):
-            with np.load(one[name].folders[0] / SCORES) as scores:
+            with np.load(folder / f"{name}-0" / SCORES) as scores:
                 kept = scores["users"] != user
                 model = one[name].rows[0]["model"]
                 areas[name] = metrics.auc(scores["labels"][kept], scores[model][kept])
@@ -128,13 +129,18 @@ def test_learning_curves_are_means_over_seeds(variants):
     assert steps == [5, 10] and values == pytest.approx([0.5515, 0.6015])
 
 
-def test_a_run_of_another_name_is_found(folder, tmp_path):
-    """Rows that were copied, as a run was not run again."""
-    write_study(tmp_path, {"tarq": 1.0})
-    rows = run_table.read(tmp_path / run_table.FILE)
-    run_table.write(tmp_path / run_table.FILE, rows + [{**row, "variant": "again"} for row in rows])
-    found = study.load(tmp_path)
-    np.testing.assert_array_equal(found["again"].influence, found["tarq"].influence)
+def test_a_table_is_all_that_is_needed(folder, variants, tmp_path):
+    shutil.copy(folder / run_table.FILE, tmp_path)
+    moved = study.load(tmp_path)
+    assert study.summary(moved, "tarq") == study.summary(variants, "tarq")
+    assert study.settings(moved["tarq"]) == settings("tarq")
+
+
+def test_influences_are_those_of_the_scores(folder, variants):
+    with np.load(folder / "tarq-2" / SCORES) as scores:
+        found = statistics.auc_influence(scores["labels"], scores["tarq"], scores["users"])
+    assert variants["tarq"].auc[2] == pytest.approx(found.auc)
+    np.testing.assert_allclose(variants["tarq"].influence[2], found.influence, rtol=1e-6, atol=1e-9)
 
 
 def test_latencies_are_of_the_same_method(variants):
@@ -144,7 +150,7 @@ def test_latencies_are_of_the_same_method(variants):
     assert {row["variant"]: row.get("latency_ms") for row in rows} == {
         "two_tower": 1.0, "tarq": 2.0, "tarq_twin": 2.0, "target_attention": 9.0}
     assert study.latencies(SERVING, 10, 6) == {}
-    assert study.served_as(settings("two_tower_large")) is None and study.served_as({}) is None
+    assert study.served_as(settings("two_tower_large")) is None
 
 
 @pytest.mark.parametrize(("points", "expected"), [
@@ -185,7 +191,9 @@ def test_without_ends_or_latencies_there_is_a_page(command, tmp_path):
 @pytest.mark.parametrize(("break_it", "message"), [
     (lambda root: (root / run_table.FILE).unlink(), "no runs in"),
     (lambda root: (root / run_table.FILE).write_bytes(b"no"), "cannot be read as Parquet"),
-    (lambda root: (root / "tarq-2" / SCORES).unlink(), "expected scores, as config.save_scores=True keeps"),
+    (lambda root: run_table.write(root / run_table.FILE, [
+        {key: value for key, value in row.items() if key != "influence"}
+        for row in run_table.read(root / run_table.FILE)]), r"has no columns \['influence'\]"),
 ])
 def test_broken_studies(break_it, message, tmp_path):
     break_it(write_study(tmp_path, {"tarq": 1.0}))

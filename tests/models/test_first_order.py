@@ -105,3 +105,17 @@ def test_only_its_head_radius_and_codewords_learn_from_the_student(model, batch)
              if any(np.any(leaf) for leaf in jax.tree.leaves(group))}
     assert moved == {"student_head", "log_radius"}
     assert np.any(to_codewords[0]) and np.any(to_codewords[1])
+
+
+def test_alignment_moves_codewords_alone(model, batch):
+    """So that it changes nothing where moving averages set them."""
+    def value(params, codewords):
+        output = model.module.apply(params, batch, codewords)
+        per_candidate = losses.codebook_alignment(
+            output.latents, output.teacher.attention_output, codewords[:1], output.personalized,
+            output.quantizer.chosen[:, :, :1], output.attended[:, :, :1])
+        return losses.weighted_mean(per_candidate, batch.weights)
+
+    gradient, to_codewords = jax.jit(jax.grad(value, argnums=(0, 1)))(model.params, model.arguments[0])
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    assert np.any(to_codewords[0])
