@@ -1,4 +1,4 @@
-"""Seeds as a batch axis: one compiled program trains all seeds of an experiment, by `vmap` over their states.
+"""Seeds as a batch axis: one compiled program trains all seeds of an experiment, by `over_seeds` of its step.
 
 A seed's numbers are those of `tarq_jax.training.loop.train` to rounding, and so is what it leaves behind: a
 folder with checkpoints, metrics and `results.json`, with which `train` could go on as well. Every seed has
@@ -145,10 +145,32 @@ def compile_step(config: ml_collections.ConfigDict, objective: Objective,
 
     The step number is one for all, so that what happens every so many steps stays a branch.
     """
-    step = jax.vmap(setup.make_step(config, objective, optimizer), in_axes=(STACKED, 0),
-                    out_axes=(STACKED, 0))
+    step = over_seeds(setup.make_step(config, objective, optimizer),
+                      in_turn=mesh.devices.flat[0].platform == "cpu")
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(SPECS, EACH), out_specs=(SPECS, EACH),
                                  check_vma=False), donate_argnums=0)
+
+
+def over_seeds(step: parallel.Step, in_turn: bool) -> parallel.Step:
+    """A step of one state and batch as one of many, which have an axis of seeds in front.
+
+    Args:
+      step: of one.
+      in_turn: a loop of one seed after the other, so that the core's caches hold one seed's work; by `vmap`
+        if not, whose larger products fill an accelerator.
+    """
+    if not in_turn:
+        return jax.vmap(step, in_axes=(STACKED, 0), out_axes=(STACKED, 0))
+
+    def looped(states, batches):
+        def of_seed(own):
+            state, metrics = step(own[0].replace(step=states.step), own[1])
+            return state.replace(step=None), (state.step, metrics)
+
+        found, (steps, metrics) = jax.lax.map(of_seed, (states.replace(step=None), batches))
+        return found.replace(step=steps[0]), metrics
+
+    return looped
 
 
 def stack_states(states: Sequence[TrainState], mesh: Mesh) -> TrainState:
