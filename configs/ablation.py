@@ -14,6 +14,8 @@ latents have no gradient. About 3 minutes a variant of five seeds on 2 CPU cores
 `configs/ablation.py:synthetic,smoke` shrinks it.
 """
 
+from typing import Any
+
 import ml_collections
 
 from configs import beauty, lastfm, movielens_100k, synthetic
@@ -24,14 +26,14 @@ MODELS = ("two_tower", "two_tower_large", "target_attention", "cold", "inttower"
           "eta", "din")
 
 # How the codebook is kept: of order 1, and of order 0, whose latents come from an encoder that losses train.
-CODEBOOK = {
+CODEBOOK: dict[str, dict[str, Any]] = {
     "random_codebook": {"codebook": {"init": "random"}},
     "no_revival": {"codebook": {"revive_every": 0}},
     "learned_by_gradient": {"codebook": {"learning": "gradient"}},
     "unprotected": {"codebook": {"init": "random", "revive_every": 0}, "loss_weights": {"alignment": 0.0}},
 }
-NO_GUIDANCE = {"loss_weights": {"distillation": 0.0, "output_reconstruction": 0.0}}
-ORDER_0 = {"model": {"order": 0}}
+NO_GUIDANCE: dict[str, Any] = {"loss_weights": {"distillation": 0.0, "output_reconstruction": 0.0}}
+ORDER_0: dict[str, Any] = {"model": {"order": 0}}
 
 VARIANTS = {
     "tarq": {},

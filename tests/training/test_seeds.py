@@ -109,19 +109,44 @@ def test_devices_share_seeds(together):
     assert seeds.make_mesh(6, jax.devices()[:4]).size == 3
 
 
+def parts_of(config, dataset):
+    """Objective and optimizer, states of seeds 0 to 3, and a batch for each."""
+    objective = setup.build(config.model, config.loss_weights, dataset.schema)
+    optimizer = setup.make_optimizer(config)
+    init = jax.vmap(setup.initialiser(config, objective, optimizer), in_axes=(0, None),
+                    out_axes=seeds.STACKED)
+    batch = setup.example(dataset)
+    batches = jax.tree.map(lambda leaf: np.stack([np.roll(leaf, seed, axis=0) for seed in range(4)]), batch)
+    return objective, optimizer, lambda: init(jax.random.split(jax.random.key(0), 4), batch), batches
+
+
 def test_the_step_has_no_collective(tiny_config, tiny_dataset):
     """Devices exchange nothing, and what is due every so many steps is a branch, not a selection."""
-    objective = setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
-    optimizer, mesh = setup.make_optimizer(tiny_config), seeds.make_mesh(4)
-    init = jax.vmap(setup.initialiser(tiny_config, objective, optimizer), in_axes=(0, None),
-                    out_axes=seeds.STACKED)
-    batch = setup.example(tiny_dataset)
-    state = jax.eval_shape(init, jax.random.split(jax.random.key(0), 4), batch)
-    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), batch)
-    text = seeds.compile_step(tiny_config, objective, optimizer, mesh).lower(state, stacked).as_text()
-    assert "stablehlo.case" in text
-    for collective in ("all_reduce", "all_gather", "all_to_all", "collective_permute", "reduce_scatter"):
-        assert collective not in text
+    objective, optimizer, init, batches = parts_of(tiny_config, tiny_dataset)
+    state = jax.eval_shape(init)
+    compiled = seeds.compile_step(tiny_config, objective, optimizer, seeds.make_mesh(4))
+    together = jax.jit(seeds.over_seeds(setup.make_step(tiny_config, objective, optimizer), in_turn=False))
+    for step in (compiled, together):
+        text = step.lower(state, batches).as_text()
+        assert "stablehlo.case" in text
+        for collective in ("all_reduce", "all_gather", "all_to_all", "collective_permute", "reduce_scatter"):
+            assert collective not in text
+
+
+@pytest.mark.parametrize("model", ["two_tower", pytest.param("tarq", marks=pytest.mark.slow)])
+def test_in_turn_or_together_it_is_each_seeds_own_step(model, tiny_config, tiny_dataset):
+    tiny_config.model.name, tiny_config.codebook.start = model, 0
+    objective, optimizer, init, batches = parts_of(tiny_config, tiny_dataset)
+    states, step = jax.jit(init)(), setup.make_step(tiny_config, objective, optimizer)
+    own = jax.tree.map(lambda leaf: leaf[2], states.replace(step=None)).replace(step=states.step)
+    expected, scalars = jax.jit(step)(own, jax.tree.map(lambda leaf: leaf[2], batches))
+    for in_turn in (True, False):
+        found, metrics = jax.jit(seeds.over_seeds(step, in_turn))(states, batches)
+        assert metrics["loss"].shape == (4,)
+        assert float(metrics["loss"][2]) == pytest.approx(float(scalars["loss"]), rel=1e-5)
+        for leaf, other in zip(jax.tree.leaves(seeds.unstack(found)[2].replace(rng=None)),
+                               jax.tree.leaves(expected.replace(rng=None)), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5)
 
 
 def test_stacking_is_undone_by_unstacking(together, tiny_config, tiny_dataset, same_bits):
