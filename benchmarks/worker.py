@@ -25,6 +25,7 @@ import jax
 from benchmarks import machine, measuring
 from benchmarks.measuring import Key, Program
 from benchmarks.timing import seconds_of
+from tarq_jax import memory
 
 MOST = 200  # calls of a turn
 SHORT = 0.02  # seconds of a call before which another is made, uncounted: its data are in the cache then
@@ -92,6 +93,7 @@ def answer(request: dict[str, Any], slowdowns: dict[str, float]) -> dict[str, An
 
 def main() -> None:
     """Lines in, lines out."""
+    memory.keep_freed()
     slowdowns = {name: float(factor) for name, factor in (text.split("=") for text in sys.argv[1:])}
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line), slowdowns)), flush=True)

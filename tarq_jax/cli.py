@@ -14,6 +14,8 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from tarq_jax import memory
+
 DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 75
 
 
@@ -135,6 +137,7 @@ def run(main: Callable[..., None], *, words: bool = False) -> None:
     With `words`, `main` takes a list of the arguments that are no flags; without, there must be none.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step they take
+    memory.keep_freed()
 
     def call(argv):
         sys.exit(_exit_code(functools.partial(main, argv[1:]) if words else main))
