@@ -7,15 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from draws import normal
 
 from tarq_jax import approximate_attention as approximate
 
 B, H, G, N, D, E = 3, 2, 4, 6, 5, 3
 ROUNDS, BITS = 7, 2
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 MASK = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0]], bool)

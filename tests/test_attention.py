@@ -7,15 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from draws import normal
 from jax.test_util import check_grads
 
 from tarq_jax import attention
 
 B, L, H, Q, K, N, E = 3, 2, 4, 5, 6, 7, 8
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +15,6 @@ from tarq_jax import attention, expansion
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 LONG, BLOCK, MEGABYTE = 10_000, 256, 2**20
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def make_inputs(queries=11, positions=23, seed=0):

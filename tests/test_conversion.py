@@ -5,16 +5,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+from draws import normal
 
 from tarq_jax import conversion
 from tarq_jax.attention import multi_head_attention
 
 B, H, N, E, V, G = 8, 2, 6, 4, 30, 5
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

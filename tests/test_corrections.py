@@ -5,16 +5,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+from draws import normal
 
 from tarq_jax import corrections, expansion
 from tarq_jax.attention import multi_head_attention
 
 B, H, K, N, E, M = 12, 2, 3, 5, 3, 10
 close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -14,10 +15,6 @@ from tarq_jax import attention, expansion
 
 B, H, K, N, E, G = 3, 2, 5, 6, 4, 7
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 # compiled once here: the library leaves that to its callers

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +15,6 @@ from tarq_jax import losses
 examples = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
 B, G, L, K, D = 3, 4, 2, 5, 6
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 # Weighted mean

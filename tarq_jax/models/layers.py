@@ -100,6 +100,13 @@ class MLP(nn.Module):
         return [*outputs, nn.Dense(self.width, dtype=self.compute.dtype)(inputs)]
 
 
+def heads_of(width: int, num_heads: int) -> tuple[int, int]:
+    """`(H, E)` of a width D = H E; a ValueError if `num_heads` does not divide it."""
+    if width % num_heads:
+        raise ValueError(f"num_heads is {num_heads}, expected a divisor of the width {width}")
+    return num_heads, width // num_heads
+
+
 class MultiHeadAttention(nn.Module):
     """`MHA(query, key and value)` with its parts apart, so that keys and values can be reused.
 
@@ -115,9 +122,7 @@ class MultiHeadAttention(nn.Module):
 
     def setup(self):
         """Creates the projections; a ValueError if `num_heads` does not divide `width`."""
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of the width {self.width}")
-        heads = (self.num_heads, self.width // self.num_heads)
+        heads = heads_of(self.width, self.num_heads)
         dense = functools.partial(nn.DenseGeneral, dtype=self.compute.dtype)
         self.query_projection = dense(heads)
         self.key_projection = dense(heads)
@@ -169,9 +174,7 @@ class LevelAttention(nn.Module):
 
     def setup(self):
         """Creates the projections; a ValueError if `num_heads` does not divide `width`."""
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of the width {self.width}")
-        levels, heads = self.num_levels, (self.num_heads, self.width // self.num_heads)
+        levels, heads = self.num_levels, heads_of(self.width, self.num_heads)
         scaled = functools.partial(
             nn.initializers.variance_scaling, 1.0, "fan_in", "truncated_normal", batch_axis=0
         )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 
 from examples import (
     attention,
@@ -40,10 +41,6 @@ TRAINED = {  # of each example, a model to train that needs all of what it adds
 LONG = ("product_quantization", "hierarchical_teacher", "head")  # TARQ compiles for a while
 STEPS = 40
 close = np.testing.assert_allclose
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def random_parameters(init, *arguments):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import workloads
+from draws import normal
 
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.models.layers import MLP, FeatureEncoder, LevelAttention, MultiHeadAttention
@@ -13,10 +14,6 @@ from tarq_jax.models.two_tower import HistoryEncoder
 
 D, H, L = workloads.WIDTH, workloads.HEADS, workloads.LEVELS
 REQUESTS, POSITIONS = workloads.REQUESTS, workloads.POSITIONS
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def with_params(module, *args, **kwargs):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import workloads
+from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -35,10 +36,6 @@ QUANTIZERS = {
     "beam": Quantizer(functools.partial(quantization.beam_encode, beam=3)),
 }
 GRADIENTS = {"straight_through": quantization.straight_through, "rotation": quantization.rotate}
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def even(seed):

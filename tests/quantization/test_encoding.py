@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -47,17 +48,6 @@ def brute_force(codewords, latents):
             residuals[(*index, number)], chosen[(*index, number)] = residual, level[best]
             residual = residual - level[best]
     return QuantizerOutput(codes, chosen.sum(axis=-2), residuals, chosen)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def quantized():
-    """Codewords [3, 4, 5], latents [6, 5, 5] and what `encode` makes of them."""
-    codewords, latents = normal(0, 3, 4, 5), normal(1, 6, 5, 5)
-    return codewords, latents, encode(codewords, latents)
 
 
 # Encode and decode

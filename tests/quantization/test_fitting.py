@@ -6,6 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +20,6 @@ seeds = st.integers(0, 2**31 - 1)
 kmeans = jax.jit(quantization.kmeans, static_argnames=("num_codewords", "iterations"))
 kmeans_codebook = jax.jit(quantization.kmeans_codebook, static_argnames=("num_levels", "num_codewords"))
 encode = jax.jit(quantization.encode)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 # k-means

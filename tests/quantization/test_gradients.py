@@ -4,22 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 
 from tarq_jax import quantization
 
 TRICKS = [quantization.straight_through, quantization.rotate]
-encode = jax.jit(quantization.encode)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def quantized():
-    """Codewords [3, 4, 5], latents [6, 5, 5] and what `encode` makes of them."""
-    codewords, latents = normal(0, 3, 4, 5), normal(1, 6, 5, 5)
-    return codewords, latents, encode(codewords, latents)
 
 
 def test_straight_through_value_and_gradient(quantized):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import workloads
+from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -17,10 +18,6 @@ NAMES = ("codewords", "counts", "sums", "ages")
 
 encode = jax.jit(quantization.encode)  # compiled once here: the library leaves that to its callers
 revive = jax.jit(quantization.revive)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 # Which are dead

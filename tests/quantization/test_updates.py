@@ -6,24 +6,11 @@ import jax
 import numpy as np
 import pytest
 import workloads
+from draws import normal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tarq_jax import quantization
 from tarq_jax.types import Codebook
-
-encode = jax.jit(quantization.encode)  # compiled once here: the library leaves that to its callers
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def quantized():
-    """Codewords [3, 4, 5], latents [6, 5, 5] and what `encode` makes of them."""
-    codewords, latents = normal(0, 3, 4, 5), normal(1, 6, 5, 5)
-    return codewords, latents, encode(codewords, latents)
-
 
 # Statistics
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from draws import normal
 
 from tarq_jax.corrections import damping
 from tarq_jax.expansion import expand, look_up_expansion
@@ -10,10 +11,6 @@ from tarq_jax.serving.method import further_levels
 from tarq_jax.serving.vectors import read, store
 
 B, H, N, E, K, M, L = 3, 2, 7, 4, 5, 11, 3
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 CODES = np.random.default_rng(3).integers(0, K, (M, L)).astype(np.uint8)
