@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from tarq_jax.blockwise import MASKED
 from tarq_jax.kernels import attention_gpu, calling
-from tarq_jax.kernels.calling import MASKED
 
 Summed = Callable[[jax.Array, jax.Array], Sequence[jax.Array]]  # [n, E] twice -> arrays [n, any]
 

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from tarq_jax.blockwise import MASKED
 from tarq_jax.kernels import calling
-from tarq_jax.kernels.calling import MASKED
 
 ROWS, COLUMNS = 64, 64  # queries and positions of a block
 WIDTHS = (16, 32, 64)  # E: 32, 64 or 128 bytes a row, as shared memory is swizzled

@@ -11,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 VMEM_BYTES = 8 * 2**20  # of the arguments that a kernel keeps: half of what the smallest TPU has
 ROWS = 256  # candidates, latents or queries of a block
 POSITIONS = 512  # of the history, of a block
-MASKED = -1e30  # in place of masked logits: their weight underflows to exactly 0
 
 
 def call(

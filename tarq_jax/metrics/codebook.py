@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 from scipy.spatial import distance
 
-from tarq_jax.metrics import _checks
+from tarq_jax import checks
 from tarq_jax.types import QuantizerOutput
 
 
@@ -31,7 +31,7 @@ def usage_counts(codes: ArrayLike, num_codewords: int, mask: ArrayLike | None = 
     array([[1, 1, 0],
            [0, 0, 2]])
     """
-    codes, size = np.asarray(codes), _checks.positive_int("num_codewords", num_codewords)
+    codes, size = np.asarray(codes), checks.positive_int("num_codewords", num_codewords)
     if not np.issubdtype(codes.dtype, np.integer) or not codes.ndim:
         raise ValueError(f"codes: expected integers [..., L], got {codes.dtype} of shape {codes.shape}")
     codes = codes[_mask(mask, codes.shape[:-1], "codes")].astype(np.int64)  # [M, L]
@@ -131,13 +131,13 @@ def quantization_error(
         raise ValueError("latents: expected shape [..., D], got a scalar")
     mask = _mask(mask, shape[:-1], "latents")
     levels = np.shape(output.codes)[-1:]
-    _checks.shape_of("output.codes", output.codes, shape[:-1] + levels, "latents, with L for D")
-    _checks.shape_of("output.quantized", output.quantized, shape, "latents")
+    checks.shape_of("output.codes", output.codes, shape[:-1] + levels, "latents, with L for D")
+    checks.shape_of("output.quantized", output.quantized, shape, "latents")
     residuals_shape = shape[:-1] + levels + shape[-1:]
-    _checks.shape_of("output.residuals", output.residuals, residuals_shape, "latents and codes")
-    latents = _checks.finite("latents", latents, mask[..., None])[mask]  # [M, D]
-    quantized = _checks.finite("output.quantized", output.quantized, mask[..., None])[mask]
-    residuals = _checks.finite("output.residuals", output.residuals, mask[..., None, None])[mask]
+    checks.shape_of("output.residuals", output.residuals, residuals_shape, "latents and codes")
+    latents = checks.finite("latents", latents, mask[..., None])[mask]  # [M, D]
+    quantized = checks.finite("output.quantized", output.quantized, mask[..., None])[mask]
+    residuals = checks.finite("output.residuals", output.residuals, mask[..., None, None])[mask]
     final = np.square(latents - quantized).sum()
     unexplained = np.append(np.square(residuals[:, 1:]).sum(axis=(0, 2)), final)
     energy = np.square(latents).sum()
@@ -227,7 +227,7 @@ def codebook_health(
     codewords = _codewords(codewords)
     levels, size, width = codewords.shape
     residuals_shape = (*np.shape(latents)[:-1], levels, width)
-    _checks.shape_of("output.residuals", output.residuals, residuals_shape, "latents and codewords")
+    checks.shape_of("output.residuals", output.residuals, residuals_shape, "latents and codewords")
     counts = usage_counts(output.codes, size, mask)
     columns = {
         "utilisation": utilisation(counts),
@@ -244,18 +244,18 @@ def codebook_health(
 
 
 def _mask(mask, shape, of):
-    mask = np.ones(shape, np.bool_) if mask is None else _checks.boolean("mask", mask)
-    _checks.shape_of("mask", mask, shape, f"{of} without its last axis")
+    mask = np.ones(shape, np.bool_) if mask is None else checks.boolean("mask", mask)
+    checks.shape_of("mask", mask, shape, f"{of} without its last axis")
     return mask
 
 
 def _counts(counts):
-    counts = _checks.non_negative("counts", counts)
-    _checks.rank_of("counts", counts, "L K")
+    counts = checks.non_negative("counts", counts)
+    checks.rank_of("counts", counts, "L K")
     return counts
 
 
 def _codewords(codewords):
-    codewords = _checks.finite("codewords", codewords)
-    _checks.rank_of("codewords", codewords, "L K D")
+    codewords = checks.finite("codewords", codewords)
+    checks.rank_of("codewords", codewords, "L K D")
     return codewords

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
-from tarq_jax.metrics import _checks
+from tarq_jax import checks
 
 
 class GroupedAuc(NamedTuple):
@@ -79,7 +79,7 @@ def grouped_auc(
     GroupedAuc(value=0.5, groups_used=2, groups_total=3)
     """
     groups = np.asarray(groups)
-    _checks.shape_of("groups", groups, np.shape(labels), "labels")
+    checks.shape_of("groups", groups, np.shape(labels), "labels")
     if groups.dtype.kind not in "iubUS" and groups.size:
         raise ValueError(f"groups: expected integers or strings, got dtype {groups.dtype}")
     labels, scores, weights = _arguments(labels, "scores", scores, weights)
@@ -161,7 +161,7 @@ def recall_at_k(scores: ArrayLike, reference: ArrayLike, mask: ArrayLike, k: int
     0.5
     """
     scores, reference, mask = _requests(scores, reference, mask)
-    k = _checks.positive_int("k", k)
+    k = checks.positive_int("k", k)
     kept = mask.sum(axis=1) > k
     if not kept.any():
         return math.nan
@@ -243,30 +243,30 @@ def relative_error(approximation: ArrayLike, exact: ArrayLike, mask: ArrayLike |
     exact_shape = np.shape(exact)
     if not exact_shape:
         raise ValueError("exact: expected shape [..., D], got a scalar")
-    mask = np.ones(exact_shape[:-1], np.bool_) if mask is None else _checks.boolean("mask", mask)
-    _checks.shape_of("mask", mask, exact_shape[:-1], "exact without its last axis")
-    exact = _checks.finite("exact", exact, mask[..., None])[mask]
-    _checks.shape_of("approximation", approximation, exact_shape, "exact")
-    approximation = _checks.finite("approximation", approximation, mask[..., None])[mask]
+    mask = np.ones(exact_shape[:-1], np.bool_) if mask is None else checks.boolean("mask", mask)
+    checks.shape_of("mask", mask, exact_shape[:-1], "exact without its last axis")
+    exact = checks.finite("exact", exact, mask[..., None])[mask]
+    checks.shape_of("approximation", approximation, exact_shape, "exact")
+    approximation = checks.finite("approximation", approximation, mask[..., None])[mask]
     return math.sqrt(_ratio(np.square(approximation - exact).sum(), np.square(exact).sum()))
 
 
 def _arguments(labels, name, scores, weights):
     """Flat labels [M] bool, scores [M] and weights [M] float64, guarded."""
-    labels, scores = _checks.binary("labels", labels), _checks.finite(name, scores)
-    _checks.shape_of(name, scores, labels.shape, "labels")
-    weights = np.ones(labels.shape) if weights is None else _checks.non_negative("weights", weights)
-    _checks.shape_of("weights", weights, labels.shape, "labels")
+    labels, scores = checks.binary("labels", labels), checks.finite(name, scores)
+    checks.shape_of(name, scores, labels.shape, "labels")
+    weights = np.ones(labels.shape) if weights is None else checks.non_negative("weights", weights)
+    checks.shape_of("weights", weights, labels.shape, "labels")
     return labels.ravel(), scores.ravel(), weights.ravel()
 
 
 def _requests(scores, reference, mask):
     """Scores and reference [B, G] float64 and mask [B, G] bool, guarded."""
-    mask = _checks.boolean("mask", mask)
-    _checks.rank_of("mask", mask, "B G")
+    mask = checks.boolean("mask", mask)
+    checks.rank_of("mask", mask, "B G")
     for name, values in (("scores", scores), ("reference", reference)):
-        _checks.shape_of(name, values, mask.shape, "mask")
-    return _checks.finite("scores", scores, mask), _checks.finite("reference", reference, mask), mask
+        checks.shape_of(name, values, mask.shape, "mask")
+    return checks.finite("scores", scores, mask), checks.finite("reference", reference, mask), mask
 
 
 def _pairs_by_group(labels, scores, groups, weights, order):

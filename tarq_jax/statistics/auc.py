@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from tarq_jax.metrics import _checks
+from tarq_jax import checks
 from tarq_jax.statistics.estimates import Estimate, wald
 
 
@@ -39,7 +39,7 @@ def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike) -> Auc
       ValueError: shapes differ, a value is out of range, or a class or all users but one are missing.
     """
     positive, scores = _guarded(labels, "scores", scores)
-    _checks.shape_of("users", users, positive.shape, "labels")
+    checks.shape_of("users", users, positive.shape, "labels")
     _, unit = np.unique(np.asarray(users), return_inverse=True)
     units = int(unit.max()) + 1
     if units < 2:
@@ -96,9 +96,9 @@ def auc_difference(labels: ArrayLike, first: ArrayLike, second: ArrayLike, users
 
 
 def _guarded(labels: ArrayLike, name: str, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    positive, scores = _checks.binary("labels", labels), _checks.finite(name, scores)
-    _checks.rank_of("labels", positive, "C")
-    _checks.shape_of(name, scores, positive.shape, "labels")
+    positive, scores = checks.binary("labels", labels), checks.finite(name, scores)
+    checks.rank_of("labels", positive, "C")
+    checks.shape_of(name, scores, positive.shape, "labels")
     for kind, count in (("1", positive.sum()), ("0", (~positive).sum())):
         if count < 2:
             raise ValueError(f"labels: expected at least 2 that are {kind}, got {count}")

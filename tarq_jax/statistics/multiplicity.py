@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tarq_jax.metrics import _checks
+from tarq_jax import checks
 
 METHODS = {"holm": "holm", "benjamini_hochberg": "fdr_bh"}  # ours to statsmodels' names
 
@@ -26,8 +26,8 @@ def adjust(p_values: ArrayLike, method: Literal["holm", "benjamini_hochberg"] = 
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
-    p_values = _checks.non_negative("p_values", p_values)
-    _checks.rank_of("p_values", p_values, "M")
+    p_values = checks.non_negative("p_values", p_values)
+    checks.rank_of("p_values", p_values, "M")
     if (p_values > 1).any():
         raise ValueError(f"p_values: expected values in [0, 1], got {p_values.max()}")
     if not len(p_values):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from tarq_jax.metrics import _checks
+from tarq_jax import checks
 from tarq_jax.statistics.estimates import Estimate, wald
 
 LARGEST = 1e50  # whose fourth power, which an interval of a lift takes, is a float64
@@ -40,9 +40,9 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Ratio:
       ValueError: shapes differ, a value is not finite or too large (`LARGEST`), or the denominators sum
         to 0.
     """
-    top, bottom = _checks.finite("numerator", numerator), _checks.finite("denominator", denominator)
-    _checks.rank_of("numerator", top, "U")
-    _checks.shape_of("denominator", bottom, top.shape, "numerator")
+    top, bottom = checks.finite("numerator", numerator), checks.finite("denominator", denominator)
+    checks.rank_of("numerator", top, "U")
+    checks.shape_of("denominator", bottom, top.shape, "numerator")
     if len(top) < 2:
         raise ValueError(f"numerator: expected at least 2 users, got {len(top)}")
     for name, values in (("numerator", top), ("denominator", bottom)):
@@ -73,7 +73,7 @@ def cuped(treatment: Ratio, control: Ratio, before_treatment: Ratio, before_cont
     """
     arms = ((treatment, before_treatment), (control, before_control))
     for now, before in arms:
-        _checks.shape_of("before", before.influence, now.influence.shape, "the ratio")
+        checks.shape_of("before", before.influence, now.influence.shape, "the ratio")
     scaled = [tuple(part.influence * len(part.influence) for part in arm) for arm in arms]
     covariance = sum(float(now @ before) for now, before in scaled)
     spread = sum(float(before @ before) for _, before in scaled)

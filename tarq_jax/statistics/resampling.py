@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from tarq_jax.metrics import _checks
+from tarq_jax import checks
 from tarq_jax.statistics.estimates import Estimate, check_level
 
 CHUNK = 2**24  # weights that are in memory at once
@@ -32,8 +32,8 @@ def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[i
       ValueError: a number is below 1, or a replicate is not finite.
     """
     sizes = users if isinstance(users, Sequence) else [users]
-    groups = [_checks.positive_int("users", size) for size in sizes]
-    total, replicates = sum(groups), _checks.positive_int("replicates", replicates)
+    groups = [checks.positive_int("users", size) for size in sizes]
+    total, replicates = sum(groups), checks.positive_int("replicates", replicates)
     tail = (1 - check_level(level)) / 2
     value = float(np.asarray(metric(np.ones((1, total)))).reshape(()))
     rng = np.random.default_rng(seed)
@@ -42,7 +42,7 @@ def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[i
         count = min(left, max(1, CHUNK // total))
         drawn = [rng.multinomial(size, np.full(size, 1 / size), size=count) for size in groups]
         found.append(np.asarray(metric(np.concatenate(drawn, axis=1)), dtype=float))
-    values = _checks.finite("replicates of the metric", np.concatenate(found))
+    values = checks.finite("replicates of the metric", np.concatenate(found))
     low, high = np.quantile(values, [tail, 1 - tail])
     beyond = min((values <= null).mean(), (values >= null).mean())
     p_value = min(1.0, 2 * max(float(beyond), 1 / (replicates + 1)))
@@ -69,9 +69,9 @@ def paired_permutation(
     >>> paired_permutation([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     0.25
     """
-    first, second = _checks.finite("first", first), _checks.finite("second", second)
-    _checks.rank_of("first", first, "U")
-    _checks.shape_of("second", second, first.shape, "first")
+    first, second = checks.finite("first", first), checks.finite("second", second)
+    checks.rank_of("first", first, "U")
+    checks.shape_of("second", second, first.shape, "first")
     if len(first) < 2:
         raise ValueError(f"first: expected at least 2 values, got {len(first)}")
     done = stats.permutation_test(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tarq_jax.metrics import _checks
+from tarq_jax import checks
 from tarq_jax.statistics.estimates import Estimate, wald
 
 
@@ -45,11 +45,11 @@ def over_seeds_and_data(values: ArrayLike, influence: ArrayLike, *, level: float
     Raises:
       ValueError: shapes differ, or a value is not finite.
     """
-    values, influence = _checks.finite("values", values), _checks.finite("influence", influence)
-    _checks.rank_of("values", values, "S")
-    _checks.rank_of("influence", influence, "S U")
+    values, influence = checks.finite("values", values), checks.finite("influence", influence)
+    checks.rank_of("values", values, "S")
+    checks.rank_of("influence", influence, "S U")
     seeds, units = influence.shape
-    _checks.shape_of("values", values, (seeds,), "influence without its last axis")
+    checks.shape_of("values", values, (seeds,), "influence without its last axis")
     if units < 2:
         raise ValueError(f"influence: expected at least 2 users, got {units}")
     bessel = units / (units - 1)

@@ -1,4 +1,4 @@
-"""Guards at the door of the metrics: arguments to NumPy, or a ValueError that says what is wrong."""
+"""Guards at the door of metrics and statistics: arguments to NumPy, or an error that says what is wrong."""
 
 import numpy as np
 from numpy.typing import ArrayLike
