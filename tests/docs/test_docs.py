@@ -1,5 +1,6 @@
 """The documentation's commands run as they stand, and it can be built."""
 
+import itertools
 import os
 import re
 import runpy
@@ -13,6 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+IN_ORDER = ("tutorial.md", "how_to/serve.md")  # pages that run: each uses what those before it left
+ON_THEIR_OWN = ("how_to/install.md", "how_to/convert.md", "how_to/studies.md", "how_to/ab_test.md",
+                "how_to/own_quantizer.md", "how_to/own_head.md", "how_to/own_teacher.md")
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -38,9 +42,10 @@ def free_port() -> int:
 
 
 def run_page(page: Path, folder: Path) -> None:
-    """Runs a page from top to bottom in one shell."""
+    """Runs a page from top to bottom in one shell; blocks of Python in a row are one session."""
     script = ["set -e"]
-    for language, text in steps(page):
+    for language, blocks in itertools.groupby(steps(page), lambda step: step[0]):
+        text = "\n".join(text for _, text in blocks)
         script.append(f"python - <<'END_OF_PYTHON'\n{text}END_OF_PYTHON" if language == "python" else text)
     port, text = free_port(), "\n".join(script)
     for usual, other in (("--port=8000", f"--port={port}"), ("localhost:8000", f"localhost:{port}"),
@@ -57,20 +62,19 @@ def run_page(page: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_tutorial_and_what_builds_on_it(folder):
     """In this order: serving uses what the tutorial exported."""
-    for page in ("tutorial.md", "how_to/serve.md"):
+    for page in IN_ORDER:
         run_page(DOCS / page, folder)
     assert (folder / "runs/tutorial/health").is_dir()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["how_to/convert.md", "how_to/studies.md", "how_to/ab_test.md"])
+@pytest.mark.parametrize("page", ON_THEIR_OWN)
 def test_how_to_pages(folder, page):
     run_page(DOCS / page, folder)
 
 
 def test_every_page_that_runs_is_run():
-    known = {"tutorial.md", "how_to/serve.md", "how_to/convert.md", "how_to/studies.md", "how_to/ab_test.md"}
-    assert {str(page.relative_to(DOCS)) for page in PAGES if steps(page)} == known
+    assert {str(page.relative_to(DOCS)) for page in PAGES if steps(page)} == {*IN_ORDER, *ON_THEIR_OWN}
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
