@@ -31,7 +31,15 @@ from tarq_jax.serving.method import (
 )
 from tarq_jax.serving.tarq_methods import first_order, order_0
 
-SERVED_MODULES = (TwoTower, TargetAttention, Tarq)  # and what is derived from them
+# What is served, and what is derived from it; with the methods of each that the item side has once more, over
+# arrays of an index: in a subclass they have to be the library's.
+RESTATED: dict[type[nn.Module], tuple[str, ...]] = {
+    FirstOrderTarq: ("__call__", "latents", "attend", "centre_and_residuals", "student_logits",
+                     "codeword_scores"),
+    Tarq: ("__call__", "latents", "attend", "student_logits"),
+    TargetAttention: ("__call__", "score"),
+    TwoTower: ("__call__", "score"),
+}
 
 
 def from_module(module: nn.Module, variables: Any, codewords: Any = None) -> Method:
@@ -43,13 +51,9 @@ def from_module(module: nn.Module, variables: Any, codewords: Any = None) -> Met
       codewords: [L, K, D], of TARQ.
 
     Raises:
-      ValueError: there is no method for modules of this class.
+      ValueError: there is no method for modules of this class, or it would serve other scores than theirs.
     """
-    if not isinstance(module, SERVED_MODULES):
-        raise ValueError(f"a model of class {type(module).__name__} is not served, expected one of "
-                         f"{', '.join(served.__name__ for served in SERVED_MODULES)}")
-    variables = jax.tree.map(np.asarray, variables)
-    module = module.clone(compute=SERVED)
+    variables, module = jax.tree.map(np.asarray, variables), check_served(module).clone(compute=SERVED)
     if isinstance(module, TwoTower):
         return _two_tower(module, variables)
     if isinstance(module, TargetAttention):
@@ -57,6 +61,23 @@ def from_module(module: nn.Module, variables: Any, codewords: Any = None) -> Met
     if isinstance(module, FirstOrderTarq):
         return first_order(module, variables, np.asarray(codewords))
     return order_0(module, variables, np.asarray(codewords))
+
+
+def check_served(module: nn.Module) -> TwoTower | TargetAttention | Tarq:
+    """The module, if its scores are those of the library's method for it; a ValueError if not."""
+    found = next((served for served in RESTATED if isinstance(module, served)), None)
+    if found is None or not isinstance(module, TwoTower | TargetAttention | Tarq):
+        raise ValueError(f"a model of class {type(module).__name__} is not served, expected one of "
+                         f"{', '.join(served.__name__ for served in RESTATED)}")
+    for name in RESTATED[found]:
+        if getattr(type(module), name) is not getattr(found, name):
+            raise ValueError(f"{type(module).__name__}.{name} is not that of {found.__name__}, whose scores "
+                             f"would be served; expected a tarq_jax.serving.method.Method for it")
+    if isinstance(module, Tarq):
+        check_served(module.make_teacher().make_backbone())
+    elif isinstance(module, TargetAttention):
+        check_served(module.make_backbone())
+    return module
 
 
 def _two_tower(module: TwoTower, variables: Any) -> Method:
@@ -93,7 +114,11 @@ def converted(module: TargetAttention, variables: Any, index: ItemIndex) -> Meth
 
     Items keep the codes of the index, and beside that of level 1 their correction where it is exact. Of new
     items the correction is the residual of their query, damped where it is longer than most of the index.
+
+    Raises:
+      ValueError: it would serve other scores than the module's, as `from_module`.
     """
+    check_served(module)
     variables = jax.tree.map(np.asarray, variables)
     module = module.clone(compute=SERVED)
     level_1, *further = (np.asarray(level) for level in index.levels)  # [K, H, E]

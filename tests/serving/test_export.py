@@ -7,6 +7,7 @@ import pytest
 import workloads
 from jax import export
 
+from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.serving import methods
 
 EXPORT = ("-m", "tarq_jax.serving.export")
@@ -122,7 +123,7 @@ def check_scores(run, method, folder, logits):
 def test_a_model_that_is_not_served(command, smoke_run, tmp_path):
     """Though it is target attention but for its attention, it is neither exported nor converted as such."""
     out, run = tmp_path / "out", smoke_run("linear_attention")
-    for flags, words in (([], "a model of class LinearAttention is not served, expected one of TwoTower, "),
+    for flags, words in (([], "a model of class LinearAttention is not served, expected one of "),
                          (["--codewords=8"], "one of 'linear_attention', expected 'target_attention'")):
         done = command(*EXPORT, f"--run={run}", f"--out={out}", *flags)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -134,6 +135,48 @@ def test_no_baseline_is_served_as_what_it_is_not(name):
     model = workloads.compiled(name)
     with pytest.raises(ValueError, match=f"{type(model.module).__name__} is not served"):
         methods.from_module(model.module, model.params)
+
+
+class AddsToTheHead(FirstOrderTarq):
+    def student_logits(self, backbone, attended, chosen):
+        return super().student_logits(backbone, attended, chosen) + 1.0
+
+
+class ScoresOtherwise(TwoTower):
+    def score(self, user, candidates, history):
+        return super().score(2 * user, candidates, history)
+
+
+class OnAnotherBackbone(TargetAttention):
+    def make_backbone(self):
+        return ScoresOtherwise(self.schema, self.width, self.num_heads, self.hidden, parent=None)
+
+
+class TaughtByIt(Tarq):
+    def make_teacher(self):
+        return OnAnotherBackbone(self.schema, self.width, self.num_heads, self.hidden, parent=None)
+
+
+class OwnTower(TwoTower):
+    def user_layers(self, batch, history):
+        return [2 * layer for layer in super().user_layers(batch, history)]
+
+
+@pytest.mark.parametrize(("made", "named"), [
+    (AddsToTheHead, "AddsToTheHead.student_logits"), (ScoresOtherwise, "ScoresOtherwise.score"),
+    (OnAnotherBackbone, "ScoresOtherwise.score"), (TaughtByIt, "ScoresOtherwise.score")])
+def test_what_scores_otherwise_than_it_would_be_served_is_refused(made, named):
+    module = made(**workloads.SIZES)
+    with pytest.raises(ValueError, match=f"{named} is not that of .*, whose scores would be served"):
+        methods.from_module(module, {})
+    if isinstance(module, TargetAttention):
+        with pytest.raises(ValueError, match=named):
+            methods.converted(module, {}, None)
+
+
+def test_what_serving_calls_may_be_ones_own():
+    for module in (OwnTower(**workloads.SIZES), *workloads.SERVED.values()):
+        assert methods.check_served(module) is module
 
 
 @pytest.mark.parametrize(("flags", "words"), [
