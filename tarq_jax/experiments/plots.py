@@ -176,13 +176,21 @@ def timelines(columns: Mapping[str, Mapping[str, Mapping[str, Line]]],
 
 
 def forest(intervals: Mapping[str, tuple[float, float, float]], label: str) -> Figure:
-    """A line a name, from low to high with a mark at the value; dashed is no difference."""
+    """A line a name, from low to high with a mark at the value; dashed is no difference.
+
+    Where differences reach far beyond the usual width of an interval, the axis is logarithmic outside of it.
+    """
     figure, (axis,) = _panels(1, width=7.0, height=0.28 * len(intervals) + 1.0)
     for place, (value, low, high) in enumerate(intervals.values()):
         differs = low > 0 or high < 0
         axis.plot([low, high], [place, place], color=COLOURS[0] if differs else "#888888")
         axis.plot([value], [place], "o", color=COLOURS[0] if differs else "#888888", markersize=5)
     axis.axvline(0.0, color="black", linestyle="--", linewidth=1)
+    furthest = max(max(abs(low), abs(high)) for _, low, high in intervals.values())
+    usual = float(np.median([high - low for _, low, high in intervals.values()]))
+    if 0 < usual < furthest / 20:
+        axis.set_xscale("symlog", linthresh=usual)
+        axis.grid(axis="x", color="#eeeeee")
     axis.set_yticks(range(len(intervals)), list(intervals))
     axis.invert_yaxis()
     axis.set(xlabel=label)
