@@ -104,9 +104,14 @@ def url_flag() -> flags.Flag:
 def url(flag: flags.Flag) -> str:
     """The URL of `url_flag`; what is none is a wrong call."""
     found = str(flag.value)
-    parts = urlsplit(found)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        wrong_call(f"--url is {found!r}, expected http://HOST:PORT or https://HOST:PORT")
+    expected = "expected http://HOST:PORT or https://HOST:PORT"
+    try:
+        parts = urlsplit(found)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError as error:  # of brackets or ports
+        wrong_call(f"--url is {found!r}, {expected}: {error}")
+    if not valid:
+        wrong_call(f"--url is {found!r}, {expected}")
     return found
 
 
@@ -122,12 +127,19 @@ def read_token(flag: flags.Flag) -> str | None:
     if flag.value is None:
         return None
     try:
-        token = Path(flag.value).read_text().strip()
+        return token_in(Path(str(flag.value)))
+    except ValueError as error:
+        wrong_call(f"--token_file {error}")
+
+
+def token_in(path: Path) -> str:
+    """The token in a file; a ValueError if it cannot be read, or holds none."""
+    try:
+        token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        wrong_call(f"--token_file cannot be read: {error}")
+        raise ValueError(f"cannot be read: {error}") from None
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        wrong_call(f"--token_file {flag.value} has {len(token)} characters, expected some of ASCII, and no "
-                   "spaces")
+        raise ValueError(f"{path} has {len(token)} characters, expected some of ASCII, and no spaces")
     return token
 
 

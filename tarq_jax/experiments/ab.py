@@ -73,17 +73,23 @@ def compare(table: ab_rows.Table, control: int, arm: int, plan: Plan) -> list[di
             estimates["bootstrap"] = bootstrap_lift(treated[top], others[top], plan)
         shared = {"metric": metric, "arm": table.arms[arm], "control_value": arms[1].value,
                   "value": arms[0].value}
-        rows += [shared | {"method": method} | describe(found, metric, table, arm, plan)
+        sizes = len(treated["impressions"]), len(others["impressions"])
+        rows += [shared | {"method": method} | describe(found, metric, sizes, plan)
                  for method, found in estimates.items()]
     return rows
 
 
-def describe(found: statistics.Estimate, metric: str, table: ab_rows.Table, arm: int, plan: Plan
-             ) -> dict[str, Any]:
-    """An estimated lift as columns, with the users that the paper's lift would take."""
-    treated = int((table.arm == arm).sum())
-    users = len(table.arm) if len(table.arms) == 2 else treated * 2
-    share = treated / users
+def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], plan: Plan) -> dict[str, Any]:
+    """An estimated lift as columns, with the users that the paper's lift would take.
+
+    Args:
+      found: the lift.
+      metric: of `METRICS`.
+      sizes: users of the arm and of the control; as many more are split between the two in the same way.
+      plan: level and power.
+    """
+    users = sum(sizes)
+    share = sizes[0] / users
     deviation = found.standard_error / np.sqrt(1 / (share * users) + 1 / ((1 - share) * users))
     return {
         "lift": found.value, "low": found.low, "high": found.high, "p_value": found.p_value,

@@ -133,7 +133,7 @@ def _numbers(column: Any) -> np.ndarray:
         column = pc.utf8_trim_whitespace(column)
         column = pc.if_else(pc.match_substring_regex(column, number), column, None)
     try:
-        values = column.cast(pa.float64())
+        values = column.cast(pa.float64(), safe=False)  # rounds whole numbers above 2^53
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # of a type that holds no numbers
         return np.full(len(column), np.nan)
     return pc.fill_null(values, np.nan).to_numpy(zero_copy_only=False)

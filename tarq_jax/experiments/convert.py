@@ -29,9 +29,11 @@ ORDER = flags.DEFINE_list("order", ["1"], "0 looks attention up, 1 corrects it b
 LEVELS = flags.DEFINE_list("levels", ["0"], "Further levels, of 256 codewords; 0 keeps corrections exactly.")
 CORRECTION = flags.DEFINE_enum(
     "correction", "fitted", ["plain", "damped", "fitted"], "How an item's correction is found.")
-CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections see.")
+CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections see.",
+                                   lower_bound=1)
 FINE_TUNE = flags.DEFINE_integer(
-    "fine_tune", 0, "Steps that then train codewords and head; 0 for none.", allow_override=True)
+    "fine_tune", 0, "Steps that then train codewords and head; 0 for none.", lower_bound=0,
+    allow_override=True)
 SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.")
 TWO_TOWERS = flags.DEFINE_multi_string(
     "two_tower", [], "Two-tower run for the share of the gap, one for each checkpoint, in their order.")
@@ -141,7 +143,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         if "order" in row and "fine_tuned" not in row:
             name = row["model"].replace(f"K={row['codewords']:.0f}", "").replace(", , ", ", ").strip(", ")
             lines.setdefault(name, {})[int(row["codewords"])] = row["attention_error"]
-    path.write_bytes(plots.png(plots.errors_by_size(lines)))
+    with reporting.replacing(path) as written:
+        written.write_bytes(plots.png(plots.errors_by_size(lines)))
 
 
 def main() -> None:
@@ -155,10 +158,10 @@ def main() -> None:
     summary = reporting.summarise(rows) if len(CHECKPOINTS.value) > 1 else []
     reporting.print_table(summary or rows, f"test split, {len(CHECKPOINTS.value)} converted",
                           reporting.PREDICTOR)
-    if PLOT.value:
-        plot(summary or rows, Path(PLOT.value))
     if JSON.value:
         reporting.write_rows(rows + summary, JSON.value)
+    if PLOT.value:
+        plot(summary or rows, Path(PLOT.value))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Figures of reports: functions from arrays to a matplotlib figure; nothing is kept between them."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,12 +29,18 @@ def _panels(count: int, width: float = 3.6, height: float = 2.8) -> tuple[Figure
     return figure, axes
 
 
+def styles() -> Iterator[dict[str, Any]]:
+    """How lines look, without end: every colour solid, then dashed, dotted and dash-dotted."""
+    return itertools.cycle([{"color": colour, "linestyle": line} for line in ("-", "--", ":", "-.")
+                            for colour in COLOURS])
+
+
 def curves(steps: Sequence[int], by_panel: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """A panel a quantity, a line a level, over training steps."""
     figure, axes = _panels(len(by_panel))
     for axis, (title, lines) in zip(axes, by_panel.items(), strict=True):
-        for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
-            axis.plot(steps, values, color=colour, label=name)
+        for style, (name, values) in zip(styles(), lines.items(), strict=False):
+            axis.plot(steps, values, **style, label=name)
         axis.set(title=title, xlabel="step")
         axis.set_ylim(bottom=0)
     axes[0].legend(frameon=False)
@@ -85,9 +93,9 @@ def projection(latents: np.ndarray, codewords: np.ndarray, counts: np.ndarray) -
 def errors_by_size(lines: Mapping[str, Mapping[int, float]]) -> Figure:
     """Relative error over the number of codewords, both on logarithmic axes, a line a name."""
     figure, (axis,) = _panels(1, width=6.0, height=4.0)
-    for colour, (name, errors) in zip(COLOURS, lines.items(), strict=False):
+    for style, (name, errors) in zip(styles(), lines.items(), strict=False):
         sizes = sorted(errors)
-        axis.plot(sizes, [errors[size] for size in sizes], marker="o", color=colour, label=name)
+        axis.plot(sizes, [errors[size] for size in sizes], marker="o", **style, label=name)
     axis.set(xscale="log", yscale="log", xlabel="codewords of level 1",
              ylabel="relative error of the attention output")
     sizes = sorted({size for errors in lines.values() for size in errors})
@@ -115,11 +123,9 @@ def bars(by_panel: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
 def times_by_size(lines: Mapping[str, Mapping[int, float]], size: str) -> Figure:
     """Milliseconds over a size, both on logarithmic axes, a line a name."""
     figure, (axis,) = _panels(1, width=8.0, height=4.6)
-    for index, (name, times) in enumerate(lines.items()):
+    for style, (name, times) in zip(styles(), lines.items(), strict=False):
         sizes = sorted(times)
-        style = ("-", "--", ":")[index // len(COLOURS) % 3]
-        axis.plot(sizes, [times[size] for size in sizes], style, marker="o", markersize=4, label=name,
-                  color=COLOURS[index % len(COLOURS)])
+        axis.plot(sizes, [times[size] for size in sizes], **style, marker="o", markersize=4, label=name)
     ticks = sorted({size for times in lines.values() for size in times})
     axis.set(xscale="log", yscale="log", xlabel=size, ylabel="ms")
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -160,8 +166,8 @@ def timelines(columns: Mapping[str, Mapping[str, Mapping[str, Line]]],
     for place, (title, by_quantity) in enumerate(columns.items()):
         for axis, (quantity, lines) in zip(grid[:, place], by_quantity.items(), strict=True):
             axis.spines[["top", "right"]].set_visible(False)
-            for colour, (name, (across, up)) in zip(COLOURS, lines.items(), strict=False):
-                axis.plot(across, up, color=colour, label=name, linewidth=1)
+            for look, (name, (across, up)) in zip(styles(), lines.items(), strict=False):
+                axis.plot(across, up, **look, label=name, linewidth=1)
             for style, moments in zip((":", "-"), marks[title].values(), strict=True):
                 for moment in moments:
                     axis.axvline(moment, color="#bbbbbb", linestyle=style, linewidth=0.8, zorder=0)
@@ -216,9 +222,8 @@ def frontier(points: Mapping[str, tuple[float, float]], best: Sequence[str], qua
 def lines(by_name: Mapping[str, Line], across: str, up: str) -> Figure:
     """A line a name over one quantity."""
     figure, (axis,) = _panels(1, width=8.0, height=4.6)
-    for index, (name, (x, y)) in enumerate(by_name.items()):
-        style = ("-", "--")[index // len(COLOURS) % 2]
-        axis.plot(x, y, style, color=COLOURS[index % len(COLOURS)], label=name)
+    for style, (name, (x, y)) in zip(styles(), by_name.items(), strict=False):
+        axis.plot(x, y, **style, label=name)
     axis.set(xlabel=across, ylabel=up)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     return figure

@@ -53,6 +53,11 @@ def check_flags() -> list[int] | None:
     for flag, least in ((CODEWORDS, 2), (CAPACITY, 1)):
         if flag.value is not None and flag.value < least:
             cli.wrong_call(f"--{flag.name} is {flag.value}, expected at least {least}")
+    for flag in (ORDER, LEVELS, FINE_TUNE):
+        if CODEWORDS.value is None and flag.value != flag.default:
+            cli.wrong_call(f"--{flag.name} is {flag.value}, expected --codewords with it, which converts")
+    if LEVELS.value and ORDER.value == "0":
+        cli.wrong_call(f"--levels is {LEVELS.value}, expected 0 with --order=0, which has no corrections")
     if HISTORIES.value is None:
         return None
     return sorted(set(cli.whole_numbers(HISTORIES, "positive lengths")))

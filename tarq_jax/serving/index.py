@@ -222,3 +222,6 @@ def _check_arrays(index: Index, ids: np.ndarray, arrays: Mapping[str, np.ndarray
         if (found.dtype, found.shape[1:]) != (values.dtype, values.shape[1:]):
             raise ValueError(f"arrays: {name!r} is {found.dtype} {found.shape}, expected {values.dtype} "
                              f"[M, *{values.shape[1:]}]")
+        finite = np.isfinite(found).all(axis=tuple(range(1, found.ndim)))
+        if not finite.all():
+            raise ValueError(f"arrays: {name!r} of item {ids[~finite][0]} has values that are not finite")

@@ -117,10 +117,11 @@ def attempt(client: Client, body: bytes) -> tuple[str, str]:
 def summary(sent: Sequence[Sent], seconds: float) -> dict[str, Any]:
     """The row of a table."""
     outcomes = Counter(one.outcome for one in sent)
+    last = max((one.due + one.seconds for one in sent if one.outcome == "answered"), default=0.0)
     answered, rejected = outcomes["answered"], outcomes["rejected"]
     row: dict[str, Any] = {
         "sent": len(sent), "answered": answered, "rejected": rejected,
-        "errors": len(sent) - answered - rejected, "answered_per_second": answered / seconds,
+        "errors": len(sent) - answered - rejected, "answered_per_second": answered / max(seconds, last),
         "versions": len({one.version for one in sent if one.version})}
     for outcome in ("answered", "rejected"):
         prefix = "latency" if outcome == "answered" else outcome

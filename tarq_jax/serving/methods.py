@@ -38,7 +38,7 @@ RESTATED: dict[type[nn.Module], tuple[str, ...]] = {
                      "codeword_scores"),
     Tarq: ("__call__", "latents", "attend", "student_logits"),
     TargetAttention: ("__call__", "score"),
-    TwoTower: ("__call__", "score"),
+    TwoTower: ("__call__", "embed", "user_vector", "score"),
 }
 
 

@@ -59,6 +59,7 @@ class Model(NamedTuple):
 
     fingerprint: str
     facts: Mapping[str, Any]
+    files: Mapping[str, str]  # name -> digest, of all that the manifest lists
     schema: Schema
     programs: Programs
     user_weights: Mapping[str, jax.Array]
@@ -89,7 +90,7 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
       ValueError: it is damaged, of another version, or not for the platform that JAX runs on here.
     """
     fingerprint, facts, files = read_manifest(folder, "model")
-    if like is not None and (like.fingerprint, like.facts) == (fingerprint, facts):
+    if like is not None and (like.fingerprint, like.facts, like.files) == (fingerprint, facts, files):
         return like
     backend = jax.default_backend()
     if not PLATFORMS.get(backend, {backend}) & set(facts["platforms"]):
@@ -99,7 +100,7 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
     shared = like is not None and like.programs.digests == digests
     programs = like.programs if like is not None and shared else _read_programs(folder, digests)
     user, items = (jax.device_put(read_weights(folder, part)) for part in ("user", "items"))
-    return Model(fingerprint, facts, Schema.from_json(facts["schema"]), programs, user, items,
+    return Model(fingerprint, facts, files, Schema.from_json(facts["schema"]), programs, user, items,
                  _encoder(folder))
 
 

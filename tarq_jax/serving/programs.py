@@ -89,7 +89,10 @@ def _without_locations() -> Iterator[None]:
 
 
 def fingerprint_of(weights: Mapping[str, Named], vectors: Storage) -> str:
-    """A digest of the codebook and of all else that index and programs have to agree on."""
+    """A digest of the codebook, of all other weights, and of how vectors are kept.
+
+    An index fits programs of the same; the code that encodes items is not part of it.
+    """
     digest = hashlib.sha256(vectors.encode())
     for part, arrays in sorted(weights.items()):
         for name, values in sorted(arrays.items()):

@@ -14,6 +14,7 @@ import pydantic
 from ray import serve
 from starlette.types import ASGIApp
 
+from tarq_jax import cli
 from tarq_jax.serving.http.app import make_app
 from tarq_jax.serving.http.options import Options
 
@@ -48,7 +49,7 @@ def application(arguments: Arguments) -> serve.Application:
     A replica whose artefact is damaged or missing does not start: Ray tells why in its log and its status.
     """
     def build() -> ASGIApp:  # runs in each replica
-        token = Path(arguments.token_file).read_text().strip() if arguments.token_file else None
+        token = cli.token_in(Path(arguments.token_file)) if arguments.token_file else None
         budget = arguments.budget_ms / 1e3 if arguments.budget_ms else None
         return make_app(Path(arguments.artefact), Options(token=token, budget=budget, swaps=False))
 

@@ -38,12 +38,18 @@ def ids_of(flag: flags.FlagHolder) -> list[int] | None:
 
 def read_request() -> dict[str, Any]:
     """The request of `--request` and `--history`."""
-    request = json.loads(Path(REQUEST.value).read_text()) if REQUEST.value else {}
+    try:
+        request = json.loads(Path(REQUEST.value).read_text()) if REQUEST.value else {}
+    except ValueError as error:  # no text, or no JSON
+        raise ValueError(f"{REQUEST.value} cannot be read: {error}, expected a JSON object") from None
     if not isinstance(request, dict):
         raise ValueError(f"{REQUEST.value} has {str(request)[:60]}, expected a JSON object")
-    history = ids_of(HISTORY)
-    return request if history is None else request | {
-        "history": (request.get("history") or {}) | {"item_id": history}}
+    if (history := ids_of(HISTORY)) is None:
+        return request
+    given = request.get("history") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{REQUEST.value}: 'history' is {str(given)[:60]}, expected an object")
+    return request | {"history": given | {"item_id": history}}
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ class Ranking(NamedTuple):
     scores: np.ndarray  # [k] float32 logits
     unknown: np.ndarray  # [U] int64, candidates that were asked for and are not served
     skipped: int  # events of the history with items that the index does not know
+    finite: bool = True  # whether all scores are; those that are not have no place in the ranking
 
 
 class Users(NamedTuple):
@@ -156,7 +157,7 @@ class Scorer:
           ValueError: names the request, the field, its value and what was expected.
         """
         if isinstance(requests, Mapping):
-            return self.rank(self.users([requests]), [candidates], top_k=top_k)[0]
+            return _finite(self.rank(self.users([requests]), [candidates], top_k=top_k))[0]
         chosen = [None] * len(requests) if candidates is None else candidates
         if len(chosen) != len(requests):
             raise ValueError(f"candidates are {len(chosen)} lists, expected {len(requests)}, one a request")
@@ -164,7 +165,7 @@ class Scorer:
         for start in range(0, len(requests), self.batch_sizes[-1]):
             part = slice(start, start + self.batch_sizes[-1])
             rankings += self.rank(self.users(requests[part], first=start), chosen[part], top_k=top_k)
-        return rankings
+        return _finite(rankings)
 
     def users(self, requests: Sequence[Any], *, first: int = 0) -> Users:
         """The user side alone, which can run while candidates are still being retrieved.
@@ -205,7 +206,8 @@ class Scorer:
         for found, skipped, best, positions in zip(chosen, users.skipped, *selected, strict=False):
             real = best > -np.inf
             ids = self.index.ids if size is None else found.ids
-            rankings.append(Ranking(ids[positions[real]], best[real], found.unknown, skipped))
+            finite = real.sum() == min(len(found.slots), len(best)) and bool(np.isfinite(best[real]).all())
+            rankings.append(Ranking(ids[positions[real]], best[real], found.unknown, skipped, finite))
         return rankings
 
     @cached_property
@@ -253,6 +255,14 @@ class _Chosen(NamedTuple):
     ids: np.ndarray  # [G] int64
     slots: np.ndarray  # [G] int32
     unknown: np.ndarray  # [U] int64, those that are not served
+
+
+def _finite(rankings: list[Ranking]) -> list[Ranking]:
+    for row, ranking in enumerate(rankings):
+        if not ranking.finite:
+            raise ValueError(f"request {row}: its scores are not finite, expected values of ordinary size in "
+                             f"'user', 'context' and 'history'")
+    return rankings
 
 
 def _best(found: Scored, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:

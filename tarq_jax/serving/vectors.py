@@ -29,13 +29,16 @@ def store(arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int
       num_codewords: codes are in [0, num_codewords), and kept in the smallest integer that holds them.
 
     Raises:
-      ValueError: `storage` is unknown.
+      ValueError: `storage` is unknown, or an integer is no code.
     """
     if storage not in get_args(Storage):
         raise ValueError(f"vectors is {storage!r}, expected one of {get_args(Storage)}")
     stored: dict[str, np.ndarray] = {}
     for name, values in arrays.items():
         if values.dtype.kind != "f":
+            if values.size and not (values.min() >= 0 and values.max() < num_codewords):
+                raise ValueError(f"{name!r} has integers from {values.min()} to {values.max()}, expected "
+                                 f"codes from 0 to below num_codewords, {num_codewords}")
             stored[name] = values.astype(np.min_scalar_type(num_codewords - 1))
         elif storage == "float32":
             stored[name] = values

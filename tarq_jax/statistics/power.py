@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
 from scipy import stats
 
 from tarq_jax.statistics.estimates import check_level
@@ -35,7 +34,7 @@ def users_needed(effect: float, deviation: float, *, share: float = 0.5, level: 
     """Users of both arms together that it takes to find a true difference of means.
 
     `((z_{1 - alpha / 2} + z_power) deviation / effect)^2 (1 / share + 1 / (1 - share))`, see
-    `statsmodels.stats.power.NormalIndPower`.
+    `statsmodels.stats.power.normal_sample_size_one_tail`.
 
     Args:
       effect: the difference, not 0.
@@ -59,9 +58,9 @@ def users_needed(effect: float, deviation: float, *, share: float = 0.5, level: 
     if not deviation:
         return 0.0
     _quantiles(level, power)  # that they are in range
-    first = _statsmodels().zt_ind_solve_power(
-        effect_size=abs(effect) / deviation, alpha=1 - level, power=power, ratio=(1 - share) / share)
-    return float(np.ravel(first)[0]) / share
+    alone = _statsmodels().normal_sample_size_one_tail(
+        abs(effect), power, (1 - level) / 2, std_null=deviation)  # of a mean against a number
+    return float(alone) * (1 / share + 1 / (1 - share))
 
 
 def power_of(effect: float, standard_error: float, *, level: float = 0.95) -> float:

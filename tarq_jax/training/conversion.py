@@ -49,12 +49,12 @@ def candidate_counts(dataset: data.Dataset, split: str = "train") -> np.ndarray:
 
 
 def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterator[KeysValues]:
-    """Keys, values and masks of training requests, a few at a time."""
+    """Keys, values and masks of training requests, `CALIBRATION_BATCH` at a time; the last may be more."""
     compute = jax.jit(model.parts.keys_values)
     size = min(CALIBRATION_BATCH, requests)
     batches = data.train_batches(
         model.dataset, "train", batch_size=size, seed=seed, **setup.batch_shapes(model.dataset))
-    for batch in itertools.islice(batches, requests // size):
+    for batch in itertools.islice(batches, -(-requests // size)):
         yield *compute(model.params, batch), batch.history_mask
 
 

@@ -76,6 +76,10 @@ def test_three_arms_are_each_compared_with_the_control(tmp_path):
     table, _ = ab_rows.read(write(tmp_path, rows))
     found = ab.analyse(table, "control", plan())
     assert {row["arm"] for row in found} == {"first", "second"}
+    for row in found:  # the users there are would find just what is detectable, split as they are
+        users = sum((table.arm == table.arms.index(arm)).sum() for arm in ("control", row["arm"]))
+        needed = row["users_for_reported"] * (row["reported_lift"] / row["detectable_lift"]) ** 2
+        assert needed == pytest.approx(users, rel=1e-3)
     assert ab.sample_ratio(table, [2, 1, 1])[1] == pytest.approx(1.0)
     assert ab.sample_ratio(table, [])[1] < 0.1
 

@@ -32,6 +32,8 @@ def test_rows(command, smoke_run, tmp_path):
     (("--codewords=many",), "--codewords is 'many'"),
     (("--order=2",), "--order is '2', expected 0, 1 or 0,1"),
     (("--levels=-1",), "--levels is '-1'"),
+    (("--calibration=0",), "calibration"),
+    (("--fine_tune=-1",), "fine_tune"),
     (("--correction=best",), "correction"),
 ])
 def test_wrong_calls(wrong_call, flags, words):

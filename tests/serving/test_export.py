@@ -147,6 +147,17 @@ class ScoresOtherwise(TwoTower):
         return super().score(2 * user, candidates, history)
 
 
+class ScalesUsers(TwoTower):
+    def user_vector(self, batch, history):
+        return 2 * super().user_vector(batch, history)
+
+
+class ScalesItems(TwoTower):
+    def embed(self, batch):
+        candidates, history = super().embed(batch)
+        return 2 * candidates, history
+
+
 class OnAnotherBackbone(TargetAttention):
     def make_backbone(self):
         return ScoresOtherwise(self.schema, self.width, self.num_heads, self.hidden, parent=None)
@@ -164,6 +175,7 @@ class OwnTower(TwoTower):
 
 @pytest.mark.parametrize(("made", "named"), [
     (AddsToTheHead, "AddsToTheHead.student_logits"), (ScoresOtherwise, "ScoresOtherwise.score"),
+    (ScalesUsers, "ScalesUsers.user_vector"), (ScalesItems, "ScalesItems.embed"),
     (OnAnotherBackbone, "ScoresOtherwise.score"), (TaughtByIt, "ScoresOtherwise.score")])
 def test_what_scores_otherwise_than_it_would_be_served_is_refused(made, named):
     module = made(**workloads.SIZES)
@@ -187,6 +199,10 @@ def test_what_serving_calls_may_be_ones_own():
     (["--codewords=1"], "--codewords is 1, expected at least 2"),
     (["--capacity=0"], "--capacity is 0"),
     (["--fine_tune=-1"], "fine_tune"),
+    (["--fine_tune=5"], "--fine_tune is 5, expected --codewords with it"),
+    (["--levels=2"], "--levels is 2, expected --codewords with it"),
+    (["--order=0"], "--order is 0, expected --codewords with it"),
+    (["--codewords=8", "--order=0", "--levels=2"], "--levels is 2, expected 0 with --order=0"),
     (["--order=2"], "order"),
     (["--levels=-1"], "levels"),
     (["extra"], "extra"),

@@ -135,6 +135,9 @@ def test_arrays_that_do_not_fit():
         wrong(good | {"vector": np.zeros((2, 3), np.float32)})
     with pytest.raises(ValueError, match=r"'vector' is float32 \(1, 4\), expected float32 \[M, \*\(3,\)\]"):
         wrong(good | {"vector": np.zeros((1, 4), np.float32)})
+    for wrong_value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="'vector' of item 2 has values that are not finite"):
+            wrong(good | {"vector": np.array([[0.0, wrong_value, 0.0]], np.float32)})
     with pytest.raises(ValueError, match=r"'codes' is int64 .*, expected uint8"):
         wrong(good | {"codes": good["codes"].astype(np.int64)})
     with pytest.raises(ValueError, match="capacity is 100, expected at least that of the index, 1024"):

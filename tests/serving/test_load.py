@@ -43,6 +43,8 @@ def test_summary():
     row = summary(sent, 10.0)
     assert (row["sent"], row["answered"], row["rejected"], row["errors"]) == (104, 100, 3, 1)
     assert row["answered_per_second"] == 10.0 and row["versions"] == 2
+    late = summary([*sent[:99], Sent(9.0, 0.0, 16.0, "answered", "v1")], 10.0)  # answered after the end
+    assert late["answered_per_second"] == 4.0
     assert row["latency_p50_ms"] == pytest.approx(50.5) and row["latency_p99_ms"] == pytest.approx(99.01)
     assert row["rejected_p99_ms"] == pytest.approx(500.0)
     assert summary([], 1.0)["latency_p99_ms"] is None

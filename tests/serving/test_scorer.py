@@ -307,3 +307,13 @@ def test_wrong_options(artefact, scorer):
         scorer().users(REQUESTS)
     with pytest.raises(ValueError, match=r"items have columns of .* values, expected the same"):
         scorer().encode({"item_id": [1, 2], "item_vector": [[0.0] * 3], "item_price": [1.0]})
+
+
+def test_scores_that_are_not_finite_are_an_error(artefact):
+    scorer = Scorer.load(artefact(), batch_sizes=(1, 2), candidate_sizes=(), top_k=4)
+    good = served.world().requests[0]
+    bad = good | {"user": good["user"] | {"user_age": 3e38}}
+    with pytest.raises(ValueError, match="request 1: its scores are not finite"):
+        scorer.score([good, bad])
+    rankings = scorer.rank(scorer.users([good, bad]), [None, None])
+    assert [ranking.finite for ranking in rankings] == [True, False]

@@ -89,3 +89,6 @@ def test_the_error_of_stored_vectors(storage, bound):
 def test_unknown_storage():
     with pytest.raises(ValueError, match="vectors is 'int4', expected one of"):
         store({}, "int4", 0)
+    for number, codewords in ((64, 64), (-1, 64), (0, 0)):
+        with pytest.raises(ValueError, match=f"'kind' has integers from {number} to {number}, expected"):
+            store({"kind": np.array([[number]])}, "float32", codewords)

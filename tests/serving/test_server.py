@@ -117,6 +117,17 @@ def test_what_cannot_be_served(command, artefact, tmp_path):
         assert done.returncode == 1 and "refused" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("text", "words"), [
+    (b"{bad", "cannot be read: Expecting property name"), (b"\xff", "cannot be read: 'utf-8' codec"),
+    (b"[1]", "has [1], expected a JSON object"),
+    (b'{"history": [1]}', "'history' is [1], expected an object")])
+def test_request_files_that_are_none(command, tmp_path, text, words):
+    (tmp_path / "request.json").write_bytes(text)
+    done = command(*REQUEST, f"--request={tmp_path / 'request.json'}", "--history=1,2")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"{tmp_path / 'request.json'}" in done.stderr and words in done.stderr
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     ([*SERVER], "artefact"),
     ([*SERVER, "--artefact=x", "--batch_sizes=0"], "--batch_sizes is '0', expected positive numbers"),
@@ -127,6 +138,8 @@ def test_what_cannot_be_served(command, artefact, tmp_path):
     ([*REQUEST, "--history=a"], "--history is 'a', expected integers"),
     ([*REQUEST, "--top_k=0"], "top_k"),
     ([*REQUEST, "--url=localhost:8000"], "--url is 'localhost:8000', expected http://HOST:PORT"),
+    ([*REQUEST, "--url=http://x:99999"], "--url is 'http://x:99999', expected http://HOST:PORT"),
+    ([*REQUEST, "--url=http://[::1"], "--url is 'http://[::1', expected http://HOST:PORT"),
     ([*LOAD, "--rate=0"], "rate"),
     ([*LOAD, "--url=ftp://x"], "--url is 'ftp://x'"),
 ])

@@ -144,7 +144,10 @@ def test_users_and_power_agree():
     assert statistics.power_of(0.1, error) == pytest.approx(0.8, abs=1e-4)
     assert statistics.power_of(-0.1, error) == pytest.approx(0.8, abs=1e-4)
     assert statistics.users_needed(0.1, 1.0) == pytest.approx(
-        2 * statsmodels_power.NormalIndPower().solve_power(0.1, power=0.8, alpha=0.05, ratio=1))
+        2 * statsmodels_power.NormalIndPower().solve_power(0.1, power=0.8, alpha=0.05, ratio=1), rel=1e-5)
+    for effect, deviation in ((1.0, 0.2), (0.0057, 0.001), (1e-6, 1e3)):  # far from a search's first guess
+        factor = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * deviation / effect
+        assert statistics.users_needed(effect, deviation) == pytest.approx(4 * factor**2)
     assert statistics.users_needed(0.1, 0.0) == 0.0
 
 

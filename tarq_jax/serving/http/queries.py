@@ -94,7 +94,7 @@ def answer(scorer: Scorer, queries: Sequence[Query]) -> list[Ranking | Exception
     users = scorer.users([query.request for query in queries])
     top_k = max(query.top_k for query in queries)
     rankings = scorer.rank(users, [query.candidates for query in queries], top_k=top_k)
-    return [_own(ranking, query, scorer) for ranking, query in zip(rankings, queries, strict=True)]
+    return [_own(ranking, query.top_k) for ranking, query in zip(rankings, queries, strict=True)]
 
 
 def described(version: str, ranking: Ranking) -> dict[str, Any]:
@@ -103,14 +103,9 @@ def described(version: str, ranking: Ranking) -> dict[str, Any]:
             "skipped": ranking.skipped}
 
 
-def _own(ranking: Ranking, query: Query, scorer: Scorer) -> Ranking | Exception:
+def _own(ranking: Ranking, top_k: int) -> Ranking | Exception:
     """The part of a ranking that its query asked for."""
-    top_k = query.top_k
-    expected = min(top_k, scorer.index.num_served if query.candidates is None else
-                   len(query.candidates) - len(ranking.unknown))
-    if len(ranking.ids) < expected and query.candidates is not None:  # some are given twice, perhaps
-        expected = min(top_k, len(np.setdiff1d(query.candidates, ranking.unknown)))
-    if len(ranking.ids) < expected or not np.isfinite(ranking.scores[:top_k]).all():
+    if not ranking.finite:
         return ValueError("request: its scores are not finite, expected values of ordinary size in 'user', "
                           "'context' and 'history'")
     return ranking._replace(ids=ranking.ids[:top_k], scores=ranking.scores[:top_k])

@@ -1,6 +1,7 @@
 """Runs the application on a socket until a signal ends it."""
 
 import math
+import os
 import signal
 import socket
 import sys
@@ -42,8 +43,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal has come; uvicorn's own way would have it end the process in the end."""
-        if self._signal is not None:
-            self.force_exit = self.should_exit = True
+        if self._signal is not None:  # at once, whatever is loaded or computed; there is nothing to save
+            log("ends", signal=signal.Signals(sig).name)
+            os._exit(0)
         self._signal = sig
 
     async def on_tick(self, counter: int) -> bool:

@@ -181,12 +181,16 @@ def read_swap(body: bytes) -> tuple[str, str | None]:
         found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise NotJson(f"body cannot be parsed: {error}, expected a JSON object with 'artefact'") from None
-    if not isinstance(found, dict) or "artefact" not in found or found.keys() - {"artefact", "index"}:
-        raise ValueError(f"body is {str(found)[:60]}, expected an object with 'artefact' and perhaps 'index'")
+    if not isinstance(found, dict):
+        raise ValueError(f"body is of type {type(found).__name__}, expected an object with 'artefact'")
+    if "artefact" not in found or found.keys() - {"artefact", "index"}:
+        raise ValueError(f"body has the keys {str(sorted(found))[:60]}, expected 'artefact' and perhaps "
+                         f"'index'")
     for key, name in found.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(f"{key!r} is {str(name)[:60]!r}, expected the name of a folder beside the one "
-                             "that is served")
+            shown = repr(name[:60]) if isinstance(name, str) else f"of type {type(name).__name__}"
+            raise ValueError(f"{key!r} is {shown}, expected the name of a folder beside the one that is "
+                             f"served")
     return found["artefact"], found.get("index")
 
 

@@ -17,6 +17,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from tarq_jax.serving.artefact import version_name
 from tarq_jax.serving.http.batching import Batcher, ServiceTimes, default_budget, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
@@ -65,9 +67,13 @@ def load(artefact: Path, index: Path, options: Options, like: Scorer | None = No
     Raises:
       ValueError: something is damaged, of another version or platform, or does not fit.
     """
-    scorer = Scorer.load(artefact, index=index, batch_sizes=options.batch_sizes, top_k=options.limits.top_k,
-                         candidate_sizes=options.candidate_sizes, like=like)
-    return scorer if scorer.ready else scorer.warm_up()
+    try:
+        scorer = Scorer.load(artefact, index=index, batch_sizes=options.batch_sizes,
+                             top_k=options.limits.top_k, candidate_sizes=options.candidate_sizes, like=like)
+        return scorer if scorer.ready else scorer.warm_up()
+    except jax.errors.JaxRuntimeError as error:  # of memory, perhaps, beside the version that is served
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{artefact} does not run on the device: {reason}") from error
 
 
 class Versions:

@@ -11,7 +11,7 @@ pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
 import services
 
-from tarq_jax.serving import Scorer
+from tarq_jax.serving import Scorer, build
 from tarq_jax.serving.artefact import version_name
 from tarq_jax.serving.client import Client, Wrong
 from tarq_jax.serving.http.versions import load
@@ -66,6 +66,17 @@ def test_another_index_shares_what_is_compiled(artefacts):
     assert other.ready and other._model.programs is not first._model.programs
 
 
+def test_other_programs_for_the_same_weights_are_another_model(artefacts, tmp_path):
+    """As after a mended score: nothing of what was served before is taken for it."""
+    method = served.method_of("tarq_scalar")
+    raised = method._replace(score=lambda *arguments: method.item_side(*arguments) + 1.0)
+    build.write(raised, served.world().dataset, tmp_path, histories=(2, 6), capacity=600)
+    sizes = {"batch_sizes": (1,), "candidate_sizes": (), "top_k": 5}
+    before = Scorer.load(artefacts / "1", **sizes)
+    after = Scorer.load(tmp_path, **sizes, like=before)
+    np.testing.assert_allclose(after.score(GOOD).scores, before.score(GOOD).scores + 1.0, rtol=1e-5)
+
+
 def test_a_model_trained_anew_shares_what_is_compiled(artefacts):
     """Its programs are the same to the bit, and its index gets as many slots."""
     sizes = {"batch_sizes": (1, 3), "candidate_sizes": (512,), "top_k": 20}
@@ -91,10 +102,12 @@ def test_a_model_trained_anew_shares_what_is_compiled(artefacts):
     ({"artefact": "/etc"}, 422, "expected the name of a folder"),
     ({"artefact": ".."}, 422, "expected the name of a folder"),
     ({"artefact": ""}, 422, "expected the name of a folder"),
-    ({"artefact": 1}, 422, "'artefact' is '1'"),
-    ({"artefact": "1", "index": None}, 422, "'index' is 'None'"),
-    ({"index": "1"}, 422, "expected an object with 'artefact'"),
-    ({"artefact": "1", "force": True}, 422, "expected an object with 'artefact'"),
+    ({"artefact": 1}, 422, "'artefact' is of type int"),
+    ({"artefact": "1", "index": None}, 422, "'index' is of type NoneType"),
+    ({"index": "1"}, 422, "has the keys ['index'], expected 'artefact' and perhaps 'index'"),
+    ({"artefact": "1", "force": True}, 422, "has the keys ['artefact', 'force']"),
+    (b"[" * 1000 + b"]" * 1000, 422, "of type list, expected an object"),
+    (b'{"artefact": ' + b"[" * 900 + b"]" * 900 + b"}", 422, "'artefact' is of type list"),
     (b"{", 400, "expected a JSON object"),
 ])
 def test_a_bad_one_is_refused_and_the_old_one_goes_on(guarded, body, status, words):
