@@ -52,10 +52,10 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
       ValueError: a setting does not fit the data, or what was saved of a run.
     """
     from tarq_jax.experiments import study  # after the flags: importing JAX takes seconds
-    from tarq_jax.training import loop
+    from tarq_jax.training import checkpoint, loop
     from tarq_jax.training import seeds as together
 
-    path, datasets, failures = workdir / run_table.FILE, {}, []
+    path, datasets, failures, rows = workdir / run_table.FILE, {}, [], []
     for number, (name, config) in enumerate(variants.items(), start=1):
         options = str(sorted(config.data.to_dict().items()))
         if options not in datasets:
@@ -72,6 +72,8 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
             config = copy.deepcopy(config)
             config.save_scores = True
             folders = {seed: workdir / f"{name}-{seed}" for seed in missing}
+            for folder in folders.values():
+                checkpoint.check_steps(folder, config)
             try:
                 trained = together.train(config, dataset, folders, console)
             except FloatingPointError as error:
@@ -81,13 +83,12 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
             found = {seed: study.row_of_run(rows, settings, folders[seed]) | _origin()
                      for seed, rows in trained.items()}
         added = [{**(run_table.find(known, row) or found[row["seed"]]), **row} for row in wanted]
-        names = {(row["variant"], row["seed"]) for row in added}
-        run_table.write(path, [row for row in known if (row["variant"], row["seed"]) not in names] + added)
+        run_table.add(path, added)
+        rows += added
     if failures:
         raise FloatingPointError(
             f"{len(failures)} of {len(variants)} variants diverged; {'; '.join(failures)}")
-    rows = {(row["variant"], row["seed"]): row for row in run_table.read(path)}
-    return [rows[name, seed] for name in variants for seed in seeds]
+    return rows
 
 
 def identity(config: ml_collections.ConfigDict, data: str, seed: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
     Returns:
       A row a predictor and seed, with `seed` and `gap_recovered` within that seed.
     """
-    from tarq_jax.training import loop  # after the flags: importing JAX takes seconds
+    from tarq_jax.training import checkpoint, loop  # after the flags: importing JAX takes seconds
 
     console = console or Console()
     dataset = loop.load_data(config)
@@ -48,6 +48,7 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
         for model in models:
             run = loop.with_model(config, model)
             run.seed = seed
+            checkpoint.check_steps(workdir / f"{model}-{seed}", run)
             of_seed += loop.train(run, dataset, workdir / f"{model}-{seed}", console).rows
         rows += [{"seed": seed} | row for row in loop.add_gap_recovered(of_seed)]
     return rows

@@ -134,9 +134,12 @@ def read_serving(path: str | None) -> list[dict[str, Any]]:
     if path is None:
         return []
     try:
-        return json.loads(Path(path).read_text())
+        rows = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"--serving {path} cannot be read as JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"--serving {path} has another form, expected rows of benchmarks.serving")
+    return rows
 
 
 def main() -> None:

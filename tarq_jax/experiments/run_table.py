@@ -6,7 +6,8 @@ A row is all that is kept of a run: what tells it from others (`SAME`), its metr
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ COLUMNS = {*KEYS, *SAME, "model", "auc", *MEASURED}  # that no row lacks
 # What a run is told apart by is all that changes its numbers: neither where data lie, nor what is measured.
 WITHOUT_EFFECT = ("seed", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
                   "checkpoints_kept", "recall_k", "save_scores", "prefetch")
-WITHOUT_EFFECT_OF_DATA = ("data_dir", "readers", "prepared", "stream", "source", "attributes")
+WITHOUT_EFFECT_OF_DATA = ("data_dir", "readers", "prepared", "source", "attributes")
 
 
 def settings_of(config: ml_collections.ConfigDict) -> str:
@@ -54,6 +55,27 @@ def read(path: Path) -> list[dict[str, Any]]:
     if rows and (missing := COLUMNS - rows[0].keys()):
         raise ValueError(f"{path} has no columns {sorted(missing)}, expected the table of a study")
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from writing the table meanwhile, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def add(path: Path, rows: Sequence[Row]) -> None:
+    """Adds rows to the table as it is now; of a variant and seed the new one stays."""
+    with _locked(path):
+        new = {tuple(row[key] for key in KEYS) for row in rows}
+        write(path, [row for row in read(path) if tuple(row[key] for key in KEYS) not in new] + list(rows))
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

@@ -52,10 +52,10 @@ def row_of_run(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], fol
         found = statistics.auc_influence(
             scores["labels"][kept], scores[row["model"]][kept], scores["users"][kept])
     key = f"validation/{row['model']}/auc"
-    curve = [(line["step"], line[key]) for line in read_metrics(folder) if line.get(key) is not None]
+    curve = {line["step"]: line[key] for line in read_metrics(folder) if line.get(key) is not None}
     return row | {
-        "influence": found.influence.astype(np.float32).tolist(), "curve_step": [step for step, _ in curve],
-        "curve_auc": [auc for _, auc in curve], "config": json.dumps(config, sort_keys=True)}
+        "influence": found.influence.astype(np.float32).tolist(), "curve_step": list(curve),
+        "curve_auc": list(curve.values()), "config": json.dumps(config, sort_keys=True)}
 
 
 def load(workdir: Path) -> dict[str, Variant]:
@@ -72,9 +72,12 @@ def load(workdir: Path) -> dict[str, Variant]:
     if len(data := {row["data"] for row in rows}) > 1:
         raise ValueError(f"{path}: runs are of {len(data)} data sets, expected one; move others to a study "
                          f"of their own")
-    variants = {}
+    variants: dict[str, Variant] = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["seed"])
+        if len(settings := {row["settings"] for row in own}) > 1:
+            raise ValueError(f"{path}: the runs of {name} are of {len(settings)} settings, expected the same "
+                             f"but for seeds; move others to a study of their own")
         variants[name] = Variant(
             name, tuple(row["seed"] for row in own), own, np.array([row["auc"] for row in own]),
             np.array([row["influence"] for row in own]))

@@ -93,8 +93,8 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
       A state like `state`, what was counted on the way to it, and what was found damaged.
 
     Raises:
-      ValueError: the checkpoint was made with another configuration or schema, and names what differs; or
-        none of several can be read.
+      ValueError: the checkpoint was made with another configuration or schema, and names what differs; it
+        is of a later step than this run's last; or none of several can be read.
     """
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
@@ -106,6 +106,9 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
             reason = " ".join(str(error).split())[:200]
             damaged[step] = f"Checkpoint {step} is damaged ({type(error).__name__}: {reason})."
             continue
+        if difference is None and step > config.steps:
+            difference = (f"step {step} is saved, this run has config.steps={config.steps}; use another "
+                          f"--workdir")
         if difference is not None:
             raise ValueError(f"{checkpoints.directory}: {difference}")
         _move_away(checkpoints, damaged)
@@ -136,6 +139,21 @@ def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
         except Exception:  # damaged, see `restore_latest`
             continue
     return None
+
+
+def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError if what is saved there is of a run of another length.
+
+    It could be gone on with, but that ends elsewhere than a run of this length: the learning rate's schedule
+    and the data that codewords start from depend on it.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        return
+    with manager(workdir) as checkpoints:
+        meta = newest_meta(checkpoints)
+    if meta is not None and meta["config"]["steps"] != config.steps:
+        raise ValueError(f"{workdir}: saved with config.steps={meta['config']['steps']}, this run has "
+                         f"{config.steps}; use another --workdir or the saved setting")
 
 
 def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | None:

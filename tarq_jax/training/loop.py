@@ -108,7 +108,8 @@ def train(
       FloatingPointError: a step is not finite, or its gradient exceeds the limit; names the step and the
         culprit. Its batch is kept, see `tarq_jax.training.failure`; no state is saved from then on.
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
-      ValueError: a setting does not fit the data or the checkpoint; or there is one, and `resume` is not set.
+      ValueError: a setting or the data do not fit the checkpoint, or each other; or there is a checkpoint,
+        and `resume` is not set.
     """
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset, make_objective)
     shapes = setup.batch_shapes(dataset)
@@ -129,9 +130,11 @@ def train(
             raise ValueError(f"{workdir} holds a checkpoint of step {checkpoints.latest_step()}, expected "
                              f"none with --noresume; use another --workdir")
         state, counted, damaged = checkpoint.restore_latest(checkpoints, state, config, dataset.schema)
+        start = int(state.step)
+        if start:
+            provenance.check_data(workdir, dataset)
         if distributed.is_first():
             provenance.record(workdir, config, dataset)
-        start = int(state.step)
         for sentence in damaged:
             console.print(f"{sentence} Going on from step {start}.")
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")

@@ -83,6 +83,15 @@ def record(workdir: Path, config: ml_collections.ConfigDict, dataset: Dataset) -
             written.write_text(json.dumps([*entries, entry], indent=1) + "\n")
 
 
+def check_data(workdir: Path, dataset: Dataset) -> None:
+    """Raises ValueError if the run kept there was trained on other data; data without a name are not told."""
+    entries = read(workdir)
+    before = entries[-1]["data"] if entries else ""
+    if before and dataset.fingerprint and before != dataset.fingerprint:
+        raise ValueError(f"{workdir} was trained on the data {before}, the same files and options give "
+                         f"{dataset.fingerprint} now; expected what it was trained on, or another --workdir")
+
+
 def read(workdir: Path) -> list[dict[str, Any]]:
     """What `record` wrote, oldest first; empty where it did not, or was damaged."""
     try:

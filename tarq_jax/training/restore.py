@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 
 from tarq_jax import data
 from tarq_jax.config import default_config, validate
-from tarq_jax.training import checkpoint, loop, setup, sharding
+from tarq_jax.training import checkpoint, loop, provenance, setup, sharding
 from tarq_jax.training.objectives import Objective, build
 from tarq_jax.training.state import TrainState
 
@@ -35,6 +35,7 @@ def load_run(workdir: Path) -> Run:
     with checkpoint.manager(workdir) as checkpoints:
         config = saved_config(checkpoints)
         dataset = loop.load_data(config)
+        provenance.check_data(Path(workdir), dataset)
         tables = sharding.make_tables(config)
         objective = build(config.model, config.loss_weights, dataset.schema, tables)
         fresh = setup.init_state(config, objective, setup.make_optimizer(config), dataset)

@@ -96,6 +96,8 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
         for (seed, workdir), state in zip(workdirs.items(), fresh, strict=True):
             member = _open(stack, _with_seed(config, seed), workdir, paths)
             restored = checkpoint.restore_latest(member.checkpoints, state, member.config, dataset.schema)
+            if int(restored.state.step):
+                provenance.check_data(workdir, dataset)
             provenance.record(workdir, member.config, dataset)
             for sentence in restored.damaged:
                 console.print(f"seed {seed}: {sentence} Going on from step {int(restored.state.step)}.")
@@ -110,10 +112,14 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
-    for name, refused in (("best_metric", config.best_metric), ("mesh.rules", config.mesh.rules)):
+    for name, refused in (("best_metric", config.best_metric), ("mesh.rules", config.mesh.rules),
+                          ("data.buckets", config.data.buckets)):
         if refused:
             raise ValueError(f"config.{name} is {refused!r}, expected it empty where seeds are trained "
                              f"together")
+    if config.parallel != "mesh":
+        raise ValueError(f"config.parallel is {config.parallel!r}, expected 'mesh' where seeds are trained "
+                         f"together")
     if jax.process_count() > 1:
         raise ValueError(f"there are {jax.process_count()} processes, expected one where seeds are trained "
                          f"together")
@@ -260,9 +266,9 @@ def _look(members: Sequence[Member], pending: Sequence[tuple[int, Mapping[str, j
     fetched = jax.device_get(pending)
     scalars = []
     for i, member in enumerate(members):
-        for step, metrics in fetched:
-            member.watch.add(step, {name: values[i] for name, values in metrics.items()})
         try:
+            for step, metrics in fetched:
+                member.watch.add(step, {name: values[i] for name, values in metrics.items()})
             scalars.append(member.watch.check())
         except StepFailed as failed:
             raise FloatingPointError(f"seed {member.config.seed}, {failed}; checkpoints before it stay in "

@@ -93,6 +93,28 @@ def test_calling_again_trains_what_is_missing(ablate, tmp_path):
         ablate(changed, (4,), tmp_path)
 
 
+def test_a_run_of_another_length_is_not_taken_for_this_one(ablate, tmp_path):
+    cold = make_variants({"tarq": COLD})
+    ablate(cold, (4,), tmp_path)
+    shorter = make_variants({"tarq": COLD})
+    shorter["tarq"].steps -= 1
+    with pytest.raises(ValueError, match=r"saved with config\.steps=\d+, this run has"):
+        ablate(shorter, (4,), tmp_path)
+
+
+def test_rows_that_another_process_added_meanwhile_stay(ablate, tmp_path, monkeypatch):
+    row, = ablate(make_variants({"tarq": CHANGES["two_tower"]}), (4,), tmp_path / "other")
+    counted, path = seeds.train, tmp_path / run_table.FILE
+
+    def train(*arguments):
+        run_table.add(path, [row | {"variant": "elsewhere"}])
+        return counted(*arguments)
+
+    monkeypatch.setattr(seeds, "train", train)
+    ablate(make_variants({"tarq": COLD}), (4,), tmp_path)
+    assert {row["variant"] for row in run_table.read(path)} == {"tarq", "elsewhere"}
+
+
 def test_an_interruption_loses_nothing(ablate, tmp_path, monkeypatch):
     counted = seeds.train
 
@@ -133,7 +155,11 @@ def test_what_tells_runs_apart():
     same, other = tiny.make_config(), tiny.make_config()
     same.seed, same.log_every, same.data.data_dir = 9, 77, "elsewhere"
     other.optimizer.learning_rate = 0.5
-    assert run_table.settings_of(config) == run_table.settings_of(same) != run_table.settings_of(other)
+    streamed = tiny.make_config()
+    with streamed.data.unlocked():
+        streamed.data.stream = not streamed.data.get("stream", False)  # in another order
+    assert run_table.settings_of(config) == run_table.settings_of(same)
+    assert len({run_table.settings_of(each) for each in (config, other, streamed)}) == 3
 
 
 def test_summary_is_of_each_variant(study):

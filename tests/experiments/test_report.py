@@ -201,6 +201,22 @@ def test_broken_studies(break_it, message, tmp_path):
         study.load(tmp_path)
 
 
+def test_runs_of_different_settings_are_refused(tmp_path):
+    write_study(tmp_path, {"tarq": 1.0})
+    row, *rest = run_table.read(tmp_path / run_table.FILE)
+    run_table.write(tmp_path / run_table.FILE, [row | {"settings": "other"}, *rest])
+    with pytest.raises(ValueError, match="the runs of tarq are of 2 settings"):
+        study.load(tmp_path)
+
+
+def test_of_a_step_that_was_evaluated_twice_the_last_counts(folder, tmp_path):
+    shutil.copytree(folder / "tarq-0", tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps({"step": 10, "validation/tarq/auc": 0.9}) + "\n")
+    row = study.row_of_run([{"model": "tarq", "auc": 0.5}], settings("tarq"), tmp_path / "run")
+    assert (row["curve_step"], row["curve_auc"]) == ([5, 10], [0.55, 0.9])
+
+
 def test_runs_of_different_data_are_refused(tmp_path):
     write_study(tmp_path, {"tarq": 1.0})
     rows = run_table.read(tmp_path / run_table.FILE)
@@ -209,7 +225,9 @@ def test_runs_of_different_data_are_refused(tmp_path):
         study.load(tmp_path)
 
 
-def test_a_broken_serving_file(tmp_path):
-    (tmp_path / "serving.json").write_text("{")
-    with pytest.raises(ValueError, match=r"serving\.json cannot be read as JSON"):
+@pytest.mark.parametrize(("text", "words"), [
+    ("{", "cannot be read as JSON"), ("{}", "has another form, expected rows"), ("[1]", "has another form")])
+def test_a_broken_serving_file(text, words, tmp_path):
+    (tmp_path / "serving.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"serving\.json {words}"):
         report.read_serving(str(tmp_path / "serving.json"))

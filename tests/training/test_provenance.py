@@ -1,5 +1,6 @@
 """Provenance: what a run says of where its numbers come from."""
 
+import dataclasses
 import subprocess
 
 import jax
@@ -58,6 +59,16 @@ def test_what_is_said(tiny_config, tiny_dataset):
     assert found["data"] == tiny_dataset.fingerprint
     assert found["packages"]["jax"] == jax.__version__
     assert found["device"].startswith(f"{jax.device_count()} x ")
+
+
+def test_other_data_are_refused(tiny_config, tiny_dataset, tmp_path):
+    named = [dataclasses.replace(tiny_dataset, fingerprint=name) for name in ("first", "second")]
+    provenance.check_data(tmp_path, named[0])
+    provenance.record(tmp_path, tiny_config, named[0])
+    for same in (named[0], dataclasses.replace(tiny_dataset, fingerprint="")):
+        provenance.check_data(tmp_path, same)
+    with pytest.raises(ValueError, match=r"was trained on the data first, .* second now"):
+        provenance.check_data(tmp_path, named[1])
 
 
 def test_a_change_is_added(tiny_config, tiny_dataset, tmp_path):

@@ -201,6 +201,13 @@ def test_only_these_may_change():
         "mesh.data", "mesh.model", "mesh.rules"}
 
 
+def test_a_run_that_is_past_its_end_is_not_taken_for_a_shorter_one(
+        tiny_config, tiny_dataset, opened, finished):
+    tiny_config.steps -= 1
+    with pytest.raises(ValueError, match=rf"step {tiny_config.steps + 1} is saved, this run has"):
+        checkpoint.restore_latest(opened, finished[1].state, tiny_config, tiny_dataset.schema)
+
+
 def test_settings_that_came_or_went(tiny_config, tiny_dataset, opened, finished):
     with tiny_config.data.unlocked():
         tiny_config.data.num_items = 7

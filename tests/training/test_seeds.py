@@ -218,8 +218,9 @@ def test_a_failing_seed_is_named(tiny_config, tiny_dataset, tmp_path, silent, mo
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("best_metric", "auc"), ("mesh.rules", (("embedding$", ("model",)),))])
+    ("best_metric", "auc"), ("mesh.rules", (("embedding$", ("model",)),)), ("data.buckets", (2,)),
+    ("parallel", "pmap")])
 def test_what_seeds_cannot_have(name, value, tiny_config, tiny_dataset, tmp_path, silent):
     tiny_config.update_from_flattened_dict({name: value})
-    with pytest.raises(ValueError, match=rf"config.{name} is .*expected it empty"):
+    with pytest.raises(ValueError, match=rf"config.{name} is .*expected .* where seeds are trained together"):
         seeds.train(tiny_config, tiny_dataset, folders(tmp_path), silent)
