@@ -145,8 +145,8 @@ def undergo(trial: Trial, plan: Plan) -> None:
     alone = trial.one_at_a_time(ALONE)
     rate = MARGIN * 1e3 / alone["latency_p50_ms"]
     most = trial.under("as much as it answers", rate, plan.stage)["answered_per_second"]
-    for share in plan.shares:
-        trial.under("ramp", share * most, plan.stage, share=share)
+    for share in plan.shares:  # of the most so far: some answer more where less has to be refused
+        most = max(most, trial.under("ramp", share * most, plan.stage, share=share)["answered_per_second"])
     with repeatedly(trial.act("swap", swap), plan.swap_every), \
             repeatedly(trial.act("hostile", send_hostile), plan.hostile_every):
         trial.under(HELD, plan.shares[-1] * most, plan.held, share=plan.shares[-1])

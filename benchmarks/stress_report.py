@@ -45,6 +45,7 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
     yield claim("requests lost while killed", kind("stage", stage=KILLED)[0]["errors"])
     most = max(row["answered_per_second"] for row in stages)
     yield claim("answers a second at best", most)
+    yield claim("twice the load over them", twice["rate"] / most)
     yield claim("share of them under twice the load", twice["answered_per_second"] / most)
     yield claim("p50 one at a time, afterwards over before",
                 afterwards["latency_p50_ms"] / alone["latency_p50_ms"])

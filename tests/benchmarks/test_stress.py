@@ -33,7 +33,7 @@ def memory(at, value):
 
 ROWS = [
     stage(stress_report.ALONE), stage("ramp", at=-18.0, share=1.0, answered=200.0),
-    stage("ramp", at=-9.0, share=2.0, p99=22.0, answered=180.0),
+    stage("ramp", at=-9.0, share=2.0, p99=22.0, answered=180.0, rate=380.0),
     stage(stress_report.HELD, p99=500.0, errors=1), stage(stress_report.KILLED, errors=7),
     stage(stress_report.AFTERWARDS, p99=11.0),
     *[second(float(at)) for at in range(9)],
@@ -54,6 +54,7 @@ def test_claims_by_hand():
         "seconds from the kill until ready": (4.5, None),
         "requests lost while killed": (7, None),
         "answers a second at best": (200.0, None),
+        "twice the load over them": (pytest.approx(1.9), None),
         "share of them under twice the load": (0.9, None),
         "p50 one at a time, afterwards over before": (pytest.approx(1.1), None)}
 
