@@ -15,6 +15,7 @@ COMPARED = ("two_tower", "two_tower_large", "target_attention", "tarq")  # what 
 MODELS = (*COMPARED, "cold", "inttower", "linear_attention", "sdim", "eta", "sim", "din")
 DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
 REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
+WITH_CODEBOOK = frozenset({"tarq"})
 BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that checkpoints are chosen by, and their sign
 MESH_AXES = ("data", "model")  # as `tarq_jax.training.sharding` names them
 HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported
@@ -274,6 +275,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["codebook.init_latents"] < settings["model.num_codewords"]:
         raise ValueError(f"config.codebook.init_latents is {settings['codebook.init_latents']}, expected at "
                          f"least config.model.num_codewords, {settings['model.num_codewords']}")
+    if not WITH_CODEBOOK.isdisjoint((settings["model.name"], *settings["baselines"])):
+        _check_codebook(settings)
+
+
+def _check_codebook(settings: Mapping[str, Any]) -> None:
+    """What holds between settings where a model with a codebook is trained."""
+    if settings["codebook.start"] >= settings["steps"]:
+        raise ValueError(f"config.codebook.start is {settings['codebook.start']}, expected less than "
+                         f"config.steps, {settings['steps']}: no student is trained before it")
 
 
 def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:

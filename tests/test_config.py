@@ -154,6 +154,20 @@ def test_kmeans_needs_a_latent_for_each_codeword():
     assert message == ("config.codebook.init_latents is 63, expected at least config.model.num_codewords, 64")
 
 
+@pytest.mark.parametrize("start", [7, 8])
+def test_a_codebook_has_to_start_before_the_last_step(start):
+    config = default_config()
+    config.steps, config.codebook.start = 7, start
+    message = refused(config)
+    assert message.startswith(f"config.codebook.start is {start}, expected less than config.steps, 7")
+    config.model.name = "two_tower"
+    validate(config)
+    config.baselines = ("tarq",)
+    assert refused(config) == message
+    config.codebook.start = 6
+    validate(config)
+
+
 @pytest.mark.parametrize(("key", "value"), [
     ("mesh.model", 2), ("mesh.rules", (("kernel", ("model",)),)), ("model.assign", "balanced"),
 ])
