@@ -284,6 +284,16 @@ def _check_codebook(settings: Mapping[str, Any]) -> None:
     if settings["codebook.start"] >= settings["steps"]:
         raise ValueError(f"config.codebook.start is {settings['codebook.start']}, expected less than "
                          f"config.steps, {settings['steps']}: no student is trained before it")
+    if settings["accumulate"] == 1:
+        return
+    if settings["model.assign"] == "balanced":
+        raise ValueError(f"config.accumulate is {settings['accumulate']}, expected 1 with "
+                         "config.model.assign='balanced': codes would be balanced within each micro-batch")
+    aligned = settings["model.aligned_share"] * settings["batch_size"] / settings["accumulate"]
+    if round(aligned) < 1 or not math.isclose(aligned, round(aligned), rel_tol=1e-6):
+        raise ValueError(f"config.model.aligned_share is {settings['model.aligned_share']}, expected "
+                         "one that gives whole requests of each micro-batch of config.batch_size / "
+                         f"config.accumulate, {settings['batch_size'] // settings['accumulate']}")
 
 
 def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:

@@ -149,6 +149,36 @@ def test_micro_batches_have_to_divide_the_batch():
     assert message == "config.accumulate is 5, expected a divisor of config.batch_size, 64"
 
 
+def test_balanced_codes_are_of_whole_batches():
+    config = changed("model.assign", "balanced")
+    validate(config)
+    config.accumulate = 2
+    assert refused(config).startswith(
+        "config.accumulate is 2, expected 1 with config.model.assign='balanced'")
+    config.model.name = "two_tower"
+    validate(config)
+
+
+@pytest.mark.parametrize(("share", "batch_size", "accumulate"), [
+    (0.25, 64, 32), (0.3, 8, 2), (0.01, 8, 2), (0.124, 64, 8)])
+def test_micro_batches_align_whole_requests(share, batch_size, accumulate):
+    config = default_config()
+    config.model.aligned_share, config.batch_size = share, batch_size
+    validate(config)
+    config.accumulate = accumulate
+    assert refused(config) == (
+        f"config.model.aligned_share is {share}, expected one that gives whole requests of each micro-batch "
+        f"of config.batch_size / config.accumulate, {batch_size // accumulate}")
+
+
+@pytest.mark.parametrize(("share", "batch_size", "accumulate"), [
+    (0.25, 64, 16), (0.1, 60, 2), (0.7, 200, 20), (1 / 3, 18, 3), (1.0, 64, 64)])
+def test_shares_that_micro_batches_can_align(share, batch_size, accumulate):
+    config = default_config()
+    config.model.aligned_share, config.batch_size, config.accumulate = share, batch_size, accumulate
+    validate(config)
+
+
 def test_kmeans_needs_a_latent_for_each_codeword():
     message = refused(changed("codebook.init_latents", 63))
     assert message == ("config.codebook.init_latents is 63, expected at least config.model.num_codewords, 64")
