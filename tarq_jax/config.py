@@ -18,6 +18,7 @@ REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
 WITH_CODEBOOK = frozenset({"tarq"})
 BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that checkpoints are chosen by, and their sign
 MESH_AXES = ("data", "model")  # as `tarq_jax.training.sharding` names them
+NUM_SEEDS = 2 ** 32  # `jax.random.key` has no more, and takes others for one of them
 HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported
 
 
@@ -166,7 +167,7 @@ def _is_sharding_table(table: Any) -> bool:
 
 
 RULES: Mapping[str, Rule] = {
-    "seed": _at_least(0),
+    "seed": Rule(lambda value: 0 <= value < NUM_SEEDS, "a number in [0, 2**32)"),
     "steps": _at_least(1),
     "batch_size": _at_least(1),
     "accumulate": _at_least(1),

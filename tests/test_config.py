@@ -10,7 +10,8 @@ from tarq_jax.config import DECODED, HEADS, REACHES, RULES, default_config, smok
 from tarq_jax.models.tarq import Decoded, Head, Reach
 
 BAD = {
-    "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
+    "seed": [-1, 2 ** 32, 2 ** 63],
+    "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
     "accumulate": [0, -1],
     "data.buckets": [(16, 8), (0, 4), (8, 8), ("16",)], "data.readers": [-1],
     "parallel": ["xmap"], "mesh.data": [-2], "mesh.model": [0],
@@ -100,7 +101,7 @@ def test_wrong_types(key, value):
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("optimizer.learning_rate", 1), ("model.hidden", [8, 8]), ("model.hidden", ()),
+    ("seed", 2 ** 32 - 1), ("optimizer.learning_rate", 1), ("model.hidden", [8, 8]), ("model.hidden", ()),
     ("loss_weights.alignment", 0), ("loss_weights.alignment", 0.0), ("model.aligned_share", 1.0),
     ("mesh.data", -1), ("mesh.rules", [["table$", [None, ["data", "model"]]]]),
     ("codebook.decay", 0.0), ("codebook.start", 0), ("codebook.revive_every", 0), ("baselines", ["tarq"]),
