@@ -73,11 +73,15 @@ def seeds_flag(default: str) -> flags.Flag:
 
 
 def seeds(flag: flags.Flag) -> list[int]:
-    """The numbers of `seeds_flag`; what are not different whole numbers is a wrong call."""
+    """The numbers of `seeds_flag`; what are not different whole numbers below 2**32 is a wrong call."""
+    from tarq_jax.config import NUM_SEEDS
+
     values: Any = flag.value
     found = [int(value) for value in values if value.isdecimal()]
     if not found or len(found) < len(values) or len(set(found)) < len(found):
         wrong_call(f"--seeds is {','.join(values)!r}, expected different whole numbers like 0,1,2")
+    if max(found) >= NUM_SEEDS:
+        wrong_call(f"--seeds is {','.join(values)!r}, expected numbers in [0, 2**32)")
     return found
 
 

@@ -15,8 +15,10 @@ COMPARED = ("two_tower", "two_tower_large", "target_attention", "tarq")  # what 
 MODELS = (*COMPARED, "cold", "inttower", "linear_attention", "sdim", "eta", "sim", "din")
 DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
 REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
+WITH_CODEBOOK = frozenset({"tarq"})
 BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that checkpoints are chosen by, and their sign
 MESH_AXES = ("data", "model")  # as `tarq_jax.training.sharding` names them
+NUM_SEEDS = 2 ** 32  # `jax.random.key` has no more, and takes others for one of them
 HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported
 
 
@@ -165,7 +167,7 @@ def _is_sharding_table(table: Any) -> bool:
 
 
 RULES: Mapping[str, Rule] = {
-    "seed": _at_least(0),
+    "seed": Rule(lambda value: 0 <= value < NUM_SEEDS, "a number in [0, 2**32)"),
     "steps": _at_least(1),
     "batch_size": _at_least(1),
     "accumulate": _at_least(1),
@@ -274,6 +276,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["codebook.init_latents"] < settings["model.num_codewords"]:
         raise ValueError(f"config.codebook.init_latents is {settings['codebook.init_latents']}, expected at "
                          f"least config.model.num_codewords, {settings['model.num_codewords']}")
+    if not WITH_CODEBOOK.isdisjoint((settings["model.name"], *settings["baselines"])):
+        _check_codebook(settings)
+
+
+def _check_codebook(settings: Mapping[str, Any]) -> None:
+    """What holds between settings where a model with a codebook is trained."""
+    if settings["codebook.start"] >= settings["steps"]:
+        raise ValueError(f"config.codebook.start is {settings['codebook.start']}, expected less than "
+                         f"config.steps, {settings['steps']}: no student is trained before it")
+    if settings["accumulate"] == 1:
+        return
+    if settings["model.assign"] == "balanced":
+        raise ValueError(f"config.accumulate is {settings['accumulate']}, expected 1 with "
+                         "config.model.assign='balanced': codes would be balanced within each micro-batch")
+    aligned = settings["model.aligned_share"] * settings["batch_size"] / settings["accumulate"]
+    if round(aligned) < 1 or not math.isclose(aligned, round(aligned), rel_tol=1e-6):
+        raise ValueError(f"config.model.aligned_share is {settings['model.aligned_share']}, expected "
+                         "one that gives whole requests of each micro-batch of config.batch_size / "
+                         f"config.accumulate, {settings['batch_size'] // settings['accumulate']}")
 
 
 def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and as TensorBoard events; use as a context manager."""
 
     def __init__(self, workdir: Path, *, enabled: bool = True):
-        """Appends to what `workdir` holds already; writes nothing unless `enabled`."""
+        """Appends to what `workdir` holds already, less a torn last line; writes nothing unless `enabled`."""
         self._enabled = enabled
         if not enabled:
             return
         workdir.mkdir(parents=True, exist_ok=True)
+        _mend(workdir / METRICS)
         self._lines = (workdir / METRICS).open("a")
         from tensorboardX import SummaryWriter  # imports PyTorch where it is installed: that takes seconds
 
@@ -53,9 +55,44 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines that `MetricsWriter` wrote; none where it did not."""
+    """The lines that `MetricsWriter` wrote, none where it did not; a last one that a kill tore is left out.
+
+    Raises:
+      ValueError: another line is not JSON; names the file and the line.
+    """
     path = workdir / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    *lines, last = path.read_text(errors="replace").split("\n")
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)] + (
+        [json.loads(last)] if _is_whole(last) else [])
+
+
+def _parse(line: str, place: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: {line[:80]!r}, expected JSON: {error}") from error
+    return found
+
+
+def _is_whole(line: str | bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _mend(path: Path) -> None:
+    """Has the next line begin as one: cuts off what a kill tore, and ends what lacks its end alone."""
+    data = path.read_bytes() if path.is_file() else b""
+    last = data[data.rfind(b"\n") + 1:]
+    if last and _is_whole(last):
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif last:
+        os.truncate(path, len(data) - len(last))
 
 
 def progress_bar(console: Console) -> Progress:
@@ -90,7 +127,7 @@ def print_table(rows: Sequence[Row], title: str, columns: Sequence[str] | None =
 
 
 def summarise(rows: Sequence[dict]) -> list[dict]:
-    """Mean and standard deviation (ddof 1) over seeds, a row a predictor.
+    """Mean and standard deviation (ddof 1) over seeds, a row a predictor, of the columns that all seeds have.
 
     Example:
       >>> summarise([{"model": "a", "seed": 0, "auc": 0.5}, {"model": "a", "seed": 1, "auc": 0.7}])
@@ -100,7 +137,7 @@ def summarise(rows: Sequence[dict]) -> list[dict]:
     for model in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == model]
         combined = {"model": model, "seeds": len(runs)}
-        for key in (key for key in runs[0] if key not in ("model", "seed")):
+        for key in (key for key in runs[0] if key not in ("model", "seed") and all(key in r for r in runs)):
             values = np.array([run[key] for run in runs], dtype=float)
             combined[key] = float(values.mean())
             if len(runs) > 1:
@@ -117,11 +154,18 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields another name in the same folder; what is written there takes the place of `path` at once."""
+    """Yields another name in the same folder; what is written there takes the place of `path` at once.
+
+    Nothing is left of it where the body raises.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    yield written
-    written.replace(path)
+    try:
+        yield written
+        written.replace(path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
 
 
 def _finite(row: Row) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import types
 
 import pytest
 
@@ -36,6 +37,16 @@ def test_numbers_of_flags_are_finite(wrong_call, tmp_path, value):
     """Bounds of flags hold for NaN: no comparison is true of it."""
     line = wrong_call("-m", "tarq_jax.serving.server", f"--artefact={tmp_path}", f"--delay_ms={value}")
     assert "--delay_ms" in line and value in line
+
+
+@pytest.mark.parametrize("seeds", ["4294967296", "0,9223372036854775808"])
+def test_seeds_are_those_of_jax(seeds, capsys):
+    flag = types.SimpleNamespace(value=seeds.split(","))
+    with pytest.raises(SystemExit) as ended:
+        cli.seeds(flag)
+    assert ended.value.code == cli.WRONG_CALL
+    assert f"--seeds is {seeds!r}, expected numbers in [0, 2**32)" in capsys.readouterr().err
+    assert cli.seeds(types.SimpleNamespace(value=["4294967295", "0"])) == [4294967295, 0]
 
 
 def test_workdir_is_required(wrong_call):

@@ -10,7 +10,8 @@ from tarq_jax.config import DECODED, HEADS, REACHES, RULES, default_config, smok
 from tarq_jax.models.tarq import Decoded, Head, Reach
 
 BAD = {
-    "seed": [-1], "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
+    "seed": [-1, 2 ** 32, 2 ** 63],
+    "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
     "accumulate": [0, -1],
     "data.buckets": [(16, 8), (0, 4), (8, 8), ("16",)], "data.readers": [-1],
     "parallel": ["xmap"], "mesh.data": [-2], "mesh.model": [0],
@@ -100,7 +101,7 @@ def test_wrong_types(key, value):
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("optimizer.learning_rate", 1), ("model.hidden", [8, 8]), ("model.hidden", ()),
+    ("seed", 2 ** 32 - 1), ("optimizer.learning_rate", 1), ("model.hidden", [8, 8]), ("model.hidden", ()),
     ("loss_weights.alignment", 0), ("loss_weights.alignment", 0.0), ("model.aligned_share", 1.0),
     ("mesh.data", -1), ("mesh.rules", [["table$", [None, ["data", "model"]]]]),
     ("codebook.decay", 0.0), ("codebook.start", 0), ("codebook.revive_every", 0), ("baselines", ["tarq"]),
@@ -149,9 +150,53 @@ def test_micro_batches_have_to_divide_the_batch():
     assert message == "config.accumulate is 5, expected a divisor of config.batch_size, 64"
 
 
+def test_balanced_codes_are_of_whole_batches():
+    config = changed("model.assign", "balanced")
+    validate(config)
+    config.accumulate = 2
+    assert refused(config).startswith(
+        "config.accumulate is 2, expected 1 with config.model.assign='balanced'")
+    config.model.name = "two_tower"
+    validate(config)
+
+
+@pytest.mark.parametrize(("share", "batch_size", "accumulate"), [
+    (0.25, 64, 32), (0.3, 8, 2), (0.01, 8, 2), (0.124, 64, 8)])
+def test_micro_batches_align_whole_requests(share, batch_size, accumulate):
+    config = default_config()
+    config.model.aligned_share, config.batch_size = share, batch_size
+    validate(config)
+    config.accumulate = accumulate
+    assert refused(config) == (
+        f"config.model.aligned_share is {share}, expected one that gives whole requests of each micro-batch "
+        f"of config.batch_size / config.accumulate, {batch_size // accumulate}")
+
+
+@pytest.mark.parametrize(("share", "batch_size", "accumulate"), [
+    (0.25, 64, 16), (0.1, 60, 2), (0.7, 200, 20), (1 / 3, 18, 3), (1.0, 64, 64)])
+def test_shares_that_micro_batches_can_align(share, batch_size, accumulate):
+    config = default_config()
+    config.model.aligned_share, config.batch_size, config.accumulate = share, batch_size, accumulate
+    validate(config)
+
+
 def test_kmeans_needs_a_latent_for_each_codeword():
     message = refused(changed("codebook.init_latents", 63))
     assert message == ("config.codebook.init_latents is 63, expected at least config.model.num_codewords, 64")
+
+
+@pytest.mark.parametrize("start", [7, 8])
+def test_a_codebook_has_to_start_before_the_last_step(start):
+    config = default_config()
+    config.steps, config.codebook.start = 7, start
+    message = refused(config)
+    assert message.startswith(f"config.codebook.start is {start}, expected less than config.steps, 7")
+    config.model.name = "two_tower"
+    validate(config)
+    config.baselines = ("tarq",)
+    assert refused(config) == message
+    config.codebook.start = 6
+    validate(config)
 
 
 @pytest.mark.parametrize(("key", "value"), [

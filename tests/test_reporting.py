@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import re
 
+import pytest
 from rich.console import Console
 
 from tarq_jax import reporting
@@ -56,6 +58,43 @@ def test_metrics_by_step(tmp_path):
                 assert text.endswith("\n") and json.loads(text.splitlines()[-1])["step"] == step  # at once
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "loss": step / 2, "speed": None} for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("torn", "kept"), [
+    ('{"step": 2, "lo', [1]), ("\0\0", [1]), ('{"step": 2, "loss": 1.0}', [1, 2])])
+def test_a_kill_tears_the_last_line_of_metrics(tmp_path, torn, kept):
+    """It is not read, and a run that goes on leaves it out; only the end of the line may be missing, too."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + torn)
+    assert [line["step"] for line in reporting.read_metrics(tmp_path)] == kept
+    with reporting.MetricsWriter(tmp_path) as writer:
+        writer.write(3, {"loss": 0.5})
+    assert [line["step"] for line in reporting.read_metrics(tmp_path)] == [*kept, 3]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_bad_line_of_metrics_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n')
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, line 2: .*expected JSON"):
+        reporting.read_metrics(tmp_path)
+
+
+def test_nothing_is_left_of_what_could_not_be_written(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), reporting.replacing(path) as written:
+        written.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(ZeroDivisionError), reporting.replacing(path):
+        1 / 0  # noqa: B018 - before anything is written
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("rows.json", "before")]
+
+
+def test_a_summary_has_the_columns_of_all_seeds():
+    row, = reporting.summarise([{"model": "a", "seed": 0, "auc": 0.5, "gap_recovered": 1.0},
+                                {"model": "a", "seed": 1, "auc": 0.5, "gauc": 0.6}])
+    assert row == {"model": "a", "seeds": 2, "auc": 0.5, "auc_std": 0.0}
 
 
 def test_metrics_as_tensorboard_events(tmp_path):

@@ -48,7 +48,7 @@ def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
     if start >= failed.step:
         raise ValueError(f"{workdir}: its checkpoint is of step {start}, expected one before {failed.step}")
     batches = data.train_batches(dataset, "train", batch_size=config.batch_size, seed=config.seed,
-                                 start_step=start, **shapes)
+                                 start_step=start, buckets=config.data.buckets, **shapes)
     take_step = setup.compile_step(config, objective, optimizer, mesh, state)
     metrics: dict[str, jax.Array] = {}
     for step in range(start, failed.step):

@@ -47,6 +47,9 @@ def set_up(
     way = parallel.WAYS[config.parallel]
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     sharding.check_batch_size(config.batch_size, mesh)
+    if config.parallel == "pmap" and config.batch_size % (mesh.size * config.accumulate):
+        raise ValueError(f"config.batch_size is {config.batch_size}, expected a multiple of the {mesh.size} "
+                         f"devices times config.accumulate, {config.accumulate}, with config.parallel='pmap'")
     tables = sharding.make_tables(config, mesh)
     make_objective = build if make_objective is None else make_objective
     objective = make_objective(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)

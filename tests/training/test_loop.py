@@ -234,6 +234,16 @@ def test_weight_decay_spares_the_codewords(tiny_config):
     assert (updates[:, 0] < 0).all() and not updates[:, 1].any()
 
 
+def test_micro_batches_of_pmap_divide_the_batch_of_a_device(tiny_config, tiny_dataset):
+    """Each of the eight has two requests."""
+    tiny_config.batch_size, tiny_config.accumulate = 16, 4
+    setup.set_up(tiny_config, tiny_dataset)
+    tiny_config.parallel = "pmap"
+    message = "config.batch_size is 16, expected a multiple of the 8 devices times config.accumulate, 4, with"
+    with pytest.raises(ValueError, match=message):
+        setup.set_up(tiny_config, tiny_dataset)
+
+
 def test_prepared_data_with_an_id_out_of_the_vocabulary(tmp_path):
     options = {"num_items": 60, "num_clusters": 8, "max_interests": 5, "history_length": 4,
                "num_candidates": 2, "train_requests": 20, "validation_requests": 2, "test_requests": 2}
