@@ -2,10 +2,12 @@
 
 Wherever codewords are taken they are `Levels`: one array [L, K, D], or L arrays [K_l, D] where levels
 differ in size. How a level assigns its points is a function `(points [M, D], codewords [K, D]) -> codes
-[M]`: `nearest`, `nearest_by_cosine`, `balanced`.
+[M]`: `nearest`, `nearest_by_cosine`, `balanced`. One that looks at all points together, as the last of
+these does, takes a keyword `where` [M] bool besides, the points that are real.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,11 +16,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tarq_jax.blockwise import MASKED
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
 SEARCHED = 4  # entries for each that `_top` is to find, which it searches one by one
-Assign = Callable[[jax.Array, jax.Array], jax.Array]
+Assign = Callable[..., jax.Array]  # (points, codewords) -> codes, perhaps with `where`
 Tree = TypeVar("Tree")
 
 
@@ -85,11 +88,12 @@ def nearest_by_cosine(points: jax.Array, codewords: jax.Array) -> jax.Array:
 
 
 def balanced(
-    points: jax.Array, codewords: jax.Array, *, temperature: float = 0.05, iterations: int = 20
+    points: jax.Array, codewords: jax.Array, *, temperature: float = 0.05, iterations: int = 20,
+    where: jax.Array | None = None,
 ) -> jax.Array:
     """Spreads the points evenly over the codewords: entropic optimal transport (Cuturi 2013; Sinkhorn).
 
-    Each codeword takes 1 / K of the batch, at the least total squared distance; a point's code is where
+    Each codeword takes 1 / K of the points, at the least total squared distance; a point's code is where
     most of it goes. It depends on the batch, so this is for training, not for serving.
 
     Args:
@@ -97,24 +101,38 @@ def balanced(
       codewords: [K, D].
       temperature: of the plan, relative to the mean distance; the lower, the nearer to a hard assignment.
       iterations: of Sinkhorn, in log space.
+      where: [M] bool, points to spread; None spreads all. What the others hold does not change the codes
+        of these.
 
     Returns:
       [M].
     """
     scores = negative_distances(points, codewords) - jnp.sum(points**2, axis=-1, keepdims=True)
-    scale = temperature * jnp.maximum(jnp.mean(-scores), jnp.finfo(scores.dtype).tiny)
+    where = jnp.ones(len(points), bool) if where is None else jnp.asarray(where)
+    chex.assert_shape(where, points.shape[:1])
+    spread = where[:, None]
+    mean = jnp.sum(-scores, where=spread) / jnp.maximum(jnp.sum(where) * len(codewords), 1)
+    scale = temperature * jnp.maximum(mean, jnp.finfo(scores.dtype).tiny)
     log_plan = jax.lax.stop_gradient(scores / scale)
 
     def normalise(_, log_plan):
-        log_plan -= jax.nn.logsumexp(log_plan, axis=0, keepdims=True)  # codewords: equal shares
+        shares = jnp.where(spread, log_plan, MASKED)
+        log_plan -= jax.nn.logsumexp(shares, axis=0, keepdims=True)  # codewords: equal shares
         return log_plan - jax.nn.logsumexp(log_plan, axis=1, keepdims=True)  # points: one each
 
     return argmax(jax.lax.fori_loop(0, iterations, normalise, log_plan))
 
 
+def told_where(function: Callable[..., Tree], where: jax.Array | None) -> Callable[..., Tree]:
+    """An encoder or assignment that knows the real points, if it has a keyword `where` to be told by."""
+    if where is None or "where" not in inspect.signature(function).parameters:
+        return function
+    return functools.partial(function, where=where)
+
+
 def encode(
-    codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, block: int | None = None,
-    implementation: Implementation = None,
+    codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, where: jax.Array | None = None,
+    block: int | None = None, implementation: Implementation = None,
 ) -> QuantizerOutput:
     """Greedy residual quantization: each level assigns what the ones before left over.
 
@@ -122,6 +140,7 @@ def encode(
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [..., D].
       assign: of the points of one level.
+      where: [...] bool, latents that are real, for an `assign` that has such a keyword; None for all.
       block: latents that go through all levels at a time, so that their distances stay in the cache: for
         many on CPU, where 2048 takes half the time. None takes all at once, as latents split over devices
         and an `assign` that depends on the batch need.
@@ -141,6 +160,9 @@ def encode(
       ([[1, 0]], [[3.0]])
     """
     levels = as_levels(codewords, latents)
+    if where is not None:
+        chex.assert_shape(where, latents.shape[:-1])
+        assign = told_where(assign, jnp.ravel(where))
     refusal = f"assign is {assign}, expected nearest" if assign is not nearest else None
     kernel = pick("encode", implementation, levels, latents, refusal=refusal)
     if kernel:

@@ -9,7 +9,7 @@ import pytest
 import reference
 import workloads
 
-from tarq_jax import losses
+from tarq_jax import losses, quantization
 from tarq_jax.attention import look_up
 
 B, G, D = workloads.REQUESTS, workloads.CANDIDATES, workloads.WIDTH
@@ -152,6 +152,23 @@ def test_unknown_options_are_refused(batch, changed, message):
     module = workloads.MODELS["tarq_mlp"].clone(**changed)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(module.init, jax.random.key(0), batch, workloads.make_codewords())
+
+
+@pytest.mark.parametrize("name", ["tarq_dot", "order_1_scalar"])
+def test_padding_has_no_say_in_balanced_codes(batch, name):
+    """An encoder that knows no mask is not told one: it sees the whole batch."""
+    model, real = workloads.compiled(name), batch.candidate_mask
+    balanced = functools.partial(quantization.encode, assign=quantization.balanced)
+
+    def before_and_after(encode):
+        forward = jax.jit(model.module.clone(encode=encode).apply)
+        for candidates in (batch, workloads.refill(batch)):
+            output = forward(model.params, candidates, *model.arguments)
+            yield np.asarray(output.quantizer.codes)[real], np.asarray(output.logits)[real]
+
+    np.testing.assert_equal(*before_and_after(balanced))
+    before, after = before_and_after(lambda codewords, latents: balanced(codewords, latents))
+    assert (before[0] != after[0]).any()
 
 
 # Gradients

@@ -176,6 +176,24 @@ def test_balanced_is_defined_at_extremes(points):
     assert codes.shape == (6,) and (0 <= codes).all() and (codes < 4).all()
 
 
+@pytest.mark.parametrize("padding", [0.0, 1e4, np.nan])
+def test_balanced_spreads_real_points_alone(padding):
+    codewords, points = normal(0, 2, 4, 3), normal(1, 5, 6, 3)
+    real = np.random.default_rng(2).random((5, 6)) < 0.5
+    balanced = functools.partial(quantization.encode, assign=quantization.balanced)
+    padded = np.where(real[..., None], points, np.float32(padding))
+    found = balanced(codewords, padded, where=real).codes[real]
+    np.testing.assert_array_equal(found, balanced(codewords, points[real]).codes)
+    assert (found != balanced(codewords, padded).codes[real]).any()
+    assert (quantization.balanced(points[0], codewords[0], where=np.zeros(6, bool)) < 4).all()
+
+
+@pytest.mark.parametrize("wrong", [np.ones(6, bool), np.ones((1, 5), bool), np.ones((6, 5, 1), bool)])
+def test_masks_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(AssertionError):
+        quantization.encode(normal(0, 2, 4, 3), normal(1, 6, 5, 3), where=wrong)
+
+
 def test_argmax_takes_the_first_of_equals():
     scores = np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-np.inf, -np.inf, -5.0], [np.nan] * 3], np.float32)
     np.testing.assert_array_equal(encoding.argmax(scores), [1, 0, 2, 2])
