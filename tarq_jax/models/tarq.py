@@ -102,7 +102,7 @@ class Tarq(nn.Module):
     axis_name: shards.AxisName = None
 
     def setup(self):
-        """Creates the parts; a ValueError names an unknown `head`, `decoded` or `student_gradient`."""
+        """Creates the parts; a ValueError names an option that is unknown or out of range."""
         if self.head not in get_args(Head):
             raise ValueError(f"head is {self.head!r}, expected one of {get_args(Head)}")
         if self.decoded not in get_args(Decoded):
@@ -111,6 +111,8 @@ class Tarq(nn.Module):
             raise ValueError(
                 f"student_gradient is {self.student_gradient!r}, expected one of {get_args(Reach)}"
             )
+        if not 0 < self.aligned_share <= 1:
+            raise ValueError(f"aligned_share is {self.aligned_share}, expected a share in (0, 1]")
         self.teacher = self.make_teacher()
         self._setup_approximation()
         if self.head == "scalar":
@@ -139,7 +141,12 @@ class Tarq(nn.Module):
           codewords: [L, K, D].
           quantize: False hands the decoder the latent as it is, to warm the encoder up before
             there are codewords worth using.
+
+        Raises:
+          ValueError: not as many levels of codewords as `num_levels`.
         """
+        if len(codewords) != self.num_levels:
+            raise ValueError(f"codewords: {len(codewords)} levels, expected num_levels={self.num_levels}")
         teacher = self.teacher(batch)
         gate, gate_backbone = (
             (lambda tree: tree) if self.student_gradient in reached else jax.lax.stop_gradient

@@ -147,11 +147,22 @@ def test_first_requests_get_a_whole_personalized_codebook(batch, share, count):
     ({"head": "cosine"}, r"head is 'cosine'.*scalar.*dot.*mlp"),
     ({"decoded": "user"}, r"decoded is 'user'.*query.*item"),
     ({"student_gradient": "all"}, r"student_gradient is 'all'.*student.*backbone.*teacher"),
+    ({"aligned_share": 0.0}, r"aligned_share is 0.0, expected a share in \(0, 1\]"),
+    ({"aligned_share": 1.5}, "aligned_share is 1.5"),
+    ({"aligned_share": float("nan")}, "aligned_share is nan"),
 ])
 def test_unknown_options_are_refused(batch, changed, message):
     module = workloads.MODELS["tarq_mlp"].clone(**changed)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(module.init, jax.random.key(0), batch, workloads.make_codewords())
+
+
+@pytest.mark.parametrize("name", ["tarq_mlp", "order_1_mlp"])
+@pytest.mark.parametrize("levels", [L - 1, L + 1])
+def test_codewords_of_another_number_of_levels_are_refused(batch, name, levels):
+    model, codewords = workloads.compiled(name), np.zeros((levels, K, D), np.float32)
+    with pytest.raises(ValueError, match=f"codewords: {levels} levels, expected num_levels={L}"):
+        jax.eval_shape(model.module.apply, model.params, batch, codewords)
 
 
 @pytest.mark.parametrize("name", ["tarq_dot", "order_1_scalar"])
