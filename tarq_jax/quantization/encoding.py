@@ -142,8 +142,8 @@ def encode(
       assign: of the points of one level.
       where: [...] bool, latents that are real, for an `assign` that has such a keyword; None for all.
       block: latents that go through all levels at a time, so that their distances stay in the cache: for
-        many on CPU, where 2048 takes half the time. None takes all at once, as latents split over devices
-        and an `assign` that depends on the batch need.
+        many on CPU, where 2048 takes half the time. None or 0 takes all at once, as latents split over
+        devices and an `assign` that depends on the batch need.
       implementation: see `tarq_jax.kernels`; the kernel has blocks of its own.
 
     Returns:
@@ -152,6 +152,7 @@ def encode(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      ValueError: `block` is negative.
 
     Example:
       >>> codewords = jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]])
@@ -168,7 +169,8 @@ def encode(
     if kernel:
         codes_of = functools.partial(kernel, jax.lax.stop_gradient(levels))
         return _encode_by(codes_of, levels, latents, None)
-    if block is not None:
+    _refuse_negative(block)
+    if block:
         codes_of = functools.partial(_greedy_codes, levels, assign=assign)
         return _encode_by(codes_of, levels, latents, block)
     residual, codes, residuals, chosen = jnp.asarray(latents), [], [], []
@@ -193,20 +195,26 @@ def beam_encode(
       latents: [..., D].
       beam: partial sums kept.
       block: latents searched at a time, in bounded memory and from the cache: 512 is fastest on CPU.
-        None searches all at once, with [M, beam, K] scores, as latents split over devices need.
+        None or 0 searches all at once, with [M, beam, K] scores, as latents split over devices need.
 
     Returns:
       As `encode`.
 
     Raises:
-      ValueError: `beam` is below 1.
+      ValueError: `beam` is below 1, or `block` negative.
     """
     if beam < 1:
         raise ValueError(f"beam is {beam}, expected at least 1")
+    _refuse_negative(block)
     levels = as_levels(codewords, latents)
     if beam == 1 or len(levels) == 1:
         return encode(levels, latents, block=block)
     return _encode_by(functools.partial(_best_codes, levels, beam=beam), levels, latents, block)
+
+
+def _refuse_negative(block: int | None) -> None:
+    if block is not None and block < 0:
+        raise ValueError(f"block is {block}, expected at least 0")
 
 
 def _greedy_codes(levels: tuple[jax.Array, ...], latents: jax.Array, assign: Assign) -> jax.Array:
@@ -270,7 +278,7 @@ def _squared_error(output: QuantizerOutput, latents: jax.Array) -> jax.Array:
 
 def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: int | None) -> Tree:
     """`function` of [M, D] to a tree of [M, ...], block by block of points."""
-    if block is None or block >= len(points):
+    if not block or block >= len(points):
         return function(points)
     padded = jnp.pad(points, ((0, -len(points) % block), (0, 0)))
     found = jax.lax.map(function, padded.reshape(-1, block, points.shape[-1]))

@@ -236,7 +236,7 @@ def test_beam_lowers_the_error(quantized):
         greedy, latents).sum()
 
 
-@pytest.mark.parametrize("block", [1, 7, 30, 64])
+@pytest.mark.parametrize("block", [0, 1, 7, 30, 64])
 def test_greedy_in_blocks_is_the_same(quantized, block):
     codewords, latents, *_ = quantized
     found = quantization.encode(codewords, latents, block=block)
@@ -246,7 +246,7 @@ def test_greedy_in_blocks_is_the_same(quantized, block):
     np.testing.assert_allclose(found.residuals, expected.residuals, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, 7, 30, 64])
+@pytest.mark.parametrize("block", [0, 1, 7, 30, 64])
 def test_beam_in_blocks_is_the_same(quantized, block):
     codewords, latents, _ = quantized
     whole = quantization.beam_encode(codewords, latents, beam=3)
@@ -263,6 +263,13 @@ def test_top_equals_sorting(seed):
     np.testing.assert_array_equal(values, -np.sort(-scores, axis=1)[:, :4])
     np.testing.assert_array_equal(np.take_along_axis(scores, np.asarray(found), axis=1), values)
     assert all(len(set(row)) == 4 for row in np.asarray(found).tolist())
+
+
+@pytest.mark.parametrize("encoder", [
+    quantization.encode, functools.partial(quantization.beam_encode, beam=2)])
+def test_negative_blocks_are_refused(quantized, encoder):
+    with pytest.raises(ValueError, match="block is -1, expected at least 0"):
+        encoder(*quantized[:2], block=-1)
 
 
 def test_beam_below_one_is_refused(quantized):
