@@ -72,6 +72,15 @@ def rows_of(found: Mapping[Key, comparing.Series], peaks: Peaks) -> list[dict[st
     return rows
 
 
+def wrong_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What programs were found wrong beside a `plain` that ran: a line each."""
+    compared = {_key(row)._replace(implementation="") for row in rows
+                if row["implementation"] == "plain" and "error" in row}
+    return [f"{_key(row).name} {row.get('note', '')}" for row in rows
+            if "error" in row and not row["error"] <= measuring.WORST
+            and _key(row)._replace(implementation="") in compared]
+
+
 def earlier(path: str) -> dict[str, list[float]]:
     """Medians by name from a file; a file that is none of this command is a wrong call."""
     try:
@@ -123,7 +132,7 @@ def main(words: Sequence[str]) -> None:
     reporting.print_table(rows, machine["device"], COLUMNS)
     if JSON.value:
         reporting.write_rows([{"device": machine["device"]} | row for row in rows], JSON.value)
-    wrong = [f"{_key(row).name} {row['note']}" for row in rows if row.get("error", 0.0) > measuring.WORST]
+    wrong = wrong_of(rows)
     slower = [f"slower: {_key(row).name} x {row['change']:.2f}" for row in rows
               if row.get("verdict") == "slower"]
     if wrong or slower:

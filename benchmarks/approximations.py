@@ -121,11 +121,16 @@ def eta_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
 
 @in_blocks
 def eta(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """Hamming distances to all positions, the nearest, attention over these."""
+    """Hamming distances to all positions, the nearest, attention over these.
+
+    Raises:
+      ValueError: more positions than float32 tells apart; ranks are in it, as integers are sorted on CPU.
+    """
     positions, heads, width = user["keys"].shape
+    if (ranks := (2 * ROUNDS * BITS + 1) * positions) > 2**24:
+        raise ValueError(f"{positions} positions are of {ranks} ranks, expected at most {2**24}")
     products = jnp.where(items["signs"] > 0, 1.0, -1.0) @ user["signs"].T
-    rank = products.astype(jnp.int32) * positions + jnp.arange(positions)
-    rank = jnp.where(user["mask"], rank + ROUNDS * BITS * positions, -1)
+    rank = jnp.where(user["mask"], (products + ROUNDS * BITS) * positions + jnp.arange(positions), -1.0)
     best, chosen = jax.lax.top_k(rank, min(SELECTED, positions))
     keys, values = (jnp.swapaxes(user[name][chosen], 1, 2) for name in ("keys", "values"))  # [M, H, S, E]
     queries = read(items, "query").reshape(-1, heads, 1, width)

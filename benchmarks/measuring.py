@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import operations
 from benchmarks.workloads import WORKLOADS
@@ -99,10 +100,10 @@ def cost_of(compiled: Any) -> dict[str, float]:
 
 
 def error(found: Any, expected: Any) -> float:
-    """Largest difference of a number over the largest of all, or share of codes that differ."""
+    """Largest difference of a number over the largest of all, or share of codes that differ; NaN is kept."""
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     floats = [pair for pair in pairs if jnp.issubdtype(pair[1].dtype, jnp.floating)]
     codes = [pair for pair in pairs if not jnp.issubdtype(pair[1].dtype, jnp.floating)]
-    scale = max((float(jnp.max(jnp.abs(other))) for _, other in floats), default=1.0)
+    scale = float(np.max([jnp.max(jnp.abs(other)) for _, other in floats] or [1.0]))
     differences = [float(jnp.max(jnp.abs(one - other))) / (scale or 1.0) for one, other in floats]
-    return max(differences + [float(jnp.mean(one != other)) for one, other in codes])
+    return float(np.max(differences + [float(jnp.mean(one != other)) for one, other in codes]))

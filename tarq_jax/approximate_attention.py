@@ -161,7 +161,7 @@ def select(similarity: jax.Array, mask: chex.Array, num_selected: int) -> jax.Ar
     """The most similar positions of each candidate; of equals the newest, which come last.
 
     Args:
-      similarity: [B, G, N] int; a negative one is never selected.
+      similarity: [B, G, N] int, below 2^24; a negative one is never selected.
       mask: [B, N] bool.
       num_selected: how many at most.
 
@@ -175,10 +175,13 @@ def select(similarity: jax.Array, mask: chex.Array, num_selected: int) -> jax.Ar
     chex.assert_rank(similarity, 3)
     positions = similarity.shape[-1]
     chex.assert_shape(mask, (similarity.shape[0], positions))
-    rank = similarity * positions + jnp.arange(positions)  # no two are equal
-    rank = jnp.where(mask[:, None] & (similarity >= 0), rank, -1)
-    last = jax.lax.top_k(rank, min(num_selected, positions))[0][..., -1:]
-    return (rank >= 0) & (rank >= last)
+    similarity = jnp.where(mask[:, None], similarity, -1).astype(jnp.float32)
+    # The first of equals, so newest first. On CPU XLA sorts all, unless of floats, and not sliced afterwards.
+    found, where = jax.lax.top_k(similarity[..., ::-1], min(num_selected, positions))
+    least = jnp.min(found, axis=-1, keepdims=True)
+    oldest = positions - 1 - jnp.max(jnp.where(found == least, where, 0), axis=-1, keepdims=True)
+    newer = jnp.arange(positions) >= oldest
+    return (similarity >= 0) & ((similarity > least) | ((similarity == least) & newer))
 
 
 def searched_attention(

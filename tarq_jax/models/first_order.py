@@ -68,7 +68,7 @@ class FirstOrderTarq(Tarq):
     def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
         """Weights head by head; to first order they still sum to one, but may be negative."""
         teacher = self.teacher(batch)
-        quantizer = self.encode(codewords, self.latents(teacher))
+        quantizer = self.encode_candidates(codewords, self.latents(teacher), batch)
         mask = batch.history_mask[:, None, None]
         value, changes = first_order(
             lambda queries: attention_weights(queries, teacher.keys, mask),

@@ -15,6 +15,7 @@ from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, LevelAttention
 from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
 from tarq_jax.models.two_tower import TwoTowerOutput
+from tarq_jax.quantization.encoding import told_where
 from tarq_jax.schema import Schema
 from tarq_jax.types import Batch, QuantizerOutput
 
@@ -76,7 +77,8 @@ class Tarq(nn.Module):
         parameters, so that the teacher trains as if alone. `backbone`: into the towers and item
         embeddings under its head too, but not into the teacher's history encoding, nor the item
         embedding that is quantized. `teacher`: everywhere, which drags the teacher down.
-      encode: (codewords, latents) -> QuantizerOutput, e.g. with another `assign`.
+      encode: (codewords, latents) -> QuantizerOutput, e.g. with another `assign`. One that has a keyword
+        `where`, as `quantization.encode` does, is told which candidates are real, [B, G] bool.
       pass_through: (latents, quantized) -> the quantized value with a gradient for the latent,
         `quantization.straight_through` or `quantization.rotate`.
       compute: see `Compute`.
@@ -93,14 +95,14 @@ class Tarq(nn.Module):
     decoded: Decoded = "query"
     aligned_share: float = 1.0
     student_gradient: Reach = "student"
-    encode: Callable[[jax.Array, jax.Array], QuantizerOutput] = quantization.encode
+    encode: Callable[..., QuantizerOutput] = quantization.encode
     pass_through: Callable[[jax.Array, jax.Array], jax.Array] = quantization.straight_through
     compute: Compute = Compute()
     tables: Tables = ONE_DEVICE
     axis_name: shards.AxisName = None
 
     def setup(self):
-        """Creates the parts; a ValueError names an unknown `head`, `decoded` or `student_gradient`."""
+        """Creates the parts; a ValueError names an option that is unknown or out of range."""
         if self.head not in get_args(Head):
             raise ValueError(f"head is {self.head!r}, expected one of {get_args(Head)}")
         if self.decoded not in get_args(Decoded):
@@ -109,6 +111,8 @@ class Tarq(nn.Module):
             raise ValueError(
                 f"student_gradient is {self.student_gradient!r}, expected one of {get_args(Reach)}"
             )
+        if not 0 < self.aligned_share <= 1:
+            raise ValueError(f"aligned_share is {self.aligned_share}, expected a share in (0, 1]")
         self.teacher = self.make_teacher()
         self._setup_approximation()
         if self.head == "scalar":
@@ -137,7 +141,12 @@ class Tarq(nn.Module):
           codewords: [L, K, D].
           quantize: False hands the decoder the latent as it is, to warm the encoder up before
             there are codewords worth using.
+
+        Raises:
+          ValueError: not as many levels of codewords as `num_levels`.
         """
+        if len(codewords) != self.num_levels:
+            raise ValueError(f"codewords: {len(codewords)} levels, expected num_levels={self.num_levels}")
         teacher = self.teacher(batch)
         gate, gate_backbone = (
             (lambda tree: tree) if self.student_gradient in reached else jax.lax.stop_gradient
@@ -145,7 +154,7 @@ class Tarq(nn.Module):
         )
         seen = gate(teacher)
         latents = self.latents(seen)
-        quantizer = self.encode(codewords, latents)
+        quantizer = self.encode_candidates(codewords, latents, batch)
         aligned = shards.first(self.aligned_share, len(batch.history_mask), self.axis_name)
         attended, personalized = self.attend(codewords, quantizer, seen, batch.history_mask, len(aligned))
         passed = jnp.where(quantize, self.pass_through(latents, quantizer.quantized), latents)
@@ -174,6 +183,10 @@ class Tarq(nn.Module):
     def candidate_latents(self, batch: Batch) -> jax.Array:
         """The latents [B, G, D] of a batch's candidates, for fitting a codebook to."""
         return self.latents(self.teacher(batch))
+
+    def encode_candidates(self, codewords: jax.Array, latents: jax.Array, batch: Batch) -> QuantizerOutput:
+        """The latents [B, G, D] of candidates, encoded; padding has no say in the codes of others."""
+        return told_where(self.encode, batch.candidate_mask)(codewords, latents)
 
     def attend(
         self, codewords: jax.Array, quantizer: QuantizerOutput, teacher: TargetAttentionOutput,
@@ -208,7 +221,7 @@ class Tarq(nn.Module):
         teacher = self.teacher(batch)
         mask = batch.history_mask[:, None, None]
         exact = attention_weights(teacher.queries, teacher.keys, mask).mean(axis=1)
-        chosen = self.encode(codewords, self.latents(teacher)).chosen
+        chosen = self.encode_candidates(codewords, self.latents(teacher), batch).chosen
         queries = self.level_attention.queries(jnp.swapaxes(chosen, 1, 2))
         keys, _ = self.level_attention.keys_values(teacher.history)
         student = attention_weights(queries, keys, mask[:, None]).mean(axis=2)

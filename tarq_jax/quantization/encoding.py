@@ -2,10 +2,12 @@
 
 Wherever codewords are taken they are `Levels`: one array [L, K, D], or L arrays [K_l, D] where levels
 differ in size. How a level assigns its points is a function `(points [M, D], codewords [K, D]) -> codes
-[M]`: `nearest`, `nearest_by_cosine`, `balanced`.
+[M]`: `nearest`, `nearest_by_cosine`, `balanced`. One that looks at all points together, as the last of
+these does, takes a keyword `where` [M] bool besides, the points that are real.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,11 +16,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tarq_jax.blockwise import MASKED
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
 SEARCHED = 4  # entries for each that `_top` is to find, which it searches one by one
-Assign = Callable[[jax.Array, jax.Array], jax.Array]
+Assign = Callable[..., jax.Array]  # (points, codewords) -> codes, perhaps with `where`
 Tree = TypeVar("Tree")
 
 
@@ -85,11 +88,12 @@ def nearest_by_cosine(points: jax.Array, codewords: jax.Array) -> jax.Array:
 
 
 def balanced(
-    points: jax.Array, codewords: jax.Array, *, temperature: float = 0.05, iterations: int = 20
+    points: jax.Array, codewords: jax.Array, *, temperature: float = 0.05, iterations: int = 20,
+    where: jax.Array | None = None,
 ) -> jax.Array:
     """Spreads the points evenly over the codewords: entropic optimal transport (Cuturi 2013; Sinkhorn).
 
-    Each codeword takes 1 / K of the batch, at the least total squared distance; a point's code is where
+    Each codeword takes 1 / K of the points, at the least total squared distance; a point's code is where
     most of it goes. It depends on the batch, so this is for training, not for serving.
 
     Args:
@@ -97,24 +101,38 @@ def balanced(
       codewords: [K, D].
       temperature: of the plan, relative to the mean distance; the lower, the nearer to a hard assignment.
       iterations: of Sinkhorn, in log space.
+      where: [M] bool, points to spread; None spreads all. What the others hold does not change the codes
+        of these.
 
     Returns:
       [M].
     """
     scores = negative_distances(points, codewords) - jnp.sum(points**2, axis=-1, keepdims=True)
-    scale = temperature * jnp.maximum(jnp.mean(-scores), jnp.finfo(scores.dtype).tiny)
+    where = jnp.ones(len(points), bool) if where is None else jnp.asarray(where)
+    chex.assert_shape(where, points.shape[:1])
+    spread = where[:, None]
+    mean = jnp.sum(-scores, where=spread) / jnp.maximum(jnp.sum(where) * len(codewords), 1)
+    scale = temperature * jnp.maximum(mean, jnp.finfo(scores.dtype).tiny)
     log_plan = jax.lax.stop_gradient(scores / scale)
 
     def normalise(_, log_plan):
-        log_plan -= jax.nn.logsumexp(log_plan, axis=0, keepdims=True)  # codewords: equal shares
+        shares = jnp.where(spread, log_plan, MASKED)
+        log_plan -= jax.nn.logsumexp(shares, axis=0, keepdims=True)  # codewords: equal shares
         return log_plan - jax.nn.logsumexp(log_plan, axis=1, keepdims=True)  # points: one each
 
     return argmax(jax.lax.fori_loop(0, iterations, normalise, log_plan))
 
 
+def told_where(function: Callable[..., Tree], where: jax.Array | None) -> Callable[..., Tree]:
+    """An encoder or assignment that knows the real points, if it has a keyword `where` to be told by."""
+    if where is None or "where" not in inspect.signature(function).parameters:
+        return function
+    return functools.partial(function, where=where)
+
+
 def encode(
-    codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, block: int | None = None,
-    implementation: Implementation = None,
+    codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, where: jax.Array | None = None,
+    block: int | None = None, implementation: Implementation = None,
 ) -> QuantizerOutput:
     """Greedy residual quantization: each level assigns what the ones before left over.
 
@@ -122,9 +140,10 @@ def encode(
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [..., D].
       assign: of the points of one level.
+      where: [...] bool, latents that are real, for an `assign` that has such a keyword; None for all.
       block: latents that go through all levels at a time, so that their distances stay in the cache: for
-        many on CPU, where 2048 takes half the time. None takes all at once, as latents split over devices
-        and an `assign` that depends on the batch need.
+        many on CPU, where 2048 takes half the time. None or 0 takes all at once, as latents split over
+        devices and an `assign` that depends on the batch need.
       implementation: see `tarq_jax.kernels`; the kernel has blocks of its own.
 
     Returns:
@@ -133,6 +152,7 @@ def encode(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      ValueError: `block` is negative.
 
     Example:
       >>> codewords = jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]])
@@ -141,12 +161,16 @@ def encode(
       ([[1, 0]], [[3.0]])
     """
     levels = as_levels(codewords, latents)
+    if where is not None:
+        chex.assert_shape(where, latents.shape[:-1])
+        assign = told_where(assign, jnp.ravel(where))
     refusal = f"assign is {assign}, expected nearest" if assign is not nearest else None
     kernel = pick("encode", implementation, levels, latents, refusal=refusal)
     if kernel:
         codes_of = functools.partial(kernel, jax.lax.stop_gradient(levels))
         return _encode_by(codes_of, levels, latents, None)
-    if block is not None:
+    _refuse_negative(block)
+    if block:
         codes_of = functools.partial(_greedy_codes, levels, assign=assign)
         return _encode_by(codes_of, levels, latents, block)
     residual, codes, residuals, chosen = jnp.asarray(latents), [], [], []
@@ -171,20 +195,26 @@ def beam_encode(
       latents: [..., D].
       beam: partial sums kept.
       block: latents searched at a time, in bounded memory and from the cache: 512 is fastest on CPU.
-        None searches all at once, with [M, beam, K] scores, as latents split over devices need.
+        None or 0 searches all at once, with [M, beam, K] scores, as latents split over devices need.
 
     Returns:
       As `encode`.
 
     Raises:
-      ValueError: `beam` is below 1.
+      ValueError: `beam` is below 1, or `block` negative.
     """
     if beam < 1:
         raise ValueError(f"beam is {beam}, expected at least 1")
+    _refuse_negative(block)
     levels = as_levels(codewords, latents)
     if beam == 1 or len(levels) == 1:
         return encode(levels, latents, block=block)
     return _encode_by(functools.partial(_best_codes, levels, beam=beam), levels, latents, block)
+
+
+def _refuse_negative(block: int | None) -> None:
+    if block is not None and block < 0:
+        raise ValueError(f"block is {block}, expected at least 0")
 
 
 def _greedy_codes(levels: tuple[jax.Array, ...], latents: jax.Array, assign: Assign) -> jax.Array:
@@ -248,7 +278,7 @@ def _squared_error(output: QuantizerOutput, latents: jax.Array) -> jax.Array:
 
 def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: int | None) -> Tree:
     """`function` of [M, D] to a tree of [M, ...], block by block of points."""
-    if block is None or block >= len(points):
+    if not block or block >= len(points):
         return function(points)
     padded = jnp.pad(points, ((0, -len(points) % block), (0, 0)))
     found = jax.lax.map(function, padded.reshape(-1, block, points.shape[-1]))

@@ -33,15 +33,15 @@ def kmeans(
       rng: key of the start.
       points: [M, D] with M >= num_codewords.
       num_codewords: K.
-      weights: [M], non-negative, how often a point counts; all once if None. What points of weight 0
-        hold does not matter.
+      weights: [M], non-negative, of any type, how often a point counts; all once if None. What points of
+        weight 0 hold does not matter.
       iterations: of Lloyd.
 
     Returns:
       Centroids [K, D].
 
     Raises:
-      ValueError: with fewer points than codewords.
+      ValueError: with fewer points than codewords, or no codeword.
 
     Example:
       >>> points = jnp.array([[0.0], [2.0], [9.0], [11.0]])
@@ -49,9 +49,12 @@ def kmeans(
       [[1.0], [10.0]]
     """
     chex.assert_rank(points, 2)
+    if num_codewords < 1:
+        raise ValueError(f"num_codewords is {num_codewords}, expected at least 1")
     if len(points) < num_codewords:
         raise ValueError(f"points: {len(points)} given, expected at least num_codewords={num_codewords}")
     weights = jnp.ones(len(points)) if weights is None else jnp.asarray(weights)
+    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
     chex.assert_shape(weights, points.shape[:1])
     points = jnp.where(weights[:, None] > 0, points, 0.0)
     share = weights / jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
@@ -119,7 +122,7 @@ def kmeans_codebook(
       Codebook whose counts and sums are those of `latents`: M / K uses a codeword on average.
 
     Raises:
-      ValueError: with fewer latents than codewords, or not as many sizes as levels.
+      ValueError: with fewer latents than codewords, no codeword, or not as many sizes as levels.
 
     Example:
       >>> latents = jax.random.normal(jax.random.key(0), (40, 3))

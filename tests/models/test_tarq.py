@@ -9,7 +9,7 @@ import pytest
 import reference
 import workloads
 
-from tarq_jax import losses
+from tarq_jax import losses, quantization
 from tarq_jax.attention import look_up
 
 B, G, D = workloads.REQUESTS, workloads.CANDIDATES, workloads.WIDTH
@@ -147,11 +147,39 @@ def test_first_requests_get_a_whole_personalized_codebook(batch, share, count):
     ({"head": "cosine"}, r"head is 'cosine'.*scalar.*dot.*mlp"),
     ({"decoded": "user"}, r"decoded is 'user'.*query.*item"),
     ({"student_gradient": "all"}, r"student_gradient is 'all'.*student.*backbone.*teacher"),
+    ({"aligned_share": 0.0}, r"aligned_share is 0.0, expected a share in \(0, 1\]"),
+    ({"aligned_share": 1.5}, "aligned_share is 1.5"),
+    ({"aligned_share": float("nan")}, "aligned_share is nan"),
 ])
 def test_unknown_options_are_refused(batch, changed, message):
     module = workloads.MODELS["tarq_mlp"].clone(**changed)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(module.init, jax.random.key(0), batch, workloads.make_codewords())
+
+
+@pytest.mark.parametrize("name", ["tarq_mlp", "order_1_mlp"])
+@pytest.mark.parametrize("levels", [L - 1, L + 1])
+def test_codewords_of_another_number_of_levels_are_refused(batch, name, levels):
+    model, codewords = workloads.compiled(name), np.zeros((levels, K, D), np.float32)
+    with pytest.raises(ValueError, match=f"codewords: {levels} levels, expected num_levels={L}"):
+        jax.eval_shape(model.module.apply, model.params, batch, codewords)
+
+
+@pytest.mark.parametrize("name", ["tarq_dot", "order_1_scalar"])
+def test_padding_has_no_say_in_balanced_codes(batch, name):
+    """An encoder that knows no mask is not told one: it sees the whole batch."""
+    model, real = workloads.compiled(name), batch.candidate_mask
+    balanced = functools.partial(quantization.encode, assign=quantization.balanced)
+
+    def before_and_after(encode):
+        forward = jax.jit(model.module.clone(encode=encode).apply)
+        for candidates in (batch, workloads.refill(batch)):
+            output = forward(model.params, candidates, *model.arguments)
+            yield np.asarray(output.quantizer.codes)[real], np.asarray(output.logits)[real]
+
+    np.testing.assert_equal(*before_and_after(balanced))
+    before, after = before_and_after(lambda codewords, latents: balanced(codewords, latents))
+    assert (before[0] != after[0]).any()
 
 
 # Gradients

@@ -176,6 +176,24 @@ def test_balanced_is_defined_at_extremes(points):
     assert codes.shape == (6,) and (0 <= codes).all() and (codes < 4).all()
 
 
+@pytest.mark.parametrize("padding", [0.0, 1e4, np.nan])
+def test_balanced_spreads_real_points_alone(padding):
+    codewords, points = normal(0, 2, 4, 3), normal(1, 5, 6, 3)
+    real = np.random.default_rng(2).random((5, 6)) < 0.5
+    balanced = functools.partial(quantization.encode, assign=quantization.balanced)
+    padded = np.where(real[..., None], points, np.float32(padding))
+    found = balanced(codewords, padded, where=real).codes[real]
+    np.testing.assert_array_equal(found, balanced(codewords, points[real]).codes)
+    assert (found != balanced(codewords, padded).codes[real]).any()
+    assert (quantization.balanced(points[0], codewords[0], where=np.zeros(6, bool)) < 4).all()
+
+
+@pytest.mark.parametrize("wrong", [np.ones(6, bool), np.ones((1, 5), bool), np.ones((6, 5, 1), bool)])
+def test_masks_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(AssertionError):
+        quantization.encode(normal(0, 2, 4, 3), normal(1, 6, 5, 3), where=wrong)
+
+
 def test_argmax_takes_the_first_of_equals():
     scores = np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-np.inf, -np.inf, -5.0], [np.nan] * 3], np.float32)
     np.testing.assert_array_equal(encoding.argmax(scores), [1, 0, 2, 2])
@@ -218,7 +236,7 @@ def test_beam_lowers_the_error(quantized):
         greedy, latents).sum()
 
 
-@pytest.mark.parametrize("block", [1, 7, 30, 64])
+@pytest.mark.parametrize("block", [0, 1, 7, 30, 64])
 def test_greedy_in_blocks_is_the_same(quantized, block):
     codewords, latents, *_ = quantized
     found = quantization.encode(codewords, latents, block=block)
@@ -228,7 +246,7 @@ def test_greedy_in_blocks_is_the_same(quantized, block):
     np.testing.assert_allclose(found.residuals, expected.residuals, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, 7, 30, 64])
+@pytest.mark.parametrize("block", [0, 1, 7, 30, 64])
 def test_beam_in_blocks_is_the_same(quantized, block):
     codewords, latents, _ = quantized
     whole = quantization.beam_encode(codewords, latents, beam=3)
@@ -245,6 +263,13 @@ def test_top_equals_sorting(seed):
     np.testing.assert_array_equal(values, -np.sort(-scores, axis=1)[:, :4])
     np.testing.assert_array_equal(np.take_along_axis(scores, np.asarray(found), axis=1), values)
     assert all(len(set(row)) == 4 for row in np.asarray(found).tolist())
+
+
+@pytest.mark.parametrize("encoder", [
+    quantization.encode, functools.partial(quantization.beam_encode, beam=2)])
+def test_negative_blocks_are_refused(quantized, encoder):
+    with pytest.raises(ValueError, match="block is -1, expected at least 0"):
+        encoder(*quantized[:2], block=-1)
 
 
 def test_beam_below_one_is_refused(quantized):

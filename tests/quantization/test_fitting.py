@@ -63,6 +63,20 @@ def test_kmeans_needs_as_many_points_as_codewords():
             fit(jax.random.key(0), np.zeros((4, 3), np.float32))
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_kmeans_needs_a_codeword(size):
+    with pytest.raises(ValueError, match=f"num_codewords is {size}, expected at least 1"):
+        quantization.kmeans(jax.random.key(0), np.zeros((4, 3), np.float32), num_codewords=size)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, bool])
+def test_kmeans_takes_weights_of_any_type(dtype):
+    weights = (np.arange(40) % 3).astype(dtype)
+    found, expected = (kmeans(jax.random.key(0), normal(0, 40, 2), num_codewords=5, weights=weights)
+                       for weights in (weights, weights.astype(np.float32)))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_kmeans_of_duplicates_is_finite():
     same = np.full((40, 2), 3.0, np.float32)
     np.testing.assert_array_equal(kmeans(jax.random.key(0), same, num_codewords=5), same[:5])
