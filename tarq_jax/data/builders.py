@@ -39,7 +39,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     """What builders share; subclasses only name their source.
 
     The name of the configuration holds a fingerprint of options and files, so that a change of either is
-    prepared anew. Schema and info go into the metadata: a prepared directory describes itself.
+    prepared anew. Schema, info and fingerprint go into the metadata: a prepared directory describes itself.
     """
 
     SOURCE: AnySource
@@ -58,7 +58,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
                                      description=self.SOURCE.description,
                                      disable_shuffling=True,  # the n-th record is block n
-                                     metadata=tfds.core.MetadataDict(metadata))
+                                     metadata=tfds.core.MetadataDict(
+                                         metadata, fingerprint=self.builder_config.name))
 
     def _generate_examples(self, blocks: Iterator[tuple[int, records.Columns]]):
         return blocks
@@ -270,7 +271,7 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
         else:
             splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
     dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"],
-                      fingerprint=directory.parent.name)
+                      fingerprint=metadata.get("fingerprint", directory.parent.name))  # older ones lack it
     records.check_dataset(dataset)
     return dataset
 

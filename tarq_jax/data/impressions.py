@@ -16,6 +16,7 @@ items get a row for each value; those of users, requests and events are hashed i
 
 import csv
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from tarq_jax.data.options import (
@@ -69,15 +70,28 @@ def make_schema(options: ImpressionsOptions) -> Schema:
 
 
 def read_header(pattern: str, option: str, delimiter: str, needed: list[str]) -> dict[str, int]:
-    """Where each column lies, from the first line of the first file; ValueError unless `needed` are there."""
-    path = next(iter(matching_files(pattern, option, "text with a header").values()))
-    with path.open("r", encoding="utf-8") as file:
-        columns = [name.strip() for name in next(csv.reader([file.readline()], delimiter=delimiter))]
+    """Where each column lies, from the first lines of all files, which have to be the same.
+
+    Raises:
+      ValueError: one of `needed` is not there, or a file has another first line; an empty one may have none.
+    """
+    path, *others = matching_files(pattern, option, "text with a header").values()
+    columns = _columns(path, delimiter)
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ValueError(f"{path}: no column {missing[0]!r} in its first line, found {columns}; options of "
                          "the data set, such as item_column, name the columns")
+    for other in others:
+        found = _columns(other, delimiter)
+        if found and found != columns:
+            raise ValueError(f"{other}: the columns in its first line are {found}, expected those of "
+                             f"{path.name}, {columns}")
     return {name: place for place, name in enumerate(columns)}
+
+
+def _columns(path: Path, delimiter: str) -> list[str]:
+    with path.open("r", encoding="utf-8") as file:
+        return [name.strip() for name in next(csv.reader([file.readline()], delimiter=delimiter))]
 
 
 def _files(options: ImpressionsOptions):

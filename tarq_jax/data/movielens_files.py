@@ -1,6 +1,5 @@
 """The forms in which MovieLens is found, and how each of their files is read into columns."""
 
-import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from tarq_jax.data.rows import (
     parse_number,
     read_rows,
     reject_rows,
+    split_csv,
     split_row,
 )
 
@@ -91,10 +91,8 @@ def _item_1m(text: str) -> Item:
 
 
 def _item_25m(text: str) -> Item:
-    parts = next(csv.reader([text]))
-    if len(parts) != 3:
-        raise BadRow("missing columns" if len(parts) < 3 else "too many columns")
-    return _item(parts[0], parts[1], parts[2].split("|"))
+    identifier, title, genres = split_csv(text, ",", 3)
+    return _item(identifier, title, genres.split("|"))
 
 
 def _user_100k(text: str) -> User:

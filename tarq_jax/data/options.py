@@ -10,6 +10,7 @@ from typing import Any
 from tarq_jax.data.records import Dataset
 from tarq_jax.schema import Schema
 
+FIRST_VERSION = "1.0.0"  # of a source; fingerprints of it do not tell it
 FORMAT = 2  # of prepared directories; raise it whenever the same data are stored in another way
 
 
@@ -21,7 +22,7 @@ class Source:
     options: type  # frozen dataclass of options; its __post_init__ validates them
     generate: Callable[[Any], Dataset]  # options -> Dataset, deterministic in options and files
     files: Callable[[Any], Mapping[str, Path]]  # options -> files read, by role
-    version: str = "1.0.0"  # raise it whenever the same options give other data
+    version: str = FIRST_VERSION  # raise it whenever the same options give other data
     description: str = ""
 
 
@@ -34,7 +35,7 @@ class PipelineSource:
     schema: Callable[[Any], Schema]  # options -> fields, vocabularies of size 1
     parts: Callable[[Any, Any], Any]  # (beam.Pipeline, options) -> beam.forms.Parts
     files: Callable[[Any], Mapping[str, Path]]  # options -> files read, by role
-    version: str = "1.0.0"  # raise it whenever the same options give other data
+    version: str = FIRST_VERSION  # raise it whenever the same options give other data
     description: str = ""
 
 
@@ -124,7 +125,7 @@ def matching_files(pattern: str, option: str, expected: str) -> dict[str, Path]:
 
 
 def fingerprint(source: AnySource, options: Any) -> str:
-    """A name for one preparation: changes with the options and with the bytes of the files read.
+    """A name for one preparation: changes with the source's version, the options and the bytes of the files.
 
     Paths themselves do not count, so that a moved folder is not prepared again. Of files that a pipeline
     reads, which may be huge, the size and the two ends count.
@@ -133,7 +134,8 @@ def fingerprint(source: AnySource, options: Any) -> str:
     files = {role: mark(path) for role, path in sorted(source.files(options).items())}
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
               if not field.metadata.get("path")}
-    text = json.dumps([FORMAT, source.name, values, files], sort_keys=True)
+    version = [] if source.version == FIRST_VERSION else [source.version]
+    text = json.dumps([FORMAT, source.name, values, files, *version], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,5 +1,6 @@
 """Text rows: parsed in chunks, the malformed ones counted by reason and sampled, too many refused."""
 
+import csv
 import dataclasses
 import io
 import logging
@@ -117,7 +118,18 @@ def read_rows(path: Path, parse: Callable[[str], T], *, max_bad_fraction: float,
 
 def split_row(text: str, delimiter: str, columns: int) -> list[str]:
     """The columns of a row; `BadRow` unless there are as many as expected."""
-    parts = text.split(delimiter)
+    return _counted(text.split(delimiter), columns)
+
+
+def split_csv(text: str, delimiter: str, columns: int) -> list[str]:
+    """As `split_row`, of columns that may be quoted."""
+    try:
+        return _counted(next(csv.reader([text], delimiter=delimiter)), columns)
+    except csv.Error:
+        raise BadRow("not CSV") from None
+
+
+def _counted(parts: list[str], columns: int) -> list[str]:
     if len(parts) != columns:
         raise BadRow("missing columns" if len(parts) < columns else "too many columns")
     return parts

@@ -32,10 +32,7 @@ class Launcher(NamedTuple):
 def _coordinator(environment: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"coordinator_address": environment["JAX_COORDINATOR_ADDRESS"]}
     for argument, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
-        value = environment.get(name, "")
-        if not value.isdecimal():
-            raise ValueError(f"{name} is {value!r}, expected a whole number with JAX_COORDINATOR_ADDRESS set")
-        found[argument] = int(value)
+        found[argument] = _whole(name, environment.get(name, ""), " with JAX_COORDINATOR_ADDRESS set")
     if found["process_id"] >= found["num_processes"]:
         raise ValueError(f"JAX_PROCESS_ID is {found['process_id']}, expected less than JAX_NUM_PROCESSES, "
                          f"{found['num_processes']}")
@@ -43,7 +40,13 @@ def _coordinator(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _several(name: str) -> Callable[[Mapping[str, str]], bool]:
-    return lambda environment: int(environment.get(name) or 1) > 1
+    return lambda environment: _whole(name, environment.get(name) or "1") > 1
+
+
+def _whole(name: str, value: str, where: str = "") -> int:
+    if not value.isdecimal():
+        raise ValueError(f"{name} is {value!r}, expected a whole number{where}")
+    return int(value)
 
 
 LAUNCHERS: Mapping[str, Launcher] = {

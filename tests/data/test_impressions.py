@@ -8,6 +8,7 @@ import pytest
 
 from tarq_jax.data import load_prepared, prepare
 from tarq_jax.data.impressions import ImpressionsOptions
+from tarq_jax.data.rows import BadRow
 
 beam = pytest.importorskip("apache_beam", reason="Apache Beam prepares this: pip install 'tarq_jax[beam]'")
 
@@ -79,6 +80,17 @@ def test_malformed_rows(prepared):
     _, dataset = prepared
     assert dataset.info["rows"]["reasons"] == {
         "label other than 0 or 1": 1, "empty id": 1, "missing columns": 1, "timestamp out of range": 1}
+
+
+def test_rows_that_are_not_csv():
+    from tarq_jax.data.beam.impressions import parse_row
+
+    options = ImpressionsOptions("x")
+    header = {"user_id": 0, "timestamp": 1, "item_id": 2}
+    assert parse_row('u,5,"a,b"', header, options).item == "a,b"
+    for text in ("u,5,a\rb", "u,5," + "i" * (csv.field_size_limit() + 1)):
+        with pytest.raises(BadRow, match="not CSV"):
+            parse_row(text, header, options)
 
 
 def test_columns_have_to_be_there(tmp_path):

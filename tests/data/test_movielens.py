@@ -184,6 +184,18 @@ def test_rows_that_parse_but_make_no_sense(tmp_path, row, reason):
     assert_is_reference(dataset, ratings, options)
 
 
+def test_a_title_that_is_not_csv(tmp_path):
+    """A line end within a row, outside of quotes."""
+    ratings = random_ratings()
+    write_25m(tmp_path, ratings)
+    with (tmp_path / "movies.csv").open("a", newline="") as file:
+        file.write("11,Torn\rFilm,Drama\n")
+    options = MovielensOptions(str(tmp_path), max_bad_fraction=0.5)
+    dataset = movielens.generate(options)
+    assert dataset.info["rows"]["reasons"] == {"not CSV": 1}
+    assert_is_reference(dataset, ratings, options)
+
+
 def test_windows_line_ends_and_no_last_one(tmp_path):
     ratings = random_ratings()
     write_25m(tmp_path, ratings)

@@ -1,6 +1,8 @@
 """Block records: nothing is lost or reordered; tfds stores and restores them without TensorFlow."""
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +23,7 @@ from tarq_jax.data import (
     load_prepared,
     synthetic,
 )
+from tarq_jax.data.options import fingerprint
 from tarq_jax.data.records import (
     make_requests,
     ragged_index,
@@ -121,6 +124,28 @@ def test_other_options_are_prepared_anew_and_equal_ones_are_not(tmp_path, monkey
     assert len(list(tmp_path.glob("tarq_synthetic/*"))) == 2
     monkeypatch.setattr(builders.TarqSynthetic, "_split_generators", None)  # preparing again would fail
     load("synthetic", data_dir=tmp_path, **small)
+
+
+def test_a_prepared_directory_keeps_its_fingerprint_where_it_is_copied(tmp_path):
+    small = SMALL | {"train_requests": 3}
+    dataset = load("synthetic", data_dir=tmp_path, **small)
+    directory, = tmp_path.glob("tarq_synthetic/*/1.0.0")
+    assert dataset.fingerprint == directory.parent.name == fingerprint(
+        synthetic.SOURCE, synthetic.SyntheticOptions(**small))
+    copied = shutil.copytree(directory, tmp_path / "mine" / "synthetic")
+    assert load_prepared(copied).fingerprint == dataset.fingerprint
+    metadata = json.loads((copied / "metadata.json").read_text())
+    del metadata["fingerprint"]  # as it was prepared before
+    (copied / "metadata.json").write_text(json.dumps(metadata))
+    assert load_prepared(copied).fingerprint == "mine"
+
+
+def test_fingerprints_tell_versions_and_keep_those_of_the_first():
+    """Runs of a study are told apart by them: this one is of data prepared before."""
+    options = synthetic.SyntheticOptions()
+    assert fingerprint(synthetic.SOURCE, options) == "849a2a7eed1ab4b4"
+    versions = [dataclasses.replace(synthetic.SOURCE, version=version) for version in ("1.0.1", "2.0.0")]
+    assert len({fingerprint(source, options) for source in (synthetic.SOURCE, *versions)}) == 3
 
 
 def test_interrupted_preparation_leaves_nothing_that_looks_prepared(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tarq_jax.data import load_prepared, prepare
+from tarq_jax.data.rows import BadRow
 from tarq_jax.data.taobao_ads import BEHAVIORS, PLACES, PROFILE, AdsOptions
 
 beam = pytest.importorskip("apache_beam", reason="Apache Beam prepares this: pip install 'tarq_jax[beam]'")
@@ -127,6 +128,15 @@ def test_malformed_rows_of_all_files_are_reported(prepared):
         ("neither clicked nor not clicked", "price out of range", "attribute out of range",
          "missing columns"), 1)
     assert {sample["file"] for sample in report["samples"]} == {"shown", "ads", "profiles", "behaviors"}
+
+
+@pytest.mark.parametrize("level", ["nan", "inf", "-inf", "1e400", "1.5", "7", "x"])
+def test_levels_that_are_none(level):
+    from tarq_jax.data.beam.ads import parse_profile
+
+    columns = {name: level if name == "age_level" else "0" for name in PROFILE}
+    with pytest.raises(BadRow):
+        parse_profile(",".join(["7", *columns.values()]))
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Data sets that Beam prepares, where Beam is not installed."""
+"""Data sets that Beam prepares, where Beam is not installed, and what of them needs none."""
 
 import sys
 
@@ -6,6 +6,7 @@ import logs
 import pytest
 
 from tarq_jax.data import prepare
+from tarq_jax.data.impressions import read_header
 
 
 def test_it_says_what_to_do(monkeypatch, tmp_path):
@@ -22,3 +23,14 @@ def test_unknown_names(tmp_path):
         prepare("taobao", data_dir=tmp_path)
     with pytest.raises(ValueError, match="needs option 'source'"):
         prepare("taobao_ads", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("header", ["who,what,when", "who,when,what,more", "u1,5,i1"])
+def test_every_file_has_the_columns_of_the_first(tmp_path, header):
+    for name, text in (("a", "who,when, what\n"), ("b", "who,when,what\nu1,5,i1\n"), ("c", "")):
+        (tmp_path / f"{name}.csv").write_text(text)
+    pattern = str(tmp_path / "*.csv")
+    assert read_header(pattern, "source", ",", ["what"]) == {"who": 0, "when": 1, "what": 2}
+    (tmp_path / "d.csv").write_text(f"{header}\n")
+    with pytest.raises(ValueError, match=r"d\.csv: the columns .* expected those of a\.csv, \['who', 'when'"):
+        read_header(pattern, "source", ",", ["what"])

@@ -1,6 +1,7 @@
 """Several processes on loopback: the same run as in one, and the same end when one is told to stop."""
 
 import json
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -117,3 +118,10 @@ def test_a_process_on_its_own_joins_nothing(environment, monkeypatch):
 def test_bad_variables_are_named(environment, message):
     with pytest.raises(ValueError, match=message):
         distributed.initialize({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"} | environment)
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"])
+@pytest.mark.parametrize("value", ["four", "2(x2)", "-1", "1.5"])
+def test_counts_of_launchers_are_whole_numbers(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}, expected a whole number")):
+        distributed.initialize({name: value})

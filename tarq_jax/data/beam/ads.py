@@ -53,7 +53,7 @@ def parse_profile(text: str) -> list[tuple[str, Value]]:
         if column.strip() in UNKNOWN:
             continue
         value = parse_number(column, float)
-        if value != int(value) or not 0 <= value < size:
+        if not 0 <= value < size or value != int(value):
             raise BadRow("attribute out of range")
         values.append((key, (name, int(value) + 1)))
     return values

@@ -1,6 +1,5 @@
 """Elements of logs of impressions, see `tarq_jax.data.impressions`."""
 
-import csv
 import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from tarq_jax.data.beam.forms import Event, Parts, Shown, Value
 from tarq_jax.data.beam.text import read_rows
 from tarq_jax.data.beam.vocabulary import stable_hash
 from tarq_jax.data.impressions import ImpressionsOptions, names, read_header
-from tarq_jax.data.rows import BadRow, parse_number
+from tarq_jax.data.rows import BadRow, parse_number, split_csv
 
 MAX_TIME = 1 << 53
 
@@ -27,9 +26,7 @@ class Row(NamedTuple):
 
 def parse_row(text: str, header: Mapping[str, int], options: ImpressionsOptions) -> Row:
     """Splits a row, which may quote its columns."""
-    columns = next(csv.reader([text], delimiter=options.delimiter))
-    if len(columns) != len(header):
-        raise BadRow("missing columns" if len(columns) < len(header) else "too many columns")
+    columns = split_csv(text, options.delimiter, len(header))
     found = {name: columns[place].strip() for name, place in header.items()}
     if not (found[options.user_column] and found[options.item_column]):
         raise BadRow("empty id")
