@@ -104,6 +104,6 @@ def error(found: Any, expected: Any) -> float:
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     floats = [pair for pair in pairs if jnp.issubdtype(pair[1].dtype, jnp.floating)]
     codes = [pair for pair in pairs if not jnp.issubdtype(pair[1].dtype, jnp.floating)]
-    scale = float(np.max([jnp.max(jnp.abs(other)) for _, other in floats] or [1.0]))
+    scale = float(np.max([float(jnp.max(jnp.abs(other))) for _, other in floats] or [1.0]))
     differences = [float(jnp.max(jnp.abs(one - other))) / (scale or 1.0) for one, other in floats]
     return float(np.max(differences + [float(jnp.mean(one != other)) for one, other in codes]))
