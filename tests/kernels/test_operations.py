@@ -1,6 +1,7 @@
 """Every way to compute an operation of `benchmarks.operations` has the numbers of the textbook."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,23 @@ def test_attention_on_a_gpu_refuses(monkeypatch, width, dtype, complaint):
         attention.multi_head_attention(*history(width, dtype), implementation="pallas")
     with pytest.raises(NotImplementedError, match="look_up has no kernel for this: this is a GPU"):
         attention.look_up(*arguments("look_up", "odd"), implementation="pallas")
+
+
+@pytest.mark.parametrize("capability, complaint", [
+    ("9.0", None), ("8.0", "compute capability 8.0, expected 9.x"), ("10.0", "compute capability 10.0"),
+    ("gfx942", "compute capability gfx942"),
+])
+def test_attention_on_a_gpu_is_for_hopper(monkeypatch, capability, complaint):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    arrays = history(16)
+    if complaint is None:
+        assert kernels.pick("attend", "pallas", *arrays) is not None
+        return
+    with pytest.raises(NotImplementedError, match=complaint):
+        kernels.pick("attend", "pallas", *arrays)
+    assert kernels.pick("attend", None, *arrays) is None
 
 
 # What a kernel refuses
