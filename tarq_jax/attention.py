@@ -44,7 +44,7 @@ def _masked_softmax(logits: jax.Array, mask: chex.Array) -> jax.Array:
     passes over them, a fifth of the time of attention and its gradient on CPU.
     """
     logits = jnp.where(mask, logits, MASKED)
-    exponentials = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    exponentials = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
     return exponentials * (jnp.any(mask, axis=-1, keepdims=True) / total)
 
@@ -74,8 +74,14 @@ def attention_sums(
 
     Returns:
       Pytree like that of `summed`, [..., Q, any] each; zero where no position is unmasked.
+
+    Raises:
+      ValueError: `block` is negative.
     """
+    chex.assert_equal_shape_suffix([queries, keys], 1)
     block = best_block(queries.shape[-2], keys.shape[-2], 512) if block is None else block
+    if block < 0:
+        raise ValueError(f"block is {block}, expected at least 0")
     if block and max(queries.shape[-2], keys.shape[-2]) > block:
         return blockwise_sums(queries, keys, values, mask, block=block, summed=summed)
     weights = attention_weights(queries, keys, mask)
@@ -109,6 +115,7 @@ def multi_head_attention(
     chex.assert_equal_shape([keys, values])
     chex.assert_equal_rank([queries, keys])
     chex.assert_equal_shape_prefix([queries, keys], keys.ndim - 2)
+    chex.assert_equal_shape_suffix([queries, keys], 1)
     batch, positions = keys.shape[0], keys.shape[-2]
     chex.assert_shape(mask, (batch, positions))
 

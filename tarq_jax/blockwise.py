@@ -105,7 +105,7 @@ def _add_block(summed, queries, carry, history):
     largest, total, sums = carry
     keys, values, mask = history
     logits = jnp.where(mask, scaled_products(queries, keys), MASKED)
-    rising = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
+    rising = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True, initial=MASKED))
     weights = jnp.where(mask, jnp.exp(logits - rising), 0.0)
     fading = jnp.exp(largest - rising)
     sums = jax.tree.map(lambda old, new: fading * old + _weigh(weights, new), sums, summed(keys, values))

@@ -72,7 +72,7 @@ def expand(
 def _moments(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Values, keys and their products `v_n k_n^T`, [..., N, E] twice and [..., N, E * E]."""
     products = values[..., :, None] * keys[..., None, :]
-    return values, keys, products.reshape(*keys.shape[:-1], -1)
+    return values, keys, products.reshape(*keys.shape[:-1], values.shape[-1] * keys.shape[-1])
 
 
 def look_up_expansion(

@@ -35,9 +35,10 @@ class Field:
             value = getattr(self, what)
             if value not in allowed:
                 raise ValueError(f"field {self.name!r}: {what} is {value!r}, expected one of {allowed}")
-        if self.size < 1 or (self.kind == "numeric" and self.size != 1):
-            raise ValueError(f"field {self.name!r}: size is {self.size} for kind {self.kind!r}, expected "
-                             f"{'1' if self.kind == 'numeric' else 'a positive number'}")
+        whole = isinstance(self.size, int | np.integer) and not isinstance(self.size, bool)
+        if not whole or self.size < 1 or (self.kind == "numeric" and self.size != 1):
+            raise ValueError(f"field {self.name!r}: size is {self.size!r} for kind {self.kind!r}, expected "
+                             f"{'1' if self.kind == 'numeric' else 'a whole number from 1 on'}")
 
     @property
     def dtype(self) -> np.dtype:
@@ -57,6 +58,7 @@ class Schema:
     fields: tuple[Field, ...]
 
     def __post_init__(self):
+        object.__setattr__(self, "fields", tuple(self.fields))  # a list could not be hashed
         names = [field.name for field in self.fields]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -90,8 +92,12 @@ def check_column(field: Field, values: np.ndarray, where: str) -> None:
     if values.shape[1:] != field.shape:
         raise ValueError(f"{where}: field {field.name!r} has shape {values.shape}, "
                          f"expected [M, *{field.shape}]")
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{where}: field {field.name!r} is of type {values.dtype}, expected numbers")
     if field.kind == "categorical":
-        bad = (values < 0) | (values >= field.size)
+        bad = ~((values >= 0) & (values < field.size))  # NaN is neither
+        if values.dtype.kind == "f":
+            bad |= values != np.floor(values)
         expected = f"an id in [0, {field.size})"
     else:
         bad = ~np.isfinite(values)

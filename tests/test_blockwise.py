@@ -77,6 +77,31 @@ def test_an_expansion_in_blocks():
     assert not np.any(blocks.jacobians[1])
 
 
+@pytest.mark.parametrize("block", [0, 5])
+def test_a_history_without_positions_gives_zero(block):
+    queries, keys, values, mask = make_inputs(positions=0)
+
+    def attend(queries, keys, values):
+        return attention.multi_head_attention(queries, keys, values, mask, block=block)
+
+    found, pull = jax.vjp(attend, queries, keys, values)
+    assert found.shape == queries.shape and not np.any(found) and not np.any(pull(found + 1.0)[0])
+    expanded = expansion.expand(queries[0], keys, values, mask, block=block)
+    assert expanded.means.shape == queries.shape and not any(map(np.any, jax.tree.leaves(expanded)))
+
+
+def test_negative_blocks_are_refused():
+    with pytest.raises(ValueError, match="block is -5, expected at least 0"):
+        attention.multi_head_attention(*make_inputs(), block=-5)
+
+
+@pytest.mark.parametrize("options", [{"block": 0}, {"block": 5}, {"implementation": "pallas"}])
+def test_queries_of_another_width_are_refused(options):
+    queries, *history = make_inputs()
+    with pytest.raises(AssertionError):
+        attention.multi_head_attention(queries[..., 1:], *history, **options)
+
+
 # Derivatives
 
 

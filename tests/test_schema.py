@@ -25,6 +25,10 @@ def test_sides_keep_their_order():
     (("x", "item", "text"), "kind is 'text'"),
     (("x", "item", "numeric", 2), "size is 2"),
     (("x", "item", "categorical", 0), "size is 0"),
+    (("x", "item", "vector", 2.5), "size is 2.5 for kind 'vector', expected a whole number"),
+    (("x", "item", "vector", float("nan")), "size is nan"),
+    (("x", "item", "categorical", "3"), "size is '3'"),
+    (("x", "item", "categorical", True), "size is True"),
 ])
 def test_bad_field(arguments, text):
     with pytest.raises(ValueError, match=text):
@@ -36,6 +40,29 @@ def test_schema_needs_item_id_and_distinct_names():
         Schema((Field("age", "user", "numeric"),))
     with pytest.raises(ValueError, match="more than once"):
         Schema((*SCHEMA.fields, SCHEMA.fields[1]))
+
+
+def test_fields_may_come_as_a_list():
+    again = Schema(list(SCHEMA.fields))
+    assert again == SCHEMA and hash(again) == hash(SCHEMA)
+
+
+@pytest.mark.parametrize("values, text", [
+    ([1.0, np.nan], r"is nan in row 1, expected an id in \[0, 10\)"),
+    ([1.5, 2.0], r"is 1.5 in row 0, expected an id in \[0, 10\) \(1 such values\)"),
+    ([np.inf], "is inf in row 0"),
+    (["1", "2"], "field 'item_id' is of type <U1, expected numbers"),
+    ([None, 1], "field 'item_id' is of type object, expected numbers"),
+])
+def test_ids_are_whole_numbers(values, text):
+    check_column(SCHEMA.fields[0], np.array([0.0, 9.0]), "items")
+    with pytest.raises(ValueError, match=text):
+        check_column(SCHEMA.fields[0], np.array(values), "items")
+
+
+def test_text_is_no_number():
+    with pytest.raises(ValueError, match="field 'age' is of type <U1, expected numbers"):
+        check_column(SCHEMA.fields[2], np.array(["x"]), "users")
 
 
 def test_check_column_names_the_first_bad_value():

@@ -9,7 +9,7 @@ within `shard_map`, as XLA cannot partition it.
 Operations with a kernel for TPUs, by their functions:
 
 - `encode`, `quantization.encode`: all levels in one pass over the latents, one-hot products on the MXU;
-- `attend`, `attention.multi_head_attention`: flash attention; for NVIDIA too, in bfloat16;
+- `attend`, `attention.multi_head_attention`: flash attention; for NVIDIA's Hopper too, in bfloat16;
 - `expand`, `expansion.expand`: flash attention, products of values and keys formed in VMEM;
 - `look_up`, `attention.look_up`: one-hot products on the MXU;
 - `look_up_expansion`, `expansion.look_up_expansion`: likewise, with the Jacobians in VMEM;

@@ -15,8 +15,9 @@ def refuse_align(
 ) -> str | None:
     """Why `align` cannot take these arguments; None if it can."""
     del outputs, chosen, attended
-    return calling.not_real(latents, codewords, personalized) or calling.too_large(
-        codewords=codewords, personalized=personalized[0])
+    return (calling.empty(latents=latents, personalized=personalized)
+            or calling.not_real(latents, codewords, personalized)
+            or calling.too_large(codewords=codewords, personalized=personalized[0]))
 
 
 def align(

@@ -23,7 +23,9 @@ def refuse_attend(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> str | None:
     """Why `attend` cannot take these arguments; None if it can."""
-    on_gpu = attention_gpu.refusal(queries, keys, values) if jax.default_backend() == "gpu" else None
+    on_gpu = None
+    if jax.default_backend() == "gpu":
+        on_gpu = attention_gpu.refusal(queries, keys, values) or attention_gpu.refuse_device()
     return on_gpu or refuse_expand(queries, keys, values, mask)
 
 

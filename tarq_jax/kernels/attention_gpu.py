@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs from Hopper on (Mosaic GPU): a warpgroup takes 64 queries past the whole history.
+"""Attention on NVIDIA's Hopper GPUs (Mosaic GPU): a warpgroup takes 64 queries past the whole history.
 
 Both products run on the tensor cores, in bfloat16 with sums in float32; keys and values stream through shared
 memory, the next block while one is multiplied. The softmax is formed online, as on a TPU.
@@ -28,6 +28,14 @@ def refusal(queries: jax.Array, keys: jax.Array, values: jax.Array) -> str | Non
     if queries.shape[-1] not in WIDTHS:
         return f"heads are {queries.shape[-1]} wide, expected one of {WIDTHS} on a GPU"
     return None
+
+
+def refuse_device() -> str | None:
+    """Why `attend` cannot run on the GPU that is here, which another that is lowered for may differ from."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    if str(capability).split(".")[0] == "9":
+        return None
+    return f"this GPU is of compute capability {capability}, expected 9.x: wgmma is on Hopper alone"
 
 
 def attend(

@@ -85,6 +85,13 @@ def too_large(**arrays: Sequence[jax.Array] | jax.Array) -> str | None:
     return None if size <= VMEM_BYTES else f"{names} take {size} bytes, expected at most {VMEM_BYTES}"
 
 
+def empty(**arrays: jax.Array) -> str | None:
+    """Says so where an array has no entries, of which no block could be made."""
+    shapes = " and ".join(str(array.shape) for array in arrays.values())
+    none = any(array.size == 0 for array in arrays.values())
+    return f"{' and '.join(arrays)} are of shapes {shapes}, expected some of each" if none else None
+
+
 def not_real(*arrays: jax.Array) -> str | None:
     """Says so where an array is neither float32 nor bfloat16, or not of the type of the first."""
     kinds = {array.dtype.name for array in arrays}

@@ -10,8 +10,8 @@ from tarq_jax.kernels import calling
 
 def refuse_look_up(personalized: jax.Array, codes: jax.Array) -> str | None:
     """Why `look_up` cannot take these arguments; None if it can."""
-    del codes
-    return calling.not_real(personalized) or calling.too_large(personalized=personalized[0])
+    return (calling.empty(personalized=personalized, codes=codes) or calling.not_real(personalized)
+            or calling.too_large(personalized=personalized[0]))
 
 
 def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:
@@ -42,9 +42,8 @@ def refuse_look_up_expansion(
     means: jax.Array, jacobians: jax.Array, codes: jax.Array, residuals: jax.Array
 ) -> str | None:
     """Why `look_up_expansion` cannot take these arguments; None if it can."""
-    del codes
-    return calling.not_real(means, jacobians, residuals) or calling.too_large(
-        means=means[0, 0], jacobians=jacobians[0, 0])
+    return (calling.empty(jacobians=jacobians, codes=codes) or calling.not_real(means, jacobians, residuals)
+            or calling.too_large(means=means[0, 0], jacobians=jacobians[0, 0]))
 
 
 def look_up_expansion(

@@ -56,8 +56,8 @@ def revive(
       residuals: [..., L, D], of an encoder on real latents. Under `shard_map` or `pmap`, those of all
         shards (`jax.lax.all_gather`), or replicas diverge; under `jit` over a mesh they are global.
       dead: [L, K] bool, of `dead_by_count` or `dead_by_age`.
-      where: [...] bool, residuals that may be drawn; all of them if None. Codewords for which none
-        is left stay as they are.
+      where: [...] bool, residuals that may be drawn; all of them if None. One that is not finite never
+        is. Codewords for which none is left stay as they are.
 
     Returns:
       The codebook with codewords, counts, sums and ages of the revived ones replaced.
@@ -85,6 +85,8 @@ def _draw(
     rng: jax.Array, codewords: jax.Array, dead: jax.Array, points: jax.Array, allowed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One level of `revive`: codewords [K, D] after drawing from points [M, D], and which moved, [K]."""
+    finite = jnp.isfinite(points).all(axis=-1)
+    points, allowed = jnp.where(finite[:, None], points, 0.0), allowed & finite
 
     def squared_distances(codeword):
         return jnp.sum((points - codeword) ** 2, axis=-1)

@@ -1,6 +1,7 @@
 """Every way to compute an operation of `benchmarks.operations` has the numbers of the textbook."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from benchmarks import measuring, operations
 from benchmarks.operations import OPERATIONS
 from benchmarks.workloads import WORKLOADS
-from tarq_jax import attention, expansion, kernels, quantization
+from tarq_jax import attention, expansion, kernels, losses, quantization
 from tarq_jax.kernels import attention_gpu
 from tarq_jax.types import Expansion
 
@@ -127,6 +128,23 @@ def test_attention_on_a_gpu_refuses(monkeypatch, width, dtype, complaint):
         attention.look_up(*arguments("look_up", "odd"), implementation="pallas")
 
 
+@pytest.mark.parametrize("capability, complaint", [
+    ("9.0", None), ("8.0", "compute capability 8.0, expected 9.x"), ("10.0", "compute capability 10.0"),
+    ("gfx942", "compute capability gfx942"),
+])
+def test_attention_on_a_gpu_is_for_hopper(monkeypatch, capability, complaint):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    arrays = history(16)
+    if complaint is None:
+        assert kernels.pick("attend", "pallas", *arrays) is not None
+        return
+    with pytest.raises(NotImplementedError, match=complaint):
+        kernels.pick("attend", "pallas", *arrays)
+    assert kernels.pick("attend", None, *arrays) is None
+
+
 # What a kernel refuses
 
 
@@ -142,6 +160,14 @@ def encode(**options):
      "codewords take 16777216 bytes, expected at most"),
     (lambda: quantization.encode(jnp.zeros((1, 3, 4), jnp.float16), jnp.zeros((5, 4)),
                                  implementation="pallas"), "types are float16, float32"),
+    (lambda: attention.look_up(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 0, 3), int), implementation="pallas"),
+     r"shapes \(2, 3, 4, 5\) and \(2, 0, 3\)"),
+    (lambda: expansion.look_up_expansion(
+        Expansion(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 3, 4, 5, 5))), jnp.zeros((2, 0), int),
+        jnp.zeros((2, 3, 0, 5)), implementation="pallas"), r"shapes \(2, 3, 4, 5, 5\) and \(2, 0\)"),
+    (lambda: losses.codebook_alignment(
+        *jnp.zeros((2, 2, 0, 5)), jnp.zeros((3, 4, 5)), jnp.zeros((2, 3, 4, 5)), *jnp.zeros((2, 2, 0, 3, 5)),
+        implementation="pallas"), r"shapes \(2, 0, 5\) and \(2, 3, 4, 5\)"),
 ])
 def test_a_kernel_says_what_it_does_not_take(call, complaint):
     with pytest.raises(NotImplementedError, match=complaint):

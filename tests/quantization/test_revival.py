@@ -129,6 +129,16 @@ def test_revive_ignores_what_is_not_allowed(half_dead):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_revive_never_draws_what_is_not_finite(half_dead, value):
+    codebook, residuals, dead = half_dead
+    where = np.arange(30).reshape(6, 5) != 7
+    poisoned = residuals.copy()
+    poisoned[1, 2, :, 3] = value
+    expected = revive(jax.random.key(0), codebook, residuals, dead, where=where)
+    jax.tree.map(np.testing.assert_array_equal, revive(jax.random.key(0), codebook, poisoned, dead), expected)
+
+
 def test_revive_without_dead_changes_nothing(half_dead):
     codebook, residuals, _ = half_dead
     unchanged = revive(jax.random.key(0), codebook, residuals, NONE_DEAD, where=np.ones((6, 5), bool))
