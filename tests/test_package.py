@@ -43,7 +43,7 @@ def test_imports_point_one_way():
         "schema": set(),
         "data": {"types", "schema"},
         "kernels": {"blockwise"},
-        "quantization": {"types", "kernels"},
+        "quantization": {"types", "blockwise", "kernels"},
         "blockwise": set(),
         "attention": {"blockwise", "kernels"},
         "approximate_attention": {"attention"},

@@ -49,7 +49,7 @@ def candidate_counts(dataset: data.Dataset, split: str = "train") -> np.ndarray:
 
 
 def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterator[KeysValues]:
-    """Keys, values and masks of training requests, `CALIBRATION_BATCH` at a time; the last may be more."""
+    """Keys, values and masks of as many training requests or a few more, `CALIBRATION_BATCH` at a time."""
     compute = jax.jit(model.parts.keys_values)
     size = min(CALIBRATION_BATCH, requests)
     batches = data.train_batches(

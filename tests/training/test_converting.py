@@ -85,7 +85,7 @@ def test_counts_of_candidates(tiny_dataset):
 
 def test_calibration_is_of_training_requests(model):
     sizes = [len(mask) for _, _, mask in conversion.calibration(model, requests=20)]
-    assert sizes == [8, 8]
+    assert sizes == [8, 8, 8]
     keys, values, mask = next(conversion.calibration(model, requests=3))
     assert keys.shape == values.shape == (3, 2, mask.shape[1], 2)
 
