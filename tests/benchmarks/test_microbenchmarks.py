@@ -17,6 +17,7 @@ from benchmarks.machine import Peaks
 from benchmarks.measuring import Key
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (comparing.ROOT / ".git").exists(), reason="no repository to take a revision from")
 def test_rows_and_verdicts_against_a_revision(command, tmp_path):
     found = tmp_path / "found.json"

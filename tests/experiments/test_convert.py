@@ -40,6 +40,7 @@ def test_wrong_calls(wrong_call, flags, words):
     assert words in wrong_call(*CONVERT, "--checkpoint=runs/none", *flags)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done(command, smoke_run):
     trained = smoke_run("target_attention")
     done = command(*CONVERT, f"--checkpoint={trained}", "--codewords=9999", "--order=0")

@@ -252,7 +252,8 @@ def test_refine_of_many_latents_stays_well_conditioned():
 
 
 @pytest.mark.parametrize("encoder", [
-    quantization.encode, functools.partial(quantization.beam_encode, beam=4)], ids=["greedy", "beam"])
+    pytest.param(quantization.encode, id="greedy"),
+    pytest.param(functools.partial(quantization.beam_encode, beam=4), id="beam", marks=pytest.mark.slow)])
 def test_more_rounds_never_raise_the_error(fitted, encoder):
     latents, start = fitted
     fit = functools.partial(quantization.fit_codebook, num_levels=2, num_codewords=16, encode=encoder)

@@ -70,6 +70,7 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
         assert shapes["codes"] == [512, 3] and "correction" not in shapes
 
 
+@pytest.mark.slow
 def test_scores_of_a_run(runs, tmp_path):
     """What the served run says of its test requests is what its evaluation says."""
     from tarq_jax.serving import build
@@ -80,7 +81,7 @@ def test_scores_of_a_run(runs, tmp_path):
         run.state.params, run.state.codebook.codewords, batch).logits["tarq"])
 
 
-@pytest.mark.parametrize("levels", [0, 2])
+@pytest.mark.parametrize("levels", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_scores_of_a_fine_tuned_conversion(runs, tmp_path, levels):
     from tarq_jax.models.parts import target_attention_parts
     from tarq_jax.serving import build

@@ -88,6 +88,7 @@ def test_join_undoes_split(num):
     jax.tree.map(np.testing.assert_array_equal, join(parts), tree)
 
 
+@pytest.mark.slow
 def test_micro_batches_take_less_memory(problem, tiny_dataset):
     """Temporary bytes of the compiled step, on a batch of 256."""
     step, state, _ = problem

@@ -163,6 +163,7 @@ def test_a_replay_has_the_batches_of_training(tiny_dataset, tiny_config, tmp_pat
         jax.tree.map(np.testing.assert_array_equal, found, batch)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_far_too_high(tiny_config, tiny_dataset, tmp_path, silent):
     tiny_config.optimizer.learning_rate, tiny_config.log_every = 1e25, 6
     message = fails(tiny_config, tiny_dataset, tmp_path, silent)
@@ -170,6 +171,7 @@ def test_a_learning_rate_far_too_high(tiny_config, tiny_dataset, tmp_path, silen
     assert (tmp_path / "failed_step_1.npz").exists() and "not finite in the batch" not in message
 
 
+@pytest.mark.slow
 def test_a_gradient_beyond_its_limit(tiny_config, tiny_dataset, tmp_path, silent, finished):
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     norms = [line["gradient_norm"] for line in lines if "gradient_norm" in line]

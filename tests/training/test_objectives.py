@@ -148,6 +148,7 @@ def test_quantization_settings_reach_the_model(tiny_config, tiny_dataset, order)
     assert not np.array_equal(trained["cosine"], trained["nearest"])
 
 
+@pytest.mark.slow
 def test_rotation_reaches_the_encoder(tiny_config, tiny_dataset):
     """Another gradient of the reconstruction, the same value."""
     tiny_config.model.order = 0

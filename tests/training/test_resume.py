@@ -139,6 +139,7 @@ def test_a_finished_run_trains_nothing(
     assert contents(tmp_path / "checkpoints") == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tiny_config, tiny_dataset, tmp_path, silent, send):
     """Tables saved by four devices each are read by one, and end where those that never moved do."""
     tiny_config.update_from_flattened_dict({

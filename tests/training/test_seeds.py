@@ -171,6 +171,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
                   saved_state(together[0] / str(seed), config, tiny_dataset))
 
 
+@pytest.mark.slow
 def test_seeds_at_different_steps_go_on_apart(together, tiny_config, tiny_dataset, tmp_path, silent, send):
     """One was begun on its own, the other is finished."""
     with send(signal.SIGTERM, 2), pytest.raises(Interrupted):
@@ -192,6 +193,7 @@ def test_models_without_a_codebook(tiny_config, tiny_dataset, tmp_path, silent):
     assert [line["step"] for line in lines if "validation/two_tower/auc" in line] == [3, 6]
 
 
+@pytest.mark.slow
 def test_tables_are_rounded_up_as_in_the_loop(tiny_config, tiny_dataset, tmp_path, silent):
     """So that either can go on with what the other saved."""
     tiny_config.model.name, tiny_config.model.table_multiple = "two_tower", 64

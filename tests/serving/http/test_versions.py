@@ -192,6 +192,7 @@ def check_swaps_under_load(running, artefacts, swaps):
     assert failures == [] and found == set(expected)
 
 
+@pytest.mark.slow
 def test_swaps_under_load(swapped, artefacts):
     check_swaps_under_load(swapped, artefacts, swaps=4)
 
