@@ -51,7 +51,7 @@ VARIANTS = {
     "no_distillation": {"loss_weights": {"distillation": 0.0}},
     "no_output_reconstruction": {"loss_weights": {"output_reconstruction": 0.0}},
     "no_guidance": NO_GUIDANCE,
-    "no_teacher": {"loss_weights": {"distillation": 0.0, "output_reconstruction": 0.0, "teacher": 0.0},
+    "no_teacher": {"loss_weights": NO_GUIDANCE["loss_weights"] | {"teacher": 0.0},
                    "model": {"student_gradient": "teacher"}},
     "gradient_to_backbone": {"model": {"student_gradient": "backbone"}},
     "gradient_to_teacher": {"model": {"student_gradient": "teacher"}},

@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tarq_jax.blockwise import MASKED, Summed, best_block, blockwise_sums, scaled_products
+from tarq_jax.blockwise import MASKED, Summed, best_block, blockwise_sums, refuse_negative, scaled_products
 from tarq_jax.kernels import Implementation, pick, with_derivative_of
 
 
@@ -79,9 +79,8 @@ def attention_sums(
       ValueError: `block` is negative.
     """
     chex.assert_equal_shape_suffix([queries, keys], 1)
+    refuse_negative(block)
     block = best_block(queries.shape[-2], keys.shape[-2], 512) if block is None else block
-    if block < 0:
-        raise ValueError(f"block is {block}, expected at least 0")
     if block and max(queries.shape[-2], keys.shape[-2]) > block:
         return blockwise_sums(queries, keys, values, mask, block=block, summed=summed)
     weights = attention_weights(queries, keys, mask)

@@ -30,6 +30,12 @@ def best_block(rows: int, columns: int, block: int) -> int:
     return block if rows * columns > LOGITS and jax.default_backend() == "cpu" else 0
 
 
+def refuse_negative(block: int | None) -> None:
+    """Raises ValueError for a block that is negative; None and 0 have a meaning to who is given them."""
+    if block is not None and block < 0:
+        raise ValueError(f"block is {block}, expected at least 0")
+
+
 def scaled_products(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """`<q, k_n> / sqrt(E)` in float32: [..., Q, E] and [..., N, E] to [..., Q, N]."""
     scaled = queries / jnp.sqrt(queries.shape[-1]).astype(queries.dtype)

@@ -60,7 +60,7 @@ def ratio_of(columns: Mapping[str, np.ndarray], metric: str, prefix: str = "") -
 def compare(table: ab_rows.Table, control: int, arm: int, plan: Plan) -> list[dict[str, Any]]:
     """A row a metric and method: `delta`, `cuped` where there is a period before, `bootstrap` for GMV."""
     treated, others = table.of(arm), table.of(control)
-    rows = []
+    rows, sizes = [], (len(treated["impressions"]), len(others["impressions"]))
     for metric, (top, bottom) in METRICS.items():
         arms = ratio_of(treated, metric), ratio_of(others, metric)
         if not arms[1].value:
@@ -73,7 +73,6 @@ def compare(table: ab_rows.Table, control: int, arm: int, plan: Plan) -> list[di
             estimates["bootstrap"] = bootstrap_lift(treated[top], others[top], plan)
         shared = {"metric": metric, "arm": table.arms[arm], "control_value": arms[1].value,
                   "value": arms[0].value}
-        sizes = len(treated["impressions"]), len(others["impressions"])
         rows += [shared | {"method": method} | describe(found, metric, sizes, plan)
                  for method, found in estimates.items()]
     return rows

@@ -16,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tarq_jax.blockwise import MASKED
+from tarq_jax.blockwise import MASKED, refuse_negative
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
@@ -169,7 +169,7 @@ def encode(
     if kernel:
         codes_of = functools.partial(kernel, jax.lax.stop_gradient(levels))
         return _encode_by(codes_of, levels, latents, None)
-    _refuse_negative(block)
+    refuse_negative(block)
     if block:
         codes_of = functools.partial(_greedy_codes, levels, assign=assign)
         return _encode_by(codes_of, levels, latents, block)
@@ -205,16 +205,11 @@ def beam_encode(
     """
     if beam < 1:
         raise ValueError(f"beam is {beam}, expected at least 1")
-    _refuse_negative(block)
+    refuse_negative(block)
     levels = as_levels(codewords, latents)
     if beam == 1 or len(levels) == 1:
         return encode(levels, latents, block=block)
     return _encode_by(functools.partial(_best_codes, levels, beam=beam), levels, latents, block)
-
-
-def _refuse_negative(block: int | None) -> None:
-    if block is not None and block < 0:
-        raise ValueError(f"block is {block}, expected at least 0")
 
 
 def _greedy_codes(levels: tuple[jax.Array, ...], latents: jax.Array, assign: Assign) -> jax.Array:
