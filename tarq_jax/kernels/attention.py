@@ -34,9 +34,7 @@ def refuse_expand(
 ) -> str | None:
     """Why `expand` cannot take these arguments; None if it can."""
     del mask
-    if queries.size == 0 or keys.size == 0:
-        return f"queries and keys are of shapes {queries.shape} and {keys.shape}, expected some of both"
-    return calling.not_real(queries, keys, values)
+    return calling.empty(queries=queries, keys=keys) or calling.not_real(queries, keys, values)
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
