@@ -74,7 +74,9 @@ def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
     from tarq_jax import metrics
     from tarq_jax.metrics import diagnosis
 
-    health = metrics.codebook_health(observed.codewords, observed.latents, observed.output)
+    health = metrics.codebook_health(
+        observed.codewords, metrics.usage_counts(observed.output.codes, observed.codewords.shape[1]),
+        metrics.unexplained_energy(observed.latents, observed.output))
     distinct = len(np.unique(np.round(observed.latents, 5), axis=0))
     rows: list[dict[str, Any]] = []
     for level in range(1, len(observed.codewords) + 1):

@@ -7,6 +7,7 @@ from tarq_jax.metrics.codebook import (
     pairwise_distances,
     perplexity,
     quantization_error,
+    unexplained_energy,
     usage_counts,
     utilisation,
 )
@@ -14,6 +15,7 @@ from tarq_jax.metrics.ranking import (
     GroupedAuc,
     auc,
     calibration,
+    error_energy,
     gap_recovered,
     grouped_auc,
     log_loss,
@@ -29,6 +31,7 @@ __all__ = [
     "codebook_health",
     "dead_codewords",
     "distance_summary",
+    "error_energy",
     "gap_recovered",
     "grouped_auc",
     "log_loss",
@@ -38,6 +41,7 @@ __all__ = [
     "rank_correlation",
     "recall_at_k",
     "relative_error",
+    "unexplained_energy",
     "usage_counts",
     "utilisation",
 ]

@@ -101,14 +101,14 @@ def perplexity(counts: ArrayLike) -> np.ndarray:
     return np.exp(special.entr(usage).sum(axis=1))
 
 
-def quantization_error(
+def unexplained_energy(
     latents: ArrayLike, output: QuantizerOutput, mask: ArrayLike | None = None
 ) -> np.ndarray:
-    """Share of the latents' energy that the first l levels leave unexplained, l = 1 to L.
+    """Energy of the latents, and what the first l levels leave of it; batches add up to their union.
 
-    `sum_i |r_{l+1}|^2 / sum_i |z|^2`, with `r_{l+1}` the residual after l levels and `r_{L+1} = z - z_q`;
-    the last is the quantizer's relative error. Energy is taken about the origin, not about the mean:
-    latents with a common offset look well quantized as soon as one codeword has learned the offset.
+    `sum_i |z|^2`, then `sum_i |r_{l+1}|^2` for l = 1 to L, with `r_{l+1}` the residual after l levels and
+    `r_{L+1} = z - z_q`. Energy is taken about the origin, not about the mean: latents with a common offset
+    look well quantized as soon as one codeword has learned the offset.
 
     Args:
       latents: [..., D], the z that were quantized; finite where real.
@@ -116,15 +116,15 @@ def quantization_error(
       mask: [...] bool, True where the item is real; all of them if not given.
 
     Returns:
-      [L] float64, >= 0; above 1 if a level adds error; `nan` when the latents are all zero or none is real.
+      [1 + L] float64, >= 0.
 
     Raises:
       ValueError: shapes differ, a real value is not finite, mask is not boolean.
 
     >>> from tarq_jax.quantization import encode
     >>> z = np.array([[3.0, 4.0]])
-    >>> quantization_error(z, encode(np.array([[[3.0, 0.0]], [[0.0, 3.0]]]), z)).round(2)
-    array([0.64, 0.04])
+    >>> unexplained_energy(z, encode(np.array([[[3.0, 0.0]], [[0.0, 3.0]]]), z))
+    array([25., 16.,  1.])
     """
     shape = np.shape(latents)
     if not shape:
@@ -138,10 +138,34 @@ def quantization_error(
     latents = checks.finite("latents", latents, mask[..., None])[mask]  # [M, D]
     quantized = checks.finite("output.quantized", output.quantized, mask[..., None])[mask]
     residuals = checks.finite("output.residuals", output.residuals, mask[..., None, None])[mask]
-    final = np.square(latents - quantized).sum()
-    unexplained = np.append(np.square(residuals[:, 1:]).sum(axis=(0, 2)), final)
-    energy = np.square(latents).sum()
-    return unexplained / energy if energy > 0 else np.full(unexplained.shape, np.nan)
+    between = np.square(residuals[:, 1:]).sum(axis=(0, 2))
+    return np.array([np.square(latents).sum(), *between, np.square(latents - quantized).sum()])
+
+
+def quantization_error(
+    latents: ArrayLike, output: QuantizerOutput, mask: ArrayLike | None = None
+) -> np.ndarray:
+    """Share of the latents' energy that the first l levels leave unexplained, l = 1 to L.
+
+    The last is the quantizer's relative error.
+
+    Args:
+      latents: as those of `unexplained_energy`, likewise `output` and `mask`.
+      output: what quantization made of them.
+      mask: True where the item is real.
+
+    Returns:
+      [L] float64, >= 0; above 1 if a level adds error; `nan` when the latents are all zero or none is real.
+
+    Raises:
+      ValueError: as `unexplained_energy`.
+
+    >>> from tarq_jax.quantization import encode
+    >>> z = np.array([[3.0, 4.0]])
+    >>> quantization_error(z, encode(np.array([[[3.0, 0.0]], [[0.0, 3.0]]]), z)).round(2)
+    array([0.64, 0.04])
+    """
+    return _shares(unexplained_energy(latents, output, mask))
 
 
 def pairwise_distances(codewords: ArrayLike) -> np.ndarray:
@@ -196,27 +220,26 @@ def distance_summary(codewords: ArrayLike) -> dict[str, np.ndarray]:
     }
 
 
-def codebook_health(
-    codewords: ArrayLike, latents: ArrayLike, output: QuantizerOutput, mask: ArrayLike | None = None
-) -> dict[str, float]:
+def codebook_health(codewords: ArrayLike, counts: ArrayLike, energy: ArrayLike) -> dict[str, float]:
     """Everything above for one set of items, flat, to be logged; levels are counted from 1.
 
     Args:
       codewords: [L, K, D], finite.
-      latents: [..., D], the z that were quantized.
-      output: what these codewords made of the latents.
-      mask: [...] bool, True where the item is real; all of them if not given.
+      counts: [L, K], how often each was chosen, of `usage_counts`.
+      energy: [1 + L], of `unexplained_energy`; like `counts` a sum over batches if there are several.
 
     Returns:
       For each level l the keys `utilisation_l`, `perplexity_l`, `dead_l`, `quantization_error_l` (after
       levels 1 to l) and `nearest_distance_l` (mean over codewords).
 
     Raises:
-      ValueError: as `usage_counts`, `quantization_error` and `pairwise_distances`; or L or D differ.
+      ValueError: as `utilisation` and `pairwise_distances`; or L or K differ, or an energy is negative.
 
     >>> from tarq_jax.quantization import encode
     >>> z, codewords = np.array([[1.0], [4.0]]), np.array([[[1.0], [3.0]]])
-    >>> for key, value in codebook_health(codewords, z, encode(codewords, z)).items():
+    >>> output = encode(codewords, z)
+    >>> health = codebook_health(codewords, usage_counts(output.codes, 2), unexplained_energy(z, output))
+    >>> for key, value in health.items():
     ...     print(key, round(value, 4))
     utilisation_1 1.0
     perplexity_1 2.0
@@ -224,16 +247,15 @@ def codebook_health(
     quantization_error_1 0.0588
     nearest_distance_1 2.0
     """
-    codewords = _codewords(codewords)
-    levels, size, width = codewords.shape
-    residuals_shape = (*np.shape(latents)[:-1], levels, width)
-    checks.shape_of("output.residuals", output.residuals, residuals_shape, "latents and codewords")
-    counts = usage_counts(output.codes, size, mask)
+    codewords, counts = _codewords(codewords), _counts(counts)
+    checks.shape_of("counts", counts, codewords.shape[:2], "codewords without their last axis")
+    energy = checks.non_negative("energy", energy)
+    checks.shape_of("energy", energy, (1 + len(codewords),), "1 + L")
     columns = {
         "utilisation": utilisation(counts),
         "perplexity": perplexity(counts),
         "dead": dead_codewords(counts),
-        "quantization_error": quantization_error(latents, output, mask),
+        "quantization_error": _shares(energy),
         "nearest_distance": distance_summary(codewords)["nearest"],
     }
     return {
@@ -241,6 +263,11 @@ def codebook_health(
         for name, column in columns.items()
         for level, value in enumerate(column, start=1)
     }
+
+
+def _shares(energy):
+    total, unexplained = energy[0], energy[1:]
+    return unexplained / total if total > 0 else np.full(unexplained.shape, np.nan)
 
 
 def _mask(mask, shape, of):

@@ -221,10 +221,8 @@ def gap_recovered(auc_student: float, auc_two_tower: float, auc_target_attention
     return (float(auc_student) - float(auc_two_tower)) / gap if gap > 0 else math.nan
 
 
-def relative_error(approximation: ArrayLike, exact: ArrayLike, mask: ArrayLike | None = None) -> float:
-    """Relative error of vectors: `sqrt(sum |approximation - exact|^2 / sum |exact|^2)`.
-
-    Both sums run over all real vectors, so that long vectors count for more and short ones do not blow up.
+def error_energy(approximation: ArrayLike, exact: ArrayLike, mask: ArrayLike | None = None) -> np.ndarray:
+    """`sum |approximation - exact|^2` and `sum |exact|^2`; batches add up to their union.
 
     Args:
       approximation: [..., D]; finite where real.
@@ -232,13 +230,13 @@ def relative_error(approximation: ArrayLike, exact: ArrayLike, mask: ArrayLike |
       mask: [...] bool, True where the vector is real; all of them if not given.
 
     Returns:
-      The error, 0 if equal; `nan` when all exact vectors are zero or none is real.
+      [2] float64.
 
     Raises:
       ValueError: shapes differ, there is no axis D, a real value is not finite, mask is not boolean.
 
-    >>> relative_error([[3.0, 0.0]], [[3.0, 4.0]])
-    0.8
+    >>> error_energy([[3.0, 0.0]], [[3.0, 4.0]])
+    array([16., 25.])
     """
     exact_shape = np.shape(exact)
     if not exact_shape:
@@ -248,7 +246,29 @@ def relative_error(approximation: ArrayLike, exact: ArrayLike, mask: ArrayLike |
     exact = checks.finite("exact", exact, mask[..., None])[mask]
     checks.shape_of("approximation", approximation, exact_shape, "exact")
     approximation = checks.finite("approximation", approximation, mask[..., None])[mask]
-    return math.sqrt(_ratio(np.square(approximation - exact).sum(), np.square(exact).sum()))
+    return np.array([np.square(approximation - exact).sum(), np.square(exact).sum()])
+
+
+def relative_error(energy: ArrayLike) -> float:
+    """Relative error of vectors: `sqrt(sum |approximation - exact|^2 / sum |exact|^2)`.
+
+    Both sums run over all real vectors, so that long vectors count for more and short ones do not blow up.
+
+    Args:
+      energy: [2], of `error_energy`, a sum over batches if there are several.
+
+    Returns:
+      The error, 0 if equal; `nan` when all exact vectors are zero or none is real.
+
+    Raises:
+      ValueError: the energy is not [2], or negative or not finite.
+
+    >>> relative_error(error_energy([[3.0, 0.0]], [[3.0, 4.0]]))
+    0.8
+    """
+    energy = checks.non_negative("energy", energy)
+    checks.shape_of("energy", energy, (2,), "error and exact")
+    return math.sqrt(_ratio(*energy))
 
 
 def _arguments(labels, name, scores, weights):

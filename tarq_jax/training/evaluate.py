@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,8 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
              codewords: np.ndarray | None, recall_k: int, scores: Path | None = None) -> list[Row]:
     """Scores every batch and computes all metrics over the real candidates.
 
+    Of a batch its labels, logits and sums are kept, not its histories or vectors.
+
     Args:
       predict: compiled, batch -> predictions.
       batches: with NumPy leaves, as of `tarq_jax.data.eval_batches`.
@@ -34,30 +36,55 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
     Raises:
       ValueError: there is no batch, a score is not finite, or the model quantizes but `codewords` is None.
     """
-    kept = [(batch, jax.device_get(predict(batch))) for batch in batches]
+    kept, sums = [], None
+    for batch in batches:
+        found = jax.device_get(predict(batch))
+        kept.append((_Asked(
+            labels=batch.labels, mask=batch.candidate_mask, weights=batch.weights,
+            users=np.broadcast_to(batch.user_id[:, None], batch.labels.shape)), found.logits))
+        if found.diagnostics is not None:
+            if codewords is None:
+                raise ValueError("codewords is None, expected those of the model, which quantizes")
+            of_batch = _sums(found.diagnostics, batch.candidate_mask, codewords)
+            sums = of_batch if sums is None else jax.tree.map(np.add, sums, of_batch)
     if not kept:
         raise ValueError("the split to evaluate has no requests, expected at least one")
-    labels, mask, weights = (
-        np.concatenate([getattr(batch, name) for batch, _ in kept])
-        for name in ("labels", "candidate_mask", "weights")
-    )
-    users = np.concatenate([np.broadcast_to(b.user_id[:, None], b.labels.shape) for b, _ in kept])
-    predictions = jax.tree.map(lambda *parts: np.concatenate(parts), *(found for _, found in kept))
-    rows = [
-        {"model": name} | _ranking(labels[mask], logits[mask], users[mask], weights[mask])
-        for name, logits in predictions.logits.items()
-    ]
+    asked, logits = jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
+    mask = asked.mask
+    of_candidates = {name: getattr(asked, name)[mask] for name in ("labels", "users", "weights")}
+    rows = [{"model": name} | _ranking(values[mask], **of_candidates) for name, values in logits.items()]
     if scores is not None:
-        write_scores(scores, {"labels": labels[mask], "users": users[mask], "weights": weights[mask]}
-                     | {name: logits[mask] for name, logits in predictions.logits.items()})
-    if (found := predictions.diagnostics) is not None:
-        if codewords is None:
-            raise ValueError("codewords is None, expected those of the model, which quantizes")
-        rows[0] |= _closeness(predictions.logits, found, mask, recall_k) | _health(found, mask, codewords)
+        write_scores(scores, of_candidates | {name: values[mask] for name, values in logits.items()})
+    if sums is not None and codewords is not None:
+        rows[0] |= _closeness(logits, sums, mask, recall_k) | _health(sums, codewords)
     return rows
 
 
-def _ranking(labels: np.ndarray, logits: np.ndarray, users: np.ndarray, weights: np.ndarray) -> Row:
+class _Asked(NamedTuple):
+    """What is kept of a batch, [B, G] each."""
+
+    labels: np.ndarray
+    mask: np.ndarray
+    weights: np.ndarray
+    users: np.ndarray
+
+
+class _Sums(NamedTuple):
+    """What is kept of the diagnostics, whose vectors of a whole split may not fit into memory."""
+
+    counts: np.ndarray
+    unexplained: np.ndarray
+    attention_error: np.ndarray
+
+
+def _sums(found: Diagnostics, mask: np.ndarray, codewords: np.ndarray) -> _Sums:
+    return _Sums(
+        metrics.usage_counts(found.quantizer.codes, codewords.shape[1], mask),
+        metrics.unexplained_energy(found.latents, found.quantizer, mask),
+        metrics.error_energy(found.student_output, found.teacher_output, mask))
+
+
+def _ranking(logits: np.ndarray, labels: np.ndarray, users: np.ndarray, weights: np.ndarray) -> Row:
     return {
         "auc": metrics.auc(labels, logits, weights),
         "gauc": metrics.grouped_auc(labels, logits, users, weights).value,
@@ -66,18 +93,18 @@ def _ranking(labels: np.ndarray, logits: np.ndarray, users: np.ndarray, weights:
     }
 
 
-def _closeness(logits: dict[str, jax.Array], found: Diagnostics, mask: np.ndarray, recall_k: int) -> Row:
+def _closeness(logits: dict[str, np.ndarray], sums: _Sums, mask: np.ndarray, recall_k: int) -> Row:
     student, teacher = logits[STUDENT], logits[TEACHER]
     return {
-        "attention_error": metrics.relative_error(found.student_output, found.teacher_output, mask),
+        "attention_error": metrics.relative_error(sums.attention_error),
         f"recall_at_{recall_k}": metrics.recall_at_k(student, teacher, mask, recall_k),
         "rank_correlation": metrics.rank_correlation(student, teacher, mask),
     }
 
 
-def _health(found: Diagnostics, mask: np.ndarray, codewords: np.ndarray) -> Row:
+def _health(sums: _Sums, codewords: np.ndarray) -> Row:
     """Level by level, counted from 1; `utilisation` is the lowest of all, `quantization_error` the last."""
-    health = metrics.codebook_health(codewords, found.latents, found.quantizer, mask)
+    health = metrics.codebook_health(codewords, sums.counts, sums.unexplained)
     levels = range(1, len(codewords) + 1)
     summary = {
         "utilisation": min(health[f"utilisation_{level}"] for level in levels),

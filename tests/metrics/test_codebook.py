@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -156,14 +157,30 @@ def test_distances_extremes():
 # Everything
 
 
+def health_of(codewords, latents, output, mask=None):
+    return metrics.codebook_health(codewords, metrics.usage_counts(output.codes, codewords.shape[1], mask),
+                                   metrics.unexplained_energy(latents, output, mask))
+
+
+def test_batches_add_up():
+    codewords, latents, output, mask = problem(3)
+    whole = health_of(codewords, latents, output, mask)
+    halves = [(latents[part], jax.tree.map(lambda x, part=part: x[part], output), mask[part])
+              for part in (slice(0, 7), slice(7, None))]
+    added = metrics.codebook_health(
+        codewords, sum(metrics.usage_counts(found.codes, 4, where) for _, found, where in halves),
+        sum(metrics.unexplained_energy(z, found, where) for z, found, where in halves))
+    assert added == pytest.approx(whole, rel=1e-12)
+
+
 def test_codebook_health_of_encode():
     codewords, latents, expected, mask = problem(3)
     output = quantization.encode(jnp.asarray(codewords), jnp.asarray(latents))
-    health = metrics.codebook_health(codewords, latents, output, mask)
+    health = health_of(codewords, latents, output, mask)
     names = ("utilisation", "perplexity", "dead", "quantization_error", "nearest_distance")
     assert list(health) == [f"{name}_{level}" for name in names for level in (1, 2, 3)]
     assert all(type(value) is float for value in health.values())
-    assert health == pytest.approx(metrics.codebook_health(codewords, latents, expected, mask), rel=1e-4)
+    assert health == pytest.approx(health_of(codewords, latents, expected, mask), rel=1e-4)
     counts = metrics.usage_counts(expected.codes, 4, mask)
     assert health["perplexity_2"] == pytest.approx(metrics.perplexity(counts)[1])
     assert health["dead_3"] == metrics.dead_codewords(counts)[2]
@@ -174,14 +191,14 @@ def test_codebook_health_shows_a_collapse():
     rng = np.random.default_rng(0)
     codewords = np.concatenate([np.zeros((1, 1, 2)), 50 + rng.normal(size=(1, 7, 2))], axis=1)
     latents = rng.normal(size=(100, 2))
-    health = metrics.codebook_health(codewords, latents, quantize(codewords, latents))
+    health = health_of(codewords, latents, quantize(codewords, latents))
     assert (health["utilisation_1"], health["perplexity_1"], health["dead_1"]) == (0.125, 1.0, 7.0)
     assert health["quantization_error_1"] == 1.0
 
 
 def test_codebook_health_without_items():
     codewords, latents, output, mask = problem(0)
-    health = metrics.codebook_health(codewords, latents, output, np.zeros_like(mask))
+    health = health_of(codewords, latents, output, np.zeros_like(mask))
     assert (health["utilisation_1"], health["dead_1"]) == (0.0, 4.0)
     assert math.isnan(health["perplexity_1"]) and math.isnan(health["quantization_error_1"])
 
@@ -229,8 +246,10 @@ def test_refuses_bad_quantizer_output():
             metrics.quantization_error(latents, dataclasses.replace(output, **change))
     with pytest.raises(ValueError, match=r"latents: expected shape \[\.\.\., D\]"):
         metrics.quantization_error(1.0, output)
-    with pytest.raises(ValueError, match=r"output\.residuals: .*\(30, 2, 5\), that of latents and codewords"):
-        metrics.codebook_health(codewords[:2], latents, output, mask)
+    with pytest.raises(ValueError, match=r"counts: expected shape \(2, 4\), that of codewords"):
+        health_of(codewords[:2], latents, output, mask)
+    with pytest.raises(ValueError, match=r"energy: expected shape \(4,\), that of 1 \+ L, got \(3,\)"):
+        metrics.codebook_health(codewords, np.ones((3, 4)), np.ones(3))
 
 
 def test_refuses_bad_codewords():

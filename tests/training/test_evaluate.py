@@ -1,6 +1,7 @@
 """Evaluation of hand-made predictions equals the metrics on flat arrays, whatever lies in the padding."""
 
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -81,7 +82,8 @@ def test_student_and_teacher(padding):
 
     diagnostics = [p.diagnostics for p in found]
     outputs = [flat([getattr(d, name) for d in diagnostics]) for name in ("student_output", "teacher_output")]
-    assert student["attention_error"] == pytest.approx(metrics.relative_error(*outputs), rel=1e-12)
+    assert student["attention_error"] == pytest.approx(
+        metrics.relative_error(metrics.error_energy(*outputs)), rel=1e-12)
     mask = np.concatenate([b.candidate_mask for b in BATCHES])
     orders = [np.concatenate([p.logits[name] for p in found]) for name in (STUDENT, TEACHER)]
     assert student["recall_at_2"] == metrics.recall_at_k(*orders, mask, RECALL_K)
@@ -90,7 +92,9 @@ def test_student_and_teacher(padding):
     quantizer = QuantizerOutput(**{
         name: flat([np.asarray(getattr(d.quantizer, name)) for d in diagnostics])
         for name in ("codes", "quantized", "residuals", "chosen")})
-    health = metrics.codebook_health(CODEWORD_VALUES, flat([d.latents for d in diagnostics]), quantizer)
+    health = metrics.codebook_health(
+        CODEWORD_VALUES, metrics.usage_counts(quantizer.codes, CODEWORDS),
+        metrics.unexplained_energy(flat([d.latents for d in diagnostics]), quantizer))
     assert {key: student[key] for key in health} == pytest.approx(health, rel=1e-6)
     assert student["utilisation"] == min(health["utilisation_1"], health["utilisation_2"])
     assert student["quantization_error"] == pytest.approx(health["quantization_error_2"], rel=1e-6)
@@ -108,6 +112,24 @@ def test_a_batch_of_padding_changes_nothing():
     arguments = {"codewords": CODEWORD_VALUES, "recall_k": RECALL_K}
     assert (evaluate(predict_quantized, [*BATCHES, nothing], **arguments)
             == evaluate(predict_quantized, BATCHES, **arguments))
+
+
+def test_vectors_of_a_batch_are_gone_before_the_next_but_one():
+    alive = []
+
+    def predict(batch):
+        assert [latents() for latents in alive[:-1]] == [None] * len(alive[:-1])
+        found = predict_quantized(batch)
+        alive.append(weakref.ref(found.diagnostics.latents))
+        return found
+
+    evaluate(predict, 2 * BATCHES, codewords=CODEWORD_VALUES, recall_k=RECALL_K)
+    assert len(alive) == 4
+
+
+def test_no_codewords_of_a_model_that_quantizes():
+    with pytest.raises(ValueError, match="codewords is None, expected those of the model"):
+        evaluate(predict_quantized, BATCHES, codewords=None, recall_k=RECALL_K)
 
 
 def test_empty_split():
