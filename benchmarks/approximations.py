@@ -2,7 +2,8 @@
 
 As of the methods of `tarq_jax.serving`, what depends on the user or on the item alone is computed once for
 each. Linear attention and SDIM keep sums of the history, DIN compares every pair, ETA searches by Hamming
-distance and attends to what it finds, IntTower takes the best of a few products.
+distance and attends to what it finds, IntTower takes the best of a few products, COLD weighs vectors of two
+towers for an MLP.
 """
 
 import functools
@@ -31,7 +32,15 @@ from tarq_jax.serving.method import (
     user_and_history,
     user_layers_and_history,
 )
-from tarq_jax.serving.scoring import Arrays, Score, in_blocks, in_blocks_on_cpu, look_up, on_attended
+from tarq_jax.serving.scoring import (
+    Arrays,
+    Score,
+    after_first,
+    in_blocks,
+    in_blocks_on_cpu,
+    look_up,
+    on_attended,
+)
 from tarq_jax.serving.vectors import read
 
 ROUNDS, BITS, SELECTED = 16, 3, 16  # as the models have them
@@ -226,8 +235,46 @@ def inttower_method(module: nn.Module, variables: Any) -> Method:
                   weights, score=inttower)
 
 
+@in_blocks_on_cpu
+def cold(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
+    """Two towers, and an MLP of `[s_1 g_1, ..., s_4 g_4]`; first layers in the parts that differ."""
+    vectors = read(items, "vector")
+    gates = jax.nn.sigmoid(user["gate"] + read(items, "gate") + vectors @ user["gate_product"])
+    parts = (user["first"], read(items, "first_embedding"), read(items, "first_vector"),
+             vectors @ user["first_product"])
+    first = weights["first_bias"] + sum(gates[:, index, None] * part for index, part in enumerate(parts))
+    return vectors @ user["vector"] + weights["bias"] + after_first(weights["layers"], first)
+
+
+def cold_method(module: nn.Module, variables: Any) -> Method:
+    """Serves COLD."""
+    params = variables["params"]
+    gates, (first, *rest) = params["gates"], dense_layers(params["head"])
+    kernels = {"gate": np.split(gates["kernel"], 4), "first": np.split(first["kernel"], 4)}
+
+    def user_side(module, weights, request):
+        user, _ = user_and_history(module.backbone, request)
+        state = {"vector": user / np.float32(np.sqrt(module.width)), "gate": gates["bias"], "first": 0.0}
+        for name, (of_user, _, _, of_product) in weights["kernels"].items():
+            state[name] += user @ of_user
+            state[f"{name}_product"] = user[:, :, None] * of_product
+        return state
+
+    def encode(module, weights, features):
+        arrays = item_towers(module.backbone, features)
+        of_gate, of_first = weights["kernels"]["gate"], weights["kernels"]["first"]
+        embedding, vector = arrays["embedding"], arrays["vector"]
+        return arrays | {"gate": embedding @ of_gate[1] + vector @ of_gate[2],
+                         "first_embedding": embedding @ of_first[1], "first_vector": vector @ of_first[2]}
+
+    weights = {"variables": variables, "kernels": kernels}
+    item_weights = {"bias": params["backbone"]["bias"], "first_bias": first["bias"], "layers": rest}
+    return Method("cold", module.schema, bound(user_side, module), bound(encode, module), weights,
+                  item_weights, weights, score=cold)
+
+
 def modules(**common: Any) -> Iterator[tuple[str, nn.Module, Callable[[Any], Method]]]:
-    """Name, module, and what makes a method of its parameters; `common` is what all modules take."""
+    """Of all but COLD: name, module, what makes a method of its parameters; `common` is what modules take."""
     for name, (module, _) in ATTENTIONS.items():
         served = module(**common, compute=SERVED)
         yield name, module(**common), functools.partial(attention_method, name, served)

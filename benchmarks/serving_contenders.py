@@ -1,6 +1,6 @@
 """Every method that serving is measured with, of one size, with random weights: latency needs no training.
 
-    two-tower; COLD-style MLP on its vectors; full target attention, over the whole history at once as it
+    two-tower; COLD-style MLP beside it; full target attention, over the whole history at once as it
     trains by default, and a block of candidates at a time, its fastest form here; TARQ of order 0 and 1
     with the heads scalar, dot and mlp, of order 1 also with a smaller codebook
 """
@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from benchmarks.peers import cold
+from benchmarks import approximations
 from tarq_jax.data import Dataset
 from tarq_jax.experiments.study import tarq_name
-from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
+from tarq_jax.models import Cold, FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.models.layers import Compute
 from tarq_jax.models.tarq import Head
 from tarq_jax.schema import Field, Schema
@@ -69,13 +69,13 @@ def make_dataset(sizes: Sizes) -> Dataset:
 def make_contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
     """All of them, one after the other."""
     common = dataset.schema, sizes.width, sizes.heads, sizes.hidden
-    two_tower, attention = TwoTower(*common), TargetAttention(*common)
+    two_tower, cold, attention = TwoTower(*common), Cold(*common), TargetAttention(*common)
     params = random_params(two_tower, dataset)
     yield Contender(TWO_TOWER, methods.from_module(two_tower, params), two_tower,
                     logits_of(two_tower, params))
-    weights = cold.random_weights(sizes.width, sizes.hidden)
-    yield Contender(COLD, cold.method(two_tower.clone(compute=SERVED), params, weights), two_tower,
-                    _cold_logits(two_tower, params, weights))
+    params = random_params(cold, dataset)
+    yield Contender(COLD, approximations.cold_method(cold.clone(compute=SERVED), params), cold,
+                    logits_of(cold, params))
     params = random_params(attention, dataset)
     served, reference = methods.from_module(attention, params), logits_of(attention, params)
     whole = served._replace(name="target_attention_whole", score=inspect.unwrap(SCORES["target_attention"]))
@@ -141,20 +141,11 @@ def logits_of(module: nn.Module, params: Any, *arguments: Any) -> Callable[[Batc
     return lambda batch: forward(params, batch, *arguments).logits
 
 
-def _cold_logits(module: TwoTower, params: Any, head: Any) -> Callable[[Batch], jax.Array]:
-    @jax.jit
-    def forward(batch):
-        found: Any = module.apply(params, batch)
-        return jax.vmap(cold.logits, in_axes=(None, 0, 0, 0))(head, found.user, found.candidates, found.item)
-
-    return forward
-
-
 def user_stages(module: nn.Module, compute: Compute) -> Mapping[str, Stage]:
     """The user side one stage after the other: `towers`, `encoder` of the teacher, `codebooks`."""
     module = module.clone(compute=compute)
     stages: dict[str, Callable[..., Any]] = {"towers": _towers}
-    if not isinstance(module, TwoTower):
+    if isinstance(module, TargetAttention | Tarq):
         stages["encoder"] = _encoder
     if isinstance(module, Tarq):
         stages["codebooks"] = expansions if isinstance(module, FirstOrderTarq) else codebooks

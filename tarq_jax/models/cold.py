@@ -1,6 +1,5 @@
 """COLD: squeeze-and-excitation over groups of features, and an MLP (arXiv 2007.16122)."""
 
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn

@@ -154,7 +154,7 @@ def scalar_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Arra
     total = two_tower(weights, user, items) + rows(user["table"], codes[:, 0])
     for level, head in enumerate(weights["levels"]):
         seen = first[:, level] + rows(head["codeword_first"], codes[:, level + 1])
-        total += _rest(head["layers"], seen)
+        total += after_first(head["layers"], seen)
     return total
 
 
@@ -202,10 +202,10 @@ def _interaction(
     vectors = read(items, "vector")
     first += read(items, "first") + (output * read(items, "embedding")) @ weights["first_product"]
     first += vectors @ user["towers"]
-    return vectors @ user["vector"] + weights["bias"] + _rest(weights["layers"], first)
+    return vectors @ user["vector"] + weights["bias"] + after_first(weights["layers"], first)
 
 
-def _rest(layers: Any, first: jax.Array) -> jax.Array:
+def after_first(layers: Any, first: jax.Array) -> jax.Array:
     """What follows the first layer of an MLP of one output: [M, F] to [M]."""
     for layer in layers:
         first = jax.nn.gelu(first) @ layer["kernel"] + layer["bias"]
