@@ -11,9 +11,8 @@ import numpy as np
 
 from examples import small
 from tarq_jax.models.approximate_attention import ApproximateAttention
+from tarq_jax.training.modules import common
 from tarq_jax.training.objectives import supervised
-
-FEATURES = {"random_features_4": 4, "random_features_64": 64}  # name of the model -> M
 
 
 def features(vectors, draws, axes):
@@ -35,7 +34,7 @@ def random_feature_attention(queries, keys, values, mask, draws):
 class RandomFeatureAttention(ApproximateAttention):
     """Target attention by M = `num_features` random features."""
 
-    num_features: int = 32
+    num_features: int = 64
 
     def attend(self, batch, backbone, history):
         """See `random_feature_attention`."""
@@ -44,16 +43,16 @@ class RandomFeatureAttention(ApproximateAttention):
         return random_feature_attention(queries, keys, values, batch.history_mask, draws)
 
 
-def make_objective(model, loss_weights, schema, tables, axis_name):
-    """The model of that name, on labels."""
-    module = RandomFeatureAttention(*small.sizes(model, schema), num_features=FEATURES[model.name])
-    return supervised(module.clone(tables=tables), model.name, axis_name)
+def random_features(model, loss_weights, schema, tables, axis_name):
+    """The model on labels."""
+    module = RandomFeatureAttention(**common(model, schema, tables))
+    return supervised(module, model.name, axis_name)
 
 
 def compare(config, dataset):
-    """A row for exact, for linear, and for random-feature attention by the number of features."""
-    made = {"target_attention": None, "linear_attention": None, **dict.fromkeys(FEATURES, make_objective)}
-    return small.table(config, dataset, made)
+    """A row for exact, for linear and for random-feature attention."""
+    own = "examples.attention:random_features"
+    return small.table(config, dataset, ("target_attention", "linear_attention", own))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@
 
 Overrides `user_layers` of the two towers, of type (batch, X [B, N, D]) -> a list of [B, any], v_user last: a
 GRU over the history (GRU4Rec, Hidasi et al. 2016, arXiv 1511.06939). `make_backbone` puts it under target
-attention. A model that shares nothing needs no more than a `__call__(batch)` with `logits` [B, G].
+attention. A model that shares nothing needs but a `__call__(batch)` with `logits` [B, G].
 """
+
+import functools
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from examples import small
 from tarq_jax.models import TargetAttention, TwoTower
-from tarq_jax.training.objectives import supervised
+from tarq_jax.training import modules, objectives
 
 
 class GruTwoTower(TwoTower):
@@ -36,23 +38,22 @@ class GruTargetAttention(TargetAttention):
 
     def make_backbone(self):
         """The two towers below."""
-        return GruTwoTower(
-            self.schema, self.width, self.num_heads, self.hidden, tables=self.tables, parent=None)
+        sizes = self.schema, self.width, self.num_heads, self.hidden
+        return GruTwoTower(*sizes, compute=self.compute, tables=self.tables, parent=None)
 
 
-MODULES = {"gru": GruTwoTower, "gru_target_attention": GruTargetAttention}
+def gru(model, loss_weights, schema, tables, axis_name, *, module=GruTwoTower):
+    """The model on labels."""
+    return objectives.supervised(module(**modules.common(model, schema, tables)), model.name, axis_name)
 
 
-def make_objective(model, loss_weights, schema, tables, axis_name):
-    """The model of that name, on labels."""
-    module = MODULES[model.name](*small.sizes(model, schema), tables=tables)
-    return supervised(module, model.name, axis_name)
+gru_target_attention = functools.partial(gru, module=GruTargetAttention)
 
 
 def compare(config, dataset):
     """A row a model, those of the library first."""
-    made = {"two_tower": None, "target_attention": None, **dict.fromkeys(MODULES, make_objective)}
-    return small.table(config, dataset, made)
+    own = (f"examples.backbone:{name}" for name in ("gru", "gru_target_attention"))
+    return small.table(config, dataset, ("two_tower", "target_attention", *own))
 
 
 if __name__ == "__main__":

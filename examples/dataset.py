@@ -53,7 +53,7 @@ def to_requests(found):
 
 def compare(config, dataset):
     """A row a model."""
-    return small.table(config, dataset, {"two_tower": None, "target_attention": None})
+    return small.table(config, dataset, ("two_tower", "target_attention"))
 
 
 if __name__ == "__main__":

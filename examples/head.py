@@ -11,6 +11,7 @@ from flax import linen as nn
 from examples import small
 from tarq_jax.models import FirstOrderTarq
 from tarq_jax.models.target_attention import interaction_features
+from tarq_jax.training.modules import common, of_tarq
 from tarq_jax.training.objectives import tarq
 
 
@@ -33,16 +34,15 @@ class CrossTarq(FirstOrderTarq):
         return backbone.logits + self.cross_output(crossed)[..., 0]
 
 
-def make_objective(model, loss_weights, schema, tables, axis_name):
+def cross(model, loss_weights, schema, tables, axis_name):
     """TARQ with this head."""
-    module = CrossTarq(*small.sizes(model, schema), num_levels=model.num_levels,
-                       aligned_share=model.aligned_share, tables=tables)
+    module = CrossTarq(**common(model, schema, tables), **of_tarq(model))
     return tarq(module, loss_weights, axis_name=axis_name)
 
 
 def compare(config, dataset):
     """A row a head: the student that was trained with it."""
-    return small.table(config, dataset, {"tarq": None, "cross": make_objective})
+    return small.table(config, dataset, ("tarq", "examples.head:cross"))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from flax import linen as nn
 from examples import small
 from tarq_jax.models import TargetAttention, parts
 from tarq_jax.models.two_tower import HistoryEncoder
-from tarq_jax.training import conversion
-from tarq_jax.training.objectives import supervised
+from tarq_jax.training import conversion, modules, objectives
 
 
 class SessionEncoder(nn.Module):
@@ -42,16 +41,17 @@ class SessionAttention(TargetAttention):
         return SessionEncoder(self.num_heads)
 
 
-def make_objective(model, loss_weights, schema, tables, axis_name):
+def hierarchical(model, loss_weights, schema, tables, axis_name):
     """The teacher alone, on labels."""
-    return supervised(SessionAttention(*small.sizes(model, schema), tables=tables), model.name, axis_name)
+    module = SessionAttention(**modules.common(model, schema, tables))
+    return objectives.supervised(module, model.name, axis_name)
 
 
 def compare(config, dataset):
     """A row as it is trained, and one as it is converted to TARQ of order 1."""
-    trained, = small.train_each(config, dataset, {"hierarchical": make_objective}).values()
-    taken_apart = parts.target_attention_parts(SessionAttention(*small.sizes(config.model, dataset.schema)))
-    model = conversion.trained_model(taken_apart, trained.state.params, dataset)
+    trained, = small.train_each(config, dataset, ["examples.hierarchical_teacher:hierarchical"]).values()
+    module = SessionAttention(**modules.common(config.model, dataset.schema))
+    model = conversion.trained_model(parts.target_attention_parts(module), trained.state.params, dataset)
     index = conversion.fit_index(model, num_codewords=config.model.num_codewords, order=1)
     return [trained.rows[0], conversion.evaluate_index(model, index, recall_k=4)[0] | {"model": "converted"}]
 

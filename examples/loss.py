@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from examples import small
-from tarq_jax.training.objectives import LossOutput, build, mean_of_batch
-
-SHARES = (0.0, 0.5, 1.0)  # of the listwise loss in all
+from tarq_jax.models import TargetAttention
+from tarq_jax.training.modules import common
+from tarq_jax.training.objectives import LossOutput, mean_of_batch, supervised
 
 
 def listwise(logits, mask):
@@ -29,9 +29,10 @@ def clicked(batch):
     return batch.replace(weights=batch.weights * batch.labels)
 
 
-def make_objective(model, loss_weights, schema, tables, axis_name, *, share):
-    """The library's objective with `share` of its loss listwise, for models that train on labels alone."""
-    objective = build(model, loss_weights, schema, tables, axis_name)
+def listwise_only(model, loss_weights, schema, tables, axis_name, *, share=1.0):
+    """Target attention with `share` of its loss listwise."""
+    module = TargetAttention(**common(model, schema, tables))
+    objective = supervised(module, model.name, axis_name)
 
     def loss(params, codewords, batch, active, whole=None):
         whole = batch if whole is None else whole
@@ -46,11 +47,13 @@ def make_objective(model, loss_weights, schema, tables, axis_name, *, share):
     return objective._replace(loss=loss)
 
 
+half_listwise = functools.partial(listwise_only, share=0.5)
+
+
 def compare(config, dataset):
-    """A row for each share of the listwise loss, on target attention."""
-    made = {share: functools.partial(make_objective, share=share) for share in SHARES}
-    return [small.table(config, dataset, {"target_attention": make})[0] | {"model": f"{share:.0%} listwise"}
-            for share, make in made.items()]
+    """A row for none, half and all of the loss listwise."""
+    own = ("examples.loss:half_listwise", "examples.loss:listwise_only")
+    return small.table(config, dataset, ("target_attention", *own))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from examples import small
 from tarq_jax import quantization
 from tarq_jax.models import Tarq
+from tarq_jax.training.modules import common, of_tarq
 from tarq_jax.training.objectives import tarq
 
 
@@ -36,10 +37,9 @@ def fit(rng, latents, *, levels, size):
     return quantization.fitted(jax.vmap(kmeans)(jax.random.split(rng, levels), parts), latents, encode=encode)
 
 
-def make_objective(model, loss_weights, schema, tables, axis_name):
+def product(model, loss_weights, schema, tables, axis_name):
     """TARQ of order 0 with this quantizer."""
-    module = Tarq(*small.sizes(model, schema), num_levels=model.num_levels,
-                  aligned_share=model.aligned_share, encode=encode, tables=tables)
+    module = Tarq(**common(model, schema, tables), **of_tarq(model) | {"encode": encode})
     start = functools.partial(fit, levels=model.num_levels, size=model.num_codewords)
     return tarq(module, loss_weights, axis_name=axis_name)._replace(fit=start)
 
@@ -47,7 +47,7 @@ def make_objective(model, loss_weights, schema, tables, axis_name):
 def compare(config, dataset):
     """A row a quantizer: the student that was trained with it."""
     config.model.order = 0
-    return small.table(config, dataset, {"tarq": None, "product": make_objective})
+    return small.table(config, dataset, ("tarq", "examples.product_quantization:product"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ too little to judge a small difference by. For that, take `configs/synthetic.py`
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ml_collections
@@ -13,9 +13,8 @@ from rich.console import Console
 
 from configs import synthetic
 from tarq_jax import cli, reporting
-from tarq_jax.data import Dataset, Schema
+from tarq_jax.data import Dataset
 from tarq_jax.training import loop
-from tarq_jax.training.objectives import MakeObjective
 
 Compare = Callable[[ml_collections.ConfigDict, Dataset], list[loop.Row]]
 
@@ -29,26 +28,19 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def sizes(model: ml_collections.ConfigDict, schema: Schema) -> tuple[Schema, int, int, tuple[int, ...]]:
-    """What every module of the library takes first: fields, D, H and hidden widths."""
-    return schema, model.width, model.num_heads, tuple(model.hidden)
-
-
 def train_each(
-    config: ml_collections.ConfigDict, dataset: Dataset, made: Mapping[str, MakeObjective | None]
+    config: ml_collections.ConfigDict, dataset: Dataset, models: Iterable[str]
 ) -> dict[str, loop.Result]:
-    """Trains and tests a model for each name, the library's own of that name where it is None."""
+    """Trains and tests models, by what follows the colon in `config.model.name`, or by all of it."""
     with tempfile.TemporaryDirectory() as folder:
-        return {name: loop.train(loop.with_model(config, name), dataset, Path(folder) / name,
-                                 Console(quiet=True), make_objective=make_objective)
-                for name, make_objective in made.items()}
+        return {(own := name.rpartition(":")[2]): loop.train(
+                    loop.with_model(config, name), dataset, Path(folder) / own, Console(quiet=True))
+                for name in models}
 
 
-def table(
-    config: ml_collections.ConfigDict, dataset: Dataset, made: Mapping[str, MakeObjective | None]
-) -> list[loop.Row]:
+def table(config: ml_collections.ConfigDict, dataset: Dataset, models: Iterable[str]) -> list[loop.Row]:
     """A row a model that `train_each` trains; of TARQ, its student's."""
-    return [result.rows[0] | {"model": name} for name, result in train_each(config, dataset, made).items()]
+    return [result.rows[0] | {"model": name} for name, result in train_each(config, dataset, models).items()]
 
 
 def run(compare: Compare, load: Callable[[ml_collections.ConfigDict], Dataset] = loop.load_data) -> None:

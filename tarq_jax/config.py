@@ -4,8 +4,10 @@ A file in `configs/` starts from `default_config()` and changes what its experim
 """
 
 import copy
+import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -148,6 +150,20 @@ def _one_of(*choices: str | int) -> Rule:
     return Rule(lambda value: value in choices, f"one of {choices}")
 
 
+def is_model(name: Any) -> bool:
+    """Whether it is a model of the library, or MODULE:FUNCTION of a module that Python finds."""
+    if not isinstance(name, str) or ":" not in name:
+        return name in MODELS
+    module, _, function = name.partition(":")
+    try:
+        return function.isidentifier() and (
+            module in sys.modules or importlib.util.find_spec(module) is not None)
+    except (ImportError, ValueError):  # its package is not there, or it is no name of a module
+        return False
+
+
+MODEL_NAME = (f"one of {MODELS}, or MODULE:FUNCTION of a module that Python finds, for a model of your own "
+         "(tarq_jax.training.objectives.MakeObjective)")
 POSITIVE = Rule(lambda value: 0 < value < math.inf, "a positive number")
 FRACTION = Rule(lambda value: 0 <= value < 1, "a number in [0, 1)")
 
@@ -171,7 +187,7 @@ RULES: Mapping[str, Rule] = {
     "steps": _at_least(1),
     "batch_size": _at_least(1),
     "accumulate": _at_least(1),
-    "baselines": Rule(lambda value: all(name in MODELS for name in value), f"a tuple of {MODELS}"),
+    "baselines": Rule(lambda value: all(map(is_model, value)), f"a tuple, each {MODEL_NAME}"),
     "data.buckets": Rule(lambda value: all(isinstance(length, int) and length > 0 for length in value)
                          and list(value) == sorted(set(value)), "rising positive lengths"),
     "data.readers": _at_least(0),
@@ -180,7 +196,7 @@ RULES: Mapping[str, Rule] = {
     "mesh.model": _at_least(1),
     "mesh.rules": Rule(_is_sharding_table, "pairs of a regular expression and a tuple of mesh axes, each of "
                                            f"{MESH_AXES} at most once, such as ('embedding$', ('model',))"),
-    "model.name": _one_of(*MODELS),
+    "model.name": Rule(is_model, MODEL_NAME),
     "model.width": _at_least(1),
     "model.num_heads": _at_least(1),
     "model.hidden": Rule(lambda value: all(isinstance(size, int) and size > 0 for size in value),
@@ -276,12 +292,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["codebook.init_latents"] < settings["model.num_codewords"]:
         raise ValueError(f"config.codebook.init_latents is {settings['codebook.init_latents']}, expected at "
                          f"least config.model.num_codewords, {settings['model.num_codewords']}")
-    if not WITH_CODEBOOK.isdisjoint((settings["model.name"], *settings["baselines"])):
+    if any(name in WITH_CODEBOOK or ":" in name for name in (settings["model.name"], *settings["baselines"])):
         _check_codebook(settings)
 
 
 def _check_codebook(settings: Mapping[str, Any]) -> None:
-    """What holds between settings where a model with a codebook is trained."""
+    """What holds between settings where a model with a codebook is trained, as one of your own may be."""
     if settings["codebook.start"] >= settings["steps"]:
         raise ValueError(f"config.codebook.start is {settings['codebook.start']}, expected less than "
                          f"config.steps, {settings['steps']}: no student is trained before it")

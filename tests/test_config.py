@@ -17,7 +17,8 @@ BAD = {
     "parallel": ["xmap"], "mesh.data": [-2], "mesh.model": [0],
     "mesh.rules": [(("(", ("model",)),), (("kernel", ("modle",)),), (("kernel", "model"),), ("kernel",), (3,),
                    (("kernel", ("model", "model")),)],
-    "model.name": ["tark", ""], "model.width": [0], "model.num_heads": [0],
+    "model.name": ["tark", "", "tark:make", "tark.models:make", "json:", ":loads", "json:a b"],
+    "model.width": [0], "model.num_heads": [0],
     "model.hidden": [(64, 0), ("64",), (-1,)], "model.num_levels": [0], "model.num_codewords": [1],
     "model.head": ["mpl"], "model.student_gradient": ["all"], "model.decoded": ["user"],
     "model.table_multiple": [0], "optimizer.table": ["adam"],
@@ -178,6 +179,13 @@ def test_shares_that_micro_batches_can_align(share, batch_size, accumulate):
     config = default_config()
     config.model.aligned_share, config.batch_size, config.accumulate = share, batch_size, accumulate
     validate(config)
+
+
+@pytest.mark.parametrize("name", ["json:loads", "importlib.metadata:version", "__main__:make"])
+def test_a_model_of_ones_own(name):
+    """By a module that Python finds; whether it has the function is seen once it is imported."""
+    validate(changed("model.name", name))
+    validate(changed("baselines", ("two_tower", name)))
 
 
 def test_kmeans_needs_a_latent_for_each_codeword():

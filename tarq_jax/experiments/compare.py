@@ -14,12 +14,13 @@ from absl import flags
 from rich.console import Console
 
 from tarq_jax import cli, reporting
-from tarq_jax.config import COMPARED, MODELS
+from tarq_jax.config import COMPARED, MODEL_NAME, is_model
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "Where all runs are kept.")
 SEEDS = cli.seeds_flag("0,1,2")
-TRAINED = flags.DEFINE_multi_enum("model", list(COMPARED), list(MODELS), "A model to train; repeat for more.")
+TRAINED = flags.DEFINE_multi_string("model", list(COMPARED), "A model to train; repeat for more.")
+flags.register_validator(TRAINED, lambda names: all(map(is_model, names)), f"each has to be {MODEL_NAME}")
 JSON = cli.json_flag()
 
 
@@ -29,7 +30,7 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
 
     Args:
       config: validated; its model's name and seed are replaced.
-      models: names, of `tarq_jax.config.MODELS`.
+      models: names, as `config.model.name`.
       seeds: of initialisation and order of the data; the data set itself stays the same.
       workdir: where the runs are kept.
       console: where progress goes.
@@ -49,7 +50,8 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
             run = loop.with_model(config, model)
             run.seed = seed
             checkpoint.check_steps(workdir / f"{model}-{seed}", run)
-            of_seed += loop.train(run, dataset, workdir / f"{model}-{seed}", console).rows
+            rows_of_run = loop.train(run, dataset, workdir / f"{model}-{seed}", console).rows
+            of_seed += loop.named(model, rows_of_run)
         rows += [{"seed": seed} | row for row in loop.add_gap_recovered(of_seed)]
     return rows
 

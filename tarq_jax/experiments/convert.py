@@ -89,17 +89,14 @@ def convert(
 def load_model(checkpoint: Path) -> tuple[Any, ml_collections.ConfigDict]:
     """The trained model of a run of target attention, and the run's configuration."""
     from tarq_jax.models import TargetAttention
-    from tarq_jax.models.embedding import Tables
     from tarq_jax.models.parts import target_attention_parts
     from tarq_jax.training import conversion as training
-    from tarq_jax.training import modules
     from tarq_jax.training.restore import load_run
 
     run = load_run(checkpoint)
-    model = run.config.model
-    module = modules.make_module(model, run.dataset.schema, Tables(multiple=model.table_multiple))
+    module = run.objective.module
     if not isinstance(module, TargetAttention):
-        raise ValueError(f"{checkpoint}: a run of {model.name!r}, expected 'target_attention'")
+        raise ValueError(f"{checkpoint}: a run of {run.config.model.name!r}, expected 'target_attention'")
     return training.trained_model(target_attention_parts(module), run.state.params, run.dataset), run.config
 
 

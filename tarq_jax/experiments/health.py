@@ -45,7 +45,7 @@ def observe(run: Any, split: str, requests: int) -> Observed:
     from tarq_jax.training import setup
 
     if run.objective.attention is None:
-        raise ValueError(f"a run of {run.config.model.name!r} has no codebook, expected one of 'tarq'")
+        raise ValueError(f"a run of {run.config.model.name!r} has no codebook, expected one that has")
     codewords, size = run.state.codebook.codewords, run.config.eval_batch_size
 
     @jax.jit

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from tarq_jax import data
-from tarq_jax.models import TargetAttention, Tarq
-from tarq_jax.models.embedding import Tables
+from tarq_jax.models import TargetAttention
 from tarq_jax.models.parts import target_attention_parts
 from tarq_jax.serving import methods
 from tarq_jax.serving.artefact import write_index, write_model
@@ -16,7 +15,7 @@ from tarq_jax.serving.index import Index, make_index
 from tarq_jax.serving.method import Method
 from tarq_jax.serving.programs import export_method
 from tarq_jax.serving.vectors import Storage, store
-from tarq_jax.training import conversion, modules
+from tarq_jax.training import conversion
 from tarq_jax.training.restore import Run
 
 ITEM_BATCH = 4096  # items encoded at a time
@@ -38,13 +37,12 @@ def method_of(
       seed: of its k-means, and of the order of the data.
 
     Raises:
-      ValueError: a run of another model is to be converted.
+      ValueError: a run of another model is to be converted, or the model is not served.
     """
-    model, schema = run.config.model, run.dataset.schema
-    module = modules.make_module(model, schema, Tables(multiple=model.table_multiple))
+    name, module, codebook = run.config.model.name, run.objective.module, run.state.codebook
     if codewords is not None:
         if not isinstance(module, TargetAttention):
-            raise ValueError(f"the run is one of {model.name!r}, expected 'target_attention' with codewords")
+            raise ValueError(f"the run is one of {name!r}, expected 'target_attention' with codewords")
         trained = conversion.trained_model(target_attention_parts(module), run.state.params, run.dataset)
         index = conversion.fit_index(trained, num_codewords=codewords, order=order, seed=seed)
         if order and levels:
@@ -53,10 +51,12 @@ def method_of(
         if fine_tune:
             params, index = conversion.fine_tune(trained, index, steps=fine_tune, seed=seed)
         return methods.converted(module, params, index)
-    if isinstance(module, Tarq) and run.state.codebook is not None:
-        served = modules.as_served(module, model)
-        return methods.from_module(served, run.state.params, run.state.codebook.codewords)
-    return methods.from_module(module, run.state.params)
+    learned = None if codebook is None else np.asarray(codebook.codewords)
+    if run.objective.to_method is not None:
+        return run.objective.to_method(jax.tree.map(np.asarray, run.state.params), learned)
+    if module is None:
+        raise ValueError(f"the run is one of {name!r}, whose objective says neither module nor to_method")
+    return methods.from_module(module, run.state.params, learned)
 
 
 def write(

@@ -72,7 +72,7 @@ def check_served(module: nn.Module) -> TwoTower | TargetAttention | Tarq:
     for name in RESTATED[found]:
         if getattr(type(module), name) is not getattr(found, name):
             raise ValueError(f"{type(module).__name__}.{name} is not that of {found.__name__}, whose scores "
-                             f"would be served; expected a tarq_jax.serving.method.Method for it")
+                             f"would be served; expected Objective.to_method to make the one that serves it")
     if isinstance(module, Tarq):
         check_served(module.make_teacher().make_backbone())
     elif isinstance(module, TargetAttention):

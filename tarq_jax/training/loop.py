@@ -20,7 +20,7 @@ from tarq_jax.training import checkpoint, distributed, provenance, setup, shardi
 from tarq_jax.training.evaluate import SCORES, Row, evaluate
 from tarq_jax.training.failure import Watch, batch_kept, paths_of
 from tarq_jax.training.meter import Meter
-from tarq_jax.training.objectives import MakeObjective, Objective
+from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.types import Batch
 
@@ -50,8 +50,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True
     rows: list[Row] = []
     for name in config.baselines:
         folder = workdir / "baselines" / name
-        rows += train(with_model(config, name), dataset, folder, console, resume=resume).rows
-    rows += train(config, dataset, workdir, console, resume=resume).rows
+        rows += named(name, train(with_model(config, name), dataset, folder, console, resume=resume).rows)
+    rows += named(config.model.name, train(config, dataset, workdir, console, resume=resume).rows)
     rows = add_gap_recovered(rows)
     write_rows(rows, workdir / "results.json")
     return rows
@@ -62,6 +62,11 @@ def with_model(config: ml_collections.ConfigDict, name: str) -> ml_collections.C
     config = copy.deepcopy(config)
     config.model.name = name
     return config
+
+
+def named(model: str, rows: list[Row]) -> list[Row]:
+    """Rows of a model in a table of several: a model of one's own may call its predictors as others do."""
+    return [row | {"model": f"{model}, {row['model']}"} if ":" in model else row for row in rows]
 
 
 def add_gap_recovered(rows: list[Row]) -> list[Row]:
@@ -88,7 +93,7 @@ def describe_data(dataset: data.Dataset, console: Console) -> None:
 
 def train(
     config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, console: Console, *,
-    resume: bool = True, make_objective: MakeObjective | None = None,
+    resume: bool = True,
 ) -> Result:
     """Trains one model from its newest checkpoint on, and evaluates it on the test split.
 
@@ -96,13 +101,11 @@ def train(
     that was interrupted ends in the same state as one that was not.
 
     Args:
-      config: validated; with `make_objective`, `config.model.name` is best a name of its own, by which
-        commands that build the library's models refuse the run.
+      config: validated.
       dataset: to train and test on.
       workdir: for checkpoints and metrics.
       console: where progress goes.
       resume: see `run`.
-      make_objective: see `setup.set_up`.
 
     Raises:
       FloatingPointError: a step is not finite, or its gradient exceeds the limit; names the step and the
@@ -111,7 +114,7 @@ def train(
       ValueError: a setting or the data do not fit the checkpoint, or each other; or there is a checkpoint,
         and `resume` is not set.
     """
-    way, mesh, objective, optimizer, state = setup.set_up(config, dataset, make_objective)
+    way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     shapes = setup.batch_shapes(dataset)
     watch = Watch(paths_of(trainable(state.params, state.codebook)), config.optimizer.max_gradient_norm)
     batches_from = functools.partial(

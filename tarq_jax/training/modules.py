@@ -45,10 +45,23 @@ def make_module(model: ml_collections.ConfigDict, schema: Schema, tables: Tables
     Raises:
       ValueError: the model needs a field that the data does not have.
     """
-    common = {
+    return MODULES[model.name](model, common(model, schema, tables))
+
+
+def common(model: ml_collections.ConfigDict, schema: Schema, tables: Tables = ONE_DEVICE) -> Common:
+    """What all modules take, of `config.model`, as a model of your own may: `MyModel(**common(...))`."""
+    return {
         "schema": schema, "width": model.width, "num_heads": model.num_heads, "hidden": tuple(model.hidden),
         "compute": Compute(jnp.dtype(model.dtype), model.remat, model.attention_block), "tables": tables}
-    return MODULES[model.name](model, common)
+
+
+def of_tarq(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What `Tarq` and `FirstOrderTarq` take besides."""
+    return {
+        "num_levels": model.num_levels, "head": model.head, "decoded": model.decoded,
+        "aligned_share": model.aligned_share, "student_gradient": model.student_gradient,
+        "encode": functools.partial(quantization.encode, assign=ASSIGN[model.assign]),
+        "pass_through": PASS_THROUGH[model.pass_through]}
 
 
 def as_served(module: Tarq, model: ml_collections.ConfigDict) -> Tarq:
@@ -84,20 +97,11 @@ def _sim(model: ml_collections.ConfigDict, common: Common) -> HardSearch:
     return HardSearch(**common, similarity=similarity, num_selected=model.num_selected)
 
 
-def _tarq(model: ml_collections.ConfigDict, common: Common) -> Tarq:
-    return TARQ_OF_ORDER[model.order](
-        **common, num_levels=model.num_levels, head=model.head, decoded=model.decoded,
-        aligned_share=model.aligned_share, student_gradient=model.student_gradient,
-        encode=functools.partial(quantization.encode, assign=ASSIGN[model.assign]),
-        pass_through=PASS_THROUGH[model.pass_through],
-    )
-
-
 MODULES: Mapping[str, Callable[[ml_collections.ConfigDict, Common], Model]] = {
     "two_tower": lambda model, common: TwoTower(**common),
     "two_tower_large": _two_tower_large,
     "target_attention": lambda model, common: TargetAttention(**common),
-    "tarq": _tarq,
+    "tarq": lambda model, common: TARQ_OF_ORDER[model.order](**common, **of_tarq(model)),
     "cold": lambda model, common: Cold(**common),
     "inttower": lambda model, common: IntTower(**common, num_vectors=model.num_vectors),
     "linear_attention": lambda model, common: LinearAttention(**common),

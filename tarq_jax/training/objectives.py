@@ -1,5 +1,6 @@
 """What each model is trained on: `Objective` bundles a module's init, loss and predictions."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,6 +58,9 @@ class Objective(NamedTuple):
       attention: (params, codewords, batch) -> by head or level, what student and teacher attend to;
         None without a codebook.
       fit: (rng, latents [M, D]) -> the codebook to start from; None for k-means, level by level.
+      module: as it predicts, for serving and conversion; None where they are to refuse the model.
+      to_method: (params as NumPy arrays, codewords) -> `tarq_jax.serving.method.Method`, what serves it; None
+        for the library's method for the module.
     """
 
     init: Callable[..., Any]
@@ -65,6 +69,8 @@ class Objective(NamedTuple):
     latents: Callable[..., jax.Array] | None = None
     attention: Callable[..., dict[str, AttentionWeights]] | None = None
     fit: Callable[[jax.Array, jax.Array], Codebook] | None = None
+    module: nn.Module | None = None
+    to_method: Callable[..., Any] | None = None
 
 
 # What `build` is: (config.model, config.loss_weights, schema, tables, axis_name) -> Objective
@@ -98,7 +104,7 @@ def supervised(module: Supervised, name: str, axis_name: shards.AxisName = None)
         del codewords
         return Predictions({name: forward(params, batch).logits}, None)
 
-    return Objective(init, loss, predict)
+    return Objective(init, loss, predict, module=module)
 
 
 def mean_of_batch(
@@ -198,15 +204,15 @@ def tarq(
         return nn.apply(type(served).attention_weights, served)(params, batch, codewords)
 
     return Objective(
-        init, loss, predict, latents=nn.apply(type(module).candidate_latents, module), attention=attention
-    )
+        init, loss, predict, latents=nn.apply(type(module).candidate_latents, module), attention=attention,
+        module=served)
 
 
 def build(
     model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema,
     tables: Tables = ONE_DEVICE, axis_name: shards.AxisName = None,
 ) -> Objective:
-    """The objective that `config.model` describes.
+    """The objective that `config.model` describes: one of the library's, or what MODULE:FUNCTION makes of it.
 
     Args:
       model: `config.model`.
@@ -216,9 +222,21 @@ def build(
       axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
 
     Raises:
-      ValueError: the model needs a field that the data does not have.
+      ValueError: the model needs a field that the data does not have, or its function is not there.
     """
+    if ":" in model.name:
+        return _own(model.name)(model, loss_weights, schema, tables, axis_name)
     module = make_module(model, schema, tables)
     if not isinstance(module, Tarq):
         return supervised(module, model.name, axis_name)
     return tarq(module, dict(loss_weights), as_served(module, model), axis_name)
+
+
+def _own(name: str) -> MakeObjective:
+    """What MODULE:FUNCTION names."""
+    module, _, function = name.partition(":")
+    found = getattr(importlib.import_module(module), function, None)
+    if not callable(found):
+        raise ValueError(f"config.model.name is {name!r}, expected a function of {module}, which has no "
+                         f"{function!r}")
+    return found

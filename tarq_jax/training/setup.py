@@ -12,7 +12,7 @@ import optax
 
 from tarq_jax import data, quantization
 from tarq_jax.training import parallel, sharding
-from tarq_jax.training.objectives import MakeObjective, Objective, build
+from tarq_jax.training.objectives import Objective, build
 from tarq_jax.training.optimizers import make_optimizer
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.training.step import codebook_updates, train_step
@@ -29,15 +29,12 @@ class Setup(NamedTuple):
     state: TrainState  # fresh, on the mesh
 
 
-def set_up(
-    config: ml_collections.ConfigDict, dataset: data.Dataset, make_objective: MakeObjective | None = None
-) -> Setup:
+def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
     """The parts of a run, as its configuration describes them, over all devices.
 
     Args:
       config: of the run.
       dataset: to train on.
-      make_objective: takes the place of `objectives.build`, for a model or a loss that is not the library's.
 
     Raises:
       ValueError: the mesh does not fit the devices, or the batch or a table the mesh.
@@ -51,8 +48,7 @@ def set_up(
         raise ValueError(f"config.batch_size is {config.batch_size}, expected a multiple of the {mesh.size} "
                          f"devices times config.accumulate, {config.accumulate}, with config.parallel='pmap'")
     tables = sharding.make_tables(config, mesh)
-    make_objective = build if make_objective is None else make_objective
-    objective = make_objective(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)
+    objective = build(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)
     optimizer = make_optimizer(config)
     return Setup(way, mesh, objective, optimizer, init_state(config, objective, optimizer, dataset, mesh))
 

@@ -35,6 +35,12 @@ def folder(tmp_path_factory):
     return made
 
 
+def file_of(block: str) -> str:
+    """The file that a block is a part of, by its first line: `# name.py`; empty if none."""
+    found = re.match(r"# (\w+\.py)\n", block)
+    return found[1] if found else ""
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -42,10 +48,13 @@ def free_port() -> int:
 
 
 def run_page(page: Path, folder: Path) -> None:
-    """Runs a page from top to bottom in one shell; blocks of Python in a row are one session."""
+    """Runs a page from top to bottom in one shell; blocks of Python in a row are one session, or a file."""
     script = ["set -e"]
-    for language, blocks in itertools.groupby(steps(page), lambda step: step[0]):
+    for (language, file), blocks in itertools.groupby(steps(page), lambda step: (step[0], file_of(step[1]))):
         text = "\n".join(text for _, text in blocks)
+        if file:
+            (folder / file).write_text(text)
+            continue
         script.append(f"python - <<'END_OF_PYTHON'\n{text}END_OF_PYTHON" if language == "python" else text)
     port, text = free_port(), "\n".join(script)
     for usual, other in (("--port=8000", f"--port={port}"), ("localhost:8000", f"localhost:{port}"),

@@ -93,7 +93,7 @@ def test_a_model_without_codebook_is_refused(tiny_config, tiny_dataset, tmp_path
     tiny_config.model.name = "two_tower"
     loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
-    with pytest.raises(ValueError, match="'two_tower' has no codebook, expected one of 'tarq'"):
+    with pytest.raises(ValueError, match="'two_tower' has no codebook, expected one that has"):
         health.observe(load_run(tmp_path), "test", 10)
 
 

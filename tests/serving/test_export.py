@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import workloads
@@ -70,6 +71,24 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
         assert shapes["codes"] == [512, 3] and "correction" not in shapes
 
 
+def test_a_method_of_ones_own(runs):
+    """Made of the run's parameters as NumPy arrays; without one, the module has to be known."""
+    from tarq_jax.serving import build
+    from tarq_jax.training import restore
+
+    run = restore.load_run(runs / "target_attention")
+
+    def with_objective(**changes):
+        return run._replace(objective=run.objective._replace(**changes))
+
+    params, codewords = build.method_of(with_objective(to_method=lambda *made_of: made_of))
+    assert codewords is None and {type(leaf) for leaf in jax.tree.leaves(params)} == {np.ndarray}
+    with pytest.raises(ValueError, match="one of 'target_attention', whose objective says neither module"):
+        build.method_of(with_objective(module=None))
+    with pytest.raises(ValueError, match="expected 'target_attention' with codewords"):
+        build.method_of(with_objective(module=None), codewords=8)
+
+
 @pytest.mark.slow
 def test_scores_of_a_run(runs, tmp_path):
     """What the served run says of its test requests is what its evaluation says."""
@@ -85,10 +104,10 @@ def test_scores_of_a_run(runs, tmp_path):
 def test_scores_of_a_fine_tuned_conversion(runs, tmp_path, levels):
     from tarq_jax.models.parts import target_attention_parts
     from tarq_jax.serving import build
-    from tarq_jax.training import conversion, modules, restore
+    from tarq_jax.training import conversion, restore
 
     run = restore.load_run(runs / "target_attention")
-    parts = target_attention_parts(modules.make_module(run.config.model, run.dataset.schema))
+    parts = target_attention_parts(run.objective.module)
     model = conversion.trained_model(parts, run.state.params, run.dataset)
     index = conversion.fit_index(model, num_codewords=8, order=1, seed=3)
     if levels:
