@@ -4,14 +4,14 @@ A file in `configs/` starts from `default_config()` and changes what its experim
 """
 
 import copy
-import importlib.util
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
+
+from tarq_jax import own
 
 COMPARED = ("two_tower", "two_tower_large", "target_attention", "tarq")  # what a comparison trains by default
 MODELS = (*COMPARED, "cold", "inttower", "linear_attention", "sdim", "eta", "sim", "din")
@@ -45,7 +45,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.mesh.rules = ()
 
     config.data = ml_collections.ConfigDict()
-    config.data.name = "synthetic"  # key of tarq_jax.data.BUILDERS; its options follow as further keys
+    # A key of tarq_jax.data.BUILDERS, or MODULE:FUNCTION of your own; its options follow as further keys.
+    config.data.name = "synthetic"
     config.data.data_dir = "runs/data"  # where prepared data sets are kept
     config.data.prepared = ""  # a prepared directory to read instead, where the source files are not at hand
     config.data.stream = False  # requests stay on disk, for data that memory does not hold
@@ -152,14 +153,7 @@ def _one_of(*choices: str | int) -> Rule:
 
 def is_model(name: Any) -> bool:
     """Whether it is a model of the library, or MODULE:FUNCTION of a module that Python finds."""
-    if not isinstance(name, str) or ":" not in name:
-        return name in MODELS
-    module, _, function = name.partition(":")
-    try:
-        return function.isidentifier() and (
-            module in sys.modules or importlib.util.find_spec(module) is not None)
-    except (ImportError, ValueError):  # its package is not there, or it is no name of a module
-        return False
+    return name in MODELS or (isinstance(name, str) and own.is_there(name))
 
 
 MODEL_NAME = (f"one of {MODELS}, or MODULE:FUNCTION of a module that Python finds, for a model of your own "

@@ -7,10 +7,13 @@ Used like this::
         ...
 """
 
+import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tarq_jax import own
 from tarq_jax.data import impressions, movielens, sequences, synthetic, taobao_ads, taobao_userbehavior
 from tarq_jax.data.collate import collate
 from tarq_jax.data.hashing import hash_ids
@@ -19,7 +22,7 @@ from tarq_jax.data.options import AnySource, PipelineSource, Source, make_option
 from tarq_jax.data.order import Shard
 from tarq_jax.data.pipeline import Shapes, count_candidates, eval_batches, item_batches, train_batches
 from tarq_jax.data.prefetching import prefetch
-from tarq_jax.data.records import Dataset, Requests, Split, check_dataset
+from tarq_jax.data.records import Dataset, Requests, Split, check_dataset, hash_of
 from tarq_jax.data.sequences import SequencesOptions
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.synthetic import SyntheticOptions
@@ -35,7 +38,7 @@ def load(name: str, *, data_dir: str | Path, stream: bool = False, prepared: str
     """Reads a data set, which is prepared first where this was not done yet.
 
     Args:
-      name: a key of `BUILDERS`.
+      name: a key of `BUILDERS`, or MODULE:FUNCTION, which makes a `Dataset` of its options every time.
       data_dir: where prepared data sets are kept; safe to share and to delete.
       stream: requests stay on disk and are read as batches are made, for data that memory does not hold.
       prepared: a prepared directory to read instead, as `load_prepared` does; options then count for nothing.
@@ -48,7 +51,25 @@ def load(name: str, *, data_dir: str | Path, stream: bool = False, prepared: str
       ValueError: for an unknown name or option, an option out of range, or too many malformed rows.
       FileNotFoundError: where the source files are missing.
     """
+    if ":" in name and not prepared:
+        return _load_own(name, stream, options)
     return load_prepared(prepared or prepare(name, data_dir=data_dir, **options), stream=stream)
+
+
+def _load_own(name: str, stream: bool, options: Mapping[str, Any]) -> Dataset:
+    make = own.find("config.data.name", name)
+    if stream:
+        raise ValueError(f"config.data.stream is True, expected False with config.data.name={name!r}: what a "
+                         "function makes is in memory")
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"config.data has the options {sorted(options)} for {name}: {error}") from error
+    dataset = make(**options)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{name} gives a {type(dataset).__name__}, expected a tarq_jax.data.Dataset")
+    check_dataset(dataset)
+    return dataset if dataset.fingerprint else dataclasses.replace(dataset, fingerprint=hash_of(dataset))
 
 
 def prepare(name: str, *, data_dir: str | Path, beam_arguments: Sequence[str] = (), **options: Any) -> Path:
@@ -65,7 +86,8 @@ def prepare(name: str, *, data_dir: str | Path, beam_arguments: Sequence[str] = 
       FileNotFoundError: where the source files are missing.
     """
     if name not in BUILDERS:
-        raise ValueError(f"data set is {name!r}, expected one of {sorted(BUILDERS)}")
+        raise ValueError(f"data set is {name!r}, expected one of {sorted(BUILDERS)}; MODULE:FUNCTION of your "
+                         "own needs no preparation")
     values = make_options(BUILDERS[name], options)
     from tarq_jax.data import builders  # only here: importing tfds takes seconds
 

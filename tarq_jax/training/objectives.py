@@ -1,6 +1,5 @@
 """What each model is trained on: `Objective` bundles a module's init, loss and predictions."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from tarq_jax import losses, shards
+from tarq_jax import losses, own, shards
 from tarq_jax.models import Tarq
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
@@ -225,18 +224,9 @@ def build(
       ValueError: the model needs a field that the data does not have, or its function is not there.
     """
     if ":" in model.name:
-        return _own(model.name)(model, loss_weights, schema, tables, axis_name)
+        return own.find("config.model.name", model.name)(model, loss_weights, schema, tables, axis_name)
     module = make_module(model, schema, tables)
     if not isinstance(module, Tarq):
         return supervised(module, model.name, axis_name)
     return tarq(module, dict(loss_weights), as_served(module, model), axis_name)
 
-
-def _own(name: str) -> MakeObjective:
-    """What MODULE:FUNCTION names."""
-    module, _, function = name.partition(":")
-    found = getattr(importlib.import_module(module), function, None)
-    if not callable(found):
-        raise ValueError(f"config.model.name is {name!r}, expected a function of {module}, which has no "
-                         f"{function!r}")
-    return found

@@ -16,7 +16,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 IN_ORDER = ("tutorial.md", "how_to/serve.md")  # pages that run: each uses what those before it left
 ON_THEIR_OWN = ("how_to/install.md", "how_to/convert.md", "how_to/studies.md", "how_to/ab_test.md",
-                "how_to/own_quantizer.md", "how_to/own_head.md", "how_to/own_teacher.md")
+                "how_to/own_data.md", "how_to/own_quantizer.md", "how_to/own_head.md",
+                "how_to/own_teacher.md")
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
