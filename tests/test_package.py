@@ -41,7 +41,7 @@ def test_imports_point_one_way():
     below = {
         "types": set(),
         "schema": set(),
-        "data": {"types", "schema"},
+        "data": {"types", "schema", "own"},
         "kernels": {"blockwise"},
         "quantization": {"types", "blockwise", "kernels"},
         "blockwise": set(),
@@ -57,15 +57,16 @@ def test_imports_point_one_way():
         "models": {"types", "schema", "quantization", "attention", "approximate_attention", "expansion",
                    "corrections", "shards"},
         "training": {"types", "schema", "data", "quantization", "attention", "conversion", "losses",
-                     "metrics", "models", "shards", "config", "cli", "reporting"},
+                     "metrics", "models", "shards", "config", "own", "cli", "reporting"},
         "serving": {"types", "schema", "data", "quantization", "attention", "expansion", "corrections",
                     "conversion", "models", "training", "cli", "reporting"},
         "statistics": {"metrics", "checks"},
         "experiments": {"training", "data", "conversion", "metrics", "statistics", "models", "config", "cli",
                         "reporting"},
-        "config": set(),
+        "config": {"own"},
         "cli": {"config", "memory"},
         "memory": set(),
+        "own": set(),
         "reporting": set(),
     }
     root = Path(tarq_jax.__file__).parent
