@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse import linalg
 
 
 def _read(path: Path) -> dict[int, list]:
@@ -46,6 +45,8 @@ def svd_features(counts: sparse.csr_matrix, dims: int) -> np.ndarray:
     if small <= dims + 1:
         left, values, right = np.linalg.svd(counts.toarray(), full_matrices=False)
     else:
+        from scipy.sparse import linalg  # only here: importing it takes a quarter of a second
+
         left, values, right = linalg.svds(counts, k=dims, v0=np.ones(small) / np.sqrt(small))
     order = np.argsort(-values, kind="stable")[:dims]
     left, values, right = left[:, order], values[order], right[order]

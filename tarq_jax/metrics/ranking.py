@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import special
 
 from tarq_jax import checks
 
@@ -322,6 +322,8 @@ def _centred_ranks(values, mask):
     """Average ranks [B, G] of the real entries of each row, less their mean; 0 on padding."""
     if not values.size:
         return np.zeros(values.shape)
+    from scipy import stats  # only here: importing it takes most of a second
+
     ranks = stats.rankdata(np.where(mask, values, np.inf), axis=1)  # padding ranks last
     return np.where(mask, ranks - (mask.sum(axis=1, keepdims=True) + 1) / 2, 0.0)
 

@@ -100,7 +100,8 @@ def test_scores_of_a_run(runs, tmp_path):
         run.state.params, run.state.codebook.codewords, batch).logits["tarq"])
 
 
-@pytest.mark.parametrize("levels", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [0, 2])
 def test_scores_of_a_fine_tuned_conversion(runs, tmp_path, levels):
     from tarq_jax.models.parts import target_attention_parts
     from tarq_jax.serving import build

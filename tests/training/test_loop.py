@@ -40,7 +40,8 @@ def test_what_a_run_leaves(finished):
 
 @pytest.mark.parametrize("settings", [
     {"parallel": "pmap"},
-    {"mesh.model": 4, "mesh.rules": (("embedding$", (("data", "model"),)),), "model.table_multiple": 64},
+    pytest.param({"mesh.model": 4, "mesh.rules": (("embedding$", (("data", "model"),)),),
+                  "model.table_multiple": 64}, marks=pytest.mark.slow),  # steps of meshes: test_sharding.py
 ], ids=["pmap", "mesh"])
 def test_other_ways_to_use_the_devices_end_the_same(
         settings, finished, tiny_config, tiny_dataset, tmp_path, silent):
