@@ -49,8 +49,8 @@ def row_of_run(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], fol
         row |= {f"teacher_{key}": teacher[key] for key in ("auc", "gauc", "log_loss")}
     with np.load(folder / SCORES) as scores:
         kept = scores["weights"] > 0
-        found = statistics.auc_influence(
-            scores["labels"][kept], scores[row["model"]][kept], scores["users"][kept])
+        found = statistics.auc_influence(*(
+            scores[name][kept] for name in ("labels", row["model"], "users", "weights")))
     key = f"validation/{row['model']}/auc"
     curve = {line["step"]: line[key] for line in read_metrics(folder) if line.get(key) is not None}
     return row | {

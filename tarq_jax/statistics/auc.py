@@ -1,14 +1,13 @@
 """Intervals and paired tests of AUC by DeLong's placements, over independent candidates or over users.
 
-DeLong, DeLong and Clarke-Pearson 1988; mid-ranks make it O(n log n), Sun and Xu 2014. Candidates of one user
-are not independent: with `users`, Obuchowski 1997 sums placements within each.
+DeLong, DeLong and Clarke-Pearson 1988; sorted once it is O(n log n), as by Sun and Xu 2014. Candidates of one
+user are not independent: with `users`, Obuchowski 1997 sums placements within each.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from tarq_jax import checks
 from tarq_jax.statistics.estimates import Estimate, wald
@@ -21,16 +20,19 @@ class AucInfluence(NamedTuple):
     influence: np.ndarray  # [U], sums to 0; the variance of the AUC is U / (U - 1) times its sum of squares
 
 
-def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike) -> AucInfluence:
+def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike,
+                  weights: ArrayLike | None = None) -> AucInfluence:
     """AUC with its influence by user.
 
     With V_i the share of negatives below positive i, ties half, and V_j the share of positives above negative
     j, user u adds `sum_{i in u} (V_i - AUC) / P + sum_{j in u} (V_j - AUC) / N` (Obuchowski 1997, eq. 5).
+    With weights, shares, sums, P and N are weighted (ours): a weight of 2 is the candidate twice.
 
     Args:
       labels: [C] in {0, 1}.
       scores: [C] finite.
       users: [C] integers or strings, whose candidate it is.
+      weights: [C] > 0; 1 if not given.
 
     Returns:
       `AucInfluence`, users in the order of `numpy.unique`.
@@ -44,7 +46,12 @@ def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike) -> Auc
     units = int(unit.max()) + 1
     if units < 2:
         raise ValueError(f"users: expected at least 2, got {units}")
-    auc, spread = _spread(positive, scores)
+    if weights is not None:
+        weights = checks.non_negative("weights", weights)
+        checks.shape_of("weights", weights, positive.shape, "labels")
+        if np.any(weights == 0):
+            raise ValueError("weights: expected positive ones, got 0; leave those candidates out")
+    auc, spread = _spread(positive, scores, weights)
     return AucInfluence(auc, np.bincount(unit, spread, units))
 
 
@@ -105,16 +112,21 @@ def _guarded(labels: ArrayLike, name: str, scores: ArrayLike) -> tuple[np.ndarra
     return positive, scores
 
 
-def _spread(positive: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray]:
-    """AUC, and each candidate's placement less it, over the number of its class: [C]."""
-    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
-    ranks, own = stats.rankdata(scores), np.empty(len(scores))
-    for of_class in (positive, ~positive):
-        own[of_class] = stats.rankdata(scores[of_class])
-    below = ranks - own  # of the other class, ties half
-    placements = np.where(positive, below / num_negative, 1.0 - below / num_positive)
-    auc = float(placements[positive].mean())
-    return auc, (placements - auc) / np.where(positive, num_positive, num_negative)
+def _spread(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
+            ) -> tuple[float, np.ndarray]:
+    """AUC, and each candidate's placement less it, over the weight of its class: [C]."""
+    weights = np.ones(len(scores)) if weights is None else weights
+    _, place = np.unique(scores, return_inverse=True)
+
+    def below(of_class):
+        """Weight of a class below each candidate, ties half."""
+        at = np.bincount(place, weights * of_class)
+        return (np.cumsum(at) - at / 2)[place]
+
+    all_positive, all_negative = weights[positive].sum(), weights[~positive].sum()
+    placements = np.where(positive, below(~positive) / all_negative, 1.0 - below(positive) / all_positive)
+    auc = float(weights[positive] @ placements[positive] / all_positive)
+    return auc, weights * (placements - auc) / np.where(positive, all_positive, all_negative)
 
 
 def _independent(positive: np.ndarray, spread: np.ndarray) -> float:

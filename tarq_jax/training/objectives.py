@@ -38,7 +38,7 @@ class Diagnostics(NamedTuple):
 class Predictions(NamedTuple):
     """What evaluation looks at."""
 
-    logits: dict[str, jax.Array]  # name of predictor -> [B, G]
+    logits: dict[str, jax.Array]  # predictor -> [B, G]; the first in alphabetical order is the model's own
     diagnostics: Diagnostics | None  # None for models that do not quantize
 
 

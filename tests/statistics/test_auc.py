@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from tarq_jax import metrics
 from tarq_jax.statistics import auc_difference, auc_estimate, auc_influence
 
 
@@ -75,6 +76,20 @@ def test_influence_is_the_jackknife_to_first_order(seed):
     assert influence.sum() == pytest.approx(0, abs=1e-12)
     without = np.array([roc_auc_score(labels[users != u], scores[users != u]) for u in range(0, 200, 20)])
     np.testing.assert_allclose(auc - without, influence[::20], atol=2e-4)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_a_weight_is_so_many_copies(seed):
+    labels, scores, _ = draw(seed)
+    rng = np.random.default_rng(seed)
+    users, copies = rng.permutation(np.arange(60) % 9), rng.integers(1, 4, 60)
+    weighted = auc_influence(labels, scores, users, 0.5 * copies)
+    copied = auc_influence(*(np.repeat(values, copies) for values in (labels, scores, users)))
+    assert weighted.auc == pytest.approx(copied.auc) == metrics.auc(labels, scores, copies)
+    np.testing.assert_allclose(weighted.influence, copied.influence, atol=1e-12)
+    with pytest.raises(ValueError, match="weights: expected positive ones, got 0"):
+        auc_influence(labels, scores, users, copies - copies.min())
 
 
 def test_candidates_that_are_copied_tell_nothing_new():
