@@ -1,8 +1,17 @@
-"""Memory of the host: what a program frees after a call stays with the process, for its next call."""
+"""Memory of the host: what programs free stays with the process, for their next calls, or is given back."""
 
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
+def give_back() -> bool:
+    """Gives what is free back to the system, after more was needed than usual; False if it cannot."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(trim(0))
 
 
 def keep_freed() -> bool:

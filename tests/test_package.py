@@ -59,7 +59,7 @@ def test_imports_point_one_way():
         "training": {"types", "schema", "data", "quantization", "attention", "conversion", "losses",
                      "metrics", "models", "shards", "config", "own", "cli", "reporting"},
         "serving": {"types", "schema", "data", "quantization", "attention", "expansion", "corrections",
-                    "conversion", "models", "training", "cli", "reporting"},
+                    "conversion", "models", "training", "cli", "memory", "reporting"},
         "statistics": {"metrics", "checks"},
         "experiments": {"training", "data", "conversion", "metrics", "statistics", "models", "config", "cli",
                         "reporting"},

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from tarq_jax import memory
 from tarq_jax.serving.artefact import version_name
 from tarq_jax.serving.http.batching import Batcher, ServiceTimes, default_budget, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
@@ -110,6 +111,7 @@ class Versions:
             finally:
                 gc.collect()  # versions are full of cycles, which would keep the old one's arrays
                 gc.freeze()  # what is there now stays, and need not be looked through again and again
+                memory.give_back()  # for a while there were two versions
                 if self.current is not None:
                     self.current.batcher.patience = 0.0
         return new
