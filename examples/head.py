@@ -11,7 +11,7 @@ from flax import linen as nn
 from examples import small
 from tarq_jax.models import FirstOrderTarq
 from tarq_jax.models.target_attention import interaction_features
-from tarq_jax.training.modules import common, of_tarq
+from tarq_jax.training.modules import as_served, common, of_tarq
 from tarq_jax.training.objectives import tarq
 
 
@@ -37,7 +37,7 @@ class CrossTarq(FirstOrderTarq):
 def cross(model, loss_weights, schema, tables, axis_name):
     """TARQ with this head."""
     module = CrossTarq(**common(model, schema, tables), **of_tarq(model))
-    return tarq(module, loss_weights, axis_name=axis_name)
+    return tarq(module, loss_weights, as_served(module, model), axis_name)
 
 
 def compare(config, dataset):

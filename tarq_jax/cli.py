@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,8 @@ def run(main: Callable[..., None], *, words: bool = False) -> None:
     """
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step they take
     memory.keep_freed()
+    if os.getcwd() not in sys.path:  # where functions are that settings name; `python -m` has it there
+        sys.path.append(os.getcwd())
 
     def call(argv):
         sys.exit(_exit_code(functools.partial(main, argv[1:]) if words else main))

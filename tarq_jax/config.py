@@ -157,7 +157,7 @@ def is_model(name: Any) -> bool:
 
 
 MODEL_NAME = (f"one of {MODELS}, or MODULE:FUNCTION of a module that Python finds, for a model of your own "
-         "(tarq_jax.training.objectives.MakeObjective)")
+              "(tarq_jax.training.objectives.MakeObjective)")
 POSITIVE = Rule(lambda value: 0 < value < math.inf, "a positive number")
 FRACTION = Rule(lambda value: 0 <= value < 1, "a number in [0, 1)")
 
@@ -286,12 +286,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["codebook.init_latents"] < settings["model.num_codewords"]:
         raise ValueError(f"config.codebook.init_latents is {settings['codebook.init_latents']}, expected at "
                          f"least config.model.num_codewords, {settings['model.num_codewords']}")
-    if any(name in WITH_CODEBOOK or ":" in name for name in (settings["model.name"], *settings["baselines"])):
-        _check_codebook(settings)
+    if not WITH_CODEBOOK.isdisjoint((settings["model.name"], *settings["baselines"])):
+        check_codebook(config)
 
 
-def _check_codebook(settings: Mapping[str, Any]) -> None:
-    """What holds between settings where a model with a codebook is trained, as one of your own may be."""
+def check_codebook(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError unless settings go together where a model with a codebook is trained."""
+    settings = _flatten(config)
     if settings["codebook.start"] >= settings["steps"]:
         raise ValueError(f"config.codebook.start is {settings['codebook.start']}, expected less than "
                          f"config.steps, {settings['steps']}: no student is trained before it")

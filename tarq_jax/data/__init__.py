@@ -8,7 +8,6 @@ Used like this::
 """
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,17 +56,12 @@ def load(name: str, *, data_dir: str | Path, stream: bool = False, prepared: str
 
 
 def _load_own(name: str, stream: bool, options: Mapping[str, Any]) -> Dataset:
-    make = own.find("config.data.name", name)
     if stream:
         raise ValueError(f"config.data.stream is True, expected False with config.data.name={name!r}: what a "
                          "function makes is in memory")
-    try:
-        inspect.signature(make).bind(**options)
-    except TypeError as error:
-        raise ValueError(f"config.data has the options {sorted(options)} for {name}: {error}") from error
-    dataset = make(**options)
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"{name} gives a {type(dataset).__name__}, expected a tarq_jax.data.Dataset")
+    dataset = own.call("config.data.name", name, Dataset, **options)
+    if missing := {"train", "test"} - dataset.splits.keys():
+        raise ValueError(f"{name} gives the splits {sorted(dataset.splits)}, expected {sorted(missing)} too")
     check_dataset(dataset)
     return dataset if dataset.fingerprint else dataclasses.replace(dataset, fingerprint=hash_of(dataset))
 

@@ -262,11 +262,32 @@ def num_users(users: Mapping[str, np.ndarray]) -> int:
 
 
 def check_requests(schema: Schema, num_users: int, requests: Requests, where: str) -> None:
-    """Raises ValueError unless all ids are in range and all numbers finite."""
+    """Raises ValueError unless columns have their lengths, ids are in range, numbers finite, labels 0, 1."""
+    _check_lengths(requests, where)
     for name, ids in (("history", requests.history), ("candidates", requests.candidates)):
         check_column(Field(name, "item", "categorical", schema.num_items), ids, where)
     check_column(Field("user", "user", "categorical", num_users), requests.user, where)
     check_column(Field("labels", "item", "numeric"), requests.labels, where)
+    if (wrong := np.flatnonzero((requests.labels != 0) & (requests.labels != 1))).size:
+        raise ValueError(f"{where}: field 'labels' is {requests.labels[wrong[0]]} in row {wrong[0]}, "
+                         "expected 0 or 1")
     check_column(Field("weights", "item", "numeric"), requests.weights, where)
     check_columns(schema.side("context"), dict(requests.context), where)
     check_columns(schema.side("event"), dict(requests.event), where)
+
+
+def _check_lengths(requests: Requests, where: str) -> None:
+    """That each request owns a window of its columns, one after the other, and no column has more or less."""
+    for name, offsets, column in (("history", requests.history_offsets, requests.history),
+                                  ("candidates", requests.candidate_offsets, requests.candidates)):
+        lengths = np.diff(offsets)
+        if len(lengths) != len(requests) or offsets[0] or offsets[-1] != len(column) or np.any(lengths < 0):
+            raise ValueError(f"{where}: {name} of {len(lengths)} requests have lengths that add up to "
+                             f"{offsets[-1]}, expected {len(requests)} that add up to {len(column)}")
+    for name, values, expected in (
+            ("labels", requests.labels, len(requests.candidates)),
+            ("weights", requests.weights, len(requests.candidates)),
+            *((f"context {name!r}", values, len(requests)) for name, values in requests.context.items()),
+            *((f"event {name!r}", values, len(requests.history)) for name, values in requests.event.items())):
+        if len(values) != expected:
+            raise ValueError(f"{where}: {name} has {len(values)} rows, expected {expected}")

@@ -96,7 +96,8 @@ def load_model(checkpoint: Path) -> tuple[Any, ml_collections.ConfigDict]:
     run = load_run(checkpoint)
     module = run.objective.module
     if not isinstance(module, TargetAttention):
-        raise ValueError(f"{checkpoint}: a run of {run.config.model.name!r}, expected 'target_attention'")
+        name = run.config.model.name
+        raise ValueError(f"{checkpoint}: a run of {name!r}, expected one of target attention")
     return training.trained_model(target_attention_parts(module), run.state.params, run.dataset), run.config
 
 

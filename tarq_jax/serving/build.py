@@ -42,7 +42,7 @@ def method_of(
     name, module, codebook = run.config.model.name, run.objective.module, run.state.codebook
     if codewords is not None:
         if not isinstance(module, TargetAttention):
-            raise ValueError(f"the run is one of {name!r}, expected 'target_attention' with codewords")
+            raise ValueError(f"the run is one of {name!r}, expected one of target attention with codewords")
         trained = conversion.trained_model(target_attention_parts(module), run.state.params, run.dataset)
         index = conversion.fit_index(trained, num_codewords=codewords, order=order, seed=seed)
         if order and levels:
@@ -53,7 +53,10 @@ def method_of(
         return methods.converted(module, params, index)
     learned = None if codebook is None else np.asarray(codebook.codewords)
     if run.objective.to_method is not None:
-        return run.objective.to_method(jax.tree.map(np.asarray, run.state.params), learned)
+        made = run.objective.to_method(jax.tree.map(np.asarray, run.state.params), learned)
+        if not isinstance(made, Method):
+            raise ValueError(f"to_method of {name!r} gives a {type(made).__name__}, expected a Method")
+        return made
     if module is None:
         raise ValueError(f"the run is one of {name!r}, whose objective says neither module nor to_method")
     return methods.from_module(module, run.state.params, learned)

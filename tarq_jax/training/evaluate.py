@@ -13,6 +13,7 @@ from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predicti
 from tarq_jax.types import Batch
 
 Row = dict[str, Any]
+COLUMNS = frozenset({"labels", "users", "weights"})  # of a file of scores, beside the predictors'
 SCORES = "test_scores.npz"  # of a run whose configuration asks for it, see `write_scores`
 
 
@@ -51,7 +52,7 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
         raise ValueError("the split to evaluate has no requests, expected at least one")
     asked, logits = jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
     mask = asked.mask
-    of_candidates = {name: getattr(asked, name)[mask] for name in ("labels", "users", "weights")}
+    of_candidates = {name: getattr(asked, name)[mask] for name in sorted(COLUMNS)}
     rows = [{"model": name} | _ranking(values[mask], **of_candidates) for name, values in logits.items()]
     if scores is not None:
         write_scores(scores, of_candidates | {name: values[mask] for name, values in logits.items()})

@@ -66,7 +66,8 @@ def with_model(config: ml_collections.ConfigDict, name: str) -> ml_collections.C
 
 def named(model: str, rows: list[Row]) -> list[Row]:
     """Rows of a model in a table of several: a model of one's own may call its predictors as others do."""
-    return [row | {"model": f"{model}, {row['model']}"} if ":" in model else row for row in rows]
+    return [row | {"model": f"{model}, {row['model']}"} if ":" in model and row["model"] != model else row
+            for row in rows]
 
 
 def add_gap_recovered(rows: list[Row]) -> list[Row]:

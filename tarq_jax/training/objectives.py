@@ -224,7 +224,8 @@ def build(
       ValueError: the model needs a field that the data does not have, or its function is not there.
     """
     if ":" in model.name:
-        return own.find("config.model.name", model.name)(model, loss_weights, schema, tables, axis_name)
+        return own.call(
+            "config.model.name", model.name, Objective, model, loss_weights, schema, tables, axis_name)
     module = make_module(model, schema, tables)
     if not isinstance(module, Tarq):
         return supervised(module, model.name, axis_name)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from tarq_jax import own
 from tarq_jax.data import Dataset
 from tarq_jax.reporting import replacing
 
@@ -28,13 +29,19 @@ def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str,
 
     Returns:
       `config`, all settings; `data`, the fingerprint of the prepared data; `revision` of the code, see
-      `revision`; `packages`, their versions; `device`, kind and number; `python`.
+      `revision`; `packages`, their versions; `device`, kind and number; `own`, a hash of the file of each
+      function that the configuration names; `python`.
     """
     return {
         "config": json.loads(config.to_json()), "data": dataset.fingerprint, "revision": revision(),
-        "packages": dict(versions()), "device": device(),
+        "packages": dict(versions()), "device": device(), "own": own_code(config),
         "python": platform.python_version(),
     }
+
+
+def own_code(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """A hash of the file of each MODULE:FUNCTION of the configuration; what that imports is not told."""
+    return {name: own.source_of(name) for name in (config.model.name, config.data.name) if ":" in name}
 
 
 def device() -> str:

@@ -33,7 +33,10 @@ def load_run(workdir: Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"{workdir}: no checkpoints in it, expected the --workdir of a training run")
     with checkpoint.manager(workdir) as checkpoints:
-        config = saved_config(checkpoints)
+        try:
+            config = saved_config(checkpoints)
+        except ValueError as error:
+            raise ValueError(f"{workdir}: its settings do not hold: {error}") from error
         dataset = loop.load_data(config)
         provenance.check_data(Path(workdir), dataset)
         tables = sharding.make_tables(config)

@@ -83,8 +83,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
       ValueError: a setting does not fit the data or a checkpoint, or cannot be had with several seeds.
     """
     _check(config)
-    tables = sharding.make_tables(config)
-    objective = setup.build(config.model, config.loss_weights, dataset.schema, tables)
+    objective = setup.make_objective(config, dataset, sharding.make_tables(config))
     optimizer = setup.make_optimizer(config)
     fresh = unstack(jax.jit(jax.vmap(
         setup.initialiser(config, objective, optimizer), in_axes=(0, None), out_axes=STACKED))(

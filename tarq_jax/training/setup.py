@@ -11,8 +11,12 @@ import numpy as np
 import optax
 
 from tarq_jax import data, quantization
+from tarq_jax.config import check_codebook
+from tarq_jax.models.embedding import Tables
+from tarq_jax.shards import AxisName
 from tarq_jax.training import parallel, sharding
-from tarq_jax.training.objectives import Objective, build
+from tarq_jax.training.evaluate import COLUMNS
+from tarq_jax.training.objectives import STUDENT, TEACHER, Objective, build
 from tarq_jax.training.optimizers import make_optimizer
 from tarq_jax.training.state import TrainState, trainable
 from tarq_jax.training.step import codebook_updates, train_step
@@ -48,9 +52,41 @@ def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
         raise ValueError(f"config.batch_size is {config.batch_size}, expected a multiple of the {mesh.size} "
                          f"devices times config.accumulate, {config.accumulate}, with config.parallel='pmap'")
     tables = sharding.make_tables(config, mesh)
-    objective = build(config.model, config.loss_weights, dataset.schema, tables, way.axis_name)
-    optimizer = make_optimizer(config)
+    objective, optimizer = make_objective(config, dataset, tables, way.axis_name), make_optimizer(config)
     return Setup(way, mesh, objective, optimizer, init_state(config, objective, optimizer, dataset, mesh))
+
+
+def make_objective(
+    config: ml_collections.ConfigDict, dataset: data.Dataset, tables: Tables, axis_name: AxisName = None
+) -> Objective:
+    """The objective to train; what the settings do not tell of a model of one's own is checked here.
+
+    Raises:
+      ValueError: as `objectives.build`; or evaluation would fail once it is due.
+    """
+    if config.eval_every and "validation" not in dataset.splits:
+        raise ValueError(f"config.eval_every is {config.eval_every}, expected 0 with data that has no split "
+                         f"'validation' but {sorted(dataset.splits)}")
+    objective = build(config.model, config.loss_weights, dataset.schema, tables, axis_name)
+    if ":" in config.model.name:
+        if objective.latents is not None:
+            check_codebook(config)
+        _check_predictors(config, objective, dataset)
+    return objective
+
+
+def _check_predictors(config: ml_collections.ConfigDict, objective: Objective, dataset: data.Dataset) -> None:
+    name, batch = config.model.name, example(dataset)
+    fresh = initialiser(config, objective, make_optimizer(config))
+    state = jax.eval_shape(fresh, jax.random.key(0), batch)
+    codewords = trainable(None, state.codebook)["codewords"]
+    found = jax.eval_shape(objective.predict, state.params, codewords, batch)
+    predictors = sorted(found.logits)
+    if found.diagnostics is not None and (predictors[0] != STUDENT or TEACHER not in predictors):
+        raise ValueError(f"{name} has diagnostics and predicts {predictors}, expected {STUDENT!r} first in "
+                         f"the alphabet, and {TEACHER!r}")
+    if taken := COLUMNS.intersection(predictors):
+        raise ValueError(f"{name} predicts {sorted(taken)}, expected other names: files of scores have these")
 
 
 def batch_shapes(dataset: data.Dataset) -> data.Shapes:

@@ -47,5 +47,5 @@ def test_what_cannot_be_done(command, smoke_run):
     assert done.returncode == 1 and "expected at least num_codewords=9999" in done.stderr
     done = command(*CONVERT, f"--checkpoint={trained}", f"--two_tower={trained}/none")
     assert done.returncode == 1 and "does not exist, expected a finished two-tower run" in done.stderr
-    with pytest.raises(ValueError, match="a run of 'two_tower', expected 'target_attention'"):
+    with pytest.raises(ValueError, match="a run of 'two_tower', expected one of target attention"):
         convert.load_model(smoke_run("two_tower"))

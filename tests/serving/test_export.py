@@ -85,7 +85,7 @@ def test_a_method_of_ones_own(runs):
     assert codewords is None and {type(leaf) for leaf in jax.tree.leaves(params)} == {np.ndarray}
     with pytest.raises(ValueError, match="one of 'target_attention', whose objective says neither module"):
         build.method_of(with_objective(module=None))
-    with pytest.raises(ValueError, match="expected 'target_attention' with codewords"):
+    with pytest.raises(ValueError, match="expected one of target attention with codewords"):
         build.method_of(with_objective(module=None), codewords=8)
 
 
@@ -145,7 +145,7 @@ def test_a_model_that_is_not_served(command, smoke_run, tmp_path):
     """Though it is target attention but for its attention, it is neither exported nor converted as such."""
     out, run = tmp_path / "out", smoke_run("linear_attention")
     for flags, words in (([], "a model of class LinearAttention is not served, expected one of "),
-                         (["--codewords=8"], "one of 'linear_attention', expected 'target_attention'")):
+                         (["--codewords=8"], "one of 'linear_attention', expected one of target attention")):
         done = command(*EXPORT, f"--run={run}", f"--out={out}", *flags)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
         assert words in done.stderr and not out.exists()
@@ -240,7 +240,7 @@ def test_what_cannot_be_done(command, runs, tmp_path):
 
     out = tmp_path / "out"
     assert "no checkpoints in it" in fails(f"--run={tmp_path}", f"--out={out}")
-    assert "one of 'tarq', expected 'target_attention' with codewords" in fails(
+    assert "one of 'tarq', expected one of target attention with codewords" in fails(
         f"--run={runs / 'tarq'}", f"--out={out}", "--codewords=8")
     assert list(tmp_path.iterdir()) == []
     out.mkdir()

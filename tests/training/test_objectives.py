@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tarq_jax import data, losses, quantization
-from tarq_jax.config import COMPARED, MODELS, validate
-from tarq_jax.models import FirstOrderTarq, Tarq
+from tarq_jax import data, losses
+from tarq_jax.config import COMPARED, MODELS
+from tarq_jax.models import Tarq
 from tarq_jax.training import setup
-from tarq_jax.training.modules import common, of_tarq
 from tarq_jax.training.objectives import STUDENT, TEACHER, WITHOUT_CODEBOOK, build, tarq
 
 STUDENT_ONLY = ("level_attention", "student_head")  # parameters that only the student has
@@ -213,27 +212,3 @@ def test_the_teacher_trains_as_target_attention_alone_does(tiny_config, tiny_dat
         found[name] = state.params["params"]
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5),
                  found["tarq"]["teacher"], found["target_attention"])
-
-
-def own_tarq(model, loss_weights, schema, tables, axis_name):
-    """The library's, but for its codebook: the first latents."""
-    module = FirstOrderTarq(**common(model, schema, tables), **of_tarq(model))
-    return tarq(module, loss_weights, axis_name=axis_name)._replace(
-        fit=lambda rng, latents: quantization.with_codewords(latents[:8].reshape(2, 4, 4)))
-
-
-def test_an_objective_of_ones_own(tiny_config, tiny_dataset):
-    """Named by the configuration; its own fit takes the place of k-means."""
-    tiny_config.model.name = f"{__name__}:own_tarq"
-    validate(tiny_config)
-    parts = setup.set_up(tiny_config, tiny_dataset)
-    assert isinstance(parts.objective.module, FirstOrderTarq)
-    latents = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    fitted = setup.codebook_fit(tiny_config, parts.objective)(jax.random.key(0), latents)
-    np.testing.assert_array_equal(fitted.codewords, latents[:8].reshape(2, 4, 4))
-
-
-def test_a_function_that_is_not_there(tiny_config, tiny_dataset):
-    tiny_config.model.name = "json:lodas"
-    with pytest.raises(ValueError, match="'json:lodas', expected a function of json, which has no 'lodas'"):
-        build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)

@@ -20,6 +20,12 @@ def not_made():
     return {}
 
 
+def untested():
+    """Without a test split."""
+    dataset = tiny.make_dataset()
+    return dataclasses.replace(dataset, splits={"train": dataset.splits["train"]})
+
+
 def load(function="made", **options):
     return data.load(f"{__name__}:{function}", data_dir="nowhere", **options)
 
@@ -38,10 +44,11 @@ def test_its_fingerprint_is_of_its_contents_unless_it_has_one():
 
 
 @pytest.mark.parametrize(("function", "options", "message"), [
-    ("made", {"scale": 2.0}, r"config.data has the options \['scale'\] for .*:made: .*'scale'"),
+    ("made", {"scale": 2.0}, r"config.data.name is .*, expected .* options \['scale'\]: .*'scale'"),
+    ("untested", {}, r"gives the splits \['train'\], expected \['test'\] too"),
     ("made", {"rows": 9}, "items: field 'features' has 9 rows, expected 61"),
     ("made", {"stream": True}, "config.data.stream is True, expected False with config.data.name="),
-    ("not_made", {}, "gives a dict, expected a tarq_jax.data.Dataset"),
+    ("not_made", {}, "gives a dict, expected a tarq_jax.data.records.Dataset"),
     ("nothing", {}, "expected a function of .*, which has no 'nothing'"),
 ])
 def test_mistakes(function, options, message):
@@ -53,6 +60,26 @@ def test_mistakes(function, options, message):
 def test_no_such_module(name):
     with pytest.raises(ValueError, match=f"config.data.name is '{name}', expected MODULE:FUNCTION of"):
         data.load(name, data_dir="nowhere")
+
+
+@pytest.mark.parametrize(("column", "change", "message"), [
+    ("history_offsets", lambda x: x - (x == x[-1]), "history of .* requests have lengths that add up to"),
+    ("candidate_offsets", lambda x: x[:-1], "candidates of 4 requests have lengths that add up to .*, exp"),
+    ("candidate_offsets", lambda x: np.append(x[:1], x[1:][::-1]), "candidates of .* requests have lengths"),
+    ("labels", lambda x: x[:-1], "labels has 7 rows, expected 8"),
+    ("labels", lambda x: 3 * x, "field 'labels' is 3.0 in row 1, expected 0 or 1"),
+    ("weights", lambda x: np.append(x, x), "weights has 16 rows, expected 8"),
+])
+def test_columns_that_do_not_fit_together(column, change, message):
+    """Five requests; whatever is made by hand is refused before batches are cut from it."""
+    made_of = data.records.make_requests(
+        np.zeros(5, int), np.ones(6, int), np.array([2, 0, 1, 2, 1]),
+        np.ones(8, int), np.array([2, 1, 2, 1, 2]), np.array([0, 1, 0, 0, 1, 0, 0, 0]))
+    schema = tiny.make_dataset().schema
+    data.records.check_requests(schema, 1, made_of, "split 'train'")
+    changed = dataclasses.replace(made_of, **{column: change(getattr(made_of, column))})
+    with pytest.raises(ValueError, match=f"split 'train': {message}"):
+        data.records.check_requests(schema, 1, changed, "split 'train'")
 
 
 def test_it_needs_no_preparation():
