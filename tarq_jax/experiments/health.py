@@ -131,11 +131,13 @@ def sections(run: Any, observed: Observed, rows: Sequence[dict[str, Any]], workd
     from tarq_jax.experiments import plots
     from tarq_jax.experiments.page import Section
     from tarq_jax.metrics import diagnosis
+    from tarq_jax.models import FirstOrderTarq
 
     counts = metrics.usage_counts(observed.output.codes, observed.codewords.shape[1])
     error, by_length, by_head = attention_errors(observed)
     verdicts = [row["verdict"] for row in rows]
-    verdicts += diagnosis.diagnose_attention(error, by_length, run.config.model.order)
+    order = int(isinstance(run.objective.module, FirstOrderTarq))
+    verdicts += diagnosis.diagnose_attention(error, by_length, order)
     table = [{key: value for key, value in row.items() if key != "verdict"} for row in rows]
     shown = np.random.default_rng(0).permutation(len(observed.latents))[:3000]
     parts = {"summary": Section("In words", verdicts, table)}

@@ -232,6 +232,12 @@ def test_cross_head(batch, tiny_config, tiny_dataset):
     close(output.logits, backbone_output.logits + added[..., 0], rtol=1e-4, atol=1e-4)
 
 
+def test_codes_that_are_served_do_not_depend_on_the_batch(tiny_config, tiny_dataset):
+    tiny_config.model.assign = "balanced"
+    objective = objective_of(tiny_config, tiny_dataset.schema, "examples.head:cross")
+    assert objective.module.encode.keywords == {"assign": quantization.nearest}
+
+
 def test_listwise_loss():
     """In closed form; only differences within a request count, and no candidate that is not real."""
     logits = np.array([[1.0, 0.0, 5.0], [2.0, 2.0, 2.0], [3.0, 1.0, 2.0]], np.float32)

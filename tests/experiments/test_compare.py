@@ -144,3 +144,28 @@ def test_wrong_seeds(wrong_call, tmp_path, seeds):
 def test_wrong_configurations(wrong_call, argument, named):
     arguments = [argument] if "nowhere" in argument else ["--config=configs/synthetic.py:smoke", argument]
     assert named in wrong_call("-m", "tarq_jax.experiments.compare", *arguments)
+
+
+@pytest.mark.slow
+def test_models_of_ones_own(command, tmp_path):
+    """Beside the library's in one table, and as a variant of a study."""
+    own, other = "examples.backbone:gru", "examples.attention:random_features"
+    done = command("-m", "tarq_jax.experiments.compare", "--config=configs/synthetic.py:smoke", "--seeds=0",
+                   f"--model={own}", "--model=two_tower", f"--workdir={tmp_path / 'compared'}",
+                   f"--config.data.data_dir={tmp_path / 'data'}", f"--json={tmp_path / 'rows.json'}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["model"] for row in rows] == 2 * [own, "two_tower"]
+    study = tmp_path / "own_study.py"
+    study.write_text("from configs import ablation\n\n\ndef get_config(mode=''):\n"
+                     "    study = ablation.get_config('smoke')\n"
+                     "    with study.unlocked():\n"
+                     f"        study.variants = {{'tarq': {{'model': {{'name': '{own}'}}}},\n"
+                     f"                          'other': {{'model': {{'name': '{other}'}}}}}}\n"
+                     "    return study\n")
+    done = command("-m", "tarq_jax.experiments.ablate", f"--config={study}", "--seeds=0,1",
+                   f"--workdir={tmp_path / 'study'}", f"--config.base.data.data_dir={tmp_path / 'data'}",
+                   f"--json={tmp_path / 'study.json'}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "study.json").read_text())
+    assert [row["variant"] for row in rows] == ["tarq", "tarq", "other", "other"]
