@@ -54,7 +54,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.readers = 0  # threads that make batches; 0 leaves it to the one that prefetches
 
     config.model = ml_collections.ConfigDict()
-    config.model.name = "tarq"
+    config.model.name = "tarq"  # one of `MODELS`, or MODULE:FUNCTION of your own
     config.model.width = 32
     config.model.num_heads = 2
     config.model.hidden = (64,)
