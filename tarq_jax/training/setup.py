@@ -181,8 +181,8 @@ def make_step(
     )
     return functools.partial(
         train_step, objective=objective, optimizer=optimizer, update_codebook=update_codebook,
-        codebook_start=settings.start, accumulate=config.accumulate,
-        axis_name=parallel.WAYS[config.parallel].axis_name,
+        codewords_by_gradient=settings.learning == "gradient", codebook_start=settings.start,
+        accumulate=config.accumulate, axis_name=parallel.WAYS[config.parallel].axis_name,
     )
 
 

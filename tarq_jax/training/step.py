@@ -26,6 +26,7 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     update_codebook: CodebookUpdate,
+    codewords_by_gradient: bool = True,
     codebook_start: int = 0,
     accumulate: int = 1,
     axis_name: shards.AxisName = None,
@@ -41,6 +42,8 @@ def train_step(
       objective: what to minimise.
       optimizer: over `trainable`.
       update_codebook: statistics, EMA and revival, see `codebook_updates`.
+      codewords_by_gradient: False where `update_codebook` sets the codewords whatever the optimizer makes of
+        them: then nothing is differentiated with respect to them, in order 1 a quarter of a step.
       codebook_start: step from which on the codebook is in use.
       accumulate: micro-batches that gradients are computed in; the step is the same to rounding.
       axis_name: of the shards, see `tarq_jax.shards`; the objective has to be built for the same.
@@ -52,7 +55,10 @@ def train_step(
     active = state.step >= codebook_start
 
     def loss(variables, micro_batch):
-        return objective.loss(variables["params"], variables["codewords"], micro_batch, active, batch)
+        codewords = variables["codewords"]
+        if not codewords_by_gradient:
+            codewords = jax.lax.stop_gradient(codewords)
+        return objective.loss(variables["params"], codewords, micro_batch, active, batch)
 
     variables = trainable(state.params, state.codebook)
     aux, gradients = accumulate_gradients(loss, variables, batch, accumulate)

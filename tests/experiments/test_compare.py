@@ -141,7 +141,7 @@ def test_wrong_seeds(wrong_call, tmp_path, seeds):
 
 @pytest.mark.parametrize(("argument", "named"), [
     ("--config=configs/nowhere.py", "configs/nowhere.py"), ("--config.steps=0", "config.steps is 0"),
-    ("--model=no:one", "each has to be one of"), ("--config.model.name=no:one", "config.model.name is 'no:one'")])
+    ("--model=no:one", "each has to be one of"), ("--config.model.name=no:one", "model.name is 'no:one'")])
 def test_wrong_configurations(wrong_call, argument, named):
     arguments = [argument] if "nowhere" in argument else ["--config=configs/synthetic.py:smoke", argument]
     assert named in wrong_call("-m", "tarq_jax.experiments.compare", *arguments)
