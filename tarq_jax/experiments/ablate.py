@@ -8,7 +8,6 @@ intervals, figures and a page see `tarq_jax.experiments.report`, which reads the
 """
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
             except FloatingPointError as error:
                 failures.append(f"{name}: {error}")
                 continue
-            settings = json.loads(config.to_json())
+            settings = run_table.described(config)
             found = {seed: study.row_of_run(rows, settings, folders[seed]) | _origin()
                      for seed, rows in trained.items()}
         added = [{**(run_table.find(known, row) or found[row["seed"]]), **row} for row in wanted]

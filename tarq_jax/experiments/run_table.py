@@ -37,6 +37,14 @@ def settings_of(config: ml_collections.ConfigDict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def described(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The configuration as a row keeps it: all settings, but where its data lie."""
+    settings = json.loads(config.to_json())
+    for key in WITHOUT_EFFECT_OF_DATA:
+        settings["data"].pop(key, None)
+    return settings
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """All rows; none where there is no file.
 
