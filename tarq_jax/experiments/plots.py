@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y
 
@@ -203,20 +204,39 @@ def forest(intervals: Mapping[str, tuple[float, float, float]], label: str) -> F
     return figure
 
 
-def frontier(points: Mapping[str, tuple[float, float]], best: Sequence[str], quality: str) -> Figure:
-    """Quality over milliseconds; those in `best` are joined by a line."""
+def frontier(points: Mapping[str, tuple[float, float]], best: Sequence[str], quality: str,
+             reference: str = "") -> Figure:
+    """Quality over milliseconds; those in `best` are joined by a line.
+
+    Of points of one latency, which variants of one method have, the best is named, and the reference if it is
+    among them.
+    """
     figure, (axis,) = _panels(1, width=8.0, height=5.0)
     axis.plot(*zip(*(points[name] for name in best), strict=True), color=COLOURS[0], drawstyle="steps-post",
               linewidth=1)
-    at_once: dict[tuple[float, float], int] = {}  # labels of points that lie on each other are stacked
+    highest = {across: max(up for other, up in points.values() if other == across)
+               for across, _ in points.values()}
     for name, (across, up) in points.items():
-        place = round(across, 1), round(up, 2)
-        at_once[place] = at_once.get(place, 0) + 1
         axis.plot([across], [up], "o", color=COLOURS[0] if name in best else "#888888")
-        axis.annotate(name, (across, up), xytext=(5, 9 * at_once[place] - 5), textcoords="offset points",
-                      fontsize=8)
     axis.set(xscale="log", xlabel="ms", ylabel=quality)
+    _label(axis, {name: (across, up) for name, (across, up) in points.items()
+                  if name == reference or up == highest[across]})
     return figure
+
+
+def _label(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names points, from the left, each at the first place beside its point that is free, or at none."""
+    taken: list[Bbox] = []
+    for name, place in sorted(points.items(), key=lambda item: item[1]):
+        for above in (-4, 8, -16, 20, -28, 32):
+            label = axis.annotate(name, place, xytext=(6, above), textcoords="offset points", fontsize=8)
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        else:
+            continue
+        taken.append(box)
 
 
 def lines(by_name: Mapping[str, Line], across: str, up: str) -> Figure:

@@ -96,7 +96,7 @@ def sections(variants: Mapping[str, Any], rows: list[dict[str, Any]], reference:
         parts["frontier"] = Section(
             "Quality against latency", [sentence],
             image=plots.png(plots.frontier(points, study.on_frontier(points),
-                                           quality.replace("_", " "))),
+                                           quality.replace("_", " "), reference)),
             caption="Quality is of this study; latency the median of a whole request, of the serving "
                     "benchmark, at its sizes.")
     curves = {name: curve for name in [row["variant"] for row in rows][:CURVES]
