@@ -81,8 +81,17 @@ def test_a_method_of_ones_own(runs):
     def with_objective(**changes):
         return run._replace(objective=run.objective._replace(**changes))
 
-    params, codewords = build.method_of(with_objective(to_method=lambda *made_of: made_of))
+    made_of = []
+
+    def to_method(*arguments):
+        made_of.append(arguments)
+        return methods.from_module(run.objective.module, run.state.params)._replace(name="mine")
+
+    assert build.method_of(with_objective(to_method=to_method)).name == "mine"
+    (params, codewords), = made_of
     assert codewords is None and {type(leaf) for leaf in jax.tree.leaves(params)} == {np.ndarray}
+    with pytest.raises(ValueError, match="to_method of 'target_attention' gives a tuple, expected a Method"):
+        build.method_of(with_objective(to_method=lambda *arguments: arguments))
     with pytest.raises(ValueError, match="one of 'target_attention', whose objective says neither module"):
         build.method_of(with_objective(module=None))
     with pytest.raises(ValueError, match="expected one of target attention with codewords"):
