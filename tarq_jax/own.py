@@ -46,7 +46,6 @@ def call(setting: str, name: str, returns: type, /, *arguments: Any, **options: 
 
 def source_of(name: str) -> str:
     """16 hexadecimal digits of the file that MODULE:FUNCTION is in; empty if it is in none."""
-    spec = importlib.util.find_spec(name.partition(":")[0]) if is_there(name) else None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        return ""
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
+    module = importlib.import_module(name.partition(":")[0]) if is_there(name) else None
+    file = Path(getattr(module, "__file__", None) or "")
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

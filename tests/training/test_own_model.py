@@ -1,6 +1,8 @@
 """A model of one's own, named by the configuration: what it may be, and what is refused before training."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -131,4 +133,7 @@ def test_hash_of_a_file(tmp_path, monkeypatch):
     before = own.source_of("made_up:make")
     (tmp_path / "made_up.py").write_text("def make(): return 1\n")
     assert len(before) == 16 and before != own.source_of("made_up:make")
+    session = "from tarq_jax import own; print(own.source_of('__main__:make'), end='')"
+    done = subprocess.run([sys.executable, "-c", session], capture_output=True, text=True, check=True)
+    assert done.stdout == ""  # a session is in no file
     assert own.source_of("nowhere:make") == own.source_of("sys:exit") == "" != own.source_of("json:loads")
