@@ -105,8 +105,7 @@ class Trial:
         found = load.summary(sent, seconds)
         self._keep("stage", stage=name, second=began, seconds=seconds, **facts, **found)
         for second in range(int(seconds)):
-            part = [one for one in sent if second <= one.due < second + 1]
-            part = [one._replace(due=one.due - second) for one in part]
+            part = [one._replace(due=one.due - second) for one in sent if second <= one.due < second + 1]
             self._keep("second", second=began + second, **load.summary(part, 1.0))
         return found
 

@@ -1,17 +1,15 @@
 """Memory of the host: what programs free stays with the process, for their next calls, or is given back."""
 
 import ctypes
+from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def give_back() -> bool:
     """Gives what is free back to the system, after more was needed than usual; False if it cannot."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(trim(0))
+    trim = _of_glibc("malloc_trim")
+    return trim is not None and bool(trim(0))
 
 
 def keep_freed() -> bool:
@@ -21,8 +19,12 @@ def keep_freed() -> bool:
     and unmaps it, and by every call the system clears its pages again: a quarter of the time of a training
     step. The process holds on to the most that it has needed.
     """
+    mallopt = _of_glibc("mallopt")
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # no glibc; no process-wide namespace to look in
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+        return None

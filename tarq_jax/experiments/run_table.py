@@ -31,9 +31,7 @@ WITHOUT_EFFECT_OF_DATA = ("data_dir", "readers", "prepared", "source", "attribut
 
 def settings_of(config: ml_collections.ConfigDict) -> str:
     """A short hash of the settings that a run's numbers depend on, but for its seed and data files."""
-    settings = {key: value for key, value in config.to_dict().items() if key not in WITHOUT_EFFECT}
-    settings["data"] = {key: value for key, value in settings["data"].items()
-                        if key not in WITHOUT_EFFECT_OF_DATA}
+    settings = {key: value for key, value in described(config).items() if key not in WITHOUT_EFFECT}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

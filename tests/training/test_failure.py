@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +112,7 @@ def test_a_poisoned_batch(poisoned, tiny_config, tmp_path, silent):
     message = fails(tiny_config, poisoned, tmp_path, silent)
     assert message.startswith("step 5: {") and "'loss/student': nan" in message
     assert "not finite in the batch: ['labels']" in message
-    assert re.search(r"gradient of 'params/params/[\w/]+' not finite, the first of \d\d;", message)
+    assert "gradient of 'params/params/log_radius' not finite, the first of 58;" in message
     with checkpoint.manager(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 4
     kept = failure.load_batch(tmp_path / "failed_step_5.npz")
