@@ -81,8 +81,7 @@ def running(artefact: Path, options: Options = PATIENT) -> Iterator[Running]:
     thread.start()
     found = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
     try:
-        wait_for(lambda: server.should_exit or (
-            getattr(server.app.state, "service", None) and found.service.versions.current))
+        wait_for(lambda: server.should_exit or found.metric("tarq_swaps_total", result="taken"))
         yield found
     finally:
         server.should_exit = True

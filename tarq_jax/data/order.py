@@ -61,6 +61,17 @@ class Order:
     _starts: list[int] = dataclasses.field(default_factory=lambda: [0])  # first step of epochs found so far
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        """Refuses batches that an epoch might have none of.
+
+        Raises:
+          ValueError: the windows of an epoch may all be smaller than a batch.
+        """
+        if self.batch_size > (largest := _largest_batch(self)):
+            raise ValueError(f"batch_size is {self.batch_size}, expected at most {largest}: "
+                             f"{sum(self.sizes)} requests lie in {len(self.sizes)} blocks, of which "
+                             f"{self.window} are shuffled together, and {self.shard.count} hosts share them")
+
     @property
     def rows(self) -> slice:
         """The rows of a drawn batch that are this host's."""
@@ -78,9 +89,28 @@ class Order:
 def windows(order: Order, epoch: int, host: int | None = None) -> list[np.ndarray]:
     """The blocks of each window of an epoch, for this host or, where blocks are dealt, another one."""
     host = (order.shard.index if host is None else host) if order.dealt else 0
-    own = np.arange(len(order.sizes))[host::order.shard.count if order.dealt else 1]
+    own = _own(order, host)
     shuffled = np.random.default_rng([order.seed, epoch, 0, host, 1]).permutation(own)
     return np.array_split(shuffled, -(-len(own) // order.window))
+
+
+def _own(order: Order, host: int) -> np.ndarray:
+    """The blocks that a host reads."""
+    return np.arange(len(order.sizes))[host::order.shard.count if order.dealt else 1]
+
+
+def _hosts(order: Order) -> range:
+    """Those that have an order of their own."""
+    return range(order.shard.count if order.dealt else 1)
+
+
+def _largest_batch(order: Order) -> int:
+    """Of all hosts together; whatever the shuffling, one window holds at least the mean of its epoch."""
+    def mean(host: int) -> int:
+        own = _own(order, host)
+        return -(-int(np.asarray(order.sizes)[own].sum()) // -(-len(own) // order.window))
+
+    return min(map(mean, _hosts(order))) * len(_hosts(order))
 
 
 @functools.lru_cache(maxsize=8)
@@ -96,23 +126,14 @@ def _batches(order: Order, epoch: int, host: int) -> np.ndarray:
 
 def _steps(order: Order, epoch: int) -> int:
     """Steps that all hosts have in an epoch."""
-    hosts = range(order.shard.count) if order.dealt else (order.shard.index,)
-    return min(int(_batches(order, epoch, host)[-1]) for host in hosts)
+    return min(int(_batches(order, epoch, host)[-1]) for host in _hosts(order))
 
 
 def locate(order: Order, step: int) -> Position:
-    """Where the batch of a step lies.
-
-    Raises:
-      ValueError: an epoch has no whole batch.
-    """
+    """Where the batch of a step lies."""
     with order._lock:
         while order._starts[-1] <= step:
-            epoch = len(order._starts) - 1
-            if not (steps := _steps(order, epoch)):
-                raise ValueError(f"batch_size is {order.batch_size}, expected at most the requests of a "
-                                 f"host: {order.shard.count} hosts share {sum(order.sizes)}")
-            order._starts.append(order._starts[-1] + steps)
+            order._starts.append(order._starts[-1] + _steps(order, len(order._starts) - 1))
     epoch = bisect.bisect_right(order._starts, step) - 1
     step -= order._starts[epoch]
     ends = _ends(order, epoch)

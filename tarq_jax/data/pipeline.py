@@ -121,8 +121,8 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
       An iterator over `Batch` with NumPy leaves.
 
     Raises:
-      ValueError: the split is unknown or has fewer requests than a batch, hosts do not divide the batch, or
-        buckets do not rise.
+      ValueError: the split is unknown, it or a window of it has fewer requests than a batch, hosts do not
+        divide the batch, or buckets do not rise.
     """
     requests = _split(dataset, split)
     _check_sizes(batch_size=batch_size, history_length=history_length, num_candidates=num_candidates,
@@ -134,7 +134,6 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
                          f"(batch_size {batch_size})")
     dealt = deals_blocks(len(requests.sizes), shard, lengths[:-1])
     order = Order(requests.sizes, batch_size, seed, shard, dealt, window)
-    locate(order, 0)  # refuses what has no whole batch
     batches = TrainBatches(dataset, requests, order, lengths, num_candidates)
     if readers:
         return _in_threads(batches, start_step, readers)

@@ -27,12 +27,11 @@ def walk(order: Order, steps: int) -> list[tuple[Position, np.ndarray]]:
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=9), batch=st.integers(1, 4),
        window=st.integers(1, 4), seed=st.integers(0, 2**40))
 def test_an_epoch_has_no_request_twice_and_leaves_out_less_than_a_batch_a_window(sizes, batch, window, seed):
-    order = Order(tuple(sizes), batch, seed, window=window)
-    try:
-        locate(order, 0)
-    except ValueError:
-        assert all(sum(sizes[b] for b in blocks) < batch for blocks in windows(order, 0))
+    if batch > (largest := -(-sum(sizes) // -(-len(sizes) // window))):
+        with pytest.raises(ValueError, match=f"batch_size is {batch}, expected at most {largest}: "):
+            Order(tuple(sizes), batch, seed, window=window)
         return
+    order = Order(tuple(sizes), batch, seed, window=window)
     epochs: dict[int, list] = {}
     for at, requests in walk(order, 60):
         epochs.setdefault(at.epoch, []).append((at, requests))
@@ -98,6 +97,15 @@ def test_buckets_group_requests_and_lose_none_by_length():
     assert padded < 0.8 * 100 * 1000  # against the longest for all
 
 
-def test_a_batch_that_no_window_holds_is_refused():
-    with pytest.raises(ValueError, match="batch_size is 20, expected at most the requests of a host"):
-        locate(Order(SIZES, 20, seed=0, window=1), 0)
+@pytest.mark.parametrize(("batch", "largest", "count"), [(20, 6, 1), (8, 6, 1), (12, 10, 2)])
+def test_a_batch_that_an_epoch_may_have_none_of_is_refused(batch, largest, count):
+    """Though some epochs have: windows of (1, 1, 2) requests, two blocks each, hold 3 or 2 of them."""
+    with pytest.raises(ValueError, match=f"batch_size is {batch}, expected at most {largest}: 41 requests"):
+        Order(SIZES, batch, seed=0, shard=Shard(0, count), dealt=count > 1, window=1)
+    with pytest.raises(ValueError, match="batch_size is 3, expected at most 2"):
+        Order((1, 1, 2), 3, seed=0, window=2)
+
+
+def test_the_largest_batch_is_found_in_every_epoch():
+    order = Order(SIZES, 6, seed=0, window=1)
+    assert {at.epoch for at, _ in walk(order, 400)} == set(range(1 + locate(order, 399).epoch))
