@@ -48,33 +48,41 @@ class FirstOrderTarq(Tarq):
         project = self.teacher.attention.frozen_outputs if frozen else self.teacher.attention.outputs
 
         def attend(queries, rows=slice(None)):
-            keys, values = teacher.keys[rows], teacher.values[rows]
-            return project(self.compute.attend(queries, keys, values, mask[rows]))
+            return self.compute.attend(queries, teacher.keys[rows], teacher.values[rows], mask[rows])
 
-        mean, changes = first_order(attend, *self.centre_and_residuals(quantizer))
+        centre, residuals = self.centre_and_residuals(quantizer)
+        mean, changes = first_order(attend, centre, residuals)
+        mean, changes = first_order(project, mean, self.damping(residuals) * changes)
         level_1 = jnp.swapaxes(codewords[0].reshape(-1, *teacher.keys.shape[1::2]), 0, 1)  # [H, K, E]
         aligned = jnp.broadcast_to(level_1, (num_aligned, *level_1.shape))
-        personalized = attend(aligned, slice(num_aligned))[:, None]
+        personalized = project(attend(aligned, slice(num_aligned)))[:, None]
         return jnp.stack([mean, *changes], axis=2), personalized
 
     def centre_and_residuals(self, quantizer: QuantizerOutput) -> tuple[jax.Array, jax.Array]:
-        """The codeword of level 1, [B, H, G, E], and those of further levels, damped, [L - 1, B, H, G, E]."""
+        """The codeword of level 1, [B, H, G, E], and those of further levels, [L - 1, B, H, G, E]."""
         heads = (self.num_heads, self.width // self.num_heads)
         chosen = quantizer.chosen.reshape(*quantizer.chosen.shape[:-1], *heads)
         chosen = jnp.moveaxis(chosen, (2, 3), (0, 2))
-        centre, residuals = chosen[0], chosen[1:]
-        return centre, residuals * damping(residuals.sum(axis=0), radius=jnp.exp(self.log_radius))
+        return chosen[0], chosen[1:]
+
+    def damping(self, residuals: jax.Array) -> jax.Array:
+        """Of [L - 1, B, H, G, E], together: [B, H, G, 1], to multiply what the Jacobian makes of them with.
+
+        That is linear, so that it may as well come first; but then the gradient of the radius would go back
+        through attention.
+        """
+        return damping(residuals.sum(axis=0), radius=jnp.exp(self.log_radius))
 
     def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
         """Weights head by head; to first order they still sum to one, but may be negative."""
         teacher = self.teacher(batch)
         quantizer = self.encode_candidates(codewords, self.latents(teacher), batch)
         mask = batch.history_mask[:, None, None]
+        centre, residuals = self.centre_and_residuals(quantizer)
         value, changes = first_order(
-            lambda queries: attention_weights(queries, teacher.keys, mask),
-            *self.centre_and_residuals(quantizer),
-        )
-        pairs = (value + changes.sum(axis=0), attention_weights(teacher.queries, teacher.keys, mask))
+            lambda queries: attention_weights(queries, teacher.keys, mask), centre, residuals)
+        student = value + self.damping(residuals) * changes.sum(axis=0)
+        pairs = student, attention_weights(teacher.queries, teacher.keys, mask)
         return {f"head {index + 1}": AttentionWeights(*(weights[:, index] for weights in pairs))
                 for index in range(self.num_heads)}
 

@@ -34,7 +34,7 @@ from tarq_jax.serving.tarq_methods import first_order, order_0
 # What is served, and what is derived from it; with the methods of each that the item side has once more, over
 # arrays of an index: in a subclass they have to be the library's.
 RESTATED: dict[type[nn.Module], tuple[str, ...]] = {
-    FirstOrderTarq: ("__call__", "latents", "attend", "centre_and_residuals", "student_logits",
+    FirstOrderTarq: ("__call__", "latents", "attend", "centre_and_residuals", "damping", "student_logits",
                      "codeword_scores"),
     Tarq: ("__call__", "latents", "attend", "student_logits"),
     TargetAttention: ("__call__", "score"),
