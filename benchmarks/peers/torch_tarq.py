@@ -156,12 +156,12 @@ class TorchTarq(nn.Module):
 
     def _expand(self, seen: dict[str, Tensor], chosen: Tensor, mask: Tensor, aligned: int
                 ) -> tuple[Tensor, Tensor]:
-        """Order 1: attention at the first codeword and its derivative along the further, damped ones."""
+        """Order 1: attention at the first codeword and its derivative along the further ones, damped."""
         heads, keys, values = self.sizes.heads, seen["keys"], seen["values"]
         chosen = split_heads(chosen.permute(2, 0, 1, 3), heads)  # [L, B, H, G, E]
         centres, residuals = chosen[0], chosen[1:]
         length = residuals.sum(dim=0).square().sum(dim=-1, keepdim=True)
-        residuals = residuals / (1.0 + length / self.log_radius.exp().square())
+        damping = 1.0 / (1.0 + length / self.log_radius.exp().square())
         scale = 1.0 / math.sqrt(keys.shape[-1])
         transposed = keys.transpose(-1, -2) * scale
         weights = (centres @ transposed).masked_fill(~mask[:, None, None], -1e30).softmax(dim=-1)
@@ -170,7 +170,7 @@ class TorchTarq(nn.Module):
         output = self.teacher.attention.output
         weight, bias = output.weight.detach(), output.bias.detach()
         mean = F.linear(join_heads(weights @ values), weight, bias)
-        changes = F.linear(join_heads(shifts @ values), weight)
+        changes = F.linear(join_heads(damping * (shifts @ values)), weight)
         queries = split_heads(self.codewords[0], heads).expand(aligned, -1, -1, -1)
         at_codewords = SDPA(queries, keys[:aligned], values[:aligned],
                             attn_mask=mask[:aligned, None, None])
