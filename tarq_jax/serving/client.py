@@ -92,6 +92,17 @@ class Client:
         """What is served; Unavailable while the service is not ready."""
         return self.get("/readyz")
 
+    def wait(self, seconds: float) -> dict[str, Any]:
+        """`version`, as soon as the service is ready; its last error where that takes over `seconds`."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self.version()
+            except OSError:
+                if (left := end - time.monotonic()) <= 0:
+                    raise
+                time.sleep(min(0.1, left))
+
     def get(self, path: str) -> dict[str, Any]:
         """JSON at a path of the service; errors as `score`."""
         return self._ask("GET", path, None)

@@ -22,6 +22,7 @@ CANDIDATES = flags.DEFINE_list(
     "candidates", None, "Ids to rank; all that are served by default.", allow_override=True)
 TOP_K = flags.DEFINE_integer("top_k", 10, "How many to return.", lower_bound=1, allow_override=True)
 RETRIES = flags.DEFINE_integer("retries", 3, "Further attempts where the service is busy.", lower_bound=0)
+WAIT = flags.DEFINE_float("wait", 0.0, "Seconds to wait until the service is ready.", lower_bound=0.0)
 TOKEN = cli.token_flag()
 JSON = cli.json_flag()
 
@@ -56,6 +57,8 @@ def main() -> None:
     """Flags to table."""
     request, candidates, token = read_request(), ids_of(CANDIDATES), cli.read_token(TOKEN)
     with Client(cli.url(URL), token=token, retries=RETRIES.value) as client:
+        if WAIT.value:
+            client.wait(WAIT.value)
         answer = client.score(request, candidates, top_k=TOP_K.value)
     rows = [{"rank": rank, "id": item, "score": score} for rank, (item, score) in enumerate(
         zip(answer.ids, answer.scores, strict=True), 1)]

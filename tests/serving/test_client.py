@@ -21,8 +21,8 @@ def answering(*answers, close=False):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
-            body = self.rfile.read(int(self.headers["content-length"]))
-            asked.append((self.path, dict(self.headers), json.loads(body)))
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            asked.append((self.path, dict(self.headers), json.loads(body or "null")))
             status, content, headers = left.pop(0) if len(left) > 1 else left[0]
             self.send_response(status)
             for name, value in ({"content-length": str(len(content))} | headers).items():
@@ -30,6 +30,8 @@ def answering(*answers, close=False):
             self.end_headers()
             self.wfile.write(content)
             self.close_connection = close  # without a word, as a service does with an idle connection
+
+        do_GET = do_POST
 
         def log_message(self, *_):
             pass
@@ -95,6 +97,22 @@ def test_retries_where_it_is_busy():
         with pytest.raises(Wrong):
             client.score({})
         assert len(asked) == 1
+
+
+def test_waits_for_a_service_that_is_not_ready():
+    loading = reply({"error": "loading"}, 503)
+    with answering(loading, loading, reply({"version": "1"})) as (url, asked), Client(url) as client:
+        assert client.wait(60) == {"version": "1"}
+        assert [path for path, *_ in asked] == ["/readyz"] * 3
+    with answering(loading) as (url, asked), Client(url) as client:
+        with pytest.raises(Unavailable, match="loading"):
+            client.wait(0.15)
+        assert len(asked) > 1
+    with answering(reply({"error": "who asks?"}, 403)) as (url, asked), Client(url) as client:
+        with pytest.raises(Wrong, match="who asks"):
+            client.wait(60)
+    with pytest.raises(ConnectionRefusedError), Client("http://127.0.0.1:1") as client:
+        client.wait(0.01)
 
 
 @pytest.mark.parametrize("url", ["localhost", "ftp://localhost", "http://", "http:///x", ""])

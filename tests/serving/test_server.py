@@ -49,7 +49,7 @@ def test_commands_and_drain(started, command, tmp_path):
     (tmp_path / "token").write_text("secret\n")
     process, url = started(f"--token_file={tmp_path / 'token'}", "--drain_seconds=3")
     (tmp_path / "request.json").write_text(json.dumps(GOOD))
-    asked = [*REQUEST, f"--url={url}", f"--request={tmp_path / 'request.json'}", "--top_k=3"]
+    asked = [*REQUEST, f"--url={url}", f"--request={tmp_path / 'request.json'}", "--top_k=3", "--wait=60"]
     done = command(*asked, f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'rows.json'}")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
