@@ -26,7 +26,8 @@ DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others
                            lower_bound=0.0)
 BUDGET = flags.DEFINE_float(
     "budget_ms", None, "Requests that would take longer are told 503; by default twice what one takes "
-    "without load, as is measured all along, and the delay.", lower_bound=0.1)
+    "without load, as is measured all along, and the delay; up to six times that, the less has come of late.",
+    lower_bound=0.1)
 TIMEOUT = flags.DEFINE_float("timeout_ms", 2000.0, "After that a request is told 504, or 408 if its body "
                              "has not come.", lower_bound=1.0)
 QUEUE = flags.DEFINE_integer("queue", 256, "Requests that may be on their way; more are told 503.",

@@ -5,6 +5,9 @@ its first request has waited for `delay`; so nobody waits for company while the 
 than that, and under load batches fill while the one before runs. A request that is not expected to be
 answered within `budget` of its arrival is refused at once, or, if batches turn out slower than expected, when
 its turn comes: under overload what is accepted keeps its latency, and the queue stays short by itself.
+
+A burst is no overload: the less has come of late, the longer is the default budget, so that what comes
+together by chance is answered later rather than refused. A budget that was set is kept to.
 """
 
 import asyncio
@@ -19,6 +22,9 @@ Result = TypeVar("Result")
 
 GAIN = 0.1  # that a larger batch has to bring a request
 LARGEST_JUMP = 4  # of one observed time over their mean: a hiccup is not a trend
+FULL = 1.25  # of what a service should be able to take: from this load on it is overload, not a burst
+BURST = 5.0  # budgets that are added where nothing has come of late, and in proportion in between
+MEMORY = 32  # of the largest batches: the time over which the load is taken
 
 
 class Refused(Exception):
@@ -65,6 +71,33 @@ class ServiceTimes:
         return next(seconds for size, seconds in self._seconds.items() if size >= count)
 
 
+class Load:
+    """Work that comes a second, in seconds of the largest batches: a running mean over `MEMORY` of them.
+
+    What is refused counts too, so that an overload is told from a machine that is just busy.
+    """
+
+    def __init__(self, now: float):
+        """Nothing has come so far."""
+        self._load, self._since = 0.0, now
+
+    def arrive(self, now: float, batch: float, largest: int) -> None:
+        """One item more, where a batch of `largest` takes `batch` seconds.
+
+        Example:
+          >>> load = Load(0.0)
+          >>> for number in range(1, 1001):
+          ...     load.arrive(number * 0.5, batch=2.0, largest=4)
+          >>> round(load.of(500.0, batch=2.0), 1)  # of as much as it can take
+          1.0
+        """
+        self._load, self._since = self.of(now, batch) + 1.0 / (MEMORY * largest), now
+
+    def of(self, now: float, batch: float) -> float:
+        """The load as of now."""
+        return self._load * math.exp((self._since - now) / (MEMORY * batch))
+
+
 def useful_sizes(seconds: Mapping[int, float], budget: float) -> list[int]:
     """The sizes of batches that are worth it: faster a request than smaller ones, and two fit the budget.
 
@@ -96,6 +129,7 @@ def default_budget(seconds: float, delay: float) -> float:
 class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     arrived: float  # by the loop's clock
+    budget: float  # that it was taken with
     answer: "asyncio.Future[Result]"
 
 
@@ -121,7 +155,8 @@ class Batcher(Generic[Item, Result]):
           times: of batches.
           largest: items of a batch.
           delay: seconds to wait for more items while nothing runs.
-          budget: seconds from arrival to answer; None for those of `default_budget`, which follow `times`.
+          budget: seconds from arrival to answer; None for those of `default_budget`, which follow `times`,
+            and more for bursts.
           limit: items that may wait, whatever their expected time.
           on_batch: told of each batch its size, how long its first item waited, and how long it ran.
         """
@@ -135,13 +170,19 @@ class Batcher(Generic[Item, Result]):
         self._expected_end: float | None = None  # of the batch that runs
         self._idle = asyncio.Event()
         self._idle.set()
+        self._load = Load(self._loop.time())
+
+    @property
+    def least_budget(self) -> float:
+        """Seconds from arrival to answer under overload."""
+        return default_budget(self._times.estimate(1), self._delay) if self._budget is None else self._budget
 
     @property
     def budget(self) -> float:
         """Seconds from arrival to answer, as of now."""
-        if self._budget is not None:
-            return self._budget + self.patience
-        return default_budget(self._times.estimate(1), self._delay) + self.patience
+        load = self._load.of(self._loop.time(), self._times.estimate(self.largest))
+        room = 0.0 if self._budget is not None else max(0.0, 1.0 - load / FULL)
+        return self.least_budget * (1.0 + BURST * room) + self.patience
 
     @property
     def waiting(self) -> int:
@@ -155,10 +196,10 @@ class Batcher(Generic[Item, Result]):
         """
         end, now = self._expected_answer(arrived), self._loop.time()
         seconds = end - now
-        if len(self._queue) >= self._limit:
-            raise Refused("full", seconds)
-        if arrived + self.budget < (now if self._idle.is_set() else end):
-            raise Refused("slow", seconds)
+        full = len(self._queue) >= self._limit
+        if full or arrived + self.budget < (now if self._idle.is_set() else end):
+            self._count()
+            raise Refused("full" if full else "slow", seconds)
 
     async def submit(self, item: Item, arrived: float | None = None) -> Result:
         """The result of an item, whose time counts from `arrived`, or now.
@@ -168,7 +209,8 @@ class Batcher(Generic[Item, Result]):
         """
         arrived = self._loop.time() if arrived is None else arrived
         self.check(arrived)
-        waiting = _Waiting(item, arrived, self._loop.create_future())
+        self._count()
+        waiting = _Waiting(item, arrived, self.budget, self._loop.create_future())
         self._queue.append(waiting)
         self._idle.clear()
         self._advance()
@@ -177,6 +219,9 @@ class Batcher(Generic[Item, Result]):
     async def drained(self) -> None:
         """Returns once nothing waits or runs."""
         await self._idle.wait()
+
+    def _count(self) -> None:
+        self._load.arrive(self._loop.time(), self._times.estimate(self.largest), self.largest)
 
     def _expected_answer(self, arrived: float) -> float:
         """When a further item would be answered, if its batch fills up."""
@@ -213,7 +258,8 @@ class Batcher(Generic[Item, Result]):
         self._queue = deque(entry for entry in self._queue if not entry.answer.done())  # those who gave up
         while len(self._queue) > 1:
             seconds = self._times.estimate(min(len(self._queue), self.largest))
-            if now + seconds <= self._queue[0].arrived + self.budget:
+            first = self._queue[0]
+            if now + seconds <= first.arrived + max(first.budget, self.budget):
                 return
             self._queue.popleft().answer.set_exception(Refused("late", seconds))
 

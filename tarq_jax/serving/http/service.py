@@ -120,7 +120,7 @@ class Service:
         self._metrics.swap("taken")
         log("serves version", **version.description, largest_batch=version.batcher.largest,
             batch_ms={size: round(1e3 * seconds, 2) for size, seconds in version.seconds.items()},
-            budget_ms=round(1e3 * version.batcher.budget, 2),
+            budget_ms=round(1e3 * version.batcher.least_budget, 2),
             seconds=round(asyncio.get_running_loop().time() - start, 2))
         return version
 
