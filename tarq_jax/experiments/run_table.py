@@ -92,10 +92,12 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     columns = dict.fromkeys(key for row in rows for key in row)
     with replacing(path) as written:
         table = pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
+        split: list[str] = []  # nearly all of the bytes, of which a third are saved
         if "influence" in columns:
             place = table.schema.get_field_index("influence")
             table = table.set_column(place, "influence", table["influence"].cast(pa.list_(pa.float32())))
-        pq.write_table(table, written, compression="zstd")
+            split = ["influence.list.element"]
+        pq.write_table(table, written, compression="zstd", use_dictionary=False, use_byte_stream_split=split)
 
 
 def same(row: Row) -> tuple[Any, ...]:
