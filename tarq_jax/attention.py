@@ -110,6 +110,7 @@ def multi_head_attention(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      ValueError: `block` is negative, or `implementation` unknown.
     """
     chex.assert_equal_shape([keys, values])
     chex.assert_equal_rank([queries, keys])
@@ -144,7 +145,7 @@ def personalized_codebook(
       [B, L, H, K, E], once a request, whatever the number of candidates.
 
     Raises:
-      NotImplementedError: as `multi_head_attention`.
+      NotImplementedError, ValueError: as `multi_head_attention`.
     """
     chex.assert_rank([queries, keys], [4, 5])
     queries = jnp.broadcast_to(queries, (keys.shape[0], *queries.shape))
@@ -161,7 +162,7 @@ def look_up(
 
     Args:
       personalized: [B, L, K, D].
-      codes: [B, G, L] int, below K.
+      codes: [B, G, L] int, below K; larger ones are taken for K - 1.
       implementation: see `tarq_jax.kernels`.
 
     Returns:
@@ -169,6 +170,7 @@ def look_up(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      ValueError: `implementation` is unknown.
 
     Example:
       >>> personalized = jnp.array([[[[1.0], [2.0]], [[30.0], [40.0]]]])

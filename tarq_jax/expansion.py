@@ -45,6 +45,7 @@ def expand(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      ValueError: `block` is negative, or `implementation` unknown.
 
     Example:
       >>> keys = values = jnp.array([[[[0.0], [2.0]]]])
@@ -94,6 +95,7 @@ def look_up_expansion(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      ValueError: `implementation` is unknown.
     """
     requests, heads, _, width = expansion.means.shape
     chex.assert_shape(codes, (requests, None))

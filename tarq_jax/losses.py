@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from tarq_jax import shards
-from tarq_jax.blockwise import best_block, split_blocks
+from tarq_jax.blockwise import best_block, refuse_negative, split_blocks
 from tarq_jax.kernels import Implementation, pick, with_derivative_of
 from tarq_jax.quantization import negative_distances
 
@@ -123,6 +123,7 @@ def codebook_alignment(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      ValueError: `block` is negative, or `implementation` unknown.
     """
     chex.assert_rank([latents, codewords], 3)
     requests, candidates, width = latents.shape
@@ -131,6 +132,7 @@ def codebook_alignment(
     chex.assert_shape(personalized, (requests, *codewords.shape))
     chex.assert_shape([chosen, attended], (requests, candidates, len(codewords), width))
     arguments = latents, jax.lax.stop_gradient(teacher_outputs), codewords, personalized, chosen, attended
+    refuse_negative(block)
     block = best_block(candidates, codewords.shape[1], 256) if block is None else block
     plain = functools.partial(_alignment_in_blocks, block=block) if 0 < block < candidates else _alignment
     kernel = pick("align", implementation, *arguments)

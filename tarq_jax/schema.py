@@ -23,6 +23,9 @@ class Field:
 
     Kinds: `categorical` holds int32 ids in [0, size), where 0 means padding or unknown;
     `numeric` holds one float32 (size 1); `vector` holds `size` float32.
+
+    Raises:
+      ValueError: the side or kind is unknown, or the size does not go with the kind.
     """
 
     name: str
@@ -53,7 +56,11 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """The fields of a data set. Hashable, so that models can hold it as a static attribute."""
+    """The fields of a data set. Hashable, so that models can hold it as a static attribute.
+
+    Raises:
+      ValueError: two fields have one name, or there is no categorical field `item_id` of items.
+    """
 
     fields: tuple[Field, ...]
 

@@ -234,3 +234,8 @@ def test_alignment_refuses_other_shapes(position, shape):
     args[position] = np.ones(shape, np.float32)
     with pytest.raises(AssertionError):
         losses.codebook_alignment(*args)
+
+
+def test_alignment_refuses_negative_blocks():
+    with pytest.raises(ValueError, match="block is -1, expected at least 0"):
+        losses.codebook_alignment(*aligned(0), block=-1)

@@ -116,7 +116,19 @@ def make_requests(user: np.ndarray, history: np.ndarray, history_lengths: np.nda
                   candidate_lengths: np.ndarray, labels: np.ndarray, *, weights: np.ndarray | None = None,
                   context: Mapping[str, np.ndarray] | None = None,
                   event: Mapping[str, np.ndarray] | None = None) -> Requests:
-    """`Requests` from flat columns and lengths, in the stored types; weights are 1 unless given."""
+    """`Requests` from flat columns and lengths, in the stored types.
+
+    Args:
+      user: [R] rows of the table of users; 0 is one who is unknown.
+      history: [events of all requests] item ids, those of a request the oldest first.
+      history_lengths: [R] how many of them each request has.
+      candidates: [candidates of all requests] item ids.
+      candidate_lengths: [R] likewise.
+      labels: [candidates of all requests], in [0, 1].
+      weights: of candidates in losses and metrics, at least 0; 1 unless given.
+      context: [R, ...] by field of a request.
+      event: [events of all requests, ...] by field of an event.
+    """
     labels = np.ascontiguousarray(labels, np.float32)
     return Requests(
         user=np.ascontiguousarray(user, np.int32),

@@ -168,6 +168,7 @@ METHODS = {
     "inttower": "IntTower", "linear_attention": "linear attention", "sdim": "SDIM", "eta": "ETA",
     "din": "DIN",
 }
+MEASURED_LEVELS = 3  # of TARQ there
 
 
 def tarq_name(order: int, head: str, codewords: int) -> str:
@@ -184,6 +185,8 @@ def served_as(config: Mapping[str, Any]) -> str | None:
     """The name of the method that serves such a model, where latency is measured; None where it is not."""
     model = config["model"]
     if model["name"] == "tarq":
+        if model["num_levels"] != MEASURED_LEVELS:
+            return None
         return tarq_name(model["order"], model["head"], model["num_codewords"])
     return METHODS.get(model["name"])
 

@@ -17,8 +17,9 @@ class FirstOrderTarq(Tarq):
     """As `Tarq`, with projected queries as latents and the teacher's keys and values as history.
 
     Level 1 is the point of expansion, levels 2 to L quantize the residual that the Jacobian
-    multiplies: `o = W (m_c + J_c sum_{l>1} C_l[c_l])`, see `tarq_jax.expansion`. The head is all
-    that the student has to learn. There is neither encoder nor decoder: what is decoded is the
+    multiplies: `o = W (m_c + d J_c sum_{l>1} C_l[c_l])`, see `tarq_jax.expansion`; d damps long
+    residuals, see `tarq_jax.corrections.damping`. The head, and the radius of d for each attention
+    head, are all that the student has to learn. There is neither encoder nor decoder: what is decoded is the
     latent itself, and `decoded` does not matter.
     """
 

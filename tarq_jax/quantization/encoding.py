@@ -152,7 +152,7 @@ def encode(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
-      ValueError: `block` is negative.
+      ValueError: `block` is negative, or `implementation` unknown.
 
     Example:
       >>> codewords = jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]])
@@ -239,7 +239,9 @@ def with_codes(codewords: Levels, latents: jax.Array, codes: jax.Array) -> Quant
 
 
 def decode(codewords: Levels, codes: jax.Array) -> jax.Array:
-    """Sums the codewords that `codes` name: [L, K, D] and int [..., L] to [..., D].
+    """Sums the codewords that `codes` name: [L, K, D] and int [..., L], below K, to [..., D].
+
+    Larger codes are taken for K - 1, as JAX does with indices.
 
     Example:
       >>> decode(jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]]), jnp.array([1, 0])).tolist()

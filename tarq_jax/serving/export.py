@@ -27,7 +27,7 @@ ORDER = flags.DEFINE_enum(
 LEVELS = flags.DEFINE_integer(
     "levels", 0, "With --codewords and --order=1: further levels of 256 codewords, which keep an item's "
     "correction in a byte each. 0 keeps it exactly, as a vector, about a fourth of the index; 3 recover 0.2 "
-    "to 0.6 points less of the gap.", lower_bound=0, allow_override=True)
+    "to 0.9 points less of the gap.", lower_bound=0, allow_override=True)
 FINE_TUNE = flags.DEFINE_integer(
     "fine_tune", 0, "With --codewords: steps that then train codewords, corrections and head.",
     lower_bound=0, allow_override=True)

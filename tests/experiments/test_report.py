@@ -17,9 +17,9 @@ SERVING = [{"kind": "request", "model": name, "candidates": 10, "history": 5, "l
                             ("target attention, in blocks", 9.0))]
 
 
-def settings(model):
+def settings(model, num_levels=3):
     return {"model": {"name": "tarq" if model == "tarq_twin" else model, "order": 1, "head": "mlp",
-                      "num_codewords": 8}}
+                      "num_codewords": 8, "num_levels": num_levels}}
 
 
 def write_study(root, signal=None, seeds=SEEDS):
@@ -151,6 +151,7 @@ def test_latencies_are_of_the_same_method(variants):
         "two_tower": 1.0, "tarq": 2.0, "tarq_twin": 2.0, "target_attention": 9.0}
     assert study.latencies(SERVING, 10, 6) == {}
     assert study.served_as(settings("two_tower_large")) is None
+    assert study.served_as(settings("tarq", num_levels=4)) is None  # another latency, which is not measured
 
 
 @pytest.mark.parametrize(("points", "expected"), [

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tarq_jax.serving.scorer import BATCH_SIZES, CANDIDATE_SIZES, TOP_K
+from tarq_jax.serving.scorer import TOP_K
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Options:
     token: str | None = None  # that requests have to bear
     swaps: bool = True  # whether /swap is served, to those who bear it
     delay: float = 0.002  # seconds that a request waits for company while nothing runs
-    budget: float | None = None  # seconds from arrival to answer; by default `batching.default_budget`
+    budget: float | None = None  # seconds from arrival to answer; by default see `batching.Batcher.budget`
     queue: int = 256  # requests that may be on their way
-    batch_sizes: tuple[int, ...] = BATCH_SIZES
-    candidate_sizes: tuple[int, ...] = CANDIDATE_SIZES
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)  # these two as the flags of the server
+    candidate_sizes: tuple[int, ...] = (1024, 8192)
