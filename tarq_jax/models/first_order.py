@@ -53,7 +53,8 @@ class FirstOrderTarq(Tarq):
 
         centre, residuals = self.centre_and_residuals(quantizer)
         mean, changes = first_order(attend, centre, residuals)
-        mean, changes = first_order(project, mean, self.damping(residuals) * changes)
+        damped = (self.damping(residuals) * changes).astype(changes.dtype)
+        mean, changes = first_order(project, mean, damped)
         level_1 = jnp.swapaxes(codewords[0].reshape(-1, *teacher.keys.shape[1::2]), 0, 1)  # [H, K, E]
         aligned = jnp.broadcast_to(level_1, (num_aligned, *level_1.shape))
         personalized = project(attend(aligned, slice(num_aligned)))[:, None]
