@@ -38,7 +38,8 @@ def damping(residuals: jax.Array, *, radius: float | jax.Array) -> jax.Array:
 def damping_radius(residuals: jax.Array, *, reach: float = 2.0) -> jax.Array:
     """Radius a head for `damping`: `reach` times the 90th percentile of the lengths, [M, H, E] to [H, 1]."""
     lengths = jnp.linalg.norm(residuals, axis=-1)
-    return reach * jnp.quantile(lengths, 0.9, axis=0)[:, None] + jnp.finfo(lengths.dtype).tiny
+    smallest = jnp.sqrt(jnp.finfo(lengths.dtype).tiny)  # whose square is not zero
+    return reach * jnp.quantile(lengths, 0.9, axis=0)[:, None] + smallest
 
 
 def correction_statistics(

@@ -32,6 +32,12 @@ def statistics(problem):
     return jax.jit(functools.partial(corrections.correction_statistics, codewords, blocks))(queries, *history)
 
 
+def test_nothing_to_correct_stays_nothing():
+    residuals = np.zeros((M, H, E), np.float32)
+    factors = corrections.damping(residuals, radius=corrections.damping_radius(residuals))
+    np.testing.assert_array_equal(factors * residuals, residuals)
+
+
 def items(blocks, in_blocks):
     """[H, P, S, ...] to [M, H, ...]."""
     flat = np.asarray(in_blocks).reshape(H, -1, *np.shape(in_blocks)[3:])

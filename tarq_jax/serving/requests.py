@@ -72,7 +72,7 @@ def _history(schema: Schema, history: Mapping[str, Any], where: str) -> tuple[np
 
 def check_ids(values: Any, where: str) -> np.ndarray:
     """Ids of items as [M] int64; a ValueError unless they are a list of integers."""
-    ids = _array(values, where)
+    ids = _array(values, where, "a list of integers")
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"{where} is {_shown(values)}, expected a list of integers")
     if ids.size and ids.max() > np.iinfo(np.int64).max:
@@ -100,15 +100,15 @@ def _columns(fields: Sequence[Field], columns: Mapping[str, Any], where: str) ->
 
 
 def _column(field: Field, values: Any, where: str) -> np.ndarray:
-    array = _array(values, f"{where}: field {field.name!r}")
     categorical = field.kind == "categorical"
+    expected = "integers" if categorical else "numbers"
+    array = _array(values, f"{where}: field {field.name!r}", expected)
     if not array.ndim:
         raise ValueError(f"{where}: field {field.name!r} is {_shown(values)}, expected a list of values")
     if array.ndim == 1 and not array.size:
         array = np.zeros((0, *field.shape), field.dtype)
     if array.dtype.kind not in ("iu" if categorical else "iuf"):
-        raise ValueError(f"{where}: field {field.name!r} is {_shown(values)}, expected "
-                         f"{'integers' if categorical else 'numbers'}")
+        raise ValueError(f"{where}: field {field.name!r} is {_shown(values)}, expected {expected}")
     check_column(field, array, where)
     with np.errstate(over="ignore"):
         converted = array.astype(field.dtype)
@@ -116,22 +116,28 @@ def _column(field: Field, values: Any, where: str) -> np.ndarray:
     return converted
 
 
-def _array(values: Any, where: str) -> np.ndarray:
+def _array(values: Any, where: str, expected: str) -> np.ndarray:
+    kinds = _kinds(values)
+    if isinstance(values, list) and kinds & {str, list}:  # every place would take as much as the longest text
+        raise ValueError(f"{where} is {_shown(values)}, expected {expected}")
     try:
         array = np.asarray(values)
     except (ValueError, OverflowError):  # lists of different lengths, say
         raise ValueError(f"{where} is {_shown(values)}, expected an array of numbers") from None
-    if array.dtype.kind in "iuf" and _has_booleans(values):
+    if array.dtype.kind in "iuf" and bool in kinds:
         raise ValueError(f"{where} is {_shown(values)}, expected numbers and no booleans")
     return array
 
 
-def _has_booleans(values: Any) -> bool:
-    """Whether lists have any among their numbers, where NumPy takes them for 0 and 1."""
+def _kinds(values: Any, depth: int = 3) -> set[type]:
+    """The types of what lists hold, and of lists that lie deeper than any column has them."""
     if not isinstance(values, list):
-        return False
+        return {type(values)}
     kinds = set(map(type, values))
-    return bool in kinds or (list in kinds and any(map(_has_booleans, values)))
+    if list in kinds and depth:
+        deeper = (_kinds(value, depth - 1) for value in values if isinstance(value, list))
+        kinds = (kinds - {list}).union(*deeper)
+    return kinds
 
 
 def _refuse_others(found: Mapping[str, Any], expected: Sequence[str], where: str) -> None:

@@ -75,6 +75,7 @@ class Service:
         arrived = loop.time() - self._lag.seconds
         self._current().batcher.check(arrived)  # before the body is read
         body = await self._body(request)
+        received = loop.time() - self._lag.seconds  # who sends slowly is not late
         version = self._current()
         try:
             query = read_query(body, version.scorer.schema, self._options.limits)
@@ -82,7 +83,7 @@ class Service:
             raise _invalid(error) from None
         try:
             async with asyncio.timeout_at(arrived + self._options.limits.seconds):
-                ranking = await version.batcher.submit(query, arrived)
+                ranking = await version.batcher.submit(query, received)
         except TimeoutError:
             raise HTTPException(504, f"not answered within {self._options.limits.seconds} seconds") from None
         except ValueError as error:  # of this query; what fails a whole batch is none

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -289,6 +290,18 @@ def test_a_slow_body_is_told_408(artefacts):
             connection.sendall(b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
         services.wait_for(lambda: hurried.metric("tarq_in_flight") == 0)
+
+
+def test_who_sends_slowly_is_not_late(artefacts):
+    """What a request may take counts from when all of it is there."""
+    with services.running(artefacts / "1", dataclasses.replace(services.PATIENT, budget=0.05)) as hurried:
+        body, (host, port) = json.dumps(GOOD).encode(), hurried.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+            services.wait_for(lambda: hurried.metric("tarq_in_flight") == 1)
+            time.sleep(0.2)
+            connection.sendall(body)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
 # Tokens
