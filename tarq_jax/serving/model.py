@@ -20,7 +20,7 @@ PLATFORMS = {"gpu": {"cuda", "rocm"}}  # of jax.export, by the name of a backend
 
 
 class Scored(NamedTuple):
-    """Scores of B requests, minus infinity where there is no candidate."""
+    """Scores of B requests: minus infinity where there is no candidate, infinity where it is not finite."""
 
     scores: jax.Array  # [B, M]
     best: jax.Array  # [B, k], the largest, falling; equals by position
@@ -116,18 +116,20 @@ def _read_programs(folder: Path, digests: Mapping[str, str]) -> Programs:
         return programs[f"{kind}_{state['mask'].shape[1]}" if "mask" in state else kind]
 
     def score_all(weights, state, arrays, allowed, top_k):
-        return _select(program("score_all", state).call(weights, state, arrays), allowed, top_k)
+        return select(program("score_all", state).call(weights, state, arrays), allowed, top_k)
 
     def score_each(weights, state, arrays, slots, top_k):
         items = {name: rows(values, slots) for name, values in arrays.items()}
-        return _select(program("score_each", state).call(weights, state, items), slots != FREE, top_k)
+        return select(program("score_each", state).call(weights, state, items), slots != FREE, top_k)
 
     return Programs(digests, jax.jit(user_side), jax.jit(score_all, static_argnames="top_k"),
                     jax.jit(score_each, static_argnames="top_k"))
 
 
-def _select(scores: jax.Array, allowed: jax.Array, top_k: int) -> Scored:
-    scores = jnp.where(allowed, scores, -jnp.inf)
+def select(scores: jax.Array, allowed: jax.Array, top_k: int) -> Scored:
+    """The best k of scores [B, M], of what is allowed [B, M] bool."""
+    seen = jnp.where(jnp.isfinite(scores), scores, jnp.inf)  # as the first: NaN may come behind all others
+    scores = jnp.where(allowed, seen, -jnp.inf)
     return Scored(scores, *jax.lax.top_k(scores, top_k))
 
 

@@ -45,7 +45,7 @@ def check_request(schema: Schema, request: Any, where: str = "request") -> Reque
     if not isinstance(request, Mapping):
         raise ValueError(f"{where} is {_shown(request)}, expected an object with {list(SIDES)}")
     _refuse_others(request, SIDES, where)
-    parts = {side: request.get(side) or {} for side in SIDES}
+    parts = {side: request.get(side, {}) for side in SIDES}
     for side, part in parts.items():
         if not isinstance(part, Mapping):
             raise ValueError(f"{where}: {side!r} is {_shown(part)}, expected an object, field -> value")

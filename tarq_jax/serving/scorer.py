@@ -204,9 +204,8 @@ class Scorer:
         scores = self._whole(users, chosen) if size is None else self._chosen(users, chosen, size)
         selected, rankings = _best(scores, top_k), []
         for found, skipped, best, positions in zip(chosen, users.skipped, *selected, strict=False):
-            real = best > -np.inf
+            real, finite = np.isfinite(best), bool((best < np.inf).all())
             ids = self.index.ids if size is None else found.ids
-            finite = real.sum() == min(len(found.slots), len(best)) and bool(np.isfinite(best[real]).all())
             rankings.append(Ranking(ids[positions[real]], best[real], found.unknown, skipped, finite))
         return rankings
 

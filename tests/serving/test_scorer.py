@@ -12,6 +12,7 @@ import served
 from tarq_jax import quantization
 from tarq_jax.corrections import damping, damping_radius
 from tarq_jax.serving import Scorer, add, change, grow, remove
+from tarq_jax.serving.model import select
 from tarq_jax.serving.vectors import read
 
 REQUESTS = served.world().requests
@@ -317,3 +318,13 @@ def test_scores_that_are_not_finite_are_an_error(artefact):
         scorer.score([good, bad])
     rankings = scorer.rank(scorer.users([good, bad]), [None, None])
     assert [ranking.finite for ranking in rankings] == [True, False]
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_seen_whatever_its_sign(bad):
+    """Sorted as a number, a negative NaN or infinity would lie beyond the best."""
+    scores = np.array([[1.0, bad, 3.0, 2.0], [bad, 4.0, 1.0, 2.0]], np.float32)
+    allowed = np.array([[True] * 4, [False, True, True, True]])
+    found = select(scores, allowed, top_k=2)
+    assert found.best.tolist() == [[np.inf, 3.0], [4.0, 2.0]]
+    assert found.positions.tolist() == [[1, 2], [1, 3]]

@@ -74,7 +74,8 @@ class ServiceTimes:
 class Load:
     """Work that comes a second, in seconds of the largest batches: a running mean over `MEMORY` of them.
 
-    What is refused counts too, so that an overload is told from a machine that is just busy.
+    What is refused counts too, so that an overload is told from a machine that is just busy. A batch is said
+    to take what it should not exceed: the more its time varies, the less is taken for a burst.
     """
 
     def __init__(self, now: float):
@@ -138,13 +139,14 @@ class Batcher(Generic[Item, Result]):
 
     Attributes:
       largest: items of a batch.
+      load: of all that came.
       patience: seconds on top of the budget; may be set at any time.
       waiting: items in the queue.
     """
 
     def __init__(
         self, run: Callable[[Sequence[Item]], Sequence[Result | Exception]], executor: Executor,
-        times: ServiceTimes, *, largest: int, delay: float, budget: float | None, limit: int,
+        times: ServiceTimes, load: Load, *, largest: int, delay: float, budget: float | None, limit: int,
         on_batch: Callable[[int, float, float], None] = lambda size, waited, seconds: None,
     ):
         """Starts nothing.
@@ -153,6 +155,7 @@ class Batcher(Generic[Item, Result]):
           run: computes a batch in the executor: a result for each item, or the exception it is to raise.
           executor: with one thread, which other batchers may share.
           times: of batches.
+          load: of the loop's clock, which other batchers may share.
           largest: items of a batch.
           delay: seconds to wait for more items while nothing runs.
           budget: seconds from arrival to answer; None for those of `default_budget`, which follow `times`,
@@ -160,7 +163,7 @@ class Batcher(Generic[Item, Result]):
           limit: items that may wait, whatever their expected time.
           on_batch: told of each batch its size, how long its first item waited, and how long it ran.
         """
-        self._run, self._executor, self._times = run, executor, times
+        self._run, self._executor, self._times, self.load = run, executor, times, load
         self.largest, self.patience = largest, 0.0
         self._delay, self._budget, self._limit = delay, budget, limit
         self._on_batch = on_batch
@@ -170,7 +173,6 @@ class Batcher(Generic[Item, Result]):
         self._expected_end: float | None = None  # of the batch that runs
         self._idle = asyncio.Event()
         self._idle.set()
-        self._load = Load(self._loop.time())
 
     @property
     def least_budget(self) -> float:
@@ -180,7 +182,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def budget(self) -> float:
         """Seconds from arrival to answer, as of now."""
-        load = self._load.of(self._loop.time(), self._times.estimate(self.largest))
+        load = self.load.of(self._loop.time(), self._times.estimate(self.largest))
         room = 0.0 if self._budget is not None else max(0.0, 1.0 - load / FULL)
         return self.least_budget * (1.0 + BURST * room) + self.patience
 
@@ -188,6 +190,10 @@ class Batcher(Generic[Item, Result]):
     def waiting(self) -> int:
         """Items in the queue."""
         return len(self._queue)
+
+    def count(self) -> None:
+        """Takes note of an item that has come; `check` and `submit` do so themselves."""
+        self.load.arrive(self._loop.time(), self._times.estimate(self.largest), self.largest)
 
     def check(self, arrived: float) -> None:
         """Raises Refused if an item that arrived then would be refused now.
@@ -198,7 +204,7 @@ class Batcher(Generic[Item, Result]):
         seconds = end - now
         full = len(self._queue) >= self._limit
         if full or arrived + self.budget < (now if self._idle.is_set() else end):
-            self._count()
+            self.count()
             raise Refused("full" if full else "slow", seconds)
 
     async def submit(self, item: Item, arrived: float | None = None) -> Result:
@@ -209,7 +215,7 @@ class Batcher(Generic[Item, Result]):
         """
         arrived = self._loop.time() if arrived is None else arrived
         self.check(arrived)
-        self._count()
+        self.count()
         waiting = _Waiting(item, arrived, self.budget, self._loop.create_future())
         self._queue.append(waiting)
         self._idle.clear()
@@ -219,9 +225,6 @@ class Batcher(Generic[Item, Result]):
     async def drained(self) -> None:
         """Returns once nothing waits or runs."""
         await self._idle.wait()
-
-    def _count(self) -> None:
-        self._load.arrive(self._loop.time(), self._times.estimate(self.largest), self.largest)
 
     def _expected_answer(self, arrived: float) -> float:
         """When a further item would be answered, if its batch fills up."""

@@ -55,10 +55,7 @@ def check_query(found: Any, schema: Schema, limits: Limits) -> Query:
     unknown = [key for key in sides if key not in SIDES]
     if unknown:
         raise ValueError(f"body has {unknown[0][:60]!r}, expected {list(KEYS)}")
-    for side, values in sides.items():  # also those that are empty and no objects, such as []
-        if not isinstance(values, dict):
-            raise ValueError(f"request: {side!r} is {str(values)[:60]}, expected an object, field -> value")
-    _check_history(sides.get("history", {}), limits.history)
+    _check_history(sides.get("history"), limits.history)
     checked = check_request(schema, sides)
     request = {"user": checked.user, "context": checked.context,
                "history": {ITEM_ID: checked.items} | checked.events}
@@ -66,8 +63,8 @@ def check_query(found: Any, schema: Schema, limits: Limits) -> Query:
     return Query(request, candidates, _top_k(found.get("top_k"), limits.top_k))
 
 
-def _check_history(history: dict[str, Any], most: int) -> None:
-    items = history.get(ITEM_ID)
+def _check_history(history: Any, most: int) -> None:
+    items = history.get(ITEM_ID) if isinstance(history, dict) else None
     if isinstance(items, list) and len(items) > most:
         raise ValueError(f"request: 'history': field {ITEM_ID!r} has {len(items)} values, expected at most "
                          f"{most}")

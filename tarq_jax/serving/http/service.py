@@ -61,6 +61,7 @@ class Service:
         """POST /score."""
         self._authorize(request)
         if self._in_flight >= self._options.queue:  # bodies are held in memory
+            self._current().batcher.count()
             raise Refused("full", 1.0)
         self._in_flight += 1
         self._metrics.in_flight.inc()

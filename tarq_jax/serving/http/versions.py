@@ -21,7 +21,7 @@ import jax
 
 from tarq_jax import memory
 from tarq_jax.serving.artefact import version_name
-from tarq_jax.serving.http.batching import Batcher, ServiceTimes, default_budget, useful_sizes
+from tarq_jax.serving.http.batching import Batcher, Load, ServiceTimes, default_budget, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.openapi import document
 from tarq_jax.serving.http.options import Options
@@ -87,7 +87,7 @@ class Versions:
     def __init__(self, options: Options, metrics: Metrics, executor: Executor):
         """Loads nothing; `executor` has the one thread that computes."""
         self._options, self._metrics, self._executor = options, metrics, executor
-        self._loading = asyncio.Lock()
+        self._loading, self._load = asyncio.Lock(), Load(asyncio.get_running_loop().time())
         self.current: Version | None = None
 
     async def swap(self, artefact: Path, index: Path | None = None) -> Version:
@@ -132,9 +132,9 @@ class Versions:
         seconds = {size: await self._try(scorer, size) for size in options.batch_sizes}
         budget = options.budget or default_budget(seconds[min(seconds)], options.delay)
         batcher = Batcher(
-            partial(answer, scorer), self._executor, ServiceTimes(seconds), delay=options.delay,
-            largest=useful_sizes(seconds, budget)[-1], budget=options.budget, limit=options.queue,
-            on_batch=self._metrics.batch)
+            partial(answer, scorer), self._executor, ServiceTimes(seconds), self._load,
+            largest=useful_sizes(seconds, budget)[-1], delay=options.delay, budget=options.budget,
+            limit=options.queue, on_batch=self._metrics.batch)
         return Version(name, scorer, seconds, batcher, options)
 
     async def _try(self, scorer: Scorer, size: int) -> float:

@@ -76,7 +76,7 @@ def simulate(arrivals, *, run=lambda batch: [10 * item for item in batch], secon
     async def main():
         loop = asyncio.get_running_loop()
         executor = VirtualExecutor(loop, seconds or padded)
-        batcher = Batcher(run, executor, ServiceTimes(times), **options)
+        batcher = Batcher(run, executor, ServiceTimes(times), Load(loop.time()), **options)
 
         async def submit(item, when):
             await asyncio.sleep(when)

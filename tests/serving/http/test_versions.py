@@ -34,9 +34,10 @@ def client(swapped):
 
 
 def test_a_swap(swapped, client):
-    before = client.score(GOOD)
+    before, old = client.score(GOOD), swapped.service.versions.current
     found = client.swap("2")
-    after = client.score(GOOD)
+    after, new = client.score(GOOD), swapped.service.versions.current
+    assert new is not old and new.batcher.load is old.batcher.load  # an overload is known to both
     assert found["version"] == after.version == client.version()["version"] != before.version
     assert found["method"] == "two_tower" and after.scores != before.scores
     assert swapped.metric("tarq_version", version=after.version) == 1
