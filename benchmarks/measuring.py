@@ -12,6 +12,7 @@ from benchmarks import operations
 from benchmarks.workloads import WORKLOADS
 
 DIRECTIONS = ("forward", "gradient")
+LEAST = 0.01  # of the largest number of all outputs: what is smaller is compared with this
 WORST = 1e-3  # difference to `plain`, relative, beyond which numbers are called wrong
 MOST_MB = 4096  # that a program may take besides its arguments: what takes more is told, and not run
 
@@ -100,10 +101,15 @@ def cost_of(compiled: Any) -> dict[str, float]:
 
 
 def error(found: Any, expected: Any) -> float:
-    """Largest difference of a number over the largest of all, or share of codes that differ; NaN is kept."""
+    """Largest difference of an output over its largest number, or share of codes that differ; NaN is kept.
+
+    A number is taken to be at least `LEAST` of the largest in any output: below that it is rounding.
+    """
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     floats = [pair for pair in pairs if jnp.issubdtype(pair[1].dtype, jnp.floating)]
     codes = [pair for pair in pairs if not jnp.issubdtype(pair[1].dtype, jnp.floating)]
-    scale = float(np.max([float(jnp.max(jnp.abs(other))) for _, other in floats] or [1.0]))
-    differences = [float(jnp.max(jnp.abs(one - other))) / (scale or 1.0) for one, other in floats]
+    scales = np.array([float(jnp.max(jnp.abs(other))) for _, other in floats])
+    scales = np.maximum(scales, LEAST * scales.max(initial=0.0))
+    differences = [float(jnp.max(jnp.abs(one - other))) / (scale or 1.0)
+                   for (one, other), scale in zip(floats, scales, strict=True)]
     return float(np.max(differences + [float(jnp.mean(one != other)) for one, other in codes]))

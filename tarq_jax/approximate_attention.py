@@ -175,6 +175,8 @@ def select(similarity: jax.Array, mask: chex.Array, num_selected: int) -> jax.Ar
     chex.assert_rank(similarity, 3)
     positions = similarity.shape[-1]
     chex.assert_shape(mask, (similarity.shape[0], positions))
+    if not positions or num_selected < 1:
+        return jnp.zeros(similarity.shape, bool)
     similarity = jnp.where(mask[:, None], similarity, -1).astype(jnp.float32)
     # The first of equals, so newest first. On CPU XLA sorts all, unless of floats, and not sliced afterwards.
     found, where = jax.lax.top_k(similarity[..., ::-1], min(num_selected, positions))

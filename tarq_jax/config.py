@@ -326,6 +326,9 @@ def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.Co
         validate(study.base)
     except ValueError as error:
         raise ValueError(f"config.base: {error}") from error
+    for name in study.variants.keys():
+        if not re.fullmatch(r"\w[\w.+=-]*", name):
+            raise ValueError(f"config.variants has {name!r}, expected letters, digits and '_.+=-'")
     found = {study.reference: study.base}  # first, as a ConfigDict sorts its keys
     for name, changes in study.variants.items():
         found[name] = copy.deepcopy(study.base)

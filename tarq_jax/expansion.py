@@ -86,7 +86,7 @@ def look_up_expansion(
 
     Args:
       expansion: of `expand`.
-      codes: [B, G] int, of the first level.
+      codes: [B, G] int, of the first level; those of K and more are taken for K - 1.
       residuals: [B, H, G, E], `q - c`, quantized or exact.
       implementation: see `tarq_jax.kernels`.
 
@@ -108,8 +108,9 @@ def look_up_expansion(
 def _gathered(means, jacobians, codes, residuals):
     """With the Jacobian of each candidate: the slower, but its gradient is the faster."""
     codes = codes[:, None, :, None]
-    own = jnp.take_along_axis(jacobians, codes[..., None], axis=2)
-    return jnp.take_along_axis(means, codes, axis=2) + jnp.einsum("bhgef,bhgf->bhge", own, residuals)
+    take = functools.partial(jnp.take_along_axis, axis=2, mode="clip")
+    own = take(jacobians, codes[..., None])
+    return take(means, codes) + jnp.einsum("bhgef,bhgf->bhge", own, residuals)
 
 
 def _by_columns(means, jacobians, codes, residuals):

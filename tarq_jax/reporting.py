@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -117,12 +118,12 @@ def print_table(rows: Sequence[Row], title: str, columns: Sequence[str] | None =
     console = Console()
     if not console.is_terminal:
         console = Console(width=4000)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for column in columns:
         justify: Literal["left", "right"] = "left" if column == "model" else "right"
-        table.add_column(column.replace("_", " "), justify=justify)
+        table.add_column(escape(column.replace("_", " ")), justify=justify)
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(escape(_cell(row.get(column))) for column in columns))
     console.print(table)
 
 

@@ -229,6 +229,13 @@ def test_selected_are_the_most_similar_and_of_equals_the_newest(seed, num_select
         assert np.flatnonzero(selected[b, g]).tolist() == sorted(best)
 
 
+@pytest.mark.parametrize("positions", [0, N])
+def test_nothing_is_selected_of_nothing(positions):
+    similarity, mask = jnp.zeros((B, G, positions), int), jnp.ones((B, positions), bool)
+    selected = approximate.select(similarity, mask, 2 if positions == 0 else 0)
+    assert selected.shape == (B, G, positions) and not selected.any()
+
+
 def test_similar_positions_are_told_apart_up_to_2_to_the_24():
     similarity = 2**24 - np.array([[[2, 1, 2, 1, 2, 3]]])
     selected = [np.flatnonzero(approximate.select(similarity, MASK[:1], size)) for size in (1, 2, 3, 5)]

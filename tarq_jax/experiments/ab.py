@@ -30,12 +30,14 @@ POWER = flags.DEFINE_float("power", 0.8, "Chance to find an effect that is there
 REPLICATES = flags.DEFINE_integer("replicates", 2000, "Of the bootstrap.", lower_bound=100)
 MAX_BAD_FRACTION = flags.DEFINE_float(
     "max_bad_fraction", 0.0, "Share of rows that may be bad and left out.", lower_bound=0.0, upper_bound=1.0)
-SIMULATE = flags.DEFINE_integer("simulate", 0, "Users to make up first; 0 for none.", lower_bound=0)
+SIMULATE = flags.DEFINE_integer("simulate", 0, "Users to make up first, at least 100; 0 for none.",
+                                lower_bound=0)
 JSON = cli.json_flag()
 
 METRICS = {"ctr": ("clicks", "impressions"), "cvr": ("orders", "clicks"), "gmv": ("revenue", None)}
 REPORTED = {"ctr": 0.0057, "cvr": 0.0459, "gmv": 0.0747}  # relative lifts of the paper, section 4
 BUCKETS = 2000  # that many users' sums are drawn by
+LEAST_SIMULATED = 100  # users: of fewer, an arm may have none
 MISMATCH = 0.001  # p-value below which shares of the arms are not believed
 
 
@@ -47,35 +49,66 @@ class Plan(NamedTuple):
     replicates: int = 2000
 
 
-def ratio_of(columns: Mapping[str, np.ndarray], metric: str, prefix: str = "") -> statistics.Ratio:
+class Arm(NamedTuple):
+    """The users of an arm: its name, and a column a count."""
+
+    name: str
+    columns: Mapping[str, np.ndarray]
+
+
+def ratio_of(arm: Arm, metric: str, prefix: str = "") -> statistics.Ratio:
     """The metric of one arm's users; ValueError where its denominator is 0."""
     top, bottom = METRICS[metric]
-    values = columns[prefix + top]
+    values = arm.columns[prefix + top]
     try:
-        return statistics.ratio(values, np.ones(len(values)) if bottom is None else columns[prefix + bottom])
+        return statistics.ratio(
+            values, np.ones(len(values)) if bottom is None else arm.columns[prefix + bottom])
     except ValueError as error:
-        raise ValueError(f"{prefix}{metric} of an arm cannot be had: {error}") from error
+        raise ValueError(f"{prefix}{metric} of arm {arm.name!r} cannot be had: {error}") from error
 
 
-def compare(table: ab_rows.Table, control: int, arm: int, plan: Plan) -> list[dict[str, Any]]:
-    """A row a metric and method: `delta`, `cuped` where there is a period before, `bootstrap` for GMV."""
-    treated, others = table.of(arm), table.of(control)
-    rows, sizes = [], (len(treated["impressions"]), len(others["impressions"]))
+def compare(treated: Arm, control: Arm, plan: Plan) -> list[dict[str, Any]]:
+    """A row a metric and method: `delta`, `cuped` where there is a period before, `bootstrap` for GMV.
+
+    What cannot be had, as CVR before the first order, leaves the others as they are: its row has the reason
+    as `note` instead of numbers.
+    """
+    rows, sizes = [], (len(treated.columns["impressions"]), len(control.columns["impressions"]))
     for metric, (top, bottom) in METRICS.items():
-        arms = ratio_of(treated, metric), ratio_of(others, metric)
-        if not arms[1].value:
-            raise ValueError(f"{metric} of arm {table.arms[control]!r} is 0, expected more for a lift")
-        estimates = {"delta": statistics.lift(*arms, level=plan.level)}
-        if {f"pre_{name}" for name in (top, bottom) if name} <= table.columns.keys():
-            before = ratio_of(treated, metric, "pre_"), ratio_of(others, metric, "pre_")
-            estimates["cuped"] = statistics.lift(*statistics.cuped(*arms, *before), level=plan.level)
-        if bottom is None:
-            estimates["bootstrap"] = bootstrap_lift(treated[top], others[top], plan)
-        shared = {"metric": metric, "arm": table.arms[arm], "control_value": arms[1].value,
-                  "value": arms[0].value}
-        rows += [shared | {"method": method} | describe(found, metric, sizes, plan)
-                 for method, found in estimates.items()]
+        before = {f"pre_{name}" for name in (top, bottom) if name} <= control.columns.keys()
+        for method, there in (("delta", True), ("cuped", before), ("bootstrap", bottom is None)):
+            if not there:
+                continue
+            row: dict[str, Any] = {"metric": metric, "arm": treated.name, "method": method}
+            try:
+                first, second = _ratios(treated, control, metric)
+                found = LIFTS[method](treated, control, metric, plan)
+                row |= {"control_value": second.value, "value": first.value}
+                row |= describe(found, metric, sizes, plan)
+            except ValueError as error:
+                row["note"] = str(error)
+            rows.append(row)
     return rows
+
+
+def _ratios(treated: Arm, control: Arm, metric: str) -> tuple[statistics.Ratio, statistics.Ratio]:
+    """Of both arms; that of the control has to have a value to compare with."""
+    ratios = ratio_of(treated, metric), ratio_of(control, metric)
+    if not ratios[1].value:
+        raise ValueError(f"{metric} of arm {control.name!r} is 0, expected more for a lift")
+    return ratios
+
+
+def delta_lift(treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
+    """Lift by the delta method."""
+    return statistics.lift(*_ratios(treated, control, metric), level=plan.level)
+
+
+def cuped_lift(treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
+    """The same, less what the period before explains."""
+    before = ratio_of(treated, metric, "pre_"), ratio_of(control, metric, "pre_")
+    adjusted = statistics.cuped(*_ratios(treated, control, metric), *before)
+    return statistics.lift(*adjusted, level=plan.level)
 
 
 def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], plan: Plan) -> dict[str, Any]:
@@ -100,9 +133,10 @@ def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], pl
     }
 
 
-def bootstrap_lift(treated: np.ndarray, others: np.ndarray, plan: Plan) -> statistics.Estimate:
+def bootstrap_lift(treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
     """Lift of means with a percentile interval; many users are drawn by `BUCKETS` random buckets an arm."""
-    sums = [_bucket_sums(values, seed) for seed, values in enumerate((treated, others))]
+    top, _ = METRICS[metric]
+    sums = [_bucket_sums(arm.columns[top], seed) for seed, arm in enumerate((treated, control))]
     sizes = [len(part[0]) for part in sums]
 
     def lift(weights: np.ndarray) -> np.ndarray:
@@ -115,7 +149,10 @@ def bootstrap_lift(treated: np.ndarray, others: np.ndarray, plan: Plan) -> stati
     try:
         return statistics.bootstrap(lift, sizes, replicates=plan.replicates, level=plan.level)
     except ValueError as error:
-        raise ValueError(f"gmv of so few users with revenue has no bootstrap: {error}") from error
+        raise ValueError(f"{metric} of so few users with {top} has no bootstrap: {error}") from error
+
+
+LIFTS = {"delta": delta_lift, "cuped": cuped_lift, "bootstrap": bootstrap_lift}
 
 
 def _bucket_sums(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,18 +172,21 @@ def analyse(table: ab_rows.Table, control: str, plan: Plan) -> list[dict[str, An
       plan: how sure to be.
 
     Returns:
-      Rows of `compare`, with `p_adjusted` over the primary rows: `cuped` where it is there, else `delta`.
+      Rows of `compare`, with `p_adjusted` over the primary rows: `cuped` where it can be had, else `delta`.
 
     Raises:
-      ValueError: there is no such arm, or a metric cannot be had.
+      ValueError: there is no such arm, or no metric can be had.
     """
     if control not in table.arms:
         raise ValueError(f"--control is {control!r}, expected one of the arms {list(table.arms)}")
-    index = table.arms.index(control)
-    rows = [row for arm in range(len(table.arms)) if arm != index
-            for row in compare(table, index, arm, plan)]
-    has_cuped = {(row["metric"], row["arm"]) for row in rows if row["method"] == "cuped"}
-    primary = [row for row in rows
+    arms = [Arm(name, table.of(index)) for index, name in enumerate(table.arms)]
+    others = arms.pop(table.arms.index(control))
+    rows = [row for arm in arms for row in compare(arm, others, plan)]
+    had = [row for row in rows if "note" not in row]
+    if not had:
+        raise ValueError(rows[0]["note"])
+    has_cuped = {(row["metric"], row["arm"]) for row in had if row["method"] == "cuped"}
+    primary = [row for row in had
                if row["method"] == ("cuped" if (row["metric"], row["arm"]) in has_cuped else "delta")]
     for row, p_value in zip(primary, statistics.adjust([row["p_value"] for row in primary]), strict=True):
         row["p_adjusted"] = float(p_value)
@@ -173,6 +213,8 @@ def main() -> None:
     if not all(0 < share < np.inf for share in planned):
         cli.wrong_call(f"--ratio is {','.join(RATIO.value)!r}, expected positive numbers like 1,1")
     if SIMULATE.value:
+        if SIMULATE.value < LEAST_SIMULATED:
+            cli.wrong_call(f"--simulate is {SIMULATE.value}, expected 0 or at least {LEAST_SIMULATED} users")
         lifts = {"ctr": REPORTED["ctr"], "cvr": REPORTED["cvr"],
                  "revenue": (1 + REPORTED["gmv"]) / (1 + REPORTED["ctr"]) / (1 + REPORTED["cvr"]) - 1}
         ab_rows.simulate(path, SIMULATE.value, lifts)
@@ -187,7 +229,7 @@ def main() -> None:
     rows = [row | {"sample_ratio_p": p_value} for row in rows]
     reporting.print_table(rows, f"lifts over {CONTROL.value}, {cli.level(LEVEL):.0%} intervals", [
         "metric", "arm", "method", "control_value", "value", "lift", "low", "high", "p_value", "p_adjusted",
-        "detectable_lift", "reported_lift", "users_for_reported"])
+        "detectable_lift", "reported_lift", "users_for_reported", "note"])
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 

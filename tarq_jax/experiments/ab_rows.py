@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tarq_jax import reporting
 from tarq_jax.data.rows import NUM_SAMPLES, RowReport, check_report
 
 KEYS = ("user", "arm")
 COUNTS = ("impressions", "clicks", "orders", "revenue")
 BEFORE = tuple(f"pre_{name}" for name in COUNTS)  # of the same users, before the test
+LONGEST_TEXT = 200  # of a row in a report
 TORN = "columns are not those of the header"
 
 
@@ -117,7 +119,8 @@ def _text(path: Path, name: str, column: Any) -> np.ndarray:
     import pyarrow.compute as pc
 
     try:
-        return pc.fill_null(column.cast(pa.string()), "").to_numpy(zero_copy_only=False)
+        return pc.utf8_trim_whitespace(pc.fill_null(column.cast(pa.string()), "")).to_numpy(
+            zero_copy_only=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(f"{path}: column {name!r} is of type {column.type}, expected text or whole numbers: "
                          f"{error}") from error
@@ -144,11 +147,11 @@ def _report(table: Any, path: Path, reasons: np.ndarray, torn: Sequence[str]) ->
     counts = Counter(reasons[bad])
     samples = [(str(reasons[row]), str(table.slice(int(row), 1).to_pylist()[0])) for row in bad[:NUM_SAMPLES]]
     if torn:
-        counts[TORN] = len(torn)
+        counts[TORN] = sum(1 + text.count("\n") for text in torn)  # a quote without an end takes many lines
         samples += [(TORN, text) for text in torn[:NUM_SAMPLES]]
-    shown = tuple({"file": path.name, "line": 0, "reason": reason, "text": text}
+    shown = tuple({"file": path.name, "line": 0, "reason": reason, "text": text[:LONGEST_TEXT]}
                   for reason, text in samples[:NUM_SAMPLES])
-    return RowReport(table.num_rows + len(torn), dict(counts), shown)
+    return RowReport(table.num_rows + counts[TORN], dict(counts), shown)
 
 
 def _check_users(path: Path, users: np.ndarray) -> None:
@@ -197,6 +200,6 @@ def simulate(path: Path, users: int, lifts: Mapping[str, float], *, seed: int = 
         columns |= {f"{prefix}{name}": values for name, values in zip(
             COUNTS, (impressions, clicks, orders, revenue), strict=True)}
     table = pa.table(columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write = pq.write_table if path.suffix == ".parquet" else csv.write_csv
-    write(table, path)
+    with reporting.replacing(path) as written:
+        write(table, written)

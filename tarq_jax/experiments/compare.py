@@ -58,6 +58,8 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
 
 def main() -> None:
     """Flags to table."""
+    if len(set(TRAINED.value)) < len(TRAINED.value):
+        cli.wrong_call(f"--model is {', '.join(TRAINED.value)}, expected different models")
     seeds = cli.seeds(SEEDS)
     rows = compare(cli.settings(CONFIG.value), TRAINED.value, seeds, Path(WORKDIR.value))
     if len(seeds) > 1:

@@ -129,7 +129,12 @@ def _auc_of(two_tower: Path) -> float:
     path = two_tower / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"--two_tower: {path} does not exist, expected a finished two-tower run")
-    return json.loads(path.read_text())[0]["auc"]
+    rows = json.loads(path.read_text())
+    found = [row for row in rows if row["model"] == "two_tower"]
+    if not found or found[0].get("auc") is None:
+        raise ValueError(f"--two_tower: {path} has the models {[row['model'] for row in rows]}, expected the "
+                         f"AUC of 'two_tower' among them")
+    return found[0]["auc"]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -150,6 +155,8 @@ def main() -> None:
     if TWO_TOWERS.value and len(TWO_TOWERS.value) != len(CHECKPOINTS.value):
         cli.wrong_call(f"--two_tower is given {len(TWO_TOWERS.value)} times, expected once for each of "
                        f"{len(CHECKPOINTS.value)} --checkpoint")
+    if len(set(CHECKPOINTS.value)) < len(CHECKPOINTS.value):
+        cli.wrong_call(f"--checkpoint is {', '.join(CHECKPOINTS.value)}, expected different runs")
     wanted, console, rows = settings(), Console(), []
     for checkpoint, two_tower in itertools.zip_longest(CHECKPOINTS.value, TWO_TOWERS.value):
         rows += convert(Path(checkpoint), Path(two_tower) if two_tower else None, wanted, console)

@@ -115,8 +115,9 @@ def training_curves(
     workdir: Path, num_levels: int, start: int
 ) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
     """Steps from `start` on, and by quantity and level what `metrics.jsonl` has, if it is there."""
-    lines = [line for line in reporting.read_metrics(workdir)
-             if "codebook/perplexity_1" in line and line["step"] > start]
+    by_step = {line["step"]: line for line in reporting.read_metrics(workdir)
+               if "codebook/perplexity_1" in line and line["step"] > start}
+    lines = [by_step[step] for step in sorted(by_step)]  # what was repeated after a kill counts once
     curves = {
         title: {f"level {level}": [line[f"codebook/{name}_{level}"] for line in lines]
                 for level in range(1, num_levels + 1)}

@@ -54,6 +54,8 @@ def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float) ->
         furthest = max(max(abs(row["low"]), abs(row["high"])) for row in same)
         sentences.append(f"Not told apart from {reference}, at most {furthest:.4f} AUC away: "
                          f"{', '.join(row['variant'] for row in same)}.")
+    if alone := [row["variant"] for row in tested if row["paired_seeds"] == 1]:
+        sentences.append(f"Of one seed, so that intervals are over users alone: {', '.join(alone)}.")
     return sentences
 
 
@@ -139,6 +141,11 @@ def read_serving(path: str | None) -> list[dict[str, Any]]:
         raise ValueError(f"--serving {path} cannot be read as JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"--serving {path} has another form, expected rows of benchmarks.serving")
+    columns = {"model", "candidates", "history", "latency_p50_ms"}
+    for row in rows:
+        if row.get("kind") == "request" and (missing := columns - row.keys()):
+            raise ValueError(f"--serving {path} has a row of a request without {sorted(missing)[0]!r}, "
+                             f"expected rows of benchmarks.serving")
     return rows
 
 

@@ -133,9 +133,11 @@ def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95
                                "auc": float(variant.auc.mean())}
         if variant.name != reference and (found := difference(variant, variants[reference], level)):
             estimate, parts = found
-            row |= {"difference": estimate.value, "low": estimate.low, "high": estimate.high,
-                    "p_value": estimate.p_value, "seeds_error": parts.seeds**0.5 if parts.seeds > 0 else 0.0,
-                    "data_error": parts.data**0.5 if parts.data > 0 else 0.0}
+            row |= {"paired_seeds": len(set(variant.seeds) & set(variants[reference].seeds)),
+                    "difference": estimate.value, "low": estimate.low, "high": estimate.high,
+                    "p_value": estimate.p_value, "data_error": max(parts.data, 0.0)**0.5}
+            if row["paired_seeds"] > 1:  # of one seed nothing is known of how seeds differ
+                row["seeds_error"] = max(parts.seeds, 0.0)**0.5
         if (gap := gap_recovered(variant, variants, level)) is not None:
             row |= {"gap_recovered": gap.value, "gap_low": gap.low, "gap_high": gap.high}
         for name in ("teacher_auc", "utilisation", "attention_error", "parameters", "train_seconds"):
@@ -194,7 +196,8 @@ def served_as(config: Mapping[str, Any]) -> str | None:
 def latencies(serving: Sequence[Mapping[str, Any]], candidates: int, history: int) -> dict[str, float]:
     """Median milliseconds of a whole request by method, of rows of `benchmarks.serving`."""
     return {row["model"]: row["latency_p50_ms"] for row in serving
-            if row.get("kind") == "request" and (row["candidates"], row["history"]) == (candidates, history)}
+            if row.get("kind") == "request" and (row["candidates"], row["history"]) == (candidates, history)
+            and row["latency_p50_ms"] is not None}
 
 
 def on_frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:

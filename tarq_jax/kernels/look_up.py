@@ -18,7 +18,7 @@ def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:
     """Sums a candidate's entries over levels: [B, L, K, D] and int [B, G, L] to [B, G, D]."""
     requests, size, levels = codes.shape
     block = calling.block_of(size, calling.ROWS)
-    codes = calling.padded(codes.astype(jnp.int32), 1, block)
+    codes = calling.padded(_within(codes, personalized.shape[2]), 1, block)
     width = personalized.shape[-1]
     found = calling.call(
         _look_up_kernel, personalized, codes, grid=(requests, codes.shape[1] // block),
@@ -27,6 +27,11 @@ def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:
         out_specs=pl.BlockSpec((1, block, width), lambda request, row: (request, row, 0)),
         out_shape=jax.ShapeDtypeStruct((requests, codes.shape[1], width), personalized.dtype))
     return found[:, :size]
+
+
+def _within(codes: jax.Array, size: int) -> jax.Array:
+    """Those beyond the last row are taken for it, as a gather that clips has them."""
+    return jnp.clip(codes.astype(jnp.int32), 0, size - 1)
 
 
 def _look_up_kernel(table_ref, codes_ref, output_ref):
@@ -53,7 +58,7 @@ def look_up_expansion(
     requests, heads, size, width = residuals.shape
     block = calling.block_of(size, calling.ROWS)
     jacobians = jacobians.reshape(*means.shape[:3], width * width)
-    codes = calling.padded(codes.astype(jnp.int32)[..., None], 1, block)
+    codes = calling.padded(_within(codes, means.shape[2])[..., None], 1, block)
     residuals = calling.padded(residuals, 2, block)
 
     def table(of):

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,19 +56,37 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 def make_requests(client: Client, *, history: int, candidates: int, top_k: int, seed: int) -> list[bytes]:
-    """Bodies for what the service serves: its own example, with other histories and candidates."""
-    smallest, largest = client.version()["ids"]
+    """Bodies for what the service serves: its own example, with other histories and candidates.
+
+    Raises:
+      ValueError: it serves fewer items than candidates are asked for, or none.
+    """
     schema = client.get("/openapi.json")["components"]["schemas"]["Request"]
-    rng, bodies = np.random.default_rng(seed), []
+    ids, rng, bodies = served_ids(client, schema), np.random.default_rng(seed), []
+    if len(ids) < max(candidates, 1):
+        raise ValueError(f"--num_candidates is {candidates}, and {len(ids)} ids are known to be served, "
+                         "expected at least as many, and one")
     for _ in range(DISTINCT):
         request = schema["example"] | {"top_k": top_k}
         events = request["history"].items()
         request["history"] = {name: (values[:1] or [0]) * history for name, values in events}
-        request["history"]["item_id"] = rng.integers(smallest, largest + 1, history).tolist()
+        request["history"]["item_id"] = rng.choice(ids, history).tolist()
         if candidates:
-            request["candidates"] = rng.integers(smallest, largest + 1, candidates).tolist()
+            request["candidates"] = rng.choice(ids, candidates, replace=False).tolist()
         bodies.append(json.dumps(request).encode())
     return bodies
+
+
+def served_ids(client: Client, schema: Mapping[str, Any]) -> np.ndarray:
+    """Ids of items that are served: all where no number is left out, else as many as an answer may hold."""
+    version = client.version()
+    if version["items"] == 0:
+        return np.zeros(0, np.int64)
+    smallest, largest = version["ids"]
+    if version["items"] == largest - smallest + 1:
+        return np.arange(smallest, largest + 1)
+    most = schema["properties"]["top_k"]["maximum"]
+    return np.array(client.post("/score", schema["example"] | {"top_k": most})["ids"])
 
 
 def send(url: str, bodies: Sequence[bytes], times: Sequence[float], *, connections: int,

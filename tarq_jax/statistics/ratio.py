@@ -13,6 +13,7 @@ from scipy import stats
 from tarq_jax import checks
 from tarq_jax.statistics.estimates import Estimate, wald
 
+ROUNDING = 1e-14  # relative, below which a difference is none
 LARGEST = 1e50  # whose fourth power, which an interval of a lift takes, is a float64
 
 
@@ -52,7 +53,9 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Ratio:
     if not total:
         raise ValueError("denominator: expected a sum other than 0, got 0")
     value = float(top.sum()) / total
-    return Ratio(value, (top - value * bottom) / total)
+    away = top - value * bottom
+    rounding = ROUNDING * np.maximum(np.abs(top), np.abs(value * bottom))
+    return Ratio(value, np.where(np.abs(away) > rounding, away, 0.0) / total)
 
 
 def cuped(treatment: Ratio, control: Ratio, before_treatment: Ratio, before_control: Ratio
@@ -110,7 +113,8 @@ def lift(treatment: Ratio, control: Ratio, *, level: float = 0.95) -> Estimate:
     first, second, (spread, other) = treatment.value, control.value, (treatment.variance, control.variance)
     quotient = first / second
     error = math.sqrt(spread + quotient**2 * other) / abs(second)
-    p_value = wald(first - second, spread + other, level=level).p_value
+    apart = first - second if abs(first - second) > ROUNDING * max(abs(first), abs(second)) else 0.0
+    p_value = wald(apart, spread + other, level=level).p_value
     square = stats.norm.ppf(0.5 + level / 2) ** 2
     scale = second**2 - square * other
     if scale <= 0:

@@ -5,6 +5,7 @@ their statistics, the random key and the step, from which the position in the da
 """
 
 import functools
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,12 @@ def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.Check
       kept: newest checkpoints that are kept.
       best_metric: a key of `tarq_jax.config.BEST`, by which the best checkpoint is kept besides; none
         if empty.
+
+    Raises:
+      ValueError: the path has a "[", which Orbax takes for a pattern: what it saves there cannot be read.
     """
+    if "[" in (path := str(Path(workdir).resolve())):
+        raise ValueError(f"workdir is {path!r}, expected a path without '['")
     goodness = functools.partial(_goodness, best_metric)
     policies = [preservation_policy.LatestN(kept)]
     if best_metric:
@@ -160,12 +166,14 @@ def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | Non
     """The step whose validation metrics were best, the earliest of equals; None where none were saved."""
     measured = {step: checkpoints.metrics(step) for step in sorted(checkpoints.all_steps())}
     found = {step: _goodness(best_metric, metrics) for step, metrics in measured.items() if metrics}
+    found = {step: good for step, good in found.items() if good > -math.inf}
     return max(found, key=lambda step: found[step], default=None)
 
 
 def _goodness(best_metric: str, metrics: Mapping[str, float]) -> float:
-    """What is largest where the metric is best."""
-    return BEST[best_metric] * metrics[best_metric]
+    """What is largest where the metric is best; minus infinity where it is NaN."""
+    good = BEST[best_metric] * metrics[best_metric]
+    return -math.inf if math.isnan(good) else good
 
 
 def _move_away(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:

@@ -89,7 +89,7 @@ def describe_data(dataset: data.Dataset, console: Console) -> None:
     sizes = ", ".join(f"{len(requests):,} {split}" for split, requests in dataset.splits.items())
     console.print(f"data: {dataset.schema.num_items - 1:,} items; requests: {sizes}")
     for key, value in dataset.info.items():
-        console.print(f"data: {key} = {value}")
+        console.print(f"data: {key} = {value}", markup=False)
 
 
 def train(
@@ -137,10 +137,11 @@ def train(
         start = int(state.step)
         if start:
             provenance.check_data(workdir, dataset)
+            provenance.check_code(workdir, config)
         if distributed.is_first():
             provenance.record(workdir, config, dataset)
         for sentence in damaged:
-            console.print(f"{sentence} Going on from step {start}.")
+            console.print(f"{sentence} Going on from step {start}.", markup=False)
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
         batches = data.prefetch(
             batches_from(start_step=start, readers=config.data.readers), config.prefetch,

@@ -34,14 +34,9 @@ def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str,
     """
     return {
         "config": json.loads(config.to_json()), "data": dataset.fingerprint, "revision": revision(),
-        "packages": dict(versions()), "device": device(), "own": own_code(config),
+        "packages": dict(versions()), "device": device(), "own": own.sources(config),
         "python": platform.python_version(),
     }
-
-
-def own_code(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """A hash of the file of each MODULE:FUNCTION of the configuration; what that imports is not told."""
-    return {name: own.source_of(name) for name in (config.model.name, config.data.name) if ":" in name}
 
 
 def device() -> str:
@@ -88,6 +83,15 @@ def record(workdir: Path, config: ml_collections.ConfigDict, dataset: Dataset) -
     if entries[-1:] != [entry]:
         with replacing(workdir / FILE) as written:
             written.write_text(json.dumps([*entries, entry], indent=1) + "\n")
+
+
+def check_code(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError if the file of an own MODULE:FUNCTION has changed since the run was last trained."""
+    entries, found = read(workdir), own.sources(config)
+    for name, before in (entries[-1]["own"] if entries else {}).items():
+        if name in found and found[name] != before:
+            raise ValueError(f"{workdir} was trained with the file of {name} as {before}, which is "
+                             f"{found[name]} now; expected the file as it was, or another --workdir")
 
 
 def check_data(workdir: Path, dataset: Dataset) -> None:

@@ -8,7 +8,7 @@ its own initialisation, order of the data and k-means. Devices share the seeds a
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,9 +97,11 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
             restored = checkpoint.restore_latest(member.checkpoints, state, member.config, dataset.schema)
             if int(restored.state.step):
                 provenance.check_data(workdir, dataset)
+                provenance.check_code(workdir, member.config)
             provenance.record(workdir, member.config, dataset)
             for sentence in restored.damaged:
-                console.print(f"seed {seed}: {sentence} Going on from step {int(restored.state.step)}.")
+                console.print(f"seed {seed}: {sentence} Going on from step {int(restored.state.step)}.",
+                              markup=False)
             groups.setdefault(int(restored.state.step), []).append((member, restored))
         for _, group in sorted(groups.items()):
             members, restored_states = zip(*group, strict=True)
@@ -107,6 +109,9 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
             parts = Parts(objective, mesh, compile_step(config, objective, optimizer, mesh))
             found = _train(parts, members, restored_states, dataset, console, interruption)
             rows |= {member.config.seed: rows for member, rows in zip(members, found, strict=True)}
+        if interruption.due(config.steps + 1):
+            raise Interrupted(f"interrupted; {len(rows)} seeds are complete, call again to go on with what "
+                              f"follows")
     return {seed: rows[seed] for seed in workdirs}
 
 
@@ -236,8 +241,8 @@ def _train(
                 _look(members, pending)
                 pending, states = [], unstack(state)
             if measured:
-                for member, rows in zip(members, _test(parts, members, states, dataset, "validation"),
-                                        strict=True):
+                tested = _test(parts, members, states, dataset, "validation", interruption.now)
+                for member, rows in zip(members, tested, strict=True):
                     member.writer.write(done, loop.flat_scalars(rows, "validation"))
             if saved:
                 share = [count / len(members) for count in meter.counted]
@@ -247,7 +252,7 @@ def _train(
                 raise Interrupted(f"interrupted; saved step {done} of {len(members)} seeds, call again to go "
                                   f"on")
         batches.close()
-    return _finish(parts, members, unstack(state), dataset, meter)
+    return _finish(parts, members, unstack(state), dataset, meter, interruption.now)
 
 
 def _batches(members: Sequence[Member], dataset: data.Dataset, shapes: data.Shapes, start: int
@@ -291,19 +296,20 @@ def initialise_codebooks(parts: Parts, members: Sequence[Member], state: TrainSt
 
 
 def _test(parts: Parts, members: Sequence[Member], states: Sequence[TrainState], dataset: data.Dataset,
-          split: str) -> list[list[Row]]:
+          split: str, leave: Callable[[], bool]) -> list[list[Row]]:
     return [
-        loop.test(member.config, parts.objective, own, dataset, split,
+        loop.test(member.config, parts.objective, own, dataset, split, leave=leave,
                   scores=loop.scores_file(member.config, member.workdir) if split == "test" else None)
         for member, own in zip(members, states, strict=True)]
 
 
 def _finish(parts: Parts, members: Sequence[Member], states: Sequence[TrainState], dataset: data.Dataset,
-            meter: Meter) -> list[list[Row]]:
+            meter: Meter, leave: Callable[[], bool]) -> list[list[Row]]:
     totals = {"parameters": setup.count_parameters(states[0])} | meter.total()
     totals["train_seconds"] /= len(members)
     found = []
-    for member, rows in zip(members, _test(parts, members, states, dataset, "test"), strict=True):
+    for member, rows in zip(members, _test(parts, members, states, dataset, "test", leave),
+                            strict=True):
         rows = [row | totals for row in rows]
         member.writer.write(member.config.steps, loop.flat_scalars(rows, "test"))
         write_rows(rows, member.workdir / "results.json")

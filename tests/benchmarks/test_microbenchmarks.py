@@ -76,24 +76,26 @@ def test_what_cannot_run_is_noted(monkeypatch):
 
 @pytest.mark.parametrize("found, expected, error", [
     ((1.0, 2), (1.0, 2), 0.0), ((1.5, 2), (2.0, 2), 0.25), ((1.0, 3), (1.0, 2), 1.0),
+    ((1.0, 0.2), (1.0, 0.1), 1.0), ((1.0, 1e-7), (1.0, 1e-8), 9e-6),
     ((1.0, 1.0, np.nan), (1.0, 1.0, 1.0), np.nan), ((1.0, 1.0), (1.0, np.nan), np.nan),
 ])
 def test_error_of_numbers_and_codes(found, expected, error):
     both = (tuple(jnp.asarray(value) for value in values) for values in (found, expected))
-    np.testing.assert_equal(measuring.error(*both), error)
+    np.testing.assert_allclose(measuring.error(*both), error, rtol=1e-5)
 
 
 def test_numbers_that_are_none_are_wrong():
-    """Unless there are none of `plain` to compare with."""
+    """Unless there are none of `plain` to compare with; whether `plain` is in the table is no matter."""
     def row(operation, implementation, **described):
         return Key(operation, "odd", implementation, "forward")._asdict() | described
 
     rows = [row("encode", "plain", error=0.0), row("encode", "xla", error=0.0),
             row("encode", "pallas", error=np.nan, note="differs"), row("align", "plain", error=0.0),
             row("align", "xla", error=1.0, note="differs too"), row("attend", "plain", note="takes 9 MB"),
-            row("attend", "xla", error=np.nan)]
+            row("attend", "xla", error=None), row("top_k", "xla", error=0.5, note="differs as well")]
     assert benchmarks.__main__.wrong_of(rows) == [
-        "encode/odd/pallas/forward differs", "align/odd/xla/forward differs too"]
+        "encode/odd/pallas/forward differs", "align/odd/xla/forward differs too",
+        "top_k/odd/xla/forward differs as well"]
 
 
 def test_a_slowdown_is_one():

@@ -157,10 +157,19 @@ def test_arms_are_drawn_apart_in_the_bootstrap(tmp_path):
     assert row["method"] == "bootstrap" and np.isfinite([row["low"], row["high"]]).all()
 
 
+def noted(table):
+    """The notes of what cannot be had, by metric and method, and which can."""
+    rows = ab.analyse(table, "control", plan(replicates=200))
+    notes = {(row["metric"], row["method"]): row["note"] for row in rows if "note" in row}
+    return notes, {(row["metric"], row["method"]) for row in rows if np.isfinite(row.get("p_value", np.nan))}
+
+
 def test_a_control_without_revenue_in_some_replicates_is_said(tmp_path):
     table, _ = ab_rows.read(write(tmp_path, [GOOD[1], GOOD[3], "x,control,9,3,1,0", "y,control,9,3,1,5"]))
-    with pytest.raises(ValueError, match="gmv of so few users with revenue has no bootstrap: replicates"):
-        ab.analyse(table, "control", plan(replicates=200))
+    notes, had = noted(table)
+    assert list(notes) == [("gmv", "bootstrap")]
+    assert "gmv of so few users with revenue has no bootstrap: replicates" in notes["gmv", "bootstrap"]
+    assert had == {("ctr", "delta"), ("cvr", "delta"), ("gmv", "delta")}
 
 
 def test_a_file_that_is_there_is_not_written_over(tmp_path):
@@ -171,20 +180,41 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_metrics_that_cannot_be_had(tmp_path):
+def test_what_cannot_be_had_leaves_the_others(tmp_path):
     before = ",".join(ab_rows.BEFORE)
-    table, _ = ab_rows.read(write(tmp_path, [f"{line},0,0,0,0" for line in GOOD], f"{HEADER},{before}"))
-    with pytest.raises(ValueError, match="pre_ctr of an arm cannot be had: denominator"):
-        ab.analyse(table, "control", plan())
-    table, _ = ab_rows.read(write(tmp_path, [*GOOD, "x,control,1,1,1,1e300"]))
-    with pytest.raises(ValueError, match="gmv of an arm cannot be had: numerator: expected values of at"):
-        ab.analyse(table, "control", plan())
-    table, _ = ab_rows.read(write(tmp_path, [line.rsplit(",", 2)[0] + ",0,0" for line in GOOD]))
-    with pytest.raises(ValueError, match="cvr of arm 'control' is 0"):
-        ab.analyse(table, "control", plan())
+    notes, had = noted(ab_rows.read(
+        write(tmp_path, [f"{line},0,0,0,0" for line in GOOD], f"{HEADER},{before}"))[0])
+    assert ("ctr", "delta") in had and ("gmv", "bootstrap") in had
+    assert notes["ctr", "cuped"].startswith("pre_ctr of arm 'treatment' cannot be had: denominator")
+    notes, had = noted(ab_rows.read(write(tmp_path, [*GOOD, "x,control,1,1,1,1e300"]))[0])
+    assert "gmv of arm 'control' cannot be had: numerator: expected values of at" in notes["gmv", "delta"]
+    assert had == {("ctr", "delta"), ("cvr", "delta")}
+    notes, had = noted(ab_rows.read(
+        write(tmp_path, [line.rsplit(",", 2)[0] + ",0,0" for line in GOOD]))[0])
+    assert notes["cvr", "delta"] == "cvr of arm 'control' is 0, expected more for a lift"
+    assert had == {("ctr", "delta")}
+
+
+def test_nothing_that_can_be_had(tmp_path):
     table, _ = ab_rows.read(write(tmp_path, [",".join([*line.split(",")[:2], *"0000"]) for line in GOOD]))
-    with pytest.raises(ValueError, match="ctr of an arm cannot be had: denominator: expected a sum other"):
+    with pytest.raises(ValueError, match="ctr of arm 'treatment' cannot be had: denominator: expected a sum"):
         ab.analyse(table, "control", plan())
+
+
+def test_spaces_do_not_make_another_arm_or_user(tmp_path):
+    table, _ = ab_rows.read(write(tmp_path, [*GOOD, "new, control ,3,1,1,2.0"]))
+    assert list(table.arms) == ["control", "treatment"]
+    user = GOOD[0].split(",")[0]
+    with pytest.raises(ValueError, match=f"user '{user}' is in 2 rows"):
+        ab_rows.read(write(tmp_path, [*GOOD, f" {user},control,3,1,1,2.0"]))
+
+
+def test_a_quote_without_an_end_counts_every_line_that_it_takes(tmp_path):
+    rows = [*GOOD[:10], 'x,"control,3,1,1,2.0', *GOOD[10:]]
+    with pytest.raises(ValueError, match="31 of 41 rows are malformed"):
+        ab_rows.read(write(tmp_path, rows), max_bad_fraction=0.1)
+    _, report = ab_rows.read(write(tmp_path, rows), max_bad_fraction=0.9)
+    assert report.read == 41 and len(report.samples[0]["text"]) <= 200
 
 
 def test_the_command(command, tmp_path):
@@ -204,7 +234,8 @@ def test_the_command(command, tmp_path):
     (["--ratio=1,x"], 2, "--ratio is '1,x', expected positive numbers"),
     (["--ratio=-1,1"], 2, "--ratio is '-1,1', expected positive numbers"),
     (["--ratio=nan,1"], 2, "--ratio is 'nan,1', expected positive numbers"),
-    (["--simulate=10"], 1, "exists, expected a new file to make up rows in"),
+    (["--simulate=99"], 2, "--simulate is 99, expected 0 or at least 100 users"),
+    (["--simulate=100"], 1, "exists, expected a new file to make up rows in"),
     (["--ratio=1,1,1"], 1, "--ratio is '1.0,1.0,1.0', expected 2 positive numbers"),
     (["--level=1.5"], 2, "level"),
 ])

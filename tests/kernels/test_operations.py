@@ -188,6 +188,28 @@ def test_none_falls_back_where_the_kernel_does_not_fit(monkeypatch):
     assert "pallas_call" not in str(jax.make_jaxpr(cosine)(codewords, latents))
 
 
+@pytest.mark.parametrize("way", ["xla", "pallas"])
+def test_codes_beyond_the_last_are_taken_for_it(way):
+    """Forward and backward: neither zeros nor NaN."""
+    table, codes = arguments("look_up", "odd")
+    means, jacobians, first, residuals = arguments("look_up_expansion", "odd")
+    first, residuals = (jnp.broadcast_to(one, (len(means), *one.shape)) for one in (first, residuals))
+    last = table.shape[2] - 1, means.shape[2] - 1
+    beyond, most = (jnp.full_like(codes, last[0] + more) for more in (3, 0))
+    for function in (attention.look_up, jax.grad(lambda *both, **way: attention.look_up(*both, **way).sum())):
+        np.testing.assert_allclose(function(table, beyond, implementation=way),
+                                   function(table, most, implementation="xla"), rtol=1e-5)
+
+    def changed(means, jacobians, residuals, more, way):
+        return expansion.look_up_expansion(Expansion(means, jacobians), jnp.full_like(first, last[1] + more),
+                                           residuals, implementation=way)
+
+    for function in (changed, jax.grad(lambda *given: jnp.square(changed(*given)).sum(), argnums=(0, 1, 2))):
+        for one, other in zip(jax.tree.leaves(function(means, jacobians, residuals, 3, way)),
+                              jax.tree.leaves(function(means, jacobians, residuals, 0, "xla")), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_kernels_compose_with_vmap_and_forward_mode():
     codes, residuals = arguments("look_up_expansion", "odd")[2:]
     expanded = Expansion(*arguments("look_up_expansion", "odd")[:2])

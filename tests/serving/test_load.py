@@ -1,12 +1,14 @@
 """The load generator: arrivals, latency from when a request was due, and its summary."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 from test_client import ANSWER, answering, reply
 
-from tarq_jax.serving.load import Sent, arrivals, send, summary
+from tarq_jax.serving.client import Client
+from tarq_jax.serving.load import Sent, arrivals, make_requests, send, summary
 
 
 def test_arrivals_are_poisson():
@@ -48,3 +50,31 @@ def test_summary():
     assert row["latency_p50_ms"] == pytest.approx(50.5) and row["latency_p99_ms"] == pytest.approx(99.01)
     assert row["rejected_p99_ms"] == pytest.approx(500.0)
     assert summary([], 1.0)["latency_p99_ms"] is None
+
+
+def bodies_for(ids, items, candidates, answer=ANSWER):
+    """Requests made for a service of so many items with ids from the least to the largest."""
+    schema = {"example": {"history": {"item_id": [7]}}, "properties": {"top_k": {"maximum": 3}}}
+    document = {"components": {"schemas": {"Request": schema}}}
+    with answering(reply(document), reply({"ids": ids, "items": items}), reply(answer)) as (url, _), \
+            Client(url) as client:
+        bodies = make_requests(client, history=4, candidates=candidates, top_k=2, seed=0)
+    return [json.loads(body) for body in bodies]
+
+
+def test_requests_are_of_items_that_are_served_each_candidate_once():
+    for request in bodies_for([3, 8], 6, candidates=6):
+        assert sorted(request["candidates"]) == [3, 4, 5, 6, 7, 8] and request["top_k"] == 2
+        assert set(request["history"]["item_id"]) <= {3, 4, 5, 6, 7, 8}
+    with_gaps = ANSWER | {"ids": [10**12, 7, 50], "scores": [3.0, 2.0, 1.0]}
+    for request in bodies_for([7, 10**12], 3, candidates=2, answer=with_gaps):
+        assert set(request["candidates"] + request["history"]["item_id"]) <= {7, 50, 10**12}
+
+
+@pytest.mark.parametrize(("ids", "items", "candidates", "words"), [
+    ([], 0, 0, "--num_candidates is 0, and 0 ids are known to be served"),
+    ([1, 4], 4, 5, "--num_candidates is 5, and 4 ids are known to be served"),
+])
+def test_requests_that_cannot_be_made(ids, items, candidates, words):
+    with pytest.raises(ValueError, match=words):
+        bodies_for(ids, items, candidates)

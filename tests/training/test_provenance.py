@@ -1,11 +1,13 @@
 """Provenance: what a run says of where its numbers come from."""
 
+import copy
 import dataclasses
 import subprocess
 
 import jax
 import pytest
 
+from tarq_jax.experiments import run_table
 from tarq_jax.training import provenance
 
 
@@ -69,6 +71,21 @@ def test_other_data_are_refused(tiny_config, tiny_dataset, tmp_path):
         provenance.check_data(tmp_path, same)
     with pytest.raises(ValueError, match=r"was trained on the data first, .* second now"):
         provenance.check_data(tmp_path, named[1])
+
+
+def test_changed_code_of_ones_own_is_refused(tiny_config, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "changing_model.py").write_text("def model(): ...")
+    config = copy.deepcopy(tiny_config)
+    config.model.name = "changing_model:model"
+    provenance.record(tmp_path, config, tiny_dataset)
+    provenance.check_code(tmp_path, config)
+    provenance.check_code(tmp_path, tiny_config)
+    settings = run_table.settings_of(config)
+    (tmp_path / "changing_model.py").write_text("def model(): return 1")
+    with pytest.raises(ValueError, match=r"was trained with the file of changing_model:model as .*, which is"):
+        provenance.check_code(tmp_path, config)
+    assert run_table.settings_of(config) != settings
 
 
 def test_a_change_is_added(tiny_config, tiny_dataset, tmp_path):
