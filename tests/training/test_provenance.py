@@ -83,7 +83,7 @@ def test_changed_code_of_ones_own_is_refused(tiny_config, tiny_dataset, tmp_path
     provenance.check_code(tmp_path, tiny_config)
     settings = run_table.settings_of(config)
     (tmp_path / "changing_model.py").write_text("def model(): return 1")
-    with pytest.raises(ValueError, match=r"was trained with the file of changing_model:model as .*, which is"):
+    with pytest.raises(ValueError, match=r"with the file of changing_model:model as .*, which is"):
         provenance.check_code(tmp_path, config)
     assert run_table.settings_of(config) != settings
 
