@@ -41,6 +41,9 @@ LEAST_SIMULATED = 100  # users: of fewer, an arm may have none
 MISMATCH = 0.001  # p-value below which shares of the arms are not believed
 
 
+Ratios = tuple[statistics.Ratio, statistics.Ratio]  # of an arm, and of the control
+
+
 class Plan(NamedTuple):
     """How sure an analysis is to be."""
 
@@ -73,25 +76,31 @@ def compare(treated: Arm, control: Arm, plan: Plan) -> list[dict[str, Any]]:
     What cannot be had, as CVR before the first order, leaves the others as they are: its row has the reason
     as `note` instead of numbers.
     """
-    rows, sizes = [], (len(treated.columns["impressions"]), len(control.columns["impressions"]))
+    rows: list[dict[str, Any]] = []
+    sizes = (len(treated.columns["impressions"]), len(control.columns["impressions"]))
     for metric, (top, bottom) in METRICS.items():
         before = {f"pre_{name}" for name in (top, bottom) if name} <= control.columns.keys()
-        for method, there in (("delta", True), ("cuped", before), ("bootstrap", bottom is None)):
-            if not there:
-                continue
-            row: dict[str, Any] = {"metric": metric, "arm": treated.name, "method": method}
+        there = {"delta": True, "cuped": before, "bootstrap": bottom is None}
+        own: list[dict[str, Any]] = [
+            {"metric": metric, "arm": treated.name, "method": method} for method in there if there[method]]
+        rows += own
+        try:
+            ratios = _ratios(treated, control, metric)
+        except ValueError as error:
+            for row in own:
+                row["note"] = str(error)
+            continue
+        for row in own:
             try:
-                first, second = _ratios(treated, control, metric)
-                found = LIFTS[method](treated, control, metric, plan)
-                row |= {"control_value": second.value, "value": first.value}
+                found = LIFTS[row["method"]](ratios, treated, control, metric, plan)
+                row |= {"control_value": ratios[1].value, "value": ratios[0].value}
                 row |= describe(found, metric, sizes, plan)
             except ValueError as error:
                 row["note"] = str(error)
-            rows.append(row)
     return rows
 
 
-def _ratios(treated: Arm, control: Arm, metric: str) -> tuple[statistics.Ratio, statistics.Ratio]:
+def _ratios(treated: Arm, control: Arm, metric: str) -> Ratios:
     """Of both arms; that of the control has to have a value to compare with."""
     ratios = ratio_of(treated, metric), ratio_of(control, metric)
     if not ratios[1].value:
@@ -99,16 +108,15 @@ def _ratios(treated: Arm, control: Arm, metric: str) -> tuple[statistics.Ratio, 
     return ratios
 
 
-def delta_lift(treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
+def delta_lift(ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
     """Lift by the delta method."""
-    return statistics.lift(*_ratios(treated, control, metric), level=plan.level)
+    return statistics.lift(*ratios, level=plan.level)
 
 
-def cuped_lift(treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
+def cuped_lift(ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
     """The same, less what the period before explains."""
     before = ratio_of(treated, metric, "pre_"), ratio_of(control, metric, "pre_")
-    adjusted = statistics.cuped(*_ratios(treated, control, metric), *before)
-    return statistics.lift(*adjusted, level=plan.level)
+    return statistics.lift(*statistics.cuped(*ratios, *before), level=plan.level)
 
 
 def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], plan: Plan) -> dict[str, Any]:
@@ -133,7 +141,9 @@ def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], pl
     }
 
 
-def bootstrap_lift(treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
+def bootstrap_lift(
+    ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Plan
+) -> statistics.Estimate:
     """Lift of means with a percentile interval; many users are drawn by `BUCKETS` random buckets an arm."""
     top, _ = METRICS[metric]
     sums = [_bucket_sums(arm.columns[top], seed) for seed, arm in enumerate((treated, control))]

@@ -241,10 +241,12 @@ def _train(
                 _look(members, pending)
                 pending, states = [], unstack(state)
             if measured:
-                tested = _test(parts, members, states, dataset, "validation", interruption.now)
-                for member, rows in zip(members, tested, strict=True):
-                    member.writer.write(done, loop.flat_scalars(rows, "validation"))
-            if saved:
+                with contextlib.suppress(Interrupted):
+                    tested = _test(parts, members, states, dataset, "validation", interruption.now)
+                    for member, rows in zip(members, tested, strict=True):
+                        member.writer.write(done, loop.flat_scalars(rows, "validation"))
+                stop = interruption.now()
+            if saved or stop:
                 share = [count / len(members) for count in meter.counted]
                 for member, own in zip(members, states, strict=True):
                     checkpoint.save(member.checkpoints, own, member.config, dataset.schema, share)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import signal
 
 import jax
@@ -169,6 +170,26 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         config = with_seed(tiny_config, seed)
         same_bits(saved_state(workdir, config, tiny_dataset),
                   saved_state(together[0] / str(seed), config, tiny_dataset))
+
+
+@pytest.mark.parametrize(("split", "message"), [
+    ("validation", "saved step 3 of 2 seeds"), ("test", "interrupted")])
+def test_a_signal_within_an_evaluation_loses_no_step(
+        split, message, tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
+    """Steps were saved before, at the latest where the evaluation was left."""
+    tiny_config.model.name, tiny_config.eval_every, tiny_config.checkpoint_every = "two_tower", 3, 100
+    test, signals = loop.test, []
+
+    def signalled(*arguments, **options):
+        if arguments[4] == split and not signals:
+            signals.append(os.kill(os.getpid(), signal.SIGTERM))
+        return test(*arguments, **options)
+
+    monkeypatch.setattr(loop, "test", signalled)
+    with pytest.raises(Interrupted, match=message):
+        seeds.train(tiny_config, tiny_dataset, folders(tmp_path), silent)
+    steps = {int(path.name) for path in (tmp_path / "0" / "checkpoints").iterdir() if path.name.isdecimal()}
+    assert max(steps) == (3 if split == "validation" else tiny_config.steps)
 
 
 @pytest.mark.slow
