@@ -308,6 +308,11 @@ def check_codebook(config: ml_collections.ConfigDict) -> None:
                          f"config.accumulate, {settings['batch_size'] // settings['accumulate']}")
 
 
+def own_code(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """A hash of the file of each MODULE:FUNCTION that it names; what that imports is not told."""
+    return {name: own.source_of(name) for name in (config.model.name, config.data.name) if ":" in name}
+
+
 def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
     """The configurations of a study, by name: its `base`, with what each of its `variants` changes.
 

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-
 
 def is_there(name: str) -> bool:
     """Whether it is MODULE:FUNCTION of a module that Python finds; nothing but its packages is imported."""
@@ -44,11 +42,6 @@ def call(setting: str, name: str, returns: type, /, *arguments: Any, **options: 
         raise ValueError(f"{setting} is {name!r}, which gives a {type(made).__name__}, expected a "
                          f"{returns.__module__}.{returns.__qualname__}")
     return made
-
-
-def sources(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """`source_of` each MODULE:FUNCTION of the configuration; what those files import is not told."""
-    return {name: source_of(name) for name in (config.model.name, config.data.name) if ":" in name}
 
 
 def source_of(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from tarq_jax import own
+from tarq_jax.config import own_code
 from tarq_jax.reporting import replacing
 
 Row = Mapping[str, Any]
@@ -33,7 +33,7 @@ WITHOUT_EFFECT_OF_DATA = ("data_dir", "readers", "prepared", "source", "attribut
 def settings_of(config: ml_collections.ConfigDict) -> str:
     """A short hash of what a run's numbers depend on but its seed and data files: settings, and own code."""
     settings = {key: value for key, value in described(config).items() if key not in WITHOUT_EFFECT}
-    settings |= own.sources(config)
+    settings |= own_code(config)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

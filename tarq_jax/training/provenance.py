@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from tarq_jax import own
+from tarq_jax.config import own_code
 from tarq_jax.data import Dataset
 from tarq_jax.reporting import replacing
 
@@ -34,7 +34,7 @@ def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str,
     """
     return {
         "config": json.loads(config.to_json()), "data": dataset.fingerprint, "revision": revision(),
-        "packages": dict(versions()), "device": device(), "own": own.sources(config),
+        "packages": dict(versions()), "device": device(), "own": own_code(config),
         "python": platform.python_version(),
     }
 
@@ -87,7 +87,7 @@ def record(workdir: Path, config: ml_collections.ConfigDict, dataset: Dataset) -
 
 def check_code(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Raises ValueError if the file of an own MODULE:FUNCTION has changed since the run was last trained."""
-    entries, found = read(workdir), own.sources(config)
+    entries, found = read(workdir), own_code(config)
     for name, before in (entries[-1]["own"] if entries else {}).items():
         if name in found and found[name] != before:
             raise ValueError(f"{workdir} was trained with the file of {name} as {before}, which is "
