@@ -19,6 +19,7 @@ DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
 REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
 WITH_CODEBOOK = frozenset({"tarq"})
 BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that checkpoints are chosen by, and their sign
+WHERE_DATA_LIE = ("data_dir", "prepared", "source", "attributes")  # keys of `config.data` that say it
 MESH_AXES = ("data", "model")  # as `tarq_jax.training.sharding` names them
 NUM_SEEDS = 2 ** 32  # `jax.random.key` has no more, and takes others for one of them
 HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported

@@ -34,7 +34,7 @@ CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that f
 FINE_TUNE = flags.DEFINE_integer(
     "fine_tune", 0, "Steps that then train codewords and head; 0 for none.", lower_bound=0,
     allow_override=True)
-SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.")
+SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.", lower_bound=0)
 TWO_TOWERS = flags.DEFINE_multi_string(
     "two_tower", [], "Two-tower run for the share of the gap, one for each checkpoint, in their order.")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the attention error by codewords and order.")
@@ -68,6 +68,8 @@ def convert(
     from tarq_jax.training import conversion as training
 
     model, config = load_model(checkpoint)
+    if (most := max(setting.codewords for setting in wanted)) > (items := len(model.queries)):
+        raise ValueError(f"--codewords has {most}, expected at most {items}, the items of {checkpoint}")
     evaluate = functools.partial(
         training.evaluate_index, model, recall_k=config.recall_k, batch_size=config.eval_batch_size)
     rows: list[dict[str, Any]] = []

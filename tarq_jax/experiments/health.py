@@ -59,8 +59,8 @@ def observe(run: Any, split: str, requests: int) -> Observed:
 
     parts = []
     batches = data.eval_batches(run.dataset, split, batch_size=size, **setup.batch_shapes(run.dataset))
-    for _, batch in zip(range(-(-requests // size)), batches, strict=False):
-        real = batch.candidate_mask
+    for start, batch in zip(range(0, requests, size), batches, strict=False):
+        real = batch.candidate_mask & (np.arange(size) < requests - start)[:, None]
         lengths = np.broadcast_to(batch.history_mask.sum(axis=1)[:, None], real.shape)
         parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], (*look(batch), lengths)))
     if not parts:

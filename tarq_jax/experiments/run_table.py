@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from tarq_jax.config import own_code
+from tarq_jax.config import WHERE_DATA_LIE, own_code
 from tarq_jax.reporting import replacing
 
 Row = Mapping[str, Any]
@@ -27,7 +27,7 @@ COLUMNS = {*KEYS, *SAME, "model", "auc", *MEASURED}  # that no row lacks
 # What a run is told apart by is all that changes its numbers: neither where data lie, nor what is measured.
 WITHOUT_EFFECT = ("seed", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
                   "checkpoints_kept", "recall_k", "save_scores", "prefetch")
-WITHOUT_EFFECT_OF_DATA = ("data_dir", "readers", "prepared", "source", "attributes")
+WITHOUT_EFFECT_OF_DATA = (*WHERE_DATA_LIE, "readers")
 
 
 def settings_of(config: ml_collections.ConfigDict) -> str:

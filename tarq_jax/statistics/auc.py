@@ -42,7 +42,10 @@ def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike,
     """
     positive, scores = _guarded(labels, "scores", scores)
     checks.shape_of("users", users, positive.shape, "labels")
-    _, unit = np.unique(np.asarray(users), return_inverse=True)
+    users = np.asarray(users)
+    if users.dtype.kind not in "iuOUS":
+        raise ValueError(f"users: expected integers or strings, got dtype {users.dtype}")
+    _, unit = np.unique(users, return_inverse=True)
     units = int(unit.max()) + 1
     if units < 2:
         raise ValueError(f"users: expected at least 2, got {units}")
@@ -65,6 +68,10 @@ def auc_estimate(labels: ArrayLike, scores: ArrayLike, users: ArrayLike | None =
       users: [C], whose candidates depend on each other; None for independent candidates (DeLong).
       level: of the interval.
 
+    Returns:
+      An `Estimate`; NaN for interval and p-value where the classes are wholly apart, as placements that do
+      not vary tell nothing of how sure the AUC is.
+
     Raises:
       ValueError: as `auc_influence`; or fewer than two candidates of a class.
 
@@ -73,10 +80,10 @@ def auc_estimate(labels: ArrayLike, scores: ArrayLike, users: ArrayLike | None =
     """
     if users is not None:
         auc, influence = auc_influence(labels, scores, users)
-        return wald(auc, _clustered(influence), level=level, null=0.5)
+        return _told(auc, _clustered(influence), level, 0.5)
     positive, scores = _guarded(labels, "scores", scores)
     auc, spread = _spread(positive, scores)
-    return wald(auc, _independent(positive, spread), level=level, null=0.5)
+    return _told(auc, _independent(positive, spread), level, 0.5)
 
 
 def auc_difference(labels: ArrayLike, first: ArrayLike, second: ArrayLike, users: ArrayLike | None = None, *,
@@ -95,11 +102,11 @@ def auc_difference(labels: ArrayLike, first: ArrayLike, second: ArrayLike, users
     """
     if users is not None:
         (auc, influence), (other, others) = (auc_influence(labels, s, users) for s in (first, second))
-        return wald(auc - other, _clustered(influence - others), level=level)
+        return _told(auc - other, _clustered(influence - others), level)
     positive, first = _guarded(labels, "first", first)
     _, second = _guarded(labels, "second", second)
     (auc, spread), (other, others) = (_spread(positive, scores) for scores in (first, second))
-    return wald(auc - other, _independent(positive, spread - others), level=level)
+    return _told(auc - other, _independent(positive, spread - others), level)
 
 
 def _guarded(labels: ArrayLike, name: str, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -134,6 +141,13 @@ def _independent(positive: np.ndarray, spread: np.ndarray) -> float:
     return float(sum(
         count / (count - 1) * np.square(spread[of_class]).sum()
         for of_class in (positive, ~positive) for count in (int(of_class.sum()),)))
+
+
+def _told(value: float, variance: float, level: float, null: float = 0.0) -> Estimate:
+    """`wald`; but where placements do not vary, they tell no interval of a value other than the null."""
+    if not variance and value != null:
+        return Estimate(value, 0.0, np.nan, np.nan, np.nan)
+    return wald(value, variance, level=level, null=null)
 
 
 def _clustered(influence: np.ndarray) -> float:

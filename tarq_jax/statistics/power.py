@@ -16,7 +16,7 @@ def minimum_detectable_effect(standard_error: float, *, level: float = 0.95, pow
     Args:
       standard_error: of the difference, at least 0.
       level: 1 - alpha.
-      power: in (0, 1).
+      power: in ((1 - level) / 2, 1).
 
     Raises:
       ValueError: a number is out of range.
@@ -41,7 +41,7 @@ def users_needed(effect: float, deviation: float, *, share: float = 0.5, level: 
       deviation: standard deviation of a user's value.
       share: of the users that are in one of the arms, in (0, 1).
       level: 1 - alpha.
-      power: in (0, 1).
+      power: in ((1 - level) / 2, 1).
 
     Raises:
       ValueError: a number is out of range, or statsmodels is not installed.
@@ -77,6 +77,8 @@ def power_of(effect: float, standard_error: float, *, level: float = 0.95) -> fl
     >>> round(power_of(2.802, 1.0), 3)
     0.8
     """
+    if not math.isfinite(effect):
+        raise ValueError(f"effect: expected a finite number, got {effect!r}")
     if not 0 < standard_error < math.inf:
         raise ValueError(f"standard_error: expected a number above 0, got {standard_error!r}")
     return float(_statsmodels().normal_power(abs(effect), 1, 1 - check_level(level), sigma=standard_error))
@@ -91,6 +93,7 @@ def _statsmodels() -> Any:
 
 
 def _quantiles(level: float, power: float) -> float:
-    if not 0 < power < 1:
-        raise ValueError(f"power: expected a number in (0, 1), got {power!r}")
-    return float(stats.norm.ppf(0.5 + check_level(level) / 2) + stats.norm.ppf(power))
+    by_chance = (1 - check_level(level)) / 2  # finds it on this side where there is none
+    if not by_chance < power < 1:
+        raise ValueError(f"power: expected a number in ({by_chance:.4g}, 1), got {power!r}")
+    return float(stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(power))

@@ -12,7 +12,7 @@ from tarq_jax.statistics.estimates import Estimate, check_level
 CHUNK = 2**24  # weights that are in memory at once
 
 
-def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[int], *,
+def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[int] | np.ndarray, *,
               replicates: int = 2000, seed: int = 0, level: float = 0.95, null: float = 0.0) -> Estimate:
     """Percentile interval of a metric under resampling of whole users (Efron and Tibshirani 1993, ch. 13).
 
@@ -29,10 +29,11 @@ def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[i
       The metric of the users as they are, with the spread of the replicates.
 
     Raises:
-      ValueError: a number is below 1, or a replicate is not finite.
+      ValueError: a number is below 1, there is no group, or a replicate is not finite.
     """
-    sizes = users if isinstance(users, Sequence) else [users]
-    groups = [checks.positive_int("users", size) for size in sizes]
+    groups = [checks.positive_int("users", size) for size in np.atleast_1d(users).tolist()]
+    if not groups:
+        raise ValueError("users: expected a number, or one for each group, got none")
     total, replicates = sum(groups), checks.positive_int("replicates", replicates)
     tail = (1 - check_level(level)) / 2
     value = float(np.asarray(metric(np.ones((1, total)))).reshape(()))
@@ -64,7 +65,7 @@ def paired_permutation(
       seed: of the draws.
 
     Raises:
-      ValueError: shapes differ, a value is not finite, or there are fewer than 2.
+      ValueError: shapes differ, a value is not finite, there are fewer than 2, or `replicates` is below 1.
 
     >>> paired_permutation([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     0.25
@@ -74,6 +75,7 @@ def paired_permutation(
     checks.shape_of("second", second, first.shape, "first")
     if len(first) < 2:
         raise ValueError(f"first: expected at least 2 values, got {len(first)}")
+    replicates = checks.positive_int("replicates", replicates)
     done = stats.permutation_test(
         (first, second), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples",
         vectorized=True, n_resamples=replicates, batch=max(1, CHUNK // len(first)),

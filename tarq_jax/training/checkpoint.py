@@ -16,17 +16,19 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tarq_jax.config import BEST, default_config
+from tarq_jax.config import BEST, WHERE_DATA_LIE, default_config
 from tarq_jax.schema import Schema
 from tarq_jax.training import distributed
 from tarq_jax.training.meter import NOTHING_COUNTED
 from tarq_jax.training.state import TrainState
 
-# Settings that may differ between the run that saved a checkpoint and the one that goes on from it.
+# Settings that may differ between the run that saved a checkpoint and the one that goes on from it. Where its
+# data lie is one: whether they are still the same, their fingerprint tells, see `provenance.check_data`.
 FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
                   "checkpoints_kept", "best_metric", "recall_k", "save_scores", "prefetch", "data.readers",
                   "accumulate", "model.remat", "model.attention_block", "optimizer.max_gradient_norm",
-                  "parallel", "mesh.data", "mesh.model", "mesh.rules")
+                  "parallel", "mesh.data", "mesh.model", "mesh.rules",
+                  *(f"data.{key}" for key in WHERE_DATA_LIE))
 
 
 def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:

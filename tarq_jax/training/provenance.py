@@ -99,8 +99,8 @@ def check_data(workdir: Path, dataset: Dataset) -> None:
     entries = read(workdir)
     before = entries[-1]["data"] if entries else ""
     if before and dataset.fingerprint and before != dataset.fingerprint:
-        raise ValueError(f"{workdir} was trained on the data {before}, the same files and options give "
-                         f"{dataset.fingerprint} now; expected what it was trained on, or another --workdir")
+        raise ValueError(f"{workdir} was trained on the data {before}, files and options now give "
+                         f"{dataset.fingerprint}; expected what it was trained on, or another --workdir")
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ def test_rows(command, smoke_run, tmp_path):
     (("--codewords=many",), "--codewords is 'many'"),
     (("--order=2",), "--order is '2', expected 0, 1 or 0,1"),
     (("--levels=-1",), "--levels is '-1'"),
+    (("--seed=-1",), "seed"),
     (("--calibration=0",), "calibration"),
     (("--fine_tune=-1",), "fine_tune"),
     (("--correction=best",), "correction"),
@@ -44,7 +45,7 @@ def test_wrong_calls(wrong_call, flags, words):
 def test_what_cannot_be_done(command, smoke_run):
     trained = smoke_run("target_attention")
     done = command(*CONVERT, f"--checkpoint={trained}", "--codewords=9999", "--order=0")
-    assert done.returncode == 1 and "expected at least num_codewords=9999" in done.stderr
+    assert done.returncode == 1 and "--codewords has 9999, expected at most" in done.stderr
     done = command(*CONVERT, f"--checkpoint={trained}", f"--two_tower={trained}/none")
     assert done.returncode == 1 and "does not exist, expected a finished two-tower run" in done.stderr
     with pytest.raises(ValueError, match="a run of 'two_tower', expected one of target attention"):

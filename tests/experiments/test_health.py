@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
+from tarq_jax import data
 from tarq_jax.experiments import health, page
-from tarq_jax.training import loop
+from tarq_jax.training import loop, setup
 from tarq_jax.training.restore import load_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
@@ -49,6 +50,11 @@ def test_rows_are_the_health_of_the_split(run, observed):
         for name in ("utilisation", "perplexity", "dead", "quantization_error"):
             assert row[name] == pytest.approx(evaluated[f"{name}_{row['level']}"], rel=1e-4)
         assert row["verdict"].startswith(f"Level {row['level']}")
+
+
+def test_as_many_requests_as_are_asked_for(run):
+    first = next(data.eval_batches(run.dataset, "test", batch_size=3, **setup.batch_shapes(run.dataset)))
+    assert len(health.observe(run, "test", 3).lengths) == first.candidate_mask.sum()
 
 
 def test_attention_errors(run, observed, order):

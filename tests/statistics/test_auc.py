@@ -58,6 +58,15 @@ def test_interval_and_p_value():
     assert turned.value == -found.value and turned.p_value == found.p_value
 
 
+@pytest.mark.parametrize("users", [None, [1, 1, 2, 2]])
+def test_classes_that_are_wholly_apart_tell_no_interval(users):
+    """Four candidates are no proof that the AUC is 1."""
+    labels, apart, same = [0, 0, 1, 1], [1.0, 2, 3, 4], [0.0] * 4
+    for found, value in ((auc_estimate(labels, apart, users), 1.0),
+                         (auc_difference(labels, apart, same, users), 0.5)):
+        assert found.value == value and np.isnan([found.low, found.high, found.p_value]).all()
+
+
 def test_the_same_scores_do_not_differ():
     labels, scores, _ = draw(1)
     found = auc_difference(labels, scores, np.exp(scores / 7))
@@ -120,6 +129,7 @@ def test_users_of_one_candidate_are_as_delong():
     (([0, 0, 1, 1], [1.0, 2, 3]), "scores: expected shape"),
     (([0, 0, 1, 1], [1.0, 2, 3, 4], [1, 1, 1, 1]), "users: expected at least 2, got 1"),
     (([0, 0, 1, 1], [1.0, 2, 3, 4], [1, 2]), "users: expected shape"),
+    (([0, 0, 1, 1], [1.0, 2, 3, 4], [1.0, 2, 3, np.nan]), "users: expected integers or strings"),
 ])
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

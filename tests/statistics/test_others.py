@@ -102,7 +102,7 @@ def test_bootstrap_in_chunks_is_of_all_replicates(monkeypatch):
 def test_bootstrap_of_groups_draws_within_each():
     totals = []
     bootstrap(lambda weights: totals.append((weights[:, :3].sum(1), weights[:, 3:].sum(1)))
-              or weights.sum(axis=1), [3, 5], replicates=50)
+              or weights.sum(axis=1), np.array([3, 5]), replicates=50)
     assert all((first == 3).all() and (second == 5).all() for first, second in totals)
 
 
@@ -161,6 +161,8 @@ def test_users_and_power_agree():
     (lambda: cuped(*[ratio([1, 2], [1, 1])] * 3, ratio([1, 2, 3], [1, 1, 1])), "before: expected shape"),
     (lambda: bootstrap(lambda weights: weights[:, 0], 0), "users: expected an integer >= 1, got 0"),
     (lambda: bootstrap(lambda weights: weights[:, 0] * np.nan, 3), "replicates of the metric: expected fini"),
+    (lambda: bootstrap(lambda weights: weights[:, 0], []), "users: expected a number, or one for each"),
+    (lambda: paired_permutation([1.0, 2.0], [2.0, 1.0], replicates=0), "replicates: expected an integer"),
     (lambda: paired_permutation([1.0], [2.0]), "first: expected at least 2 values, got 1"),
     (lambda: paired_permutation([1.0, 2.0], [2.0]), "second: expected shape"),
     (lambda: adjust([0.5, 1.5]), r"p_values: expected values in \[0, 1\], got 1.5"),
@@ -169,6 +171,8 @@ def test_users_and_power_agree():
     (lambda: statistics.users_needed(0.1, 1.0, share=1.0), "share: expected a number in"),
     (lambda: statistics.users_needed(0.1, -1.0), "deviation: expected a number of at least 0"),
     (lambda: statistics.users_needed(0.1, 1.0, power=1.0), "power: expected a number in"),
+    (lambda: statistics.users_needed(0.1, 1.0, power=0.02), r"power: expected .* \(0.025, 1\), got"),
+    (lambda: statistics.power_of(math.nan, 1.0), "effect: expected a finite number"),
     (lambda: statistics.power_of(0.1, 0.0), "standard_error: expected a number above 0"),
     (lambda: statistics.minimum_detectable_effect(-1.0), "standard_error: expected a number of at least 0"),
 ])

@@ -69,7 +69,7 @@ def test_other_data_are_refused(tiny_config, tiny_dataset, tmp_path):
     provenance.record(tmp_path, tiny_config, named[0])
     for same in (named[0], dataclasses.replace(tiny_dataset, fingerprint="")):
         provenance.check_data(tmp_path, same)
-    with pytest.raises(ValueError, match=r"was trained on the data first, .* second now"):
+    with pytest.raises(ValueError, match=r"was trained on the data first, .* give second; expected"):
         provenance.check_data(tmp_path, named[1])
 
 

@@ -199,7 +199,8 @@ def test_only_these_may_change():
         "steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
         "checkpoints_kept", "best_metric", "recall_k", "save_scores", "prefetch", "data.readers",
         "accumulate", "model.remat", "model.attention_block", "optimizer.max_gradient_norm", "parallel",
-        "mesh.data", "mesh.model", "mesh.rules"}
+        "mesh.data", "mesh.model", "mesh.rules",
+        "data.data_dir", "data.prepared", "data.source", "data.attributes"}
 
 
 def test_a_run_that_is_past_its_end_is_not_taken_for_a_shorter_one(
