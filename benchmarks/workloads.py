@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 WORKLOADS: Mapping[str, Sizes] = {
-    # A request as pre-ranking gets it, at the sizes of DESIGN section 3.
+    # A request as pre-ranking gets it.
     "paper": Sizes(B=1, G=10_000, L=3, K=256, D=64, H=4, N=1000),
     # A batch of `configs/synthetic.py`.
     "config": Sizes(B=64, G=16, L=3, K=64, D=32, H=2, N=50),

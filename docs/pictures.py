@@ -80,7 +80,7 @@ def tangents(place) -> None:
 
 
 def costs(place, history: int = 1000, width: int = 64, heads: int = 4, codewords: int = 64) -> None:
-    """Multiplications of a request, by DESIGN section 2."""
+    """Multiplications of a request, as docs/mathematics.md has them."""
     candidates = np.geomspace(100, 100_000, 50)
     each = width // heads
     place.loglog(candidates, 2 * candidates * history * width, color=GREY, label="target attention")

@@ -35,7 +35,7 @@ def read(lines):
     requests = {split: list[tuple]() for split in ("train", "test")}
     for (time, user), group in itertools.groupby(rows, lambda row: (int(row["time"]), row["user"])):
         shown = [(ids[row["item"]], int(row["clicked"])) for row in group]
-        requests["test" if time > 0.8 * last else "train"].append((int(user), clicked[user][-20:], shown))
+        requests["test" if time > 0.8 * last else "train"].append((1 + int(user), clicked[user][-20:], shown))
         clicked[user] += [item for item, click in shown if click]
     fields = Field("item_id", "item", "categorical", 1 + len(ids)), Field("price", "item", "numeric")
     items: dict = {"item_id": np.arange(1 + len(ids), dtype=np.int32),

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from examples import small
-from tarq_jax.models import TargetAttention, parts
-from tarq_jax.models.two_tower import HistoryEncoder
+from tarq_jax.models import TargetAttention, parts, two_tower
 from tarq_jax.training import conversion, modules, objectives
 
 
@@ -27,9 +26,10 @@ class SessionEncoder(nn.Module):
         (batch, positions, width), more = history.shape, -mask.shape[1] % self.window
         real = jnp.pad(mask, ((0, 0), (0, more))).reshape(-1, self.window)
         events = jnp.pad(history, ((0, 0), (0, more), (0, 0))).reshape(*real.shape, width)
-        events = HistoryEncoder(self.num_heads, width)(events, real)
-        means = jnp.where(real[..., None], events, 0.0).mean(axis=1).reshape(batch, -1, width)
-        sessions = HistoryEncoder(self.num_heads, width)(means, real.any(axis=1).reshape(batch, -1))
+        events = two_tower.HistoryEncoder(self.num_heads, width)(events, real)
+        share = real / jnp.maximum(real.sum(axis=1, keepdims=True), 1)
+        means = jnp.einsum("swd,sw->sd", events, share).reshape(batch, -1, width)
+        sessions = two_tower.HistoryEncoder(self.num_heads, width)(means, real.any(1).reshape(batch, -1))
         return (events + sessions.reshape(-1, 1, width)).reshape(batch, -1, width)[:, :positions]
 
 

@@ -131,7 +131,7 @@ def personalized_codebook(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, *, block: int | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """Every codeword of every level attends over each user's history (TARQ; `A_l` of DESIGN section 2).
+    """Every codeword of every level attends over each user's history (TARQ; `A_l` of docs/mathematics.md).
 
     Args:
       queries: [L, H, K, E], projected codewords; the same for all requests.

@@ -1,4 +1,4 @@
-"""From a trained target-attention model to TARQ, with nothing retrained (ours; DESIGN section 2).
+"""From a trained target-attention model to TARQ, with nothing retrained (ours).
 
 The projected queries of the items are quantized: `quantize_queries` gives an index of order 0, one code
 an item. `with_corrections` adds what order 1 multiplies its Jacobian with, exactly or quantized in

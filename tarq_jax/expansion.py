@@ -5,7 +5,7 @@ Attention output is a smooth function of its query. Expanded around a codeword c
 
     m_c = sum_n a_n v_n,    J_c = (sum_n a_n v_n k_n^T - m_c mk_c^T) / sqrt(E),    mk_c = sum_n a_n k_n
 
-head by head (DESIGN section 2). A candidate costs a product of [E, E] a head, whatever the length of the
+head by head. A candidate costs a product of [E, E] a head, whatever the length of the
 history; where its query is a codeword the result is exact. The residual `q - c` is quantized in turn by the
 levels of a codebook that follow the first, so that an item stays L codes.
 

@@ -1,6 +1,6 @@
 """The losses of TARQ, each a pure function that returns one value a candidate.
 
-Reduce with `weighted_mean`. Sources: TARQ (arXiv 2509.16931) and DESIGN section 2. Shapes that do not
+Reduce with `weighted_mean`. Sources: TARQ (arXiv 2509.16931) and docs/mathematics.md. Shapes that do not
 fit are an AssertionError of chex; nothing is broadcast.
 """
 
@@ -104,7 +104,7 @@ def codebook_alignment(
     Level by level, with `v_1 = z` and `w_1 = sg(o_ta)`: `P = softmax_k(-|v_l - C_l[k]|^2)`,
     `Q = softmax_k(-|w_l - A_l[k]|^2)`; adds `KL(P||Q) + KL(Q||P)`, which is
     `sum_k (P - Q)(log P - log Q)`; then `v_{l+1} = v_l - C_l[c_l]`, `w_{l+1} = w_l - A_l[c_l]`
-    (TARQ's released code; DESIGN section 2).
+    (TARQ's released code; docs/mathematics.md).
 
     Args:
       latents: [B, G, D], `z`.

@@ -37,7 +37,7 @@ def test_import_is_light():
 
 
 def test_imports_point_one_way():
-    """DESIGN section 4: a layer imports only those below it."""
+    """A layer imports only those below it, as CONTRIBUTING has them."""
     below = {
         "types": set(),
         "schema": set(),

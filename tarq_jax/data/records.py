@@ -124,7 +124,7 @@ def make_requests(user: np.ndarray, history: np.ndarray, history_lengths: np.nda
       history_lengths: [R] how many of them each request has.
       candidates: [candidates of all requests] item ids.
       candidate_lengths: [R] likewise.
-      labels: [candidates of all requests], in [0, 1].
+      labels: [candidates of all requests], 0 or 1.
       weights: of candidates in losses and metrics, at least 0; 1 unless given.
       context: [R, ...] by field of a request.
       event: [events of all requests, ...] by field of an event.

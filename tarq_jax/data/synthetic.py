@@ -1,6 +1,6 @@
 """Synthetic requests whose click probability is a softmax attention over the history, so known exactly.
 
-The task of DESIGN section 3: items in clusters on a sphere, users with a few interests, and a click
+The task (ours): items in clusters on a sphere, users with a few interests, and a click
 logit `5.5 (sum_n a_n s_n - 0.62) + popularity`, where s_n is the cosine of candidate and n-th history
 item and `a = softmax(sharpness * s)`. Models see an item only as an id and noisy random projections.
 """
@@ -21,7 +21,7 @@ CHUNK_SCORES = 2_000_000  # candidate-history pairs scored at a time
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticOptions:
-    """Sizes of the task; the defaults are those of the figures in DESIGN."""
+    """Sizes of the task; the defaults are those of the results that the README quotes."""
 
     num_items: int = 4000  # real items; ids are 1 to num_items
     num_clusters: int = 60
@@ -60,7 +60,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def make_world(options: SyntheticOptions) -> World:
-    """Draws the items: centre + normal noise of 0.45*1.6/sqrt(12) a coordinate, renormalised (DESIGN)."""
+    """Draws the items: centre + normal noise of 0.45*1.6/sqrt(12) a coordinate, renormalised."""
     rng = np.random.default_rng([options.seed, 0])
     num = options.num_items
     centres = _unit(rng.standard_normal((options.num_clusters, DIMENSIONS)))
@@ -78,7 +78,7 @@ def make_world(options: SyntheticOptions) -> World:
 
 
 def click_logits(world: World, history: np.ndarray, candidates: np.ndarray, sharpness: float) -> np.ndarray:
-    """True logits `5.5 (sum_n a_n s_n - 0.62) + popularity` (DESIGN section 3).
+    """True logits `5.5 (sum_n a_n s_n - 0.62) + popularity`.
 
     Args:
       world: the items.

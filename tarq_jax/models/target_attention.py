@@ -63,7 +63,7 @@ class AttentionModel(OnTwoTowers):
 
 
 class TargetAttention(AttentionModel):
-    """Backbone logit plus an MLP of the candidate's attention over the history (DESIGN section 2).
+    """Backbone logit plus an MLP of the candidate's attention over the history (TARQ; docs/mathematics.md).
 
     As `AttentionModel`, with `q = MLP(x_item)`, `o_ta = MHA(q, H_t, H_t)`.
     """

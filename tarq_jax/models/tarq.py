@@ -55,8 +55,8 @@ def flat_queries(teacher: TargetAttentionOutput) -> jax.Array:
 class Tarq(nn.Module):
     """Teacher and student in one module; the codewords are an argument, not a parameter.
 
-    `z = encoder(sg(x_item))`, codes `c` by residual quantization, `A_l = MHA_l(C_l, H_t, H_t)`
-    once a request, `o = sum_l A_l[c_l]`, and a head on top (DESIGN section 2).
+    `z = RMSNorm(encoder(sg(x_item)))`, codes `c` by residual quantization, `A_l = MHA_l(C_l, H_t, H_t)`
+    once a request, `o = sum_l A_l[c_l]`, and a head on top (TARQ; docs/mathematics.md, order 0).
 
     Attributes:
       schema: fields of the data.
@@ -69,7 +69,7 @@ class Tarq(nn.Module):
         `[o, x_item, o * x_item, v_user * v_item]`.
       decoded: what the decoder reconstructs from the quantized latent: the teacher's projected
         `query`, so that codewords are spent on what attention tells apart (ours), or `item`, the
-        item embedding (DESIGN section 2).
+        item embedding (TARQ).
       aligned_share: share of a batch's requests, the first ones, that get a whole personalised
         codebook in training. Only the alignment loss needs it; candidates attend with their own
         codewords, which is the same and cheaper.

@@ -51,7 +51,7 @@ def history_encoder(num_heads: int, width: int, compute: Compute) -> HistoryEnco
 
 
 class TwoTower(nn.Module):
-    """`logit = <v_user, v_item> / sqrt(D) + bias` (DESIGN section 2).
+    """`logit = <v_user, v_item> / sqrt(D) + bias` (TARQ; docs/mathematics.md).
 
     `H_u = X + MHA(X, X, X)`, `h_u = MHA(x_user, H_u, H_u)`, `v_user = MLP([x_user; h_u])`,
     `v_item = MLP(x_item)`.

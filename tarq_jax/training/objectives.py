@@ -127,7 +127,7 @@ def tarq_losses(
     output: TarqOutput, codewords: jax.Array, batch: Batch, whole: Batch | None = None,
     axis_name: shards.AxisName = None,
 ) -> dict[str, jax.Array]:
-    """Every loss of DESIGN section 2 by name, [] each, unweighted; see `mean_of_batch`."""
+    """Every loss of docs/mathematics.md by name, [] each, unweighted; see `mean_of_batch`."""
     quantizer, teacher = output.quantizer, output.teacher
     aligned, levels = output.personalized.shape[:2]
     per_candidate = {

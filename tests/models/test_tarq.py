@@ -212,7 +212,7 @@ REACHED = {  # how far the student's gradient reaches -> loss -> groups that it 
 
 
 def values_of_losses(output, codewords, batch):
-    """Losses of DESIGN section 2 by name, [] each."""
+    """Losses of docs/mathematics.md by name, [] each."""
     quantizer, teacher = output.quantizer, output.teacher
     per_candidate = {
         "student": losses.binary_cross_entropy(output.logits, batch.labels),
