@@ -9,7 +9,7 @@ the gap, with every codeword in use; about 5 minutes on 2 CPU cores.
 
 import ml_collections
 
-from tarq_jax.config import default_config, smoke
+from tarq_jax.config import default_config, is_smoke, smoke
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
@@ -27,4 +27,4 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         config.data.source = "data/Beauty.txt"
         config.data.attributes = "data/Beauty_item2attributes.json"
         config.data.history_length = 20
-    return smoke(config, num_negatives=3, history_length=8) if mode == "smoke" else config
+    return smoke(config, num_negatives=3, history_length=8) if is_smoke(mode) else config

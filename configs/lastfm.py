@@ -9,7 +9,7 @@ cores. A two-tower with wider layers reaches 0.835: here size helps more than at
 
 import ml_collections
 
-from tarq_jax.config import default_config, smoke
+from tarq_jax.config import default_config, is_smoke, smoke
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
@@ -23,4 +23,4 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         config.data.source = "data/LastFM.txt"
         config.data.attributes = "data/LastFM_item2attributes.json"
         config.data.history_length = 50
-    return smoke(config, num_negatives=3, history_length=8) if mode == "smoke" else config
+    return smoke(config, num_negatives=3, history_length=8) if is_smoke(mode) else config

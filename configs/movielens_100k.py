@@ -14,7 +14,7 @@ on 2 CPU cores.
 
 import ml_collections
 
-from tarq_jax.config import default_config, smoke
+from tarq_jax.config import default_config, is_smoke, smoke
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
@@ -28,4 +28,4 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         config.data.name = "movielens"
         config.data.source = "data/ml-100k"
         config.data.history_length = 50
-    return smoke(config, num_candidates=4, history_length=8) if mode == "smoke" else config
+    return smoke(config, num_candidates=4, history_length=8) if is_smoke(mode) else config

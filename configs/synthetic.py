@@ -13,7 +13,7 @@ Expected: test AUC of about 0.704 for the two-tower, 0.768 for target attention 
 
 import ml_collections
 
-from tarq_jax.config import default_config, smoke
+from tarq_jax.config import default_config, is_smoke, smoke
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
@@ -27,7 +27,7 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         config.data.history_length = 50
         config.data.sharpness = 8.0
         config.data.seed = 0
-    if mode == "smoke":
+    if is_smoke(mode):
         return smoke(config, num_items=120, num_clusters=12, history_length=8, num_candidates=4,
                      train_requests=64, validation_requests=32, test_requests=32)
     return config

@@ -12,7 +12,7 @@ Expected: not known yet; the configuration was run on small files of the same fo
 
 import ml_collections
 
-from tarq_jax.config import default_config, smoke
+from tarq_jax.config import default_config, is_smoke, smoke
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
@@ -32,7 +32,7 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.data.stream = True
     config.data.buckets = (16, 50)
     config.data.readers = 2
-    if mode == "smoke":
+    if is_smoke(mode):
         config.data.buckets = (4,)
         return smoke(config, num_negatives=3, history_length=8)
     return config

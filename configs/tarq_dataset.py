@@ -13,7 +13,7 @@ the configuration was run on small files of the form in the options only.
 
 import ml_collections
 
-from tarq_jax.config import default_config, smoke
+from tarq_jax.config import default_config, is_smoke, smoke
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
@@ -35,4 +35,4 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
         config.data.item_features = ""
     config.data.stream = True
     config.data.readers = 2
-    return smoke(config, history_length=8) if mode == "smoke" else config
+    return smoke(config, history_length=8) if is_smoke(mode) else config

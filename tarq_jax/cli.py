@@ -66,6 +66,8 @@ def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> l
     """The numbers of a list flag, as they are given; others than the `expected` ones are a wrong call."""
     if not flag.value or not all(text.isdecimal() and int(text) >= least for text in flag.value):
         wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected {expected}")
+    if any(int(text) >= 2**31 for text in flag.value):
+        wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected numbers below 2**31")
     return [int(text) for text in flag.value]
 
 

@@ -131,6 +131,17 @@ def smoke(config: ml_collections.ConfigDict, **data_options: Any) -> ml_collecti
     return config
 
 
+def is_smoke(mode: str) -> bool:
+    """Whether the mode of a configuration, what follows `:` in `--config`, asks for `smoke`.
+
+    Raises:
+      ValueError: it is another one.
+    """
+    if mode not in ("", "smoke"):
+        raise ValueError(f"mode is {mode!r}, expected 'smoke' or none")
+    return mode == "smoke"
+
+
 def data_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What `tarq_jax.data.load` takes of the settings in `config.data`: all but those of the run."""
     settings = ("name", "data_dir", "buckets", "readers")
@@ -145,7 +156,7 @@ class Rule(NamedTuple):
 
 
 def _at_least(minimum: float) -> Rule:
-    return Rule(lambda value: minimum <= value < math.inf, f"at least {minimum}")
+    return Rule(lambda value: minimum <= value < 2**31, f"at least {minimum} and below 2**31")
 
 
 def _one_of(*choices: str | int) -> Rule:
@@ -182,7 +193,8 @@ RULES: Mapping[str, Rule] = {
     "steps": _at_least(1),
     "batch_size": _at_least(1),
     "accumulate": _at_least(1),
-    "baselines": Rule(lambda value: all(map(is_model, value)), f"a tuple, each {MODEL_NAME}"),
+    "baselines": Rule(lambda value: all(map(is_model, value)) and len(set(value)) == len(value),
+                      f"a tuple of different ones, each {MODEL_NAME}"),
     "data.buckets": Rule(lambda value: all(isinstance(length, int) and length > 0 for length in value)
                          and list(value) == sorted(set(value)), "rising positive lengths"),
     "data.readers": _at_least(0),
@@ -284,6 +296,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if settings["best_metric"] and not settings["eval_every"]:
         raise ValueError(f"config.eval_every is 0, expected at least 1 with config.best_metric="
                          f"{settings['best_metric']!r}: the best checkpoint is one of those evaluated")
+    if settings["best_metric"] and settings["eval_every"] > settings["steps"]:
+        raise ValueError(f"config.eval_every is {settings['eval_every']}, expected at most config.steps, "
+                         f"{settings['steps']}, with config.best_metric={settings['best_metric']!r}")
     if settings["codebook.init_latents"] < settings["model.num_codewords"]:
         raise ValueError(f"config.codebook.init_latents is {settings['codebook.init_latents']}, expected at "
                          f"least config.model.num_codewords, {settings['model.num_codewords']}")

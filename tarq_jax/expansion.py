@@ -134,6 +134,9 @@ def group_by_code(codes: chex.Array, *, block: int = 32) -> Blocks:
       codes: [M] int, of the first level.
       block: S.
 
+    Raises:
+      ValueError: `block` is below 1.
+
     Example:
       >>> blocks = group_by_code(np.array([1, 0, 1, 1]), block=2)
       >>> blocks.items.tolist(), blocks.codes.tolist(), blocks.positions.tolist()
@@ -141,6 +144,8 @@ def group_by_code(codes: chex.Array, *, block: int = 32) -> Blocks:
     """
     codes = np.asarray(codes)
     chex.assert_rank(codes, 1)
+    if block < 1:
+        raise ValueError(f"block is {block}, expected at least 1")
     order = np.argsort(codes, kind="stable")
     present, starts, counts = np.unique(codes[order], return_index=True, return_counts=True)
     blocks_of = -(-counts // block)

@@ -11,6 +11,7 @@ Side = Literal["user", "item", "context", "event"]
 Kind = Literal["categorical", "numeric", "vector"]
 
 ITEM_ID = "item_id"  # the item-side categorical field that every data set has
+TAKEN = "bias"  # a parameter beside those of the fields, see `tarq_jax.models.layers.FeatureEncoder`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Schema:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"schema: field names {repeated} are given more than once")
+        if TAKEN in names:
+            raise ValueError(f"schema: a field is named {TAKEN!r}, expected another name: a parameter has it")
         item_id = next((f for f in self.fields if f.name == ITEM_ID), None)
         if item_id is None or (item_id.side, item_id.kind) != ("item", "categorical"):
             raise ValueError(f"schema: fields are {names}, expected a categorical field {ITEM_ID!r} on the "
@@ -107,8 +110,9 @@ def check_column(field: Field, values: np.ndarray, where: str) -> None:
             bad |= values != np.floor(values)
         expected = f"an id in [0, {field.size})"
     else:
-        bad = ~np.isfinite(values)
-        expected = "a finite number"
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(values.astype(field.dtype, copy=False))
+        expected = f"a finite number of {field.dtype}"
     if bad.any():
         row = int(np.argwhere(bad)[0, 0])
         raise ValueError(f"{where}: field {field.name!r} is {values[bad][0]} in row {row}, "

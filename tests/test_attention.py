@@ -58,6 +58,14 @@ def test_weights_are_a_distribution_over_unmasked_positions(inputs):
     np.testing.assert_allclose(weights.sum(axis=-1), mask.any(axis=-1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, B, 1, 1, N)])
+def test_masks_are_broadcast_in_blocks_too(inputs, shape):
+    queries, keys, values, _ = inputs
+    mask = np.ones(shape, bool)
+    whole, parts = (attention.attention_sums(queries, keys, values, mask, block=block) for block in (0, 2))
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+
+
 def test_masked_equals_truncated(inputs):
     queries, keys, values, _ = inputs
     mask = np.arange(N) < np.array([4, 0, 3])[:, None]

@@ -6,7 +6,17 @@ from typing import get_args
 import ml_collections
 import pytest
 
-from tarq_jax.config import DECODED, HEADS, REACHES, RULES, default_config, smoke, validate, variants_of
+from tarq_jax.config import (
+    DECODED,
+    HEADS,
+    REACHES,
+    RULES,
+    default_config,
+    is_smoke,
+    smoke,
+    validate,
+    variants_of,
+)
 from tarq_jax.models.tarq import Decoded, Head, Reach
 
 BAD = {
@@ -36,7 +46,7 @@ BAD = {
     "optimizer.weight_decay": [-1e-9, math.nan, math.inf], "optimizer.warmup_steps": [-1],
     "optimizer.clip_norm": [-1.0, math.nan, math.inf],
     "optimizer.max_gradient_norm": [-1.0, math.nan, math.inf],
-    "log_every": [0], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0],
+    "log_every": [0, 2**31], "eval_every": [-1], "eval_batch_size": [0], "checkpoint_every": [0],
     "checkpoints_kept": [0], "best_metric": ["accuracy"], "recall_k": [0], "prefetch": [0],
     "save_scores": [1, "yes"],
 }
@@ -261,3 +271,21 @@ def test_variants_are_the_base_with_changes():
 def test_studies_that_do_not_hold(changes, message):
     with pytest.raises(ValueError, match=message):
         variants_of(study(**changes))
+
+
+def test_modes_are_smoke_or_none():
+    assert is_smoke("smoke") and not is_smoke("")
+    with pytest.raises(ValueError, match="mode is 'smok', expected 'smoke' or none"):
+        is_smoke("smok")
+
+
+def test_the_best_of_no_evaluation_is_refused():
+    config = default_config()
+    config.best_metric, config.eval_every = "auc", config.steps + 1
+    assert f"config.eval_every is {config.steps + 1}, expected at most config.steps" in refused(config)
+
+
+def test_baselines_are_different_ones():
+    config = default_config()
+    config.baselines = ("two_tower", "two_tower")
+    assert "config.baselines is ('two_tower', 'two_tower'), expected a tuple of different" in refused(config)

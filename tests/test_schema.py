@@ -40,6 +40,8 @@ def test_schema_needs_item_id_and_distinct_names():
         Schema((Field("age", "user", "numeric"),))
     with pytest.raises(ValueError, match="more than once"):
         Schema((*SCHEMA.fields, SCHEMA.fields[1]))
+    with pytest.raises(ValueError, match="a field is named 'bias', expected another name"):
+        Schema((*SCHEMA.fields, Field("bias", "user", "numeric")))
 
 
 def test_fields_may_come_as_a_list():

@@ -21,7 +21,7 @@ from tarq_jax.data.options import AnySource, PipelineSource, Source, make_option
 from tarq_jax.data.order import Shard
 from tarq_jax.data.pipeline import Shapes, count_candidates, eval_batches, item_batches, train_batches
 from tarq_jax.data.prefetching import prefetch
-from tarq_jax.data.records import Dataset, Requests, Split, check_dataset, hash_of
+from tarq_jax.data.records import Dataset, Requests, Split, check_dataset, hash_of, typed
 from tarq_jax.data.sequences import SequencesOptions
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.synthetic import SyntheticOptions
@@ -63,6 +63,7 @@ def _load_own(name: str, stream: bool, options: Mapping[str, Any]) -> Dataset:
     if missing := {"train", "test"} - dataset.splits.keys():
         raise ValueError(f"{name} gives the splits {sorted(dataset.splits)}, expected {sorted(missing)} too")
     check_dataset(dataset)
+    dataset = typed(dataset)
     return dataset if dataset.fingerprint else dataclasses.replace(dataset, fingerprint=hash_of(dataset))
 
 

@@ -254,26 +254,39 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
     directory = Path(directory)
     if not _is_prepared(directory):
         raise FileNotFoundError(f"{directory} holds no prepared data set, expected dataset_info.json in it")
-    builder = tfds.builder_from_directory(directory)
-    metadata = json.loads((directory / "metadata.json").read_text())
+    with _readable(directory):
+        builder = tfds.builder_from_directory(directory)
+        metadata = json.loads((directory / "metadata.json").read_text())
     if stream and "blocks" not in metadata:
         raise ValueError(f"{directory} was prepared by an older version, expected a newer one to stream it: "
                          "prepare it again")
-    schema = Schema.from_json(metadata["schema"])
-    tables = {split: records.table_from_blocks(schema, side, _blocks(builder, split))
-              for split, side in TABLES.items()}
-    splits: dict[str, records.Split] = {}
-    for split in sorted(set(builder.info.splits) - set(TABLES)):
-        if stream:
-            facts = metadata["blocks"][split] | {"sizes": tuple(metadata["blocks"][split]["sizes"])}
-            splits[split] = StoredRequests(schema, builder.as_data_source(split), **facts, name=split,
-                                           num_users=records.num_users(tables["users"]))
-        else:
-            splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
+    with _readable(directory):
+        schema = Schema.from_json(metadata["schema"])
+        tables = {split: records.table_from_blocks(schema, side, _blocks(builder, split))
+                  for split, side in TABLES.items()}
+        splits: dict[str, records.Split] = {}
+        for split in sorted(set(builder.info.splits) - set(TABLES)):
+            if stream:
+                facts = metadata["blocks"][split] | {"sizes": tuple(metadata["blocks"][split]["sizes"])}
+                splits[split] = StoredRequests(schema, builder.as_data_source(split), **facts, name=split,
+                                               num_users=records.num_users(tables["users"]))
+            else:
+                splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
     dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"],
                       fingerprint=metadata.get("fingerprint", directory.parent.name))  # older ones lack it
     records.check_dataset(dataset)
     return dataset
+
+
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """What TFDS, JSON or ArrayRecord make of damaged files is a ValueError that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory} is damaged ({type(error).__name__}: {reason}), expected a prepared "
+                         "data set; delete it and prepare it again") from error
 
 
 def _blocks(builder: tfds.core.DatasetBuilder, split: str) -> list[dict[str, np.ndarray]]:

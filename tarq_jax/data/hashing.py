@@ -37,7 +37,7 @@ def hash_ids(ids: Sequence | np.ndarray, size: int, seed: int = 0) -> np.ndarray
     """
     if not 2 <= size <= np.iinfo(np.int32).max:
         raise ValueError(f"size is {size}, expected at least 2 and at most {np.iinfo(np.int32).max}")
-    keys = _as_integers(np.asarray(ids))
+    keys = _as_integers(ids if isinstance(ids, np.ndarray) else np.array(ids, object))
     with np.errstate(over="ignore"):  # NumPy warns of scalars that wrap around, as all are meant to
         mixed = keys + np.uint64((seed + 1) * _STEP % 2**64)
         for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
@@ -51,8 +51,11 @@ def _as_integers(ids: np.ndarray) -> np.ndarray:
     """The ids as uint64."""
     if ids.dtype.kind in "iu":
         return ids.astype(np.uint64)
-    if ids.dtype.kind == "U" or (ids.dtype == object and all(isinstance(text, str) for text in ids.flat)):
-        unique, inverse = np.unique(ids.astype(str), return_inverse=True)
+    kinds = {type(each) for each in ids.flat} if ids.dtype == object else set()
+    if ids.dtype == object and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
+        return np.array([int(each) % 2**64 for each in ids.flat], np.uint64).reshape(ids.shape)  # of any size
+    if ids.dtype.kind == "U" or (ids.dtype == object and all(issubclass(kind, str) for kind in kinds)):
+        unique, inverse = np.unique(ids, return_inverse=True)
         return np.array([_digest(text) for text in unique], np.uint64)[inverse].reshape(ids.shape)
     raise ValueError(f"ids are {ids.dtype}, expected integers or strings")
 

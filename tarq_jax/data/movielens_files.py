@@ -26,6 +26,7 @@ GENRES_100K = ("unknown", "Action", "Adventure", "Animation", "Children's", "Com
                "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi",
                "Thriller", "War", "Western")  # the flags of u.item, in their order
 NO_GENRE = {"", "unknown", "(no genres listed)"}
+OLDEST = 150  # years, of a user
 
 
 class Item(NamedTuple):
@@ -70,11 +71,23 @@ class Ratings(NamedTuple):
     time: np.ndarray  # [E] int64 seconds
 
 
+def _id(text: str) -> int:
+    if not 0 <= (found := parse_number(text, int)) < 2 ** 53:  # ratings are read as float64
+        raise BadRow("id out of range")
+    return found
+
+
+def _user(identifier: str, age: str, gender: str, occupation: str) -> User:
+    if not 0 <= (years := parse_number(age, float)) <= OLDEST:
+        raise BadRow("age out of range")
+    return User(_id(identifier), years, gender, occupation)
+
+
 def _item(identifier: str, title: str, genres: list[str], year: str | None = None) -> Item:
     """An item; its year ends the title in brackets unless given."""
     found = re.search(r"\((\d{4})[^)]*\)\s*$", title) if year is None else re.fullmatch(r"(\d{4})", year)
     kept = tuple(genre for genre in genres if genre not in NO_GENRE)
-    return Item(parse_number(identifier, int), int(found[1]) if found else 0, kept)
+    return Item(_id(identifier), int(found[1]) if found else 0, kept)
 
 
 def _item_100k(text: str) -> Item:
@@ -97,12 +110,12 @@ def _item_25m(text: str) -> Item:
 
 def _user_100k(text: str) -> User:
     identifier, age, gender, occupation, _ = split_row(text, "|", 5)
-    return User(parse_number(identifier, int), parse_number(age, float), gender, occupation)
+    return _user(identifier, age, gender, occupation)
 
 
 def _user_1m(text: str) -> User:
     identifier, gender, age, occupation, _ = split_row(text, "::", 5)
-    return User(parse_number(identifier, int), parse_number(age, float), gender, occupation)
+    return _user(identifier, age, gender, occupation)
 
 
 def _header(path: Path, required: dict[str, tuple[str, ...]]) -> tuple[list[int], int]:
@@ -139,7 +152,7 @@ def _atomic_user(path: Path) -> Callable[[str], User]:
     def parse(text: str) -> User:
         parts = split_row(text, "\t", width)
         identifier, age, gender, occupation = (parts[position] for position in positions)
-        return User(parse_number(identifier, int), parse_number(age, float), gender, occupation)
+        return _user(identifier, age, gender, occupation)
 
     return parse
 

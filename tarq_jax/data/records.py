@@ -128,18 +128,33 @@ def make_requests(user: np.ndarray, history: np.ndarray, history_lengths: np.nda
       weights: of candidates in losses and metrics, at least 0; 1 unless given.
       context: [R, ...] by field of a request.
       event: [events of all requests, ...] by field of an event.
+
+    Raises:
+      ValueError: users or items are not integers that 32 bits hold; names the first.
     """
     labels = np.ascontiguousarray(labels, np.float32)
     return Requests(
-        user=np.ascontiguousarray(user, np.int32),
-        history=np.ascontiguousarray(history, np.int32),
+        user=_ids("user", user),
+        history=_ids("history", history),
         history_offsets=offsets_of(history_lengths),
-        candidates=np.ascontiguousarray(candidates, np.int32),
+        candidates=_ids("candidates", candidates),
         candidate_offsets=offsets_of(candidate_lengths),
         labels=labels,
         weights=np.ones_like(labels) if weights is None else np.ascontiguousarray(weights, np.float32),
         context=dict(context or {}),
         event=dict(event or {}))
+
+
+def _ids(name: str, values: np.ndarray) -> np.ndarray:
+    """As int32, which would wrap what it cannot hold around to another id."""
+    values = np.asarray(values)
+    if values.size and (values.dtype.kind not in "iu"):
+        raise ValueError(f"{name} is of type {values.dtype}, expected integers")
+    limits = np.iinfo(np.int32)
+    if (bad := np.flatnonzero((values < limits.min) | (values > limits.max))).size:
+        raise ValueError(f"{name} is {values[bad[0]]} in row {bad[0]}, expected an integer of 32 bits; "
+                         "tarq_jax.data.hashing.hash_ids folds larger ids")
+    return np.ascontiguousarray(values, np.int32)
 
 
 def column_fields(schema: Schema) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -232,7 +247,10 @@ def table_from_blocks(schema: Schema, side: Side, blocks: Iterable[Columns]) -> 
 
 
 def check_dataset(dataset: Dataset) -> None:
-    """Raises ValueError unless all columns fit the schema: ids in range, numbers finite, item row 0 zero."""
+    """Raises ValueError unless all columns fit the schema: ids in range, numbers finite, item row 0 zero.
+
+    An item's id is the number of its row.
+    """
     schema = dataset.schema
     check_columns(schema.side("item"), dict(dataset.items), "items")
     check_columns(schema.side("user"), dict(dataset.users), "users")
@@ -242,9 +260,26 @@ def check_dataset(dataset: Dataset) -> None:
                              f"(the size of {ITEM_ID!r})")
         if np.any(column[0]):
             raise ValueError(f"items: field {name!r} is {column[0]} in row 0, expected zeros (padding)")
+    ids = dataset.items[ITEM_ID]
+    if (wrong := np.flatnonzero(ids != np.arange(len(ids)))).size:
+        raise ValueError(f"items: field {ITEM_ID!r} is {ids[wrong[0]]} in row {wrong[0]}, expected the "
+                         "number of the row, by which histories and candidates name an item")
     for split, requests in dataset.splits.items():
         if isinstance(requests, Requests):  # stored ones are checked when they are read
             check_requests(schema, num_users(dataset.users), requests, f"split {split!r}")
+
+
+def typed(dataset: Dataset) -> Dataset:
+    """The data set with every column in the type of its field, as a prepared one has it."""
+    def of(table, *sides):
+        fields = {field.name: field.dtype for field in dataset.schema.side(*sides)}
+        return {name: np.asarray(column, fields.get(name)) for name, column in table.items()}
+
+    splits = {name: dataclasses.replace(
+        split, context=of(split.context, "context"), event=of(split.event, "event"))
+        if isinstance(split, Requests) else split for name, split in dataset.splits.items()}
+    return dataclasses.replace(
+        dataset, items=of(dataset.items, "item"), users=of(dataset.users, "user"), splits=splits)
 
 
 def hash_of(dataset: Dataset) -> str:
@@ -284,6 +319,9 @@ def check_requests(schema: Schema, num_users: int, requests: Requests, where: st
         raise ValueError(f"{where}: field 'labels' is {requests.labels[wrong[0]]} in row {wrong[0]}, "
                          "expected 0 or 1")
     check_column(Field("weights", "item", "numeric"), requests.weights, where)
+    if (negative := np.flatnonzero(requests.weights < 0)).size:
+        raise ValueError(f"{where}: field 'weights' is {requests.weights[negative[0]]} in row {negative[0]}, "
+                         "expected at least 0")
     check_columns(schema.side("context"), dict(requests.context), where)
     check_columns(schema.side("event"), dict(requests.event), where)
 

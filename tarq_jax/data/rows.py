@@ -138,6 +138,8 @@ def _counted(parts: list[str], columns: int) -> list[str]:
 def parse_number(text: str, kind: Callable[[str], T]) -> T:
     """A number from text, `kind` being int or float; `BadRow` if it is none."""
     try:
+        if "_" in text or not text.isascii():  # Python reads 1_0 as 10, and the digits of any script
+            raise ValueError
         return kind(text)
     except ValueError:
         raise BadRow("not a number") from None

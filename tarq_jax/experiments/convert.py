@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from tarq_jax import cli, reporting
+from tarq_jax.config import NUM_SEEDS
 
 CHECKPOINTS = flags.DEFINE_multi_string(
     "checkpoint", None, "Working directory of a finished run of target attention; repeat for more seeds.",
@@ -34,7 +35,8 @@ CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that f
 FINE_TUNE = flags.DEFINE_integer(
     "fine_tune", 0, "Steps that then train codewords and head; 0 for none.", lower_bound=0,
     allow_override=True)
-SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.", lower_bound=0,
+                            upper_bound=NUM_SEEDS - 1)
 TWO_TOWERS = flags.DEFINE_multi_string(
     "two_tower", [], "Two-tower run for the share of the gap, one for each checkpoint, in their order.")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the attention error by codewords and order.")
@@ -131,11 +133,14 @@ def _auc_of(two_tower: Path) -> float:
     path = two_tower / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"--two_tower: {path} does not exist, expected a finished two-tower run")
-    rows = json.loads(path.read_text())
-    found = [row for row in rows if row["model"] == "two_tower"]
+    try:
+        rows = [dict(row) for row in json.loads(path.read_text())]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--two_tower: {path} cannot be read as a table of results: {error}") from error
+    found = [row for row in rows if row.get("model") == "two_tower"]
     if not found or found[0].get("auc") is None:
-        raise ValueError(f"--two_tower: {path} has the models {[row['model'] for row in rows]}, expected the "
-                         f"AUC of 'two_tower' among them")
+        raise ValueError(f"--two_tower: {path} has the models {[row.get('model') for row in rows]}, expected "
+                         f"the AUC of 'two_tower' among them")
     return found[0]["auc"]
 
 

@@ -63,8 +63,9 @@ def observe(run: Any, split: str, requests: int) -> Observed:
         real = batch.candidate_mask & (np.arange(size) < requests - start)[:, None]
         lengths = np.broadcast_to(batch.history_mask.sum(axis=1)[:, None], real.shape)
         parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], (*look(batch), lengths)))
-    if not parts:
-        raise ValueError(f"split {split!r} has no requests, expected at least one")
+    if not parts or not any(len(part[0]) for part in parts):
+        raise ValueError(f"split {split!r} has no candidates among its first {requests} requests, expected "
+                         "one at least")
     latents, output, error, norm, variation, lengths = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     return Observed(latents, output, np.asarray(codewords), error, norm, lengths, variation)
 
@@ -101,6 +102,8 @@ def attention_errors(observed: Observed) -> tuple[float, dict[str, float], dict[
     by_head: dict[str, dict[str, float]] = {head: {} for head in observed.weights}
     for index, name in enumerate(names):
         inside = bucket == index
+        if not inside.any():
+            continue
         by_length[name] = _relative(observed.squared_error[inside], observed.squared_norm[inside])
         for head, variation in observed.weights.items():
             by_head[head][name] = float(variation[inside].mean())

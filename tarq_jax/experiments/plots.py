@@ -76,6 +76,8 @@ def distances(by_level: Iterable[np.ndarray]) -> Figure:
 def projection(latents: np.ndarray, codewords: np.ndarray, counts: np.ndarray) -> Figure:
     """Codewords [K, D], as large as their use, over latents [M, D], on the latents' two main axes."""
     figure, (axis,) = _panels(1, width=5.5, height=4.5)
+    if latents.shape[1] == 1:
+        latents, codewords = (np.pad(points, ((0, 0), (0, 1))) for points in (latents, codewords))
     centre = latents.mean(axis=0)
     basis = np.linalg.svd(latents - centre, full_matrices=False)[2][:2].T
     points, placed = (latents - centre) @ basis, (codewords - centre) @ basis

@@ -107,6 +107,7 @@ def balanced(
     Returns:
       [M].
     """
+    points, codewords = _centred(points, codewords)
     scores = negative_distances(points, codewords) - jnp.sum(points**2, axis=-1, keepdims=True)
     where = jnp.ones(len(points), bool) if where is None else jnp.asarray(where)
     chex.assert_shape(where, points.shape[:1])
@@ -152,7 +153,7 @@ def encode(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
-      ValueError: `block` is negative, or `implementation` unknown.
+      ValueError: `block` is negative, or set with an `assign` that has `where`; or `implementation` unknown.
 
     Example:
       >>> codewords = jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]])
@@ -171,6 +172,8 @@ def encode(
         return _encode_by(codes_of, levels, latents, None)
     refuse_negative(block)
     if block:
+        if "where" in inspect.signature(assign).parameters:
+            raise ValueError(f"block is {block}, expected 0 with assign={assign}, which looks at all latents")
         codes_of = functools.partial(_greedy_codes, levels, assign=assign)
         return _encode_by(codes_of, levels, latents, block)
     residual, codes, residuals, chosen = jnp.asarray(latents), [], [], []
@@ -207,7 +210,7 @@ def beam_encode(
         raise ValueError(f"beam is {beam}, expected at least 1")
     refuse_negative(block)
     levels = as_levels(codewords, latents)
-    if beam == 1 or len(levels) == 1:
+    if beam == 1 or len(levels) == 1 or not latents.size:
         return encode(levels, latents, block=block)
     return _encode_by(functools.partial(_best_codes, levels, beam=beam), levels, latents, block)
 

@@ -72,6 +72,8 @@ def revive(
     levels = as_levels(codebook.codewords)
     chex.assert_shape(residuals, (..., len(levels), levels[0].shape[-1]))
     chex.assert_trees_all_equal_shapes(codebook.counts, dead)
+    if not residuals.size:
+        return codebook
     where = all_or(where, residuals.shape[:-2])
     points = jnp.where(where[..., None, None], residuals, 0.0).reshape(-1, *residuals.shape[-2:])
     drawn, moved = zip(*(

@@ -14,6 +14,7 @@ from typing import cast
 from absl import flags
 
 from tarq_jax import cli
+from tarq_jax.config import NUM_SEEDS
 
 RUN = cli.run_flag()
 # `allow_override` where another command has a flag of that name, and one process may import both.
@@ -39,7 +40,8 @@ HISTORIES = flags.DEFINE_list(
     "fourth and a sixteenth of it. Longer ones keep their newest events.", allow_override=True)
 CAPACITY = flags.DEFINE_integer("capacity", None, "Slots of the index; by default a tenth more than items.")
 SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the k-means of --codewords, and of --fine_tune.", allow_override=True)
+    "seed", 0, "Of the k-means of --codewords, and of --fine_tune.", lower_bound=0,
+    upper_bound=NUM_SEEDS - 1, allow_override=True)
 
 KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 SHORTEST = 16  # history length by default
@@ -86,6 +88,8 @@ def main() -> None:
         from tarq_jax.training import restore, setup
 
         run = restore.load_run(Path(str(RUN.value)))
+        if CAPACITY.value is not None and CAPACITY.value < (items := run.dataset.schema.num_items - 1):
+            raise ValueError(f"--capacity is {CAPACITY.value}, expected at least {items}, the run's items")
         method = build.method_of(run, codewords=CODEWORDS.value, order=int(ORDER.value),
                                  levels=LEVELS.value, fine_tune=FINE_TUNE.value, seed=SEED.value)
         lengths = lengths or default_histories(setup.batch_shapes(run.dataset)["history_length"])

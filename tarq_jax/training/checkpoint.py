@@ -149,6 +149,25 @@ def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
     return None
 
 
+def check(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, *, resume: bool = True) -> bool:
+    """Whether there is something to go on from.
+
+    Raises:
+      ValueError: there is, but `resume` is not set; or it was saved with another configuration or schema,
+        and names what differs.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        return False
+    with manager(workdir) as checkpoints:
+        newest, meta = checkpoints.latest_step(), newest_meta(checkpoints)
+    if newest is not None and not resume:
+        raise ValueError(f"{workdir} holds a checkpoint of step {newest}, expected none with --noresume; "
+                         f"use another --workdir")
+    if meta is not None and (difference := _difference(meta, config, schema)) is not None:
+        raise ValueError(f"{workdir / 'checkpoints'}: {difference}")
+    return meta is not None
+
+
 def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Raises ValueError if what is saved there is of a run of another length.
 

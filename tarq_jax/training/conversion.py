@@ -159,7 +159,7 @@ def fine_tune(
       model: that was converted.
       index: of its items.
       steps: of Adam, under a cosine schedule.
-      batch_size: requests a step.
+      batch_size: requests a step, or all that there are.
       num_random: items drawn for each request, beside its candidates.
       learning_rate: of the head.
       level_rate: of the levels, relative to the size of their entries.
@@ -195,7 +195,8 @@ def fine_tune(
         return optax.apply_updates(variables, updates), opt_state, value
 
     batches = data.train_batches(
-        model.dataset, "train", batch_size=batch_size, seed=seed, **setup.batch_shapes(model.dataset))
+        model.dataset, "train", batch_size=min(batch_size, len(model.dataset.splits["train"])), seed=seed,
+        **setup.batch_shapes(model.dataset))
     rng = np.random.default_rng(seed)
     variables = jax.tree.map(jnp.copy, {"params": model.params, "levels": index.levels})
     opt_state = optimizer.init(variables)

@@ -5,6 +5,7 @@ that no step waits for the host and none goes unseen. A batch is a pure function
 once more to be saved. `python -m tarq_jax.experiments.replay --run=DIR` goes through the step again.
 """
 
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from tarq_jax.reporting import replacing
 from tarq_jax.types import Batch
 
 LONGEST = 256  # steps whose metrics wait on device
@@ -106,13 +108,28 @@ def batch_kept(
         yield
     except StepFailed as failed:
         batch = batch_of(failed.step)
-        path = save_batch(workdir, failed.step, batch, config)
         poisoned = [name for name, values in _columns(batch).items() if not np.isfinite(values).all()]
         holds = f"; not finite in the batch: {poisoned}" if poisoned else ""
-        failed.args = (
-            f"{failed}{holds}. Nothing was saved from here on; the batch is in {path}, replay it with "
-            f"{REPLAY}={workdir}. Lower config.optimizer.learning_rate, or set config.optimizer.clip_norm",)
+        try:
+            path = save_batch(workdir, failed.step, batch, config)
+            kept = f"the batch is in {path}, replay it with {REPLAY}={workdir}"
+        except OSError as error:  # of which the failure must not be lost
+            kept = f"the batch could not be saved in {workdir} ({error})"
+        failed.args = (f"{failed}{holds}. Nothing was saved from here on; {kept}. Lower "
+                       "config.optimizer.learning_rate, or set config.optimizer.clip_norm",)
         raise
+
+
+@contextmanager
+def full_disk_told(workdir: Path) -> Iterator[None]:
+    """Within it, the error of a full disk names the run, and that what was saved before is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(error.errno, f"no space left for {workdir}; what was saved before is kept, call "
+                      "again to go on once there is") from error
 
 
 class FailedStep(NamedTuple):
@@ -128,7 +145,8 @@ def save_batch(workdir: Path, step: int, batch: Batch, config: ml_collections.Co
     process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
     path = Path(workdir) / f"failed_step_{step}{process}.npz"
     arrays: dict[str, Any] = {f"batch/{name}": values for name, values in _columns(batch).items()}
-    np.savez(path, step=step, settings=json.dumps(config.to_dict()), **arrays)
+    with replacing(path) as written, written.open("wb") as file:
+        np.savez(file, step=step, settings=json.dumps(config.to_dict()), **arrays)
     return path
 
 

@@ -18,7 +18,7 @@ from tarq_jax.config import BEST, data_options
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
 from tarq_jax.training import checkpoint, distributed, provenance, setup, sharding
 from tarq_jax.training.evaluate import SCORES, Row, evaluate
-from tarq_jax.training.failure import Watch, batch_kept, paths_of
+from tarq_jax.training.failure import Watch, batch_kept, full_disk_told, paths_of
 from tarq_jax.training.meter import Meter
 from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState, trainable
@@ -47,14 +47,27 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True
     console = Console()
     dataset = load_data(config)
     describe_data(dataset, console)
+    runs = {name: workdir / "baselines" / name for name in config.baselines}
+    runs |= {config.model.name: workdir}  # the last, also where it is among the baselines
+    configs = {name: with_model(config, name) for name in runs}
+    for name, folder in runs.items():  # before any is trained: what is wrong with the last is told at once
+        setup.make_objective(configs[name], dataset, sharding.make_tables(configs[name]))
+        check_saved(configs[name], dataset, folder, resume=resume)
     rows: list[Row] = []
-    for name in config.baselines:
-        folder = workdir / "baselines" / name
-        rows += named(name, train(with_model(config, name), dataset, folder, console, resume=resume).rows)
-    rows += named(config.model.name, train(config, dataset, workdir, console, resume=resume).rows)
+    for name, folder in runs.items():
+        rows += named(name, train(configs[name], dataset, folder, console, resume=resume).rows)
     rows = add_gap_recovered(rows)
     write_rows(rows, workdir / "results.json")
     return rows
+
+
+def check_saved(
+    config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, *, resume: bool = True
+) -> None:
+    """Raises ValueError if a run with this configuration and data cannot go on from what is saved there."""
+    if checkpoint.check(workdir, config, dataset.schema, resume=resume):
+        provenance.check_data(workdir, dataset)
+        provenance.check_code(workdir, config)
 
 
 def with_model(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
@@ -115,6 +128,7 @@ def train(
       ValueError: a setting or the data do not fit the checkpoint, or each other; or there is a checkpoint,
         and `resume` is not set.
     """
+    check_saved(config, dataset, workdir, resume=resume)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     shapes = setup.batch_shapes(dataset)
     watch = Watch(paths_of(trainable(state.params, state.codebook)), config.optimizer.max_gradient_norm)
@@ -123,6 +137,7 @@ def train(
         buckets=config.data.buckets, shard=distributed.data_shard(), **shapes)
 
     with (
+        full_disk_told(workdir),
         batch_kept(workdir, config, lambda step: next(batches_from(start_step=step - 1))),
         checkpoint.manager(
             workdir, kept=config.checkpoints_kept, best_metric=config.best_metric) as checkpoints,
@@ -130,14 +145,8 @@ def train(
         progress_bar(console) as progress,
         distributed.interruptible() as interruption,
     ):
-        if not resume and checkpoints.latest_step() is not None:
-            raise ValueError(f"{workdir} holds a checkpoint of step {checkpoints.latest_step()}, expected "
-                             f"none with --noresume; use another --workdir")
         state, counted, damaged = checkpoint.restore_latest(checkpoints, state, config, dataset.schema)
         start = int(state.step)
-        if start:
-            provenance.check_data(workdir, dataset)
-            provenance.check_code(workdir, config)
         if distributed.is_first():
             provenance.record(workdir, config, dataset)
         for sentence in damaged:

@@ -64,15 +64,24 @@ def make_objective(
     Raises:
       ValueError: as `objectives.build`; or evaluation would fail once it is due.
     """
-    if config.eval_every and "validation" not in dataset.splits:
-        raise ValueError(f"config.eval_every is {config.eval_every}, expected 0 with data that has no split "
-                         f"'validation' but {sorted(dataset.splits)}")
+    _check_splits(config, dataset)
     objective = build(config.model, config.loss_weights, dataset.schema, tables, axis_name)
     if ":" in config.model.name:
         if objective.latents is not None:
             check_codebook(config)
         _check_predictors(config, objective, dataset)
     return objective
+
+
+def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
+    """That there are requests wherever the run will look for some."""
+    if config.eval_every and "validation" not in dataset.splits:
+        raise ValueError(f"config.eval_every is {config.eval_every}, expected 0 with data that has no split "
+                         f"'validation' but {sorted(dataset.splits)}")
+    for name in ("train", "test", *(("validation",) if config.eval_every else ())):
+        if not (len(dataset.splits[name]) and dataset.splits[name].most_candidates):
+            raise ValueError(f"split {name!r} has {len(dataset.splits[name])} requests of at most "
+                             f"{dataset.splits[name].most_candidates} candidates, expected one at least")
 
 
 def _check_predictors(config: ml_collections.ConfigDict, objective: Objective, dataset: data.Dataset) -> None:

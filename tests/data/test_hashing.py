@@ -59,3 +59,11 @@ def test_sizes_out_of_range(size):
 def test_neither_integers_nor_strings(ids):
     with pytest.raises(ValueError, match=r"ids are .*, expected integers or strings"):
         hash_ids(ids, 10)
+
+
+def test_lists_of_integers_of_any_size():
+    ids = [1, 2**63, 2**64 + 7, -1]
+    same = np.array([1, 2**63, 7, 2**64 - 1], np.uint64)
+    np.testing.assert_array_equal(hash_ids(ids, 1000), hash_ids(same, 1000))
+    assert hash_ids([], 1000).shape == (0,)
+    assert hash_ids(["a\0"], 10**6) != hash_ids(["a"], 10**6)

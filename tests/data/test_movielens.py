@@ -5,9 +5,10 @@ import logging
 import numpy as np
 import pytest
 
-from tarq_jax.data import load, movielens, rows
+from tarq_jax.data import load, movielens, movielens_files, rows
 from tarq_jax.data.movielens import MovielensOptions
 from tarq_jax.data.movielens_files import GENRES_100K
+from tarq_jax.data.rows import BadRow
 
 ITEMS = [(1, "Toy Story", 1995, ("Animation", "Comedy")), (3, "Heat, The", 1996, ("Action",)),
          (4, "Café Noir", 0, ()), (7, "Alien", 1979, ("Sci-Fi", "Horror")), (9, "Jaws", 1975, ("Horror",))]
@@ -182,6 +183,16 @@ def test_rows_that_parse_but_make_no_sense(tmp_path, row, reason):
     (name, count), = dataset.info["rows"]["reasons"].items()
     assert name.startswith(reason) and count == 1
     assert_is_reference(dataset, ratings, options)
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ("9|nan|M|writer|1", "age out of range"), ("9|1e300|M|writer|1", "age out of range"),
+    ("99999999999999999999|30|M|writer|1", "id out of range"), ("1_0|30|M|writer|1", "not a number"),
+    ("\u0661|30|M|writer|1", "not a number"),
+])
+def test_users_that_make_no_sense(row, reason):
+    with pytest.raises(BadRow, match=reason):
+        movielens_files._user_100k(row)
 
 
 def test_a_title_that_is_not_csv(tmp_path):

@@ -21,6 +21,7 @@ from tarq_jax.data import (
     check_dataset,
     load,
     load_prepared,
+    records,
     synthetic,
 )
 from tarq_jax.data.options import fingerprint
@@ -184,6 +185,7 @@ def valid_dataset() -> Dataset:
     ("candidates", -1, r"split 'train': field 'candidates' is -1 in row 0, expected an id in \[0, 20\)"),
     ("user", 9, r"split 'train': field 'user' is 9 in row 0, expected an id in \[0, 9\)"),
     ("weights", np.inf, "split 'train': field 'weights' is inf in row 0, expected a finite number"),
+    ("weights", -1.0, r"split 'train': field 'weights' is -1\.0 in row 0, expected at least 0"),
 ])
 def test_ids_outside_the_schema_are_refused(column, value, text):
     dataset = valid_dataset()
@@ -198,9 +200,48 @@ def test_item_table_must_fit_the_vocabulary():
     dataset.items["vector"][0] = 1
     with pytest.raises(ValueError, match="row 0, expected zeros"):
         check_dataset(dataset)
+    reversed_ids = valid_dataset()
+    reversed_ids.items[ITEM_ID][1:] = np.arange(19, 0, -1)
+    with pytest.raises(ValueError, match="'item_id' is 19 in row 1, expected the number of the row"):
+        check_dataset(reversed_ids)
     short = {name: column[:5] for name, column in valid_dataset().items.items()}
     with pytest.raises(ValueError, match="has 5 rows, expected 20"):
         check_dataset(dataclasses.replace(dataset, items=short))
+
+
+@pytest.mark.parametrize(("column", "values", "text"), [
+    (0, [2**32 + 1], "user is 4294967297 in row 0, expected an integer of 32 bits"),
+    (1, np.array([3, 2**40]), "history is 1099511627776 in row 1"),
+    (3, [7.0], "candidates is of type float64, expected integers"),
+])
+def test_ids_that_would_wrap_around_are_refused(column, values, text):
+    columns = [[1], [2, 3], [2], [4], [1], [1]]
+    records.make_requests(*columns)
+    columns[column] = values
+    with pytest.raises(ValueError, match=text):
+        records.make_requests(*columns)
+
+
+def test_columns_of_ones_own_are_stored_in_the_type_of_their_field():
+    loose = valid_dataset()
+    loose = dataclasses.replace(loose, items={name: column.astype(np.float64)
+                                              for name, column in loose.items.items()})
+    check_dataset(loose)
+    assert {name: column.dtype for name, column in records.typed(loose).items.items()} == {
+        ITEM_ID: np.int32, "vector": np.float32}
+    loose.items["vector"][3, 0] = 1e39
+    with pytest.raises(ValueError, match=r"'vector' is 1e[+]39 in row 3, expected a finite number of float32"):
+        check_dataset(loose)
+
+
+@pytest.mark.parametrize("damaged", ["dataset_info.json", "metadata.json", "*train*"])
+def test_a_damaged_directory_is_told(tmp_path, damaged):
+    load("synthetic", data_dir=tmp_path, **SMALL)
+    directory, = tmp_path.glob("tarq_synthetic/*/1.0.0")
+    for file in directory.glob(damaged):
+        file.write_bytes(b"{torn")
+    with pytest.raises(ValueError, match=r"is damaged .* delete it and prepare it again"):
+        load_prepared(directory)
 
 
 def test_importing_is_light_and_never_imports_tensorflow(tmp_path):

@@ -50,3 +50,11 @@ def test_what_cannot_be_done(command, smoke_run):
     assert done.returncode == 1 and "does not exist, expected a finished two-tower run" in done.stderr
     with pytest.raises(ValueError, match="a run of 'two_tower', expected one of target attention"):
         convert.load_model(smoke_run("two_tower"))
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("[{", "cannot be read as a table of results"), ('[{"auc": 1}]', "expected the AUC of 'two_tower'")])
+def test_a_table_of_two_towers_that_is_none(tmp_path, text, words):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        convert._auc_of(tmp_path)

@@ -95,6 +95,14 @@ def test_lengths_fall_into_buckets():
     assert by_head == {"head 1": dict.fromkeys(by_length, pytest.approx(0.1))}
 
 
+def test_lengths_that_no_request_has_are_left_out():
+    lengths = np.repeat([10, 50, 100], [8, 16, 8])
+    ones = np.ones(32)
+    found = health.Observed(None, None, None, ones, ones, lengths, {"head 1": ones})
+    by_length = health.attention_errors(found)[1]
+    assert set(by_length.values()) == {1.0} and not any(name.startswith("40") for name in by_length)
+
+
 def test_a_model_without_codebook_is_refused(tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
     tiny_config.model.name = "two_tower"
     loop.train(tiny_config, tiny_dataset, tmp_path, silent)

@@ -164,6 +164,13 @@ def test_balanced_evens_out_usage():
     assert even.max() < 140 and even.min() > 60
 
 
+def test_balanced_does_not_depend_on_the_distance_from_the_origin():
+    points, codewords = (np.random.default_rng(seed).integers(-64, 64, (40, 3)) / 16 for seed in (0, 1))
+    near = quantization.balanced(points.astype(np.float32), codewords[:8].astype(np.float32))
+    far = quantization.balanced(*((x + 2.0**18).astype(np.float32) for x in (points, codewords[:8])))
+    np.testing.assert_array_equal(far, near)
+
+
 def test_balanced_keeps_an_even_assignment():
     codewords = 10.0 * np.eye(4, dtype=np.float32)
     points = np.repeat(codewords, 6, axis=0) + normal(0, 24, 4)
@@ -270,6 +277,17 @@ def test_top_equals_sorting(seed):
 def test_negative_blocks_are_refused(quantized, encoder):
     with pytest.raises(ValueError, match="block is -1, expected at least 0"):
         encoder(*quantized[:2], block=-1)
+
+
+def test_codes_that_depend_on_all_latents_have_no_blocks():
+    with pytest.raises(ValueError, match="block is 2, expected 0 with assign="):
+        quantization.encode(np.zeros((1, 3, 2)), np.zeros((4, 2)), assign=quantization.balanced, block=2)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_nothing_to_encode(beam):
+    output = quantization.beam_encode(np.zeros((2, 4, 5)), np.zeros((0, 5)), beam=beam)
+    assert output.codes.shape == (0, 2) and output.quantized.shape == (0, 5)
 
 
 def test_beam_below_one_is_refused(quantized):

@@ -120,6 +120,12 @@ def test_revive_without_anything_allowed_changes_nothing(half_dead):
     jax.tree.map(np.testing.assert_array_equal, unchanged, codebook)
 
 
+def test_revive_without_residuals_changes_nothing(half_dead):
+    codebook, residuals, dead = half_dead
+    unchanged = revive(jax.random.key(0), codebook, residuals[:0], dead)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, codebook)
+
+
 def test_revive_ignores_what_is_not_allowed(half_dead):
     codebook, residuals, dead = half_dead
     where = np.random.default_rng(0).random((6, 5)) < 0.5

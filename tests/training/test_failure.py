@@ -1,6 +1,7 @@
 """What stops a run: exact steps, culprits by path, the batch that is kept, and its replay."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -122,6 +123,24 @@ def test_a_poisoned_batch(poisoned, tiny_config, tmp_path, silent):
     for found, values in zip(failure._columns(kept.batch).values(), failure._columns(expected).values(),
                              strict=True):
         np.testing.assert_array_equal(found, values)
+
+
+def test_a_batch_that_cannot_be_kept_does_not_hide_the_failure(poisoned, tiny_config, tmp_path, monkeypatch):
+    def full(file, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    message = r"step 3: wrong.*the batch could not be saved in .*No space left"
+    with (pytest.raises(failure.StepFailed, match=message),
+          failure.batch_kept(tmp_path, tiny_config, lambda step: next(batches_of(poisoned, start_step=2)))):
+        raise failure.StepFailed(3, "wrong")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_names_the_run(tmp_path):
+    with (pytest.raises(OSError, match=f"no space left for {tmp_path}; what was saved before is kept"),
+          failure.full_disk_told(tmp_path)):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_the_same_step_fails_again_and_is_replayed(poisoned, tiny_config, tmp_path, silent, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,38 @@ def test_run_trains_baselines_and_tells_the_gap(tiny_config, tiny_dataset, tmp_p
     assert json.loads((tmp_path / "results.json").read_text()) == rows
     assert "60 items" in capsys.readouterr().out
     assert tiny_config.model.name == "tarq"
+
+
+def test_nothing_is_trained_before_all_can_be(tiny_config, tiny_dataset, tmp_path, monkeypatch, finished):
+    """Baselines of another learning rate would else lie in a run that cannot go on."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(loop, "train", lambda *arguments, **how: pytest.fail("trained"))
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    tiny_config.baselines = ("two_tower",)
+    with pytest.raises(ValueError, match=r"holds a checkpoint of step .*, expected none with --noresume"):
+        loop.run(tiny_config, tmp_path, resume=False)
+    tiny_config.optimizer.learning_rate *= 2
+    with pytest.raises(ValueError, match=r"saved with config.optimizer.learning_rate="):
+        loop.run(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["no_requests", "no_candidates"])
+def test_splits_without_candidates_are_refused(tiny_config, tiny_dataset, split, lengths):
+    empty = data.records.make_requests([1] * len(lengths), [], lengths, [], lengths, [])
+    dataset = dataclasses.replace(tiny_dataset, splits={**tiny_dataset.splits, split: empty})
+    tiny_config.eval_every = 2
+    with pytest.raises(ValueError, match=rf"split '{split}' has {len(lengths)} requests of at most 0"):
+        setup.make_objective(tiny_config, dataset, sharding.make_tables(tiny_config))
+
+
+def test_a_model_among_the_baselines_is_trained_once(tiny_config, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda config, dataset, workdir, console, resume: loop.Result(
+        [{"model": config.model.name, "auc": 0.5, "workdir": workdir.name}], None))
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    tiny_config.model.name, tiny_config.baselines = "two_tower", ("two_tower",)
+    row, = loop.run(tiny_config, tmp_path)
+    assert row["workdir"] == tmp_path.name
 
 
 def test_gap_needs_both_ends():
