@@ -70,8 +70,7 @@ def convert(
     from tarq_jax.training import conversion as training
 
     model, config = load_model(checkpoint)
-    if (most := max(setting.codewords for setting in wanted)) > (items := len(model.queries)):
-        raise ValueError(f"--codewords has {most}, expected at most {items}, the items of {checkpoint}")
+    training.check_codewords(model, max(setting.codewords for setting in wanted))
     evaluate = functools.partial(
         training.evaluate_index, model, recall_k=config.recall_k, batch_size=config.eval_batch_size)
     rows: list[dict[str, Any]] = []

@@ -58,6 +58,12 @@ def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterato
         yield *compute(model.params, batch), batch.history_mask
 
 
+def check_codewords(model: TrainedModel, num_codewords: int) -> None:
+    """Raises ValueError where the model has fewer items than codewords are asked for."""
+    if num_codewords > (items := len(model.queries) - 1):
+        raise ValueError(f"{num_codewords} codewords are asked for, expected at most {items}, one an item")
+
+
 def fit_index(
     model: TrainedModel, *, num_codewords: int, order: int, correction: str = "fitted", requests: int = 512,
     seed: int = 0,
@@ -71,7 +77,11 @@ def fit_index(
       correction: how an item's correction is found, a key of `tarq_jax.conversion.CORRECTIONS`.
       requests: of the training data, that fitted corrections see.
       seed: of k-means and of the order of the data.
+
+    Raises:
+      ValueError: there are fewer items than codewords.
     """
+    check_codewords(model, num_codewords)
     index = conversion.quantize_queries(
         jax.random.key(seed), model.queries, num_codewords=num_codewords,
         weights=candidate_counts(model.dataset))

@@ -45,7 +45,7 @@ def test_wrong_calls(wrong_call, flags, words):
 def test_what_cannot_be_done(command, smoke_run):
     trained = smoke_run("target_attention")
     done = command(*CONVERT, f"--checkpoint={trained}", "--codewords=9999", "--order=0")
-    assert done.returncode == 1 and "--codewords has 9999, expected at most" in done.stderr
+    assert done.returncode == 1 and "9999 codewords are asked for, expected at most" in done.stderr
     done = command(*CONVERT, f"--checkpoint={trained}", f"--two_tower={trained}/none")
     assert done.returncode == 1 and "does not exist, expected a finished two-tower run" in done.stderr
     with pytest.raises(ValueError, match="a run of 'two_tower', expected one of target attention"):
