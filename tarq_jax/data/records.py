@@ -147,11 +147,11 @@ def make_requests(user: np.ndarray, history: np.ndarray, history_lengths: np.nda
 
 def _ids(name: str, values: np.ndarray) -> np.ndarray:
     """As int32, which would wrap what it cannot hold around to another id."""
-    values = np.asarray(values)
-    if values.size and (values.dtype.kind not in "iu"):
+    values, limits = np.asarray(values), np.iinfo(np.int32)
+    if values.size and values.dtype.kind not in "iu":
         raise ValueError(f"{name} is of type {values.dtype}, expected integers")
-    limits = np.iinfo(np.int32)
-    if (bad := np.flatnonzero((values < limits.min) | (values > limits.max))).size:
+    fits = np.can_cast(values.dtype, np.int32)
+    if not fits and (bad := np.flatnonzero((values < limits.min) | (values > limits.max))).size:
         raise ValueError(f"{name} is {values[bad[0]]} in row {bad[0]}, expected an integer of 32 bits; "
                          "tarq_jax.data.hashing.hash_ids folds larger ids")
     return np.ascontiguousarray(values, np.int32)

@@ -47,8 +47,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True
     console = Console()
     dataset = load_data(config)
     describe_data(dataset, console)
-    runs = {name: workdir / "baselines" / name for name in config.baselines}
-    runs |= {config.model.name: workdir}  # the last, also where it is among the baselines
+    baselines = [name for name in config.baselines if name != config.model.name]
+    runs = {name: workdir / "baselines" / name for name in baselines} | {config.model.name: workdir}
     configs = {name: with_model(config, name) for name in runs}
     for name, folder in runs.items():  # before any is trained: what is wrong with the last is told at once
         setup.make_objective(configs[name], dataset, sharding.make_tables(configs[name]))

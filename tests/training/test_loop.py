@@ -184,9 +184,9 @@ def test_a_model_among_the_baselines_is_trained_once(tiny_config, tiny_dataset, 
     monkeypatch.setattr(loop, "train", lambda config, dataset, workdir, console, resume: loop.Result(
         [{"model": config.model.name, "auc": 0.5, "workdir": workdir.name}], None))
     monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
-    tiny_config.model.name, tiny_config.baselines = "two_tower", ("two_tower",)
-    row, = loop.run(tiny_config, tmp_path)
-    assert row["workdir"] == tmp_path.name
+    tiny_config.model.name, tiny_config.baselines = "two_tower", ("two_tower", "target_attention")
+    rows = loop.run(tiny_config, tmp_path)
+    assert [row["workdir"] for row in rows] == ["target_attention", tmp_path.name]
 
 
 def test_gap_needs_both_ends():
