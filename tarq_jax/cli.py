@@ -71,6 +71,14 @@ def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> l
     return [int(text) for text in flag.value]
 
 
+def seed_flag(text: str) -> flags.FlagHolder:
+    """Defines `--seed`, a whole number below 2**32; `text` says of what."""
+    from tarq_jax.config import NUM_SEEDS
+
+    return flags.DEFINE_integer(
+        "seed", 0, text, lower_bound=0, upper_bound=NUM_SEEDS - 1, allow_override=True)
+
+
 def seeds_flag(default: str) -> flags.Flag:
     """Defines `--seeds=LIST`, of initialisation and order of the data."""
     if "seeds" not in flags.FLAGS:

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import track
 
 from tarq_jax import cli, reporting
-from tarq_jax.config import NUM_SEEDS
 
 CHECKPOINTS = flags.DEFINE_multi_string(
     "checkpoint", None, "Working directory of a finished run of target attention; repeat for more seeds.",
@@ -35,8 +34,7 @@ CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that f
 FINE_TUNE = flags.DEFINE_integer(
     "fine_tune", 0, "Steps that then train codewords and head; 0 for none.", lower_bound=0,
     allow_override=True)
-SEED = flags.DEFINE_integer("seed", 0, "Of k-means and of the order of the data.", lower_bound=0,
-                            upper_bound=NUM_SEEDS - 1)
+SEED = cli.seed_flag("Of k-means and of the order of the data.")
 TWO_TOWERS = flags.DEFINE_multi_string(
     "two_tower", [], "Two-tower run for the share of the gap, one for each checkpoint, in their order.")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the attention error by codewords and order.")

@@ -14,7 +14,6 @@ from typing import cast
 from absl import flags
 
 from tarq_jax import cli
-from tarq_jax.config import NUM_SEEDS
 
 RUN = cli.run_flag()
 # `allow_override` where another command has a flag of that name, and one process may import both.
@@ -39,9 +38,7 @@ HISTORIES = flags.DEFINE_list(
     "histories", None, "Lengths that histories are padded to; by default the longest of the data, and a "
     "fourth and a sixteenth of it. Longer ones keep their newest events.", allow_override=True)
 CAPACITY = flags.DEFINE_integer("capacity", None, "Slots of the index; by default a tenth more than items.")
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the k-means of --codewords, and of --fine_tune.", lower_bound=0,
-    upper_bound=NUM_SEEDS - 1, allow_override=True)
+SEED = cli.seed_flag("Of the k-means of --codewords, and of --fine_tune.")
 
 KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 SHORTEST = 16  # history length by default

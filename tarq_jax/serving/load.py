@@ -29,7 +29,7 @@ CANDIDATES = flags.DEFINE_integer("num_candidates", 0, "Of a request, drawn from
 TOP_K = flags.DEFINE_integer("top_k", 10, "How many to ask for.", lower_bound=1, allow_override=True)
 CONNECTIONS = flags.DEFINE_integer("connections", 64, "Requests that may be on their way.", lower_bound=1)
 TIMEOUT = flags.DEFINE_float("timeout", 10.0, "Seconds after which an answer is an error.", lower_bound=0.001)
-SEED = flags.DEFINE_integer("seed", 0, "Of arrivals and requests.", allow_override=True)
+SEED = cli.seed_flag("Of arrivals and requests.")
 TOKEN = cli.token_flag()
 JSON = cli.json_flag()
 

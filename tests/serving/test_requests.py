@@ -48,7 +48,7 @@ def test_a_good_request():
     (changed("history", item_id=[4, True]), r"'item_id' is \[4, True\], expected numbers and no booleans"),
     (changed("user", user_age="old"), r"field 'user_age' is \['old'\], expected numbers"),
     (changed("user", user_age=float("nan")), "field 'user_age' is nan"),
-    (changed("user", user_age=1e300), "field 'user_age' is inf"),
+    (changed("user", user_age=1e300), r"field 'user_age' is 1e\+300"),
     (changed("user", user_age=[1.0, 2.0]), r"field 'user_age' has shape \(1, 2\)"),
     (changed("user", user_age=[[1.0], [2.0, 3.0]]), "field 'user_age' is .* expected an array of numbers"),
     (changed("history", item_id=None), "'history' has no field 'item_id'"),
