@@ -1,13 +1,14 @@
-"""p-values of many tests at once, adjusted by statsmodels."""
+"""p-values of many tests at once, adjusted by SciPy or, where it cannot, by statsmodels."""
 
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from tarq_jax import checks
 
-METHODS = {"holm": "holm", "benjamini_hochberg": "fdr_bh"}  # ours to statsmodels' names
+METHODS = ("holm", "benjamini_hochberg")
 
 
 def adjust(p_values: ArrayLike, method: Literal["holm", "benjamini_hochberg"] = "holm") -> np.ndarray:
@@ -22,7 +23,8 @@ def adjust(p_values: ArrayLike, method: Literal["holm", "benjamini_hochberg"] = 
       [M]; to be held against the level as they are.
 
     Raises:
-      ValueError: the method is unknown, a p-value is not in [0, 1], or statsmodels is not installed.
+      ValueError: the method is unknown, a p-value is not in [0, 1], or statsmodels, which `holm` needs, is
+        not installed.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
@@ -32,8 +34,10 @@ def adjust(p_values: ArrayLike, method: Literal["holm", "benjamini_hochberg"] = 
         raise ValueError(f"p_values: expected values in [0, 1], got {p_values.max()}")
     if not len(p_values):
         return p_values
+    if method == "benjamini_hochberg":
+        return stats.false_discovery_control(p_values)
     try:
         from statsmodels.stats.multitest import multipletests
     except ImportError:
         raise ValueError("statsmodels is not installed: pip install 'tarq_jax[study]'") from None
-    return multipletests(p_values, method=METHODS[method])[1]
+    return multipletests(p_values, method=method)[1]

@@ -134,7 +134,6 @@ def test_adjusted_p_values_are_those_of_r():
 def test_adjusting_keeps_the_order(values):
     holm, hochberg = adjust(values), adjust(values, "benjamini_hochberg")
     assert (holm >= hochberg - 1e-12).all() and (hochberg >= np.array(values) - 1e-12).all()
-    assert hochberg == pytest.approx(stats.false_discovery_control(values))
 
 
 def test_users_and_power_agree():
