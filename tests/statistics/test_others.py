@@ -130,10 +130,13 @@ def test_adjusted_p_values_are_those_of_r():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-@settings(max_examples=5, deadline=None)  # statsmodels collects all garbage of the process in every call
+@settings(max_examples=10, deadline=None)  # statsmodels collects all garbage of the process in every call
 def test_adjusting_keeps_the_order(values):
     holm, hochberg = adjust(values), adjust(values, "benjamini_hochberg")
     assert (holm >= hochberg - 1e-12).all() and (hochberg >= np.array(values) - 1e-12).all()
+    order = np.argsort(values)[::-1]
+    scaled = np.array(values)[order] * len(values) / np.arange(len(values), 0, -1)
+    assert hochberg[order] == pytest.approx(np.minimum.accumulate(scaled))
 
 
 def test_users_and_power_agree():
