@@ -156,10 +156,7 @@ def check(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, *, r
       ValueError: there is, but `resume` is not set; or it was saved with another configuration or schema,
         and names what differs.
     """
-    if not (workdir / "checkpoints").is_dir():
-        return False
-    with manager(workdir) as checkpoints:
-        newest, meta = checkpoints.latest_step(), newest_meta(checkpoints)
+    newest, meta = _newest(workdir)
     if newest is not None and not resume:
         raise ValueError(f"{workdir} holds a checkpoint of step {newest}, expected none with --noresume; "
                          f"use another --workdir")
@@ -174,13 +171,18 @@ def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:
     It could be gone on with, but that ends elsewhere than a run of this length: the learning rate's schedule
     and the data that codewords start from depend on it.
     """
-    if not (workdir / "checkpoints").is_dir():
-        return
-    with manager(workdir) as checkpoints:
-        meta = newest_meta(checkpoints)
+    _, meta = _newest(workdir)
     if meta is not None and meta["config"]["steps"] != config.steps:
         raise ValueError(f"{workdir}: saved with config.steps={meta['config']['steps']}, this run has "
                          f"{config.steps}; use another --workdir or the saved setting")
+
+
+def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:
+    """The newest step that is saved, and `newest_meta`; nothing is made where there is nothing."""
+    if not (workdir / "checkpoints").is_dir():
+        return None, None
+    with manager(workdir) as checkpoints:
+        return checkpoints.latest_step(), newest_meta(checkpoints)
 
 
 def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | None:

@@ -93,11 +93,9 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
     with contextlib.ExitStack() as stack, distributed.interruptible() as interruption:
         groups: dict[int, list[tuple[Member, checkpoint.Restored]]] = {}
         for (seed, workdir), state in zip(workdirs.items(), fresh, strict=True):
+            loop.check_saved(_with_seed(config, seed), dataset, workdir)
             member = _open(stack, _with_seed(config, seed), workdir, paths)
             restored = checkpoint.restore_latest(member.checkpoints, state, member.config, dataset.schema)
-            if int(restored.state.step):
-                provenance.check_data(workdir, dataset)
-                provenance.check_code(workdir, member.config)
             provenance.record(workdir, member.config, dataset)
             for sentence in restored.damaged:
                 console.print(f"seed {seed}: {sentence} Going on from step {int(restored.state.step)}.",
