@@ -82,9 +82,6 @@ def attention_sums(
     refuse_negative(block)
     block = best_block(queries.shape[-2], keys.shape[-2], 512) if block is None else block
     if block and max(queries.shape[-2], keys.shape[-2]) > block:
-        leading = jnp.broadcast_shapes(keys.shape[:-2], values.shape[:-2], mask.shape[:-2])
-        keys, values = (jnp.broadcast_to(x, (*leading, *x.shape[-2:])) for x in (keys, values))
-        mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys.shape[-2]))
         return blockwise_sums(queries, keys, values, mask, block=block, summed=summed)
     weights = attention_weights(queries, keys, mask)
     return jax.tree.map(lambda values: weights.astype(values.dtype) @ values, summed(keys, values))

@@ -51,7 +51,7 @@ def blockwise_sums(
       queries: [..., Q, E], leading axes broadcastable to those of `keys`.
       keys: [..., N, E].
       values: [..., N, E].
-      mask: bool, broadcastable to [..., 1, N]; its last axis is N.
+      mask: bool, broadcastable to [..., 1, N].
       block: queries, and positions of the history, looked at together.
       summed: position by position, what the weights multiply.
 
@@ -59,6 +59,9 @@ def blockwise_sums(
       Pytree like that of `summed`, [..., Q, any] each, of the type of its leaves; zero where no position
       is unmasked.
     """
+    leading = jnp.broadcast_shapes(keys.shape[:-2], values.shape[:-2], mask.shape[:-2])
+    keys, values = (jnp.broadcast_to(x, (*leading, *x.shape[-2:])) for x in (keys, values))
+    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys.shape[-2]))
     parts = split_blocks(queries, block, -2)
     history = split_blocks(keys, block, -2), split_blocks(values, block, -2), split_blocks(mask, block, -1)
     return jax.tree.map(lambda means: _join(means, queries.shape[-2]), _attend(summed, parts, *history)[0])
