@@ -283,6 +283,8 @@ def _readable(directory: Path) -> Iterator[None]:
     """What TFDS, JSON or ArrayRecord make of damaged files is a ValueError that names the folder."""
     try:
         yield
+    except (MemoryError, OSError):  # the data are whole, and an OSError has its path
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{directory} is damaged ({type(error).__name__}: {reason}), expected a prepared "

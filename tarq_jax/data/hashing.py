@@ -37,7 +37,10 @@ def hash_ids(ids: Sequence | np.ndarray, size: int, seed: int = 0) -> np.ndarray
     """
     if not 2 <= size <= np.iinfo(np.int32).max:
         raise ValueError(f"size is {size}, expected at least 2 and at most {np.iinfo(np.int32).max}")
-    keys = _as_integers(ids if isinstance(ids, np.ndarray) else np.array(ids, object))
+    array = np.asarray(ids)
+    if array is not ids and array.dtype.kind not in "iu":  # of what NumPy would make floats, or cut
+        array = np.array(ids, object)
+    keys = _as_integers(array)
     with np.errstate(over="ignore"):  # NumPy warns of scalars that wrap around, as all are meant to
         mixed = keys + np.uint64((seed + 1) * _STEP % 2**64)
         for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):

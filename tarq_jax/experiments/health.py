@@ -63,7 +63,7 @@ def observe(run: Any, split: str, requests: int) -> Observed:
         real = batch.candidate_mask & (np.arange(size) < requests - start)[:, None]
         lengths = np.broadcast_to(batch.history_mask.sum(axis=1)[:, None], real.shape)
         parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], (*look(batch), lengths)))
-    if not parts or not any(len(part[0]) for part in parts):
+    if not any(len(part[0]) for part in parts):
         raise ValueError(f"split {split!r} has no candidates among its first {requests} requests, expected "
                          "one at least")
     latents, output, error, norm, variation, lengths = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

@@ -81,17 +81,19 @@ def main() -> None:
 
     with new_folder(out) as folder:
         from tarq_jax.serving import build
+        from tarq_jax.serving.index import round_up
         from tarq_jax.serving.vectors import Storage
         from tarq_jax.training import restore, setup
 
         run = restore.load_run(Path(str(RUN.value)))
-        if CAPACITY.value is not None and CAPACITY.value < (items := run.dataset.schema.num_items - 1):
-            raise ValueError(f"--capacity is {CAPACITY.value}, expected at least {items}, the run's items")
+        capacity, items = CAPACITY.value, run.dataset.schema.num_items - 1
+        if capacity is not None and round_up(capacity) < items:
+            raise ValueError(f"--capacity is {capacity}, expected at least {items}, the run's items")
         method = build.method_of(run, codewords=CODEWORDS.value, order=int(ORDER.value),
                                  levels=LEVELS.value, fine_tune=FINE_TUNE.value, seed=SEED.value)
         lengths = lengths or default_histories(setup.batch_shapes(run.dataset)["history_length"])
         build.write(method, run.dataset, folder, histories=lengths, vectors=cast(Storage, VECTORS.value),
-                    platforms=PLATFORMS.value, capacity=CAPACITY.value)
+                    platforms=PLATFORMS.value, capacity=capacity)
     print(f"{out}: written")
 
 
