@@ -76,7 +76,7 @@ class Running(NamedTuple):
 def running(artefact: Path, options: Options = PATIENT) -> Iterator[Running]:
     """A service of an artefact, once it is warm or has given up."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(artefact, options)
+    server = Server(artefact, options, log_requests=True)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     found = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", server)

@@ -40,7 +40,7 @@ CANDIDATES = flags.DEFINE_integer("max_candidates", 100_000, "Candidates of a re
 TOP_K = flags.DEFINE_integer("max_top_k", 1000, "Largest top_k; more are told 422.", lower_bound=1)
 BATCHES = flags.DEFINE_list("batch_sizes", "1,2,4,8", "Numbers of requests that are computed together.")
 SIZES = flags.DEFINE_list("candidate_sizes", "1024,8192", "Numbers that given candidates are padded to.")
-LOG = flags.DEFINE_bool("log_requests", True, "Log a line for each request.")
+LOG = flags.DEFINE_bool("log_requests", True, "Log a line for each request that is not a probe.")
 DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to go on after SIGTERM.", lower_bound=0.0)
 
 BACKLOG = 2048  # connections that wait to be accepted

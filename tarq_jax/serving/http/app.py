@@ -26,6 +26,7 @@ PAGE = importlib.resources.files(__package__).joinpath("page.html").read_text()
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 PATHS = {"/score": "POST", "/swap": "POST", "/healthz": "GET", "/readyz": "GET", "/metrics": "GET",
          "/openapi.json": "GET"}
+PROBES = {"/healthz", "/readyz", "/metrics"}  # counted, not logged: machines ask them all the time
 
 
 async def page(request: Request) -> Response:
@@ -45,7 +46,7 @@ def make_app(
       artefact: folder; /swap names others beside it.
       options: see there.
       on_failure: called where the first artefact is refused; None has the start wait for it, and fail.
-      log_requests: whether to log a line for each request.
+      log_requests: whether to log a line for each request that is not a probe.
     """
     metrics = Metrics()
 
@@ -118,7 +119,7 @@ class Observed:
             await Json({"error": f"internal error, request {name}"}, 500)(scope, receive, observed)
         path = scope["path"] if scope["path"] in PATHS or scope["path"] == "/" else "other"
         state.metrics.request(path, status)
-        if self._log:
+        if self._log and path not in PROBES:
             log("request", request=name, method=scope["method"], path=path, status=status,
                 ms=round(1e3 * (time.perf_counter() - start), 2),
                 version=scope.get("state", {}).get("version"))

@@ -105,6 +105,18 @@ def test_metrics_move(service):
     assert "tarq_requests_total" in text and "tarq_in_flight 0.0" in text
 
 
+def test_requests_are_logged_and_probes_are_not(service, caplog):
+    with caplog.at_level("INFO", "tarq_jax.serving"):
+        for path in ("/healthz", "/readyz", "/metrics", "/nowhere"):
+            service.ask("GET", path)
+        name = service.ask("POST", "/score", GOOD).headers["x-request-id"]
+        services.wait_for(lambda: any(record.fields.get("request") == name for record in caplog.records))
+    other, score = (record.fields for record in caplog.records if record.msg == "request")
+    assert (other["path"], other["status"]) == ("other", 404)
+    assert [score[key] for key in ("request", "method", "path", "status")] == [name, "POST", "/score", 200]
+    assert score["ms"] > 0 and score["version"] == service.service.versions.current.name
+
+
 # Refusals
 
 
