@@ -17,7 +17,7 @@ from absl import flags
 
 from tarq_jax import cli, data, reporting
 from tarq_jax.training import checkpoint, failure, loop, restore, setup
-from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.training.state import TrainState
 
 RUN = cli.run_flag()
 STEP = flags.DEFINE_integer("step", None, "Failure to replay; the last by default.")
@@ -60,7 +60,7 @@ def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
 
 
 def _rows(metrics: dict[str, np.ndarray], state: TrainState) -> Iterator[dict[str, Any]]:
-    paths = failure.paths_of(trainable(state.params, state.codebook))
+    paths = failure.paths_of(state.trainable)
     for name in sorted(name for name in metrics if name.startswith("loss")):
         yield {"kind": "loss", "name": name, "value": float(metrics[name])}
     for kind in ("gradient", "parameter"):

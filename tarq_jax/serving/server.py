@@ -15,31 +15,36 @@ from pathlib import Path
 from absl import flags
 
 from tarq_jax import cli
+from tarq_jax.serving.http.options import Limits, Options
 
 ARTEFACT = flags.DEFINE_string("artefact", None, "Folder to serve; /swap names others beside it.",
                                required=True)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
-PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which the log tells.",
+PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which the log names.",
                             lower_bound=0, upper_bound=65535)
 TOKEN = cli.token_flag()
-DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
-                           lower_bound=0.0)
+DELAY = flags.DEFINE_float("delay_ms", 1e3 * Options.delay, "How long a request waits for others to be "
+                           "computed with it.", lower_bound=0.0)
 BUDGET = flags.DEFINE_float(
-    "budget_ms", None, "Requests that would take longer are told 503; by default twice what one takes "
-    "without load, as is measured all along, and the delay; up to six times that, the less has come of late.",
-    lower_bound=0.1)
-TIMEOUT = flags.DEFINE_float("timeout_ms", 2000.0, "After that a request is told 504, or 408 if its body "
-                             "has not come.", lower_bound=1.0)
-QUEUE = flags.DEFINE_integer("queue", 256, "Requests that may be on their way; more are told 503.",
-                             lower_bound=1)
-BODY = flags.DEFINE_integer("max_body", 1 << 20, "Bytes of a request; more are told 413.", lower_bound=1)
-HISTORY = flags.DEFINE_integer("max_history", 10_000, "Events of a history; more are told 422.",
-                               lower_bound=1)
-CANDIDATES = flags.DEFINE_integer("max_candidates", 100_000, "Candidates of a request; more are told 422.",
-                                  lower_bound=1)
-TOP_K = flags.DEFINE_integer("max_top_k", 1000, "Largest top_k; more are told 422.", lower_bound=1)
-BATCHES = flags.DEFINE_list("batch_sizes", "1,2,4,8", "Numbers of requests that are computed together.")
-SIZES = flags.DEFINE_list("candidate_sizes", "1024,8192", "Numbers that given candidates are padded to.")
+    "budget_ms", None, "A request that is expected to take longer is refused with 503. By default twice the "
+    "measured time of one without load, and the delay; after a quiet period up to six times that, so that "
+    "short bursts are absorbed.", lower_bound=0.1)
+TIMEOUT = flags.DEFINE_float("timeout_ms", 1e3 * Limits.seconds, "After that a request is answered with 504, "
+                             "or 408 if its body has not arrived.", lower_bound=1.0)
+QUEUE = flags.DEFINE_integer("queue", Options.queue, "Requests that may be in flight; more are answered with "
+                             "503.", lower_bound=1)
+BODY = flags.DEFINE_integer("max_body", Limits.body, "Bytes of a request; for more it is answered with 413.",
+                            lower_bound=1)
+HISTORY = flags.DEFINE_integer("max_history", Limits.history, "Events of a history; for more the request is "
+                               "answered with 422.", lower_bound=1)
+CANDIDATES = flags.DEFINE_integer("max_candidates", Limits.candidates, "Candidates of a request; for more it "
+                                  "is answered with 422.", lower_bound=1)
+TOP_K = flags.DEFINE_integer("max_top_k", Limits.top_k, "Largest top_k; a request for more is answered with "
+                             "422.", lower_bound=1)
+BATCHES = flags.DEFINE_list("batch_sizes", list(map(str, Options.batch_sizes)), "Numbers of requests that "
+                            "are computed together.")
+SIZES = flags.DEFINE_list("candidate_sizes", list(map(str, Options.candidate_sizes)), "Numbers that given "
+                          "candidates are padded to.")
 LOG = flags.DEFINE_bool("log_requests", True, "Log a line for each request that is not a probe.")
 DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to go on after SIGTERM.", lower_bound=0.0)
 
@@ -68,7 +73,6 @@ def main() -> None:
             from tarq_jax.serving.http import logs, running
         except ModuleNotFoundError as error:
             raise ValueError(f"{error.name} is missing, expected `pip install 'tarq_jax[serve]'`") from None
-        from tarq_jax.serving.http.options import Limits, Options
 
         limits = Limits(body=BODY.value, history=HISTORY.value, candidates=CANDIDATES.value,
                         top_k=TOP_K.value, seconds=TIMEOUT.value / 1e3)

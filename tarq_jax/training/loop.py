@@ -21,7 +21,7 @@ from tarq_jax.training.evaluate import SCORES, Row, evaluate
 from tarq_jax.training.failure import Watch, batch_kept, full_disk_told, paths_of
 from tarq_jax.training.meter import Meter
 from tarq_jax.training.objectives import Objective
-from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.training.state import TrainState
 from tarq_jax.types import Batch
 
 
@@ -131,7 +131,7 @@ def train(
     check_saved(config, dataset, workdir, resume=resume)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     shapes = setup.batch_shapes(dataset)
-    watch = Watch(paths_of(trainable(state.params, state.codebook)), config.optimizer.max_gradient_norm)
+    watch = Watch(paths_of(state.trainable), config.optimizer.max_gradient_norm)
     batches_from = functools.partial(
         data.train_batches, dataset, "train", batch_size=config.batch_size, seed=config.seed,
         buckets=config.data.buckets, shard=distributed.data_shard(), **shapes)
@@ -167,13 +167,12 @@ def train(
             meter.count(num_candidates, step_metrics)
             done = step + 1
             watch.add(done, step_metrics)
-            if done % config.log_every == 0 or done == config.steps:
+            stop, validated = interruption.due(done), None
+            logged, measured, saved = duties(config, done, stop)
+            if logged:
                 scalars = watch.check() | meter.read()
                 writer.write(done, scalars)
                 progress.update(bar, completed=done, note=_note(scalars))
-            stop, validated = interruption.due(done), None
-            measured = due(config.eval_every, done) and bool(config.best_metric or not stop)
-            saved = stop or due(config.checkpoint_every, done) or done == config.steps
             if measured or saved:
                 meter.pause()
                 watch.check()
@@ -234,7 +233,7 @@ def test(
     Raises:
       Interrupted: `leave` says so before a batch.
     """
-    codewords = trainable(None, state.codebook)["codewords"]
+    codewords = state.codewords
     predict = jax.jit(objective.predict, out_shardings=state.step.sharding)  # a copy on every device
     batches = data.eval_batches(
         dataset, split, batch_size=config.eval_batch_size, **setup.batch_shapes(dataset))
@@ -257,9 +256,17 @@ def transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:
     return put(batch), int(batch.candidate_mask.sum()) * jax.process_count()
 
 
-def due(every: int, step: int) -> bool:
-    """Whether something is done after this step that is done every so many; 0 is never."""
-    return every > 0 and step % every == 0
+def duties(config: ml_collections.ConfigDict, done: int, stop: bool) -> tuple[bool, bool, bool]:
+    """What follows after `done` steps: whether to log, to measure on the validation split, and to save.
+
+    Before a stop nothing is measured, unless it might be the best step.
+    """
+    def due(every: int) -> bool:
+        return every > 0 and done % every == 0
+
+    last = done == config.steps
+    return (due(config.log_every) or last, due(config.eval_every) and bool(config.best_metric or not stop),
+            stop or due(config.checkpoint_every) or last)
 
 
 def _note(scalars: dict[str, float]) -> str:

@@ -29,7 +29,7 @@ from tarq_jax.training.evaluate import Row
 from tarq_jax.training.failure import LONGEST, StepFailed, Watch, paths_of
 from tarq_jax.training.meter import Meter
 from tarq_jax.training.objectives import Objective
-from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.training.state import TrainState
 from tarq_jax.types import Batch
 
 SEEDS = "seeds"  # the mesh axis
@@ -88,7 +88,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
     fresh = unstack(jax.jit(jax.vmap(
         setup.initialiser(config, objective, optimizer), in_axes=(0, None), out_axes=STACKED))(
             jnp.stack([jax.random.key(seed) for seed in workdirs]), setup.example(dataset)))
-    paths = paths_of(trainable(fresh[0].params, fresh[0].codebook))
+    paths = paths_of(fresh[0].trainable)
     rows: dict[int, list[Row]] = {}
     with contextlib.ExitStack() as stack, distributed.interruptible() as interruption:
         groups: dict[int, list[tuple[Member, checkpoint.Restored]]] = {}
@@ -223,7 +223,8 @@ def _train(
             meter.count(num_candidates, metrics)
             done = step + 1
             pending.append((done, metrics))
-            logged = loop.due(config.log_every, done) or done == config.steps
+            stop = interruption.due(done)
+            logged, measured, saved = loop.duties(config, done, stop)
             if logged or len(pending) == LONGEST:
                 scalars, pending = _look(members, pending), []
             if logged:
@@ -231,9 +232,6 @@ def _train(
                 for member, values in zip(members, scalars, strict=True):
                     member.writer.write(done, values | rates)
                 progress.update(bar, completed=done, note=f"{rates['examples_per_second']:,.0f} candidates/s")
-            stop = interruption.due(done)
-            measured = loop.due(config.eval_every, done) and not stop
-            saved = stop or loop.due(config.checkpoint_every, done) or done == config.steps
             if measured or saved:
                 meter.pause()
                 _look(members, pending)

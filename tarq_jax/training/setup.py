@@ -18,7 +18,7 @@ from tarq_jax.training import parallel, sharding
 from tarq_jax.training.evaluate import COLUMNS
 from tarq_jax.training.objectives import STUDENT, TEACHER, Objective, build
 from tarq_jax.training.optimizers import make_optimizer
-from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.training.state import TrainState
 from tarq_jax.training.step import codebook_updates, train_step
 from tarq_jax.types import Batch, Codebook
 
@@ -88,7 +88,7 @@ def _check_predictors(config: ml_collections.ConfigDict, objective: Objective, d
     name, batch = config.model.name, example(dataset)
     fresh = initialiser(config, objective, make_optimizer(config))
     state = jax.eval_shape(fresh, jax.random.key(0), batch)
-    codewords = trainable(None, state.codebook)["codewords"]
+    codewords = state.codewords
     found = jax.eval_shape(objective.predict, state.params, codewords, batch)
     predictors = sorted(found.logits)
     if found.diagnostics is not None and (predictors[0] != STUDENT or TEACHER not in predictors):
@@ -139,18 +139,17 @@ def initialiser(
                 codebook_rng, num_levels=config.model.num_levels, num_codewords=config.model.num_codewords,
                 width=config.model.width,
             )
-        params = objective.init(params_rng, batch, trainable(None, codebook)["codewords"])
-        return TrainState(
-            step=jnp.zeros((), jnp.int32), params=params, codebook=codebook,
-            opt_state=optimizer.init(trainable(params, codebook)), rng=step_rng,
-        )
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32), params=None, codebook=codebook, opt_state=None, rng=step_rng)
+        state = state.replace(params=objective.init(params_rng, batch, state.codewords))
+        return state.replace(opt_state=optimizer.init(state.trainable))
 
     return init
 
 
 def count_parameters(state: TrainState) -> int:
     """Numbers that are trained, codewords among them."""
-    return sum(leaf.size for leaf in jax.tree.leaves(trainable(state.params, state.codebook)))
+    return sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
 
 
 DEAD = {

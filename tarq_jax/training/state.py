@@ -14,10 +14,15 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array  # [] int32, steps done
     params: Any  # the module's variables
     codebook: Codebook | None  # None for models that do not quantize
-    opt_state: Any  # of the optimizer, over `trainable(state)`
+    opt_state: Any  # of the optimizer, over `trainable`
     rng: jax.Array  # key that every step folds its number into
 
+    @property
+    def codewords(self) -> Any:
+        """The codebook's, `Levels`; None for models that do not quantize."""
+        return None if self.codebook is None else self.codebook.codewords
 
-def trainable(params: Any, codebook: Codebook | None) -> dict[str, Any]:
-    """What the optimizer sees: parameters and codewords, in one tree."""
-    return {"params": params, "codewords": None if codebook is None else codebook.codewords}
+    @property
+    def trainable(self) -> dict[str, Any]:
+        """What the optimizer sees: parameters and codewords, in one tree."""
+        return {"params": self.params, "codewords": self.codewords}

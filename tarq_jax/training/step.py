@@ -11,7 +11,7 @@ from tarq_jax import quantization, shards
 from tarq_jax.training.accumulation import accumulate_gradients
 from tarq_jax.training.health import codebook_metrics
 from tarq_jax.training.objectives import Objective
-from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.training.state import TrainState
 from tarq_jax.types import Batch, Codebook, Levels, QuantizerOutput
 
 REVIVAL_LATENTS = 65536  # at most that revival draws from: every device gathers them
@@ -60,7 +60,7 @@ def train_step(
             codewords = jax.lax.stop_gradient(codewords)
         return objective.loss(variables["params"], codewords, micro_batch, active, batch)
 
-    variables = trainable(state.params, state.codebook)
+    variables = state.trainable
     aux, gradients = accumulate_gradients(loss, variables, batch, accumulate)
     gradients, metrics = shards.total((gradients, aux.metrics), axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, variables)
@@ -80,7 +80,7 @@ def train_step(
         step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
     )
     # Not finite as soon as the state is not, which the loss says only a step later.
-    return state, metrics | norms("parameter", trainable(state.params, state.codebook))
+    return state, metrics | norms("parameter", state.trainable)
 
 
 def norms(name: str, tree: Any) -> dict[str, jax.Array]:

@@ -14,7 +14,6 @@ import pytest
 
 from tarq_jax import data, metrics
 from tarq_jax.training import checkpoint, loop, setup, sharding
-from tarq_jax.training.state import trainable
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -34,7 +33,7 @@ def test_what_a_run_leaves(finished):
                 "examples_per_second", "input_wait_share"} <= line.keys()
     assert lines[-1]["test/tarq/auc"] == result.rows[0]["auc"]
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
-    leaves = jax.tree.leaves(trainable(result.state.params, result.state.codebook))
+    leaves = jax.tree.leaves(result.state.trainable)
     assert {row["parameters"] for row in result.rows} == {sum(leaf.size for leaf in leaves)}
     assert all(row["train_seconds"] > 0 and row["examples_per_second"] > 0 for row in result.rows)
 

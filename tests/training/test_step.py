@@ -12,7 +12,7 @@ from tarq_jax import losses, quantization, shards
 from tarq_jax.training import setup
 from tarq_jax.training import step as training_step
 from tarq_jax.training.objectives import LossOutput, Objective, mean_of_batch
-from tarq_jax.training.state import TrainState, trainable
+from tarq_jax.training.state import TrainState
 from tarq_jax.training.step import codebook_updates, train_step
 from tarq_jax.types import Batch, Codebook
 
@@ -62,8 +62,9 @@ def make_state(step: int = 0, optimizer=OPTIMIZER, codebook: bool = True, counts
         counts=jnp.asarray(rng.uniform(1, 3, shape) if counts is None else counts, jnp.float32),
         sums=jnp.asarray(rng.normal(size=(*shape, WIDTH)), jnp.float32),
         ages=jnp.zeros(shape)) if codebook else None
-    return TrainState(step=jnp.asarray(step, jnp.int32), params=params, codebook=book,
-                      opt_state=optimizer.init(trainable(params, book)), rng=jax.random.key(3))
+    state = TrainState(step=jnp.asarray(step, jnp.int32), params=params, codebook=book, opt_state=None,
+                       rng=jax.random.key(3))
+    return state.replace(opt_state=optimizer.init(state.trainable))
 
 
 def make_step(mode="gradient", revive_every=0, start=0, optimizer=OPTIMIZER, axis_name=None):
@@ -76,7 +77,7 @@ def make_step(mode="gradient", revive_every=0, start=0, optimizer=OPTIMIZER, axi
 
 def by_hand(state: TrainState, batch: Batch):
     """Variables after optax alone, running counts and sums in NumPy loops."""
-    variables = trainable(state.params, state.codebook)
+    variables = state.trainable
     gradients = jax.grad(lambda v: loss(v["params"], v["codewords"], batch, True)[0])(variables)
     updates, opt_state = OPTIMIZER.update(gradients, state.opt_state, variables)
     counts, sums = np.zeros((LEVELS, CODEWORDS)), np.zeros((LEVELS, CODEWORDS, WIDTH))
@@ -110,7 +111,7 @@ def test_gradient_mode_is_optax_and_running_statistics():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradients), rtol=1e-6)
     np.testing.assert_allclose(
-        metrics["parameter_norm"], optax.tree.norm(trainable(new.params, new.codebook)), rtol=1e-6)
+        metrics["parameter_norm"], optax.tree.norm(new.trainable), rtol=1e-6)
     assert jnp.array_equal(jax.random.key_data(new.rng), jax.random.key_data(state.rng))
 
 

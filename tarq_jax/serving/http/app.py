@@ -24,8 +24,10 @@ from tarq_jax.serving.http.service import HANDLERS, Json, Service
 
 PAGE = importlib.resources.files(__package__).joinpath("page.html").read_text()
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-PATHS = {"/score": "POST", "/swap": "POST", "/healthz": "GET", "/readyz": "GET", "/metrics": "GET",
-         "/openapi.json": "GET"}
+ROUTES = {
+    "/score": ("POST", Service.score), "/swap": ("POST", Service.swap), "/healthz": ("GET", Service.healthz),
+    "/readyz": ("GET", Service.readyz), "/metrics": ("GET", Service.metrics),
+    "/openapi.json": ("GET", Service.openapi)}
 PROBES = {"/healthz", "/readyz", "/metrics"}  # counted, not logged: machines ask them all the time
 
 
@@ -71,14 +73,14 @@ def make_app(
             loading.cancel()
             service.close()
 
-    def handler(name: str) -> Callable[[Request], Awaitable[Response]]:
+    def handler(answer: Callable[[Service, Request], Awaitable[Response]]
+                ) -> Callable[[Request], Awaitable[Response]]:
         async def call(request: Request) -> Response:
-            return await getattr(request.app.state.service, name)(request)
+            return await answer(request.app.state.service, request)
 
         return call
 
-    routes = [Route(path, handler(path.strip("/").removesuffix(".json")), methods=[method])
-              for path, method in PATHS.items()]
+    routes = [Route(path, handler(answer), methods=[method]) for path, (method, answer) in ROUTES.items()]
     app = Starlette(routes=[Route("/", page), *routes], lifespan=lifespan, exception_handlers=HANDLERS,
                     middleware=[Middleware(Observed, log_requests=log_requests)])
     app.state.metrics, app.state.draining = metrics, False
@@ -117,7 +119,7 @@ class Observed:
             if status:
                 raise
             await Json({"error": f"internal error, request {name}"}, 500)(scope, receive, observed)
-        path = scope["path"] if scope["path"] in PATHS or scope["path"] == "/" else "other"
+        path = scope["path"] if scope["path"] in ROUTES or scope["path"] == "/" else "other"
         state.metrics.request(path, status)
         if self._log and path not in PROBES:
             log("request", request=name, method=scope["method"], path=path, status=status,
