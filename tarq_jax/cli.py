@@ -41,25 +41,21 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def config_flag() -> flags.Flag:
-    """Defines `--config=FILE[:MODE]`, whose settings `--config.KEY=VALUE` overrides; once, as all here."""
+    """Defines `--config=FILE[:MODE]`, whose settings `--config.KEY=VALUE` overrides."""
     if "config" not in flags.FLAGS:
         config_flags.DEFINE_config_file("config", help_string="Experiment, a file in configs/.")
         flags.mark_flag_as_required("config")
     return flags.FLAGS["config"]
 
 
-def run_flag() -> flags.Flag:
+def run_flag() -> flags.FlagHolder:
     """Defines `--run=DIR`, the working directory of a run to look at."""
-    if "run" not in flags.FLAGS:
-        flags.DEFINE_string("run", None, "Working directory of a run.", required=True)
-    return flags.FLAGS["run"]
+    return flags.DEFINE_string("run", None, "Working directory of a run.", required=True, allow_override=True)
 
 
-def json_flag() -> flags.Flag:
-    """Defines `--json=FILE`, once however many commands a process imports."""
-    if "json" not in flags.FLAGS:
-        flags.DEFINE_string("json", None, "File to write the rows of the table to.")
-    return flags.FLAGS["json"]
+def json_flag() -> flags.FlagHolder:
+    """Defines `--json=FILE`; as all flags here, again where a process imports several commands."""
+    return flags.DEFINE_string("json", None, "File to write the rows of the table to.", allow_override=True)
 
 
 def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> list[int]:
@@ -79,14 +75,13 @@ def seed_flag(text: str) -> flags.FlagHolder:
         "seed", 0, text, lower_bound=0, upper_bound=NUM_SEEDS - 1, allow_override=True)
 
 
-def seeds_flag(default: str) -> flags.Flag:
+def seeds_flag(default: str) -> flags.FlagHolder:
     """Defines `--seeds=LIST`, of initialisation and order of the data."""
-    if "seeds" not in flags.FLAGS:
-        flags.DEFINE_list("seeds", default.split(","), "Seeds of initialisation and order, a run each.")
-    return flags.FLAGS["seeds"]
+    return flags.DEFINE_list("seeds", default.split(","), "Seeds of initialisation and order, a run each.",
+                             allow_override=True)
 
 
-def seeds(flag: flags.Flag) -> list[int]:
+def seeds(flag: flags.FlagHolder) -> list[int]:
     """The numbers of `seeds_flag`; what are not different whole numbers below 2**32 is a wrong call."""
     from tarq_jax.config import NUM_SEEDS
 
@@ -99,27 +94,18 @@ def seeds(flag: flags.Flag) -> list[int]:
     return found
 
 
-def level_flag() -> flags.Flag:
+def level_flag() -> flags.FlagHolder:
     """Defines `--level=SHARE`, of intervals."""
-    if "level" not in flags.FLAGS:
-        flags.DEFINE_float("level", 0.95, "Of intervals.", lower_bound=0.5, upper_bound=0.9999)
-    return flags.FLAGS["level"]
+    return flags.DEFINE_float(
+        "level", 0.95, "Of intervals.", lower_bound=0.5, upper_bound=0.9999, allow_override=True)
 
 
-def level(flag: flags.Flag) -> float:
-    """The share of `level_flag`."""
-    found: Any = flag.value
-    return float(found)
-
-
-def url_flag() -> flags.Flag:
+def url_flag() -> flags.FlagHolder:
     """Defines `--url=URL`, of a service to ask."""
-    if "url" not in flags.FLAGS:
-        flags.DEFINE_string("url", "http://localhost:8000", "Of the service.")
-    return flags.FLAGS["url"]
+    return flags.DEFINE_string("url", "http://localhost:8000", "Of the service.", allow_override=True)
 
 
-def url(flag: flags.Flag) -> str:
+def url(flag: flags.FlagHolder) -> str:
     """The URL of `url_flag`; what is none is a wrong call."""
     found = str(flag.value)
     expected = "expected http://HOST:PORT or https://HOST:PORT"
@@ -133,14 +119,13 @@ def url(flag: flags.Flag) -> str:
     return found
 
 
-def token_flag() -> flags.Flag:
+def token_flag() -> flags.FlagHolder:
     """Defines `--token_file=FILE`, with the token of a service."""
-    if "token_file" not in flags.FLAGS:
-        flags.DEFINE_string("token_file", None, "File with a token that the service asks for.")
-    return flags.FLAGS["token_file"]
+    return flags.DEFINE_string("token_file", None, "File with a token that the service asks for.",
+                               allow_override=True)
 
 
-def read_token(flag: flags.Flag) -> str | None:
+def read_token(flag: flags.FlagHolder) -> str | None:
     """The token in the file of `token_flag`; a file that is missing, or holds no token, is a wrong call."""
     if flag.value is None:
         return None

@@ -5,12 +5,10 @@ here is the identity. Under `pmap` it is the name of the mapped axis. Requests a
 like cards, request r to row r // n of shard r % n, so that any share of the batch is spread evenly.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Tree = TypeVar("Tree")
 AxisName = str | None
@@ -25,11 +23,7 @@ def gather(tree: Tree, axis_name: AxisName = None) -> Tree:
     """Leaves of all shards in the order of the whole batch: [B / n, ...] to [B, ...]."""
     if axis_name is None:
         return tree
-
-    def undeal(array: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(array, axis_name, axis=1).reshape(-1, *array.shape[1:])
-
-    return jax.tree.map(undeal, tree)
+    return undeal(jax.lax.all_gather(tree, axis_name))
 
 
 def first(share: float, rows: int, axis_name: AxisName = None) -> jax.Array:
@@ -53,15 +47,19 @@ def first(share: float, rows: int, axis_name: AxisName = None) -> jax.Array:
     return jnp.arange(-(-requests // num_shards)) * num_shards + shard < requests
 
 
-def deal(tree: Any, num_shards: int) -> Any:
-    """Leaves [B, ...] on the host to [n, B / n, ...], a row a shard; n has to divide B.
+def deal(tree: Tree, num: int) -> Tree:
+    """Leaves [B, ...] to [n, B / n, ...], whose row s has the rows s, s + n, s + 2n, ...; n must divide B.
+
+    Micro-batches are dealt likewise: a device that holds consecutive rows of a batch then holds a share of
+    every micro-batch, and no row moves to another device, if `num` divides its number of rows.
 
     Example:
-      >>> deal(np.arange(6), 2).tolist()
+      >>> deal(jnp.arange(6), 2).tolist()
       [[0, 2, 4], [1, 3, 5]]
     """
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, num, *leaf.shape[1:]).swapaxes(0, 1), tree)
 
-    def split(array: chex.Array) -> np.ndarray:
-        return np.swapaxes(np.reshape(array, (-1, num_shards, *np.shape(array)[1:])), 0, 1)
 
-    return jax.tree.map(split, tree)
+def undeal(tree: Tree) -> Tree:
+    """The inverse of `deal`: [n, B / n, ...] to [B, ...]."""
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), tree)

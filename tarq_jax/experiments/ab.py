@@ -235,9 +235,9 @@ def main() -> None:
     verdict = ("as planned" if p_value >= MISMATCH else
                "SAMPLE RATIO MISMATCH: users are missing in an arm; lifts are not to be believed")
     print(f"users: {arms}; p = {p_value:.3g} of shares as planned: {verdict}")
-    rows = analyse(table, CONTROL.value, Plan(cli.level(LEVEL), POWER.value, REPLICATES.value))
+    rows = analyse(table, CONTROL.value, Plan(LEVEL.value, POWER.value, REPLICATES.value))
     rows = [row | {"sample_ratio_p": p_value} for row in rows]
-    reporting.print_table(rows, f"lifts over {CONTROL.value}, {cli.level(LEVEL):.0%} intervals", [
+    reporting.print_table(rows, f"lifts over {CONTROL.value}, {LEVEL.value:.0%} intervals", [
         "metric", "arm", "method", "control_value", "value", "lift", "low", "high", "p_value", "p_adjusted",
         "detectable_lift", "reported_lift", "users_for_reported", "note"])
     if JSON.value:

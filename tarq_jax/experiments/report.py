@@ -158,7 +158,7 @@ def main() -> None:
         cli.wrong_call(f"--point is {','.join(POINT.value)!r}, expected two numbers like 10000,1000")
     serving = read_serving(SERVING.value)
     folder = Path(str(STUDY.value))
-    variants, level = study.load(folder), cli.level(LEVEL)
+    variants, level = study.load(folder), LEVEL.value
     rows = study.summary(variants, REFERENCE.value, level)
     methods = {name: study.served_as(study.settings(variant)) for name, variant in variants.items()}
     add_latencies(rows, methods, study.latencies(serving, *point))

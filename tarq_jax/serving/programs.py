@@ -64,8 +64,8 @@ def export_method(
         states = {}
         for length, request in user_sides.items():
             yield serialize(f"user_{length}", user, specs_of(user_weights), request)
-            states[f"_{length}" * method.keeps_history] = jax.eval_shape(
-                user, specs_of(user_weights), request)
+            suffix = f"_{length}" if method.keeps_history else ""
+            states[suffix] = jax.eval_shape(user, specs_of(user_weights), request)
         for suffix, state in states.items():
             for kind, batched, leading in (("all", for_all, (items,)), ("each", for_each, (batch, items))):
                 stored = stored_specs(method, encode, encode_weights, vectors, leading)

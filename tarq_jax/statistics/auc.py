@@ -138,9 +138,10 @@ def _spread(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
 
 def _independent(positive: np.ndarray, spread: np.ndarray) -> float:
     """DeLong's variance: that of the placements of each class, over their number."""
-    return float(sum(
-        count / (count - 1) * np.square(spread[of_class]).sum()
-        for of_class in (positive, ~positive) for count in (int(of_class.sum()),)))
+    def of_class(spread: np.ndarray) -> float:
+        return len(spread) / (len(spread) - 1) * np.square(spread).sum()
+
+    return float(of_class(spread[positive]) + of_class(spread[~positive]))
 
 
 def _told(value: float, variance: float, level: float, null: float = 0.0) -> Estimate:

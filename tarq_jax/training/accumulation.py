@@ -1,15 +1,14 @@
 """Gradient accumulation: a batch in micro-batches, one after the other, with the gradients of the whole."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tarq_jax import shards
 from tarq_jax.training.objectives import LossOutput
 from tarq_jax.types import Batch
-
-Tree = TypeVar("Tree")
 
 
 def accumulate_gradients(
@@ -35,27 +34,9 @@ def accumulate_gradients(
         gradients, output = gradients_of(variables, micro_batch)
         return jax.tree.map(jnp.add, total, (output.metrics, gradients)), output.quantizer
 
-    micro_batches = split(batch, num)
+    micro_batches = shards.deal(batch, num)
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     gradients, output = jax.eval_shape(gradients_of, variables, first)
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (output.metrics, gradients))
     (metrics, gradients), quantizer = jax.lax.scan(add, start, micro_batches)
-    return LossOutput(metrics, join(quantizer)), gradients
-
-
-def split(tree: Tree, num: int) -> Tree:
-    """Leaves [B, ...] to [num, B / num, ...], of which entry s has the rows s, s + num, s + 2 num, ...
-
-    So a device that holds consecutive rows of a batch holds a share of every micro-batch, and none moves
-    to another, where `num` divides its number of rows.
-
-    Example:
-      >>> split(jnp.arange(6), 2).tolist()
-      [[0, 2, 4], [1, 3, 5]]
-    """
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(-1, num, *leaf.shape[1:]), 0, 1), tree)
-
-
-def join(tree: Tree) -> Tree:
-    """The inverse of `split`: [num, B / num, ...] to [B, ...]."""
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), tree)
+    return LossOutput(metrics, shards.undeal(quantizer)), gradients

@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from tarq_jax import data
+from tarq_jax.shards import deal, undeal
 from tarq_jax.training import setup, sharding
-from tarq_jax.training.accumulation import join, split
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
@@ -68,24 +68,24 @@ def test_equals_the_step_on_the_whole_batch(problem, num):
     assert max(moved) > 0.1  # or else nothing was revived
 
 
-def test_splitting_keeps_rows_on_their_device():
+def test_dealing_keeps_rows_on_their_device():
     """Micro-batches of rows split over 8 devices: compiled without a collective, and undone likewise."""
     mesh, rows = sharding.make_mesh(), np.arange(32, dtype=np.float32).reshape(32, 1)
     placed = jax.device_put(rows, jax.NamedSharding(mesh, jax.P("data")))
-    compiled = jax.jit(lambda x: jax.lax.map(lambda part: 2 * part, split(x, 2))).lower(placed).compile()
+    compiled = jax.jit(lambda x: jax.lax.map(lambda part: 2 * part, deal(x, 2))).lower(placed).compile()
     assert not re.search("all-gather|all-to-all|collective-permute|all-reduce", compiled.as_text())
     found = compiled(placed)
     assert {shard.data.shape for shard in found.addressable_shards} == {(2, 2, 1)}
-    np.testing.assert_array_equal(join(np.asarray(found)), 2 * rows)
+    np.testing.assert_array_equal(undeal(np.asarray(found)), 2 * rows)
 
 
 @pytest.mark.parametrize("num", [1, 2, 6])
-def test_join_undoes_split(num):
+def test_undeal_undoes_deal(num):
     tree = {"a": np.arange(24).reshape(12, 2), "b": np.arange(12)}
-    parts = split(tree, num)
+    parts = deal(tree, num)
     assert parts["a"].shape == (num, 12 // num, 2)
     np.testing.assert_array_equal(parts["b"][0], np.arange(0, 12, num))
-    jax.tree.map(np.testing.assert_array_equal, join(parts), tree)
+    jax.tree.map(np.testing.assert_array_equal, undeal(parts), tree)
 
 
 @pytest.mark.slow

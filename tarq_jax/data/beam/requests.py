@@ -122,7 +122,7 @@ def _with_negatives(name: str, candidates: list[tuple[int, float]], seen: set[in
     rng = random.Random(stable_hash(f"{rules.seed}/{name}"))
     taken = seen | {item for item, _ in candidates} | {0}
     negatives: list[tuple[int, float]] = []
-    for _ in range(ROUNDS * rules.num_negatives * bool(len(pool))):
+    for _ in range(ROUNDS * rules.num_negatives if len(pool) else 0):
         if len(negatives) == rules.num_negatives:
             break
         item = int(pool[rng.randrange(len(pool))])
