@@ -199,7 +199,7 @@ RULES: Mapping[str, Rule] = {
                          and list(value) == sorted(set(value)), "rising positive lengths"),
     "data.readers": _at_least(0),
     "parallel": _one_of("mesh", "pmap"),
-    "mesh.data": _at_least(-1),
+    "mesh.data": _at_least(0),
     "mesh.model": _at_least(1),
     "mesh.rules": Rule(_is_sharding_table, "pairs of a regular expression and a tuple of mesh axes, each of "
                                            f"{MESH_AXES} at most once, such as ('embedding$', ('model',))"),

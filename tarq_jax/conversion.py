@@ -6,7 +6,7 @@ further levels. Everything else (keys, values, head) stays the model's own.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import chex
 import jax
@@ -20,7 +20,6 @@ from tarq_jax.corrections import correction_statistics, damping, damping_radius,
 from tarq_jax.expansion import first_order, group_by_code
 
 KeysValues = tuple[jax.Array, jax.Array, chex.Array]  # keys, values [B, H, N, E] and mask [B, N]
-Corrections = Callable[..., jax.Array]  # (index, queries, calibration) -> [V, H, E]
 
 
 class ItemIndex(struct.PyTreeNode):

@@ -127,18 +127,24 @@ def print_table(rows: Sequence[Row], title: str, columns: Sequence[str] | None =
     console.print(table)
 
 
-def summarise(rows: Sequence[dict]) -> list[dict]:
-    """Mean and standard deviation (ddof 1) over seeds, a row a predictor, of the columns that all seeds have.
+def summarise(rows: Sequence[Mapping[str, Any]], by: str = "model") -> list[dict[str, Any]]:
+    """Mean and standard deviation (ddof 1) over seeds of the numbers that all seeds have.
+
+    Args:
+      rows: one per run, with `seed`; columns of text are left out.
+      by: the column of which each value gets a row.
 
     Example:
       >>> summarise([{"model": "a", "seed": 0, "auc": 0.5}, {"model": "a", "seed": 1, "auc": 0.7}])
       [{'model': 'a', 'seeds': 2, 'auc': 0.6, 'auc_std': 0.14142135623730948}]
     """
     summary = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        runs = [row for row in rows if row["model"] == model]
-        combined = {"model": model, "seeds": len(runs)}
-        for key in (key for key in runs[0] if key not in ("model", "seed") and all(key in r for r in runs)):
+    for group in dict.fromkeys(row[by] for row in rows):
+        runs = [row for row in rows if row[by] == group]
+        combined = {by: group, "seeds": len(runs)}
+        for key, value in runs[0].items():
+            if key in (by, "seed") or isinstance(value, str) or not all(key in run for run in runs):
+                continue
             values = np.array([run[key] for run in runs], dtype=float)
             combined[key] = float(values.mean())
             if len(runs) > 1:

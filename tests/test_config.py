@@ -24,7 +24,7 @@ BAD = {
     "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
     "accumulate": [0, -1],
     "data.buckets": [(16, 8), (0, 4), (8, 8), ("16",)], "data.readers": [-1],
-    "parallel": ["xmap"], "mesh.data": [-2], "mesh.model": [0],
+    "parallel": ["xmap"], "mesh.data": [-1], "mesh.model": [0],
     "mesh.rules": [(("(", ("model",)),), (("kernel", ("modle",)),), (("kernel", "model"),), ("kernel",), (3,),
                    (("kernel", ("model", "model")),)],
     "model.name": ["tark", "", "tark:make", "tark.models:make", "json:", ":loads", "json:a b"],
@@ -114,7 +114,7 @@ def test_wrong_types(key, value):
 @pytest.mark.parametrize(("key", "value"), [
     ("seed", 2 ** 32 - 1), ("optimizer.learning_rate", 1), ("model.hidden", [8, 8]), ("model.hidden", ()),
     ("loss_weights.alignment", 0), ("loss_weights.alignment", 0.0), ("model.aligned_share", 1.0),
-    ("mesh.data", -1), ("mesh.rules", [["table$", [None, ["data", "model"]]]]),
+    ("mesh.rules", [["table$", [None, ["data", "model"]]]]),
     ("codebook.decay", 0.0), ("codebook.start", 0), ("codebook.revive_every", 0), ("baselines", ["tarq"]),
 ])
 def test_values_at_the_edge(key, value):

@@ -249,7 +249,7 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
 
     Raises:
       FileNotFoundError: nothing is prepared there.
-      ValueError: an id does not fit, or the directory is of a version that cannot be streamed.
+      ValueError: an id does not fit, or a file is damaged.
     """
     directory = Path(directory)
     if not _is_prepared(directory):
@@ -257,10 +257,6 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
     with _readable(directory):
         builder = tfds.builder_from_directory(directory)
         metadata = json.loads((directory / "metadata.json").read_text())
-    if stream and "blocks" not in metadata:
-        raise ValueError(f"{directory} was prepared by an older version, expected a newer one to stream it: "
-                         "prepare it again")
-    with _readable(directory):
         schema = Schema.from_json(metadata["schema"])
         tables = {split: records.table_from_blocks(schema, side, _blocks(builder, split))
                   for split, side in TABLES.items()}
@@ -272,8 +268,8 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
                                                num_users=records.num_users(tables["users"]))
             else:
                 splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
-    dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"],
-                      fingerprint=metadata.get("fingerprint", directory.parent.name))  # older ones lack it
+        dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"],
+                          fingerprint=metadata["fingerprint"])
     records.check_dataset(dataset)
     return dataset
 

@@ -109,21 +109,15 @@ def main() -> None:
     variants = cli.study(CONFIG.value, VARIANT.value)
     rows = ablate(variants, seeds, Path(WORKDIR.value), Console())
     title = f"mean over seeds {', '.join(map(str, seeds))}, test split"
-    reporting.print_table(summarise(rows), title, COLUMNS)
+    rows = [scalars(row) for row in rows]
+    reporting.print_table(reporting.summarise(rows, by="variant"), title, COLUMNS)
     if JSON.value:
-        reporting.write_rows([_scalars(row) for row in rows], JSON.value)
+        reporting.write_rows(rows, JSON.value)
 
 
-def _scalars(row: Mapping[str, Any]) -> dict[str, Any]:
+def scalars(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without what only a report reads."""
     return {key: value for key, value in row.items() if key not in run_table.MEASURED}
-
-
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds, a row a variant; columns of text are left out."""
-    by_variant = [{"model": row["variant"]} | {key: value for key, value in _scalars(row).items()
-                                               if not isinstance(value, str)} for row in rows]
-    return [{"variant": row.pop("model")} | row for row in reporting.summarise(by_variant)]
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
         try:
             meta = read_meta(checkpoints, step)
             if (difference := _difference(meta, config, schema)) is None:
-                restored = restore_step(checkpoints, step, state)
+                restored = Restored(restore_step(checkpoints, step, state), meta["counted"],
+                                    list(damaged.values()))
         except Exception as error:  # whatever Orbax, JSON or the file system make of damaged files
             reason = " ".join(str(error).split())[:200]
             damaged[step] = f"Checkpoint {step} is damaged ({type(error).__name__}: {reason})."
@@ -120,7 +121,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
         if difference is not None:
             raise ValueError(f"{checkpoints.directory}: {difference}")
         _move_away(checkpoints, damaged)
-        return Restored(restored, meta.get("counted", NOTHING_COUNTED), list(damaged.values()))
+        return restored
     if damaged:
         raise ValueError(f"{checkpoints.directory}: none of {len(damaged)} checkpoints can be read, expected "
                          f"one at least. {' '.join(damaged.values())}")

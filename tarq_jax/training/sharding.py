@@ -28,7 +28,7 @@ def make_mesh(data: int = 0, model: int = 1, devices: Sequence[jax.Device] | Non
     """A mesh of `data` x `model` over the given devices, or all.
 
     Args:
-      data: devices along the axis `data`; 0 or -1 for as many as there are.
+      data: devices along the axis `data`; 0 for as many as there are.
       model: devices along the axis `model`.
       devices: all of this run's if None.
 
@@ -38,7 +38,7 @@ def make_mesh(data: int = 0, model: int = 1, devices: Sequence[jax.Device] | Non
     devices = jax.devices() if devices is None else devices
     if len(devices) % model:
         raise ValueError(f"config.mesh.model is {model}, expected a divisor of the {len(devices)} devices")
-    data = len(devices) // model if data in (0, -1) else data
+    data = len(devices) // model if data == 0 else data
     if data * model != len(devices):
         raise ValueError(f"config.mesh.data is {data}, expected {len(devices) // model}: {len(devices)} "
                          f"devices, {model} along config.mesh.model")

@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from configs import ablation
+from tarq_jax import reporting
 from tarq_jax.cli import Interrupted
 from tarq_jax.config import variants_of
 from tarq_jax.experiments import ablate as ablation_command
@@ -163,7 +164,7 @@ def test_what_tells_runs_apart():
 
 
 def test_summary_is_of_each_variant(study):
-    summary = ablation_command.summarise(study[0])
+    summary = reporting.summarise([ablation_command.scalars(row) for row in study[0]], by="variant")
     assert [row["variant"] for row in summary] == list(CHANGES)
     first, second = (row["auc"] for row in study[0][:2])
     assert summary[0]["auc"] == pytest.approx((first + second) / 2) and summary[0]["seeds"] == 2
