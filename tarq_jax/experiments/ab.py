@@ -20,6 +20,7 @@ from scipy import stats
 
 from tarq_jax import cli, reporting, statistics
 from tarq_jax.experiments import ab_rows
+from tarq_jax.statistics.ratio import ROUNDING
 
 DATA = flags.DEFINE_string("data", None, "File of rows, CSV or Parquet.", required=True)
 CONTROL = flags.DEFINE_string("control", "control", "Arm that the others are compared with.")
@@ -116,7 +117,7 @@ def delta_lift(ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Pl
 def cuped_lift(ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
     """The same, less what the period before explains."""
     before = ratio_of(treated, metric, "pre_"), ratio_of(control, metric, "pre_")
-    return statistics.lift(*statistics.cuped(*ratios, *before), level=plan.level)
+    return statistics.lift(*ratios, before=before, level=plan.level)
 
 
 def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], plan: Plan) -> dict[str, Any]:
@@ -154,7 +155,8 @@ def bootstrap_lift(
         means = [(weights @ totals) / (weights @ counts)
                  for weights, (totals, counts) in zip((first, second), sums, strict=True)]
         with np.errstate(divide="ignore", invalid="ignore"):  # `bootstrap` refuses what comes of it
-            return means[0] / means[1] - 1
+            lifts = means[0] / means[1] - 1
+        return np.where(np.abs(lifts) > ROUNDING, lifts, 0.0)
 
     try:
         return statistics.bootstrap(lift, sizes, replicates=plan.replicates, level=plan.level)

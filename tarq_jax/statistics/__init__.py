@@ -7,11 +7,12 @@ from tarq_jax.statistics.auc import AucInfluence, auc_difference, auc_estimate, 
 from tarq_jax.statistics.estimates import Estimate, wald
 from tarq_jax.statistics.multiplicity import adjust
 from tarq_jax.statistics.power import minimum_detectable_effect, power_of, users_needed
-from tarq_jax.statistics.ratio import Ratio, cuped, lift, ratio
+from tarq_jax.statistics.ratio import Arms, Ratio, cuped, lift, ratio
 from tarq_jax.statistics.resampling import bootstrap, paired_permutation
 from tarq_jax.statistics.variance import Components, SeededEstimate, over_seeds_and_data
 
 __all__ = [
+    "Arms",
     "AucInfluence",
     "Components",
     "Estimate",

@@ -58,12 +58,25 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Ratio:
     return Ratio(value, np.where(np.abs(away) > rounding, away, 0.0) / total)
 
 
-def cuped(treatment: Ratio, control: Ratio, before_treatment: Ratio, before_control: Ratio
-          ) -> tuple[Ratio, Ratio]:
+class Arms(NamedTuple):
+    """The ratios of two arms, and how their errors vary together."""
+
+    treatment: float
+    control: float
+    covariance: np.ndarray  # [2, 2], of (treatment, control)
+
+
+def independent(treatment: Ratio, control: Ratio) -> Arms:
+    """Two arms of which neither says anything about the other."""
+    return Arms(treatment.value, control.value, np.diag([treatment.variance, control.variance]))
+
+
+def cuped(treatment: Ratio, control: Ratio, before_treatment: Ratio, before_control: Ratio) -> Arms:
     """Both ratios less what the same users' ratio in a period before explains.
 
     `r - theta (r_before - mean of both arms)` with one theta for both arms, the slope of users' influence on
-    the ratio on that before (Deng et al. 2013; by influence for ratios, Deng, Knoblich and Lu 2018).
+    the ratio on that before (Deng et al. 2013; by influence for ratios, Deng, Knoblich and Lu 2018). The mean
+    is of both arms, so that the errors of the two results depend on each other.
 
     Args:
       treatment: of the treated users.
@@ -77,20 +90,24 @@ def cuped(treatment: Ratio, control: Ratio, before_treatment: Ratio, before_cont
     arms = ((treatment, before_treatment), (control, before_control))
     for now, before in arms:
         checks.shape_of("before", before.influence, now.influence.shape, "the ratio")
-    scaled = [tuple(part.influence * len(part.influence) for part in arm) for arm in arms]
-    covariance = sum(float(now @ before) for now, before in scaled)
+    counts = np.array([len(now.influence) for now, _ in arms])
+    scaled = [tuple(count * part.influence for part in arm) for count, arm in zip(counts, arms, strict=True)]
     spread = sum(float(before @ before) for _, before in scaled)
-    theta = covariance / spread if spread else 0.0
-    counts = [len(now.influence) for now, _ in arms]
-    middle = sum(count * before.value for count, (_, before) in zip(counts, arms, strict=True)) / sum(counts)
-    first, second = (
-        Ratio(now.value - theta * (before.value - middle), now.influence - theta * before.influence)
-        for now, before in arms)
-    return first, second
+    theta = sum(float(now @ before) for now, before in scaled) / spread if spread else 0.0
+    own, others = counts / counts.sum(), counts[::-1] / counts.sum()
+    values, covariance = [], np.zeros((2, 2))
+    for index, (now, before) in enumerate(arms):
+        values.append(now.value - theta * others[index] * (before.value - arms[1 - index][1].value))
+        influence = np.empty((2, counts[index]))  # of this arm's users on both results
+        influence[index] = now.influence - theta * others[index] * before.influence
+        influence[1 - index] = theta * own[index] * before.influence
+        covariance += counts[index] / (counts[index] - 1) * influence @ influence.T
+    return Arms(values[0], values[1], covariance)
 
 
-def lift(treatment: Ratio, control: Ratio, *, level: float = 0.95) -> Estimate:
-    """Relative difference `r_t / r_c - 1` of two independent arms.
+def lift(treatment: Ratio, control: Ratio, *, before: tuple[Ratio, Ratio] | None = None,
+         level: float = 0.95) -> Estimate:
+    """Relative difference `r_t / r_c - 1` of two arms, whose users are independent.
 
     The interval is Fieller's (1954): all lifts d that `r_t - (1 + d) r_c` does not rule out. It is about the
     delta method's, `value +- z error`, where the control is known well, and then agrees with the p-value,
@@ -99,10 +116,11 @@ def lift(treatment: Ratio, control: Ratio, *, level: float = 0.95) -> Estimate:
     Args:
       treatment: of the treated users.
       control: of the others; its value has to differ from 0.
+      before: both of a period before, which `cuped` makes use of; None if there is none.
       level: of the interval.
 
     Raises:
-      ValueError: the control's value is 0.
+      ValueError: the control's value is 0, or another sign is left of it by `cuped`.
 
     >>> estimate = lift(ratio([1, 0, 1, 1], [1, 1, 1, 1]), ratio([1, 0, 1, 0], [1, 1, 1, 1]))
     >>> estimate.value
@@ -110,15 +128,28 @@ def lift(treatment: Ratio, control: Ratio, *, level: float = 0.95) -> Estimate:
     """
     if not control.value:
         raise ValueError("control: expected a value other than 0 for a lift over it, got 0")
-    first, second, (spread, other) = treatment.value, control.value, (treatment.variance, control.variance)
+    now = _in_unit(treatment, control)  # a lift has none; squares of very small numbers would be 0
+    first, second, covariance = independent(*now) if before is None else cuped(*now, *_in_unit(*before))
+    if second * control.value <= 0:
+        raise ValueError(f"control: expected an adjusted value of the sign of {control.value:g}, got "
+                         f"{second / now[1].value * control.value:g}; the arms differed before")
+    if abs(first - second) <= ROUNDING * max(abs(first), abs(second)):
+        first = second
     quotient = first / second
-    error = math.sqrt(spread + quotient**2 * other) / abs(second)
-    apart = first - second if abs(first - second) > ROUNDING * max(abs(first), abs(second)) else 0.0
-    p_value = wald(apart, spread + other, level=level).p_value
+    spread, both, other = covariance[0, 0], covariance[0, 1], covariance[1, 1]
+    error = math.sqrt(max(spread - 2 * quotient * both + quotient**2 * other, 0.0)) / abs(second)
+    p_value = wald(first - second, spread - 2 * both + other, level=level).p_value
     square = stats.norm.ppf(0.5 + level / 2) ** 2
-    scale = second**2 - square * other
+    scale, middle = second**2 - square * other, first * second - square * both
     if scale <= 0:
         return Estimate(quotient - 1, error, -math.inf, math.inf, p_value)
-    half = math.sqrt(max((first * second) ** 2 - scale * (first**2 - square * spread), 0.0))
-    low, high = ((first * second + sign * half) / scale - 1 for sign in (-1, 1))
+    half = math.sqrt(max(middle**2 - scale * (first**2 - square * spread), 0.0))
+    low, high = ((middle + sign * half) / scale - 1 for sign in (-1, 1))
     return Estimate(quotient - 1, error, low, high, p_value)
+
+
+def _in_unit(first: Ratio, second: Ratio) -> tuple[Ratio, Ratio]:
+    """Both ratios over the larger of their values."""
+    unit = max(abs(first.value), abs(second.value)) or 1.0
+    one, other = (Ratio(part.value / unit, part.influence / unit) for part in (first, second))
+    return one, other

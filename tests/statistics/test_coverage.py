@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from tarq_jax.statistics import auc_difference, auc_estimate, cuped, lift, over_seeds_and_data, ratio
+from tarq_jax.statistics import auc_difference, auc_estimate, lift, over_seeds_and_data, ratio
 
 pytestmark = pytest.mark.slow
 
@@ -118,8 +118,21 @@ def test_gmv_lift_with_cuped():
         taste = rng.lognormal(0, 0.8, (2, 3000))
         before, now = (rng.poisson(0.3 * taste) * rng.lognormal(0, 1.0, (2, 3000)) for _ in range(2))
         arms = ratio(1.1 * now[0], ones), ratio(now[1], ones)
-        found.append(lift(*cuped(*arms, *(ratio(values, ones) for values in before))))
+        found.append(lift(*arms, before=tuple(ratio(values, ones) for values in before)))
     assert SHARE[0] <= covered(found, 0.1) <= SHARE[1]
+
+
+@pytest.mark.parametrize(("true_lift", "noise"), [(0.3, 0.2), (0.1, 0.05), (-0.3, 0.5), (1.0, 0.5)])
+def test_lift_with_cuped_of_what_the_period_before_explains(true_lift, noise):
+    """What is left of the error is small beside the difference, so that both arms' common part counts."""
+    rng = np.random.default_rng(12)
+    found, ones = [], np.ones(500)
+    for _ in range(DATA_SETS):
+        before = rng.gamma(2, 1, (2, 500))
+        now = before + rng.normal(0, noise, (2, 500)) + 5 + [[7 * true_lift], [0.0]]
+        found.append(lift(*(ratio(values, ones) for values in now),
+                          before=tuple(ratio(values, ones) for values in before)))
+    assert SHARE[0] <= covered(found, true_lift) <= SHARE[1]
 
 
 def test_seeds_and_data():

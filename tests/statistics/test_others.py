@@ -55,18 +55,59 @@ def test_cuped_of_means_is_that_of_the_paper():
     plain = [ratio(values, ones) for values in now]
     adjusted = cuped(*plain, *(ratio(values, ones) for values in before))
     correlation = np.corrcoef(np.concatenate(now), np.concatenate(before))[0, 1]
-    for own, other in zip(adjusted, plain, strict=True):
-        assert own.variance / other.variance == pytest.approx(1 - correlation**2, rel=0.03)
-    assert sum(a.value for a in adjusted) == pytest.approx(sum(p.value for p in plain))
+    difference = np.array([1.0, -1.0])
+    assert difference @ adjusted.covariance @ difference == pytest.approx(
+        sum(each.variance for each in plain) * (1 - correlation**2), rel=0.03)
+    assert adjusted.treatment + adjusted.control == pytest.approx(sum(each.value for each in plain))
     theta = 0.8
     expected = plain[0].value - plain[1].value - theta * (before[0].mean() - before[1].mean())
-    assert adjusted[0].value - adjusted[1].value == pytest.approx(expected, abs=0.01)
+    assert adjusted.treatment - adjusted.control == pytest.approx(expected, abs=0.01)
+
+
+def test_cuped_is_the_same_from_either_side():
+    """Values and their covariance change places with the arms, whose numbers of users differ."""
+    rng = np.random.default_rng(8)
+    before = [rng.normal(10, 3, size) for size in (300, 500)]
+    now = [values + rng.normal(1, 2, len(values)) for values in before]
+    first, second, *pre = (ratio(values, np.ones(len(values))) for values in (*now, *before))
+    found, swapped = cuped(first, second, *pre), cuped(second, first, *pre[::-1])
+    assert (found.treatment, found.control) == pytest.approx((swapped.control, swapped.treatment))
+    np.testing.assert_allclose(found.covariance, swapped.covariance[::-1, ::-1])
+    assert found.covariance[0, 1] > 0
+
+
+def test_a_lift_whose_control_changes_its_sign_is_refused():
+    """Arms that differed before by more than the control's value."""
+    ones = np.ones(4)
+    now, pre = np.array([1.0, 2.0, 3.0, 4.0]), np.array([11.0, 12.0, 13.0, 14.0])
+    arms = ratio(now, ones), ratio(now, ones)
+    with pytest.raises(ValueError, match=r"expected an adjusted value of the sign of 2\.5, got -2\.5"):
+        lift(*arms, before=(ratio(pre - 10, ones), ratio(pre, ones)))
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-20, 1e20, 1e45])
+def test_a_lift_has_no_unit(unit):
+    rng = np.random.default_rng(9)
+    arms, before = rng.exponential(1.0, (2, 2, 50))
+    ones = np.ones(50)
+
+    def found(unit):
+        now, pre = (tuple(ratio(unit * values, ones) for values in pair) for pair in (arms, before))
+        return [*lift(*now), *lift(*now, before=pre)]
+
+    assert found(unit) == pytest.approx(found(1.0), rel=1e-9)
+
+
+def test_a_constant_that_rounds_differently_is_no_lift():
+    first, second = ratio(np.full(7, 0.1), np.ones(7)), ratio(np.full(11, 0.1), np.ones(11))
+    assert first.value != second.value
+    assert lift(first, second) == Estimate(0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def test_cuped_without_a_period_before_changes_nothing():
     values, ones = np.arange(5.0), np.ones(5)
-    first, second = cuped(ratio(values, ones), ratio(values, ones), ratio(ones, ones), ratio(ones, ones))
-    assert first.value == second.value == 2.0
+    found = cuped(ratio(values, ones), ratio(values, ones), ratio(ones, ones), ratio(ones, ones))
+    assert found.treatment == found.control == 2.0
 
 
 def test_bootstrap_of_a_mean():
