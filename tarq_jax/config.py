@@ -268,7 +268,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: names the first setting that is unknown, missing, of another type or out of range.
     """
-    settings, defaults = _flatten(config), _flatten(default_config())
+    settings, defaults = flatten(config), flatten(default_config())
     for key, value in settings.items():
         if key in defaults:
             _check_type(key, value, defaults[key])
@@ -308,7 +308,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def check_codebook(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError unless settings go together where a model with a codebook is trained."""
-    settings = _flatten(config)
+    settings = flatten(config)
     if settings["codebook.start"] >= settings["steps"]:
         raise ValueError(f"config.codebook.start is {settings['codebook.start']}, expected less than "
                          f"config.steps, {settings['steps']}: no student is trained before it")
@@ -367,10 +367,11 @@ def _check_type(key: str, value: Any, default: Any) -> None:
         raise ValueError(f"config.{key} is {value!r}, expected a {type(default).__name__} like {default!r}")
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their path, such as `model.width`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         nested = isinstance(value, Mapping | ml_collections.ConfigDict)
-        flat |= _flatten(value, f"{name}.") if nested else {name: value}
+        flat |= flatten(value, f"{name}.") if nested else {name: value}
     return flat

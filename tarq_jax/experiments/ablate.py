@@ -72,14 +72,14 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
             config.save_scores = True
             folders = {seed: workdir / f"{name}-{seed}" for seed in missing}
             for folder in folders.values():
-                checkpoint.check_steps(folder, config)
+                checkpoint.check_settings(folder, config, run_table.has_effect)
             try:
                 trained = together.train(config, dataset, folders, console)
             except FloatingPointError as error:
                 failures.append(f"{name}: {error}")
                 continue
             settings = run_table.described(config)
-            found = {seed: study.row_of_run(rows, settings, folders[seed]) | _origin()
+            found = {seed: study.row_of_run(rows, settings, folders[seed]) | _origin(folders[seed])
                      for seed, rows in trained.items()}
         added = [{**(run_table.find(known, row) or found[row["seed"]]), **row} for row in wanted]
         run_table.add(path, added)
@@ -95,12 +95,18 @@ def identity(config: ml_collections.ConfigDict, data: str, seed: int) -> dict[st
     return {"seed": seed, "settings": run_table.settings_of(config), "data": data}
 
 
-def _origin() -> dict[str, Any]:
-    """What made the numbers, beside settings and data."""
+def _origin(folder: Path) -> dict[str, str]:
+    """What made the numbers of a run, beside settings and data; each of several, if it was gone on with."""
     from tarq_jax.training import provenance
 
-    versions = {f"version_{name}": version for name, version in provenance.versions().items() if version}
-    return {"revision": provenance.revision(), "device": provenance.device()} | versions
+    now = {"revision": provenance.revision(), "device": provenance.device(),
+           "packages": provenance.versions()}
+    entries = [{"revision": entry["revision"], "device": entry["device"]}
+               | {f"version_{name}": version for name, version in entry["packages"].items()}
+               for entry in provenance.read(folder) or [now]]  # a damaged record does not lose the run
+    values = {key: dict.fromkeys(str(entry[key]) for entry in entries if entry.get(key))
+              for key in entries[-1]}
+    return {key: ", ".join(each) for key, each in values.items() if each}
 
 
 def main() -> None:

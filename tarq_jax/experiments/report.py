@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from tarq_jax import cli, reporting
+from tarq_jax.statistics import Estimate
 
 STUDY = flags.DEFINE_string("study", None, "The --workdir of tarq_jax.experiments.ablate.", required=True)
 OUT = flags.DEFINE_string("out", None, "Where the page goes; STUDY/report if not given.", allow_override=True)
@@ -26,8 +27,8 @@ LEVEL = cli.level_flag()
 TITLE = flags.DEFINE_string("title", "Ablation", "Of the page.")
 JSON = cli.json_flag()
 
-TABLE = ("variant", "seeds", "auc", "difference", "low", "high", "p_adjusted", "seeds_error", "data_error",
-         "gap_recovered", "gap_low", "gap_high", "latency_ms")
+TABLE = ("variant", "seeds", "paired_seeds", "auc", "difference", "low", "high", "p_adjusted", "seeds_error",
+         "data_error", "gap_recovered", "gap_low", "gap_high", "latency_ms")
 HEALTH = ("variant", "utilisation", "attention_error", "teacher_auc", "parameters", "train_seconds")
 CURVES = 8  # learning curves that a figure has room for
 
@@ -41,14 +42,27 @@ def add_latencies(rows: Sequence[dict[str, Any]], methods: Mapping[str, str | No
             row["latency_ms"] = latencies[method]
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float) -> list[str]:
-    """What the table says, in words: what earns something, what costs, what cannot be told apart."""
+def percent(level: float) -> str:
+    """Such as 95% or 99.9%."""
+    return f"{100 * level:g}%"
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float, gap: Estimate | None
+             ) -> list[str]:
+    """What the table says, in words: what earns something, what costs, what cannot be told apart.
+
+    Args:
+      rows: of `study.summary`.
+      reference: as there.
+      level: of the intervals.
+      gap: of `study.gap`.
+    """
     tested = [row for row in rows if "p_adjusted" in row]
     worse = [row for row in tested if row["p_adjusted"] < 1 - level and row["difference"] < 0]
     better = [row for row in tested if row["p_adjusted"] < 1 - level and row["difference"] > 0]
     same = [row for row in tested if row["p_adjusted"] >= 1 - level]
     sentences = [
-        f"{what} (adjusted by Holm, {level:.0%}): {_named(found) or 'none'}."
+        f"{what} (adjusted by Holm, {percent(level)}): {_named(found) or 'none'}."
         for what, found in ((f"Below {reference}", worse), (f"Above {reference}", better))]
     if same:
         furthest = max(max(abs(row["low"]), abs(row["high"])) for row in same)
@@ -56,6 +70,16 @@ def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float) ->
                          f"{', '.join(row['variant'] for row in same)}.")
     if alone := [row["variant"] for row in tested if row["paired_seeds"] == 1]:
         sentences.append(f"Of one seed, so that intervals are over users alone: {', '.join(alone)}.")
+    if other := [row["variant"] for row in rows if row["variant"] != reference and "p_adjusted" not in row]:
+        sentences.append(f"Without a seed of {reference}, so that nothing can be said of them: "
+                         f"{', '.join(other)}.")
+    if uneven := [row["variant"] for row in tested if row["paired_seeds"] != row["seeds"]]:
+        sentences.append(f"Compared only on the seeds that {reference} has too, though their AUC is over all "
+                         f"of theirs: {', '.join(uneven)}.")
+    if gap is not None and gap.low <= 0:
+        sentences.append(
+            f"The gap between two-tower and target attention, {gap.value:+.4f} [{gap.low:+.4f}, "
+            f"{gap.high:+.4f}], may be 0, so that no share of it is given.")
     return sentences
 
 
@@ -65,11 +89,13 @@ def _named(rows: Sequence[Mapping[str, Any]]) -> str:
                      for row in ordered)
 
 
-def frontier_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def frontier_sentence(rows: Sequence[Mapping[str, Any]], reference: str) -> str | None:
     """Which methods are on the frontier of latency and quality; None without latencies."""
     from tarq_jax.experiments import study
 
-    points = {row["variant"]: (row["latency_ms"], row["auc"]) for row in rows if "latency_ms" in row}
+    auc = study.comparable(rows, reference)
+    points = {row["variant"]: (row["latency_ms"], auc[row["variant"]]) for row in rows
+              if "latency_ms" in row and row["variant"] in auc}
     if len(points) < 2:
         return None
     on = study.on_frontier(points)
@@ -84,17 +110,21 @@ def sections(variants: Mapping[str, Any], rows: list[dict[str, Any]], reference:
     from tarq_jax.experiments import plots, study
     from tarq_jax.experiments.page import Section
 
-    parts = {"summary": Section("In words", verdicts(rows, reference, level), _columns(rows, TABLE))}
+    words = verdicts(rows, reference, level, study.gap(variants, level))
+    parts = {"summary": Section("In words", words, _columns(rows, TABLE))}
     tested = [row for row in rows if "difference" in row]
     if tested:
         parts["forest"] = Section(
             "Differences", image=plots.png(plots.forest(
                 {row["variant"]: (row["difference"], row["low"], row["high"]) for row in tested},
                 f"test AUC less that of {reference}")),
-            caption=f"{level:.0%} intervals over seeds and users; not adjusted.")
-    if (sentence := frontier_sentence(rows)) is not None:
+            caption=f"{percent(level)} intervals over seeds and users; not adjusted.")
+    if (sentence := frontier_sentence(rows, reference)) is not None:
         quality = "gap_recovered" if all("gap_recovered" in row for row in rows) else "auc"
-        points = {row["variant"]: (row["latency_ms"], row[quality]) for row in rows if "latency_ms" in row}
+        values = (study.comparable(rows, reference) if quality == "auc" else
+                  {row["variant"]: row[quality] for row in rows})
+        points = {row["variant"]: (row["latency_ms"], values[row["variant"]]) for row in rows
+                  if "latency_ms" in row and row["variant"] in values}
         parts["frontier"] = Section(
             "Quality against latency", [sentence],
             image=plots.png(plots.frontier(points, study.on_frontier(points),
@@ -118,6 +148,8 @@ def sections(variants: Mapping[str, Any], rows: list[dict[str, Any]], reference:
 
 def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     present = [name for name in names if any(name in row for row in rows)]
+    if all(row.get("paired_seeds", row["seeds"]) == row["seeds"] for row in rows):
+        present = [name for name in present if name != "paired_seeds"]
     return [{name: row.get(name, "") for name in present} for row in rows]
 
 
@@ -161,7 +193,12 @@ def main() -> None:
     variants, level = study.load(folder), LEVEL.value
     rows = study.summary(variants, REFERENCE.value, level)
     methods = {name: study.served_as(study.settings(variant)) for name, variant in variants.items()}
-    add_latencies(rows, methods, study.latencies(serving, *point))
+    latencies = study.latencies(serving, *point)
+    if SERVING.value and not latencies:
+        points = {(row["candidates"], row["history"]) for row in serving if row.get("kind") == "request"}
+        raise ValueError(f"--serving {SERVING.value} has no latencies for --point={','.join(POINT.value)}, "
+                         f"expected one of {[f'{one},{other}' for one, other in sorted(points)]}")
+    add_latencies(rows, methods, latencies)
     command = shlex.join(["python", "-m", "tarq_jax.experiments.report", *sys.argv[1:]])
     parts = sections(variants, rows, REFERENCE.value, level, command)
     out = Path(OUT.value or folder / "report")

@@ -30,9 +30,14 @@ WITHOUT_EFFECT = ("seed", "baselines", "log_every", "eval_every", "eval_batch_si
 WITHOUT_EFFECT_OF_DATA = (*WHERE_DATA_LIE, "readers")
 
 
+def has_effect(name: str) -> bool:
+    """Whether a setting, such as `model.width`, can change the numbers of a run; the seed counts apart."""
+    return name not in WITHOUT_EFFECT and name.removeprefix("data.") not in WITHOUT_EFFECT_OF_DATA
+
+
 def settings_of(config: ml_collections.ConfigDict) -> str:
     """A short hash of what a run's numbers depend on but its seed and data files: settings, and own code."""
-    settings = {key: value for key, value in described(config).items() if key not in WITHOUT_EFFECT}
+    settings = {key: value for key, value in described(config).items() if has_effect(key)}
     settings |= own_code(config)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -49,7 +54,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All rows; none where there is no file.
 
     Raises:
-      ValueError: the file is no table of a study.
+      ValueError: the file is damaged, or no table of a study.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -57,8 +62,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+        rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: text that is none
         raise ValueError(f"{path} cannot be read as Parquet: {error}; move it away to begin anew") from error
     if rows and (missing := COLUMNS - rows[0].keys()):
         raise ValueError(f"{path} has no columns {sorted(missing)}, expected the table of a study")
@@ -99,7 +104,8 @@ def write(path: Path, rows: Sequence[Row]) -> None:
             place = table.schema.get_field_index("influence")
             table = table.set_column(place, "influence", table["influence"].cast(pa.list_(pa.float32())))
             split = ["influence.list.element"]
-        pq.write_table(table, written, compression="zstd", use_dictionary=False, use_byte_stream_split=split)
+        pq.write_table(table, written, compression="zstd", use_dictionary=False, use_byte_stream_split=split,
+                       write_page_checksum=True)
 
 
 def same(row: Row) -> tuple[Any, ...]:

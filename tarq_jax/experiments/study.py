@@ -5,11 +5,12 @@ influence on it, and the learning curve, so that a study can be moved and judged
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import optimize
 
 from tarq_jax import statistics
 from tarq_jax.experiments import run_table
@@ -63,7 +64,7 @@ def load(workdir: Path) -> dict[str, Variant]:
 
     Raises:
       FileNotFoundError: there is no table.
-      ValueError: the table is damaged, or runs are of different data.
+      ValueError: the table is damaged, runs are of different data, or a variant has several runs of a seed.
     """
     path = workdir / run_table.FILE
     rows = run_table.read(path)
@@ -74,14 +75,28 @@ def load(workdir: Path) -> dict[str, Variant]:
                          f"of their own")
     variants: dict[str, Variant] = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
-        own = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["seed"])
+        own = _one_a_seed([row for row in rows if row["variant"] == name], path)
         if len(settings := {row["settings"] for row in own}) > 1:
             raise ValueError(f"{path}: the runs of {name} are of {len(settings)} settings, expected the same "
                              f"but for seeds; move others to a study of their own")
+        if len(users := {len(row["influence"]) for row in own}) > 1:
+            raise ValueError(f"{path}: the runs of {name} have influences of {sorted(users)} users, expected "
+                             f"as many of each")
         variants[name] = Variant(
             name, tuple(row["seed"] for row in own), own, np.array([row["auc"] for row in own]),
             np.array([row["influence"] for row in own]))
     return variants
+
+
+def _one_a_seed(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The runs of a variant by seed; the same run in both of two tables that were joined counts once."""
+    by_seed: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        first = by_seed.setdefault(row["seed"], row)
+        if (first["auc"], first["influence"]) != (row["auc"], row["influence"]):
+            raise ValueError(f"{path}: {row['variant']} has runs of seed {row['seed']} with an AUC of "
+                             f"{first['auc']:.6f} and of {row['auc']:.6f}, expected one run of each seed")
+    return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def on_shared_seeds(*variants: Variant) -> list[Variant] | None:
@@ -98,29 +113,77 @@ def difference(variant: Variant, reference: Variant, level: float = 0.95) -> sta
     return statistics.over_seeds_and_data(own.auc - other.auc, own.influence - other.influence, level=level)
 
 
-def gap_recovered(variant: Variant, variants: Mapping[str, Variant], level: float = 0.95) -> Estimate | None:
-    """Share of the gap between two-tower and target attention: a ratio of means over seeds, by delta method.
+def gap(variants: Mapping[str, Variant], level: float = 0.95) -> Estimate | None:
+    """AUC of target attention less that of the two-tower; None where one is missing, or no seed is shared."""
+    if not all(name in variants for name in ENDS):
+        return None
+    low, high = (variants[name] for name in ENDS)
+    found = difference(high, low, level)
+    return None if found is None else found.estimate
 
-    None where an end of the gap was not trained, no seed is shared, or there is no gap.
+
+def gap_recovered(variant: Variant, variants: Mapping[str, Variant], level: float = 0.95) -> Estimate | None:
+    """Share of the gap between two-tower and target attention: a ratio of means over seeds.
+
+    The interval is Fieller's (1954) with both sources of variance: all shares s for which the means of
+    `own - low` and `s (high - low)` do not differ at the level. The p-value is of a share of 0.
+
+    None where an end of the gap was not trained, no seed is shared, or the gap's own interval reaches 0: then
+    no share is ruled out.
     """
     if not all(name in variants for name in ENDS):
         return None
     if (shared := on_shared_seeds(variant, *(variants[name] for name in ENDS))) is None:
         return None
     own, low, high = shared
-    gap = float((high.auc - low.auc).mean())
-    if gap <= 0:
+
+    def less(share: float) -> Estimate:
+        """The variant's advantage over the two-tower, less that share of the gap."""
+        values, influence = (
+            getattr(own, name) - getattr(low, name) - share * (getattr(high, name) - getattr(low, name))
+            for name in ("auc", "influence"))
+        return statistics.over_seeds_and_data(values, influence, level=level).estimate
+
+    whole = statistics.over_seeds_and_data(high.auc - low.auc, high.influence - low.influence, level=level)
+    if whole.estimate.low <= 0:
         return None
-    share = float((own.auc - low.auc).mean()) / gap
-    values, influence = (
-        (getattr(own, name) - getattr(low, name) - share * (getattr(high, name) - getattr(low, name))) / gap
-        for name in ("auc", "influence"))
-    found = statistics.over_seeds_and_data(values, influence, level=level).estimate
-    return found._replace(value=share, low=share + found.low, high=share + found.high)
+    size = whole.estimate.value
+    share = less(0.0).value / size
+    low_end, high_end = (_end(lambda s: _excess(less(s)), share, sign) for sign in (-1.0, 1.0))
+    return Estimate(share, less(share).standard_error / size, low_end, high_end, less(0.0).p_value)
+
+
+def _excess(found: Estimate) -> float:
+    """How far 0 is outside of an interval; below 0 within it."""
+    return max(found.low, -found.high)
+
+
+def _end(excess: Callable[[float], float], start: float, sign: float) -> float:
+    """The first number on that side of `start` from which on `excess` is above 0."""
+    if excess(start) >= 0:  # an end of the gap itself, whose share is certain
+        return start
+    step = 1e-6
+    while excess(start + sign * step) < 0:
+        step *= 2
+    return float(optimize.brentq(excess, start, start + sign * step, xtol=1e-9))
+
+
+def comparable(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, float]:
+    """AUC by variant as if all had the seeds of the reference: its own, and the difference on shared seeds.
+
+    Args:
+      rows: of `summary`.
+      reference: as there; a variant without a shared seed is left out.
+    """
+    own = next(row["auc"] for row in rows if row["variant"] == reference)
+    return {row["variant"]: own + row.get("difference", 0.0) for row in rows
+            if "difference" in row or row["variant"] == reference}
 
 
 def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95) -> list[dict[str, Any]]:
     """A row a variant, the best first: AUC, difference from the reference, share of the gap, health.
+
+    Variants without a seed of the reference, which cannot be compared with it, come last.
 
     Raises:
       ValueError: there is no such reference.
@@ -138,25 +201,24 @@ def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95
                     "p_value": estimate.p_value, "data_error": max(parts.data, 0.0)**0.5}
             if row["paired_seeds"] > 1:  # of one seed nothing is known of how seeds differ
                 row["seeds_error"] = max(parts.seeds, 0.0)**0.5
-        if (gap := gap_recovered(variant, variants, level)) is not None:
-            row |= {"gap_recovered": gap.value, "gap_low": gap.low, "gap_high": gap.high}
+        if (share := gap_recovered(variant, variants, level)) is not None:
+            row |= {"gap_recovered": share.value, "gap_low": share.low, "gap_high": share.high}
         for name in ("teacher_auc", "utilisation", "attention_error", "parameters", "train_seconds"):
-            if name in variant.rows[0]:
+            if all(name in one for one in variant.rows):
                 row[name] = float(np.mean([one[name] for one in variant.rows]))
         rows.append(row)
     tested = [row for row in rows if "p_value" in row]
     for row, p_value in zip(tested, statistics.adjust([row["p_value"] for row in tested]), strict=True):
         row["p_adjusted"] = float(p_value)
-    return sorted(rows, key=lambda row: -row["auc"])
+    order = comparable(rows, reference)
+    return sorted(rows, key=lambda row: -order.get(row["variant"], -np.inf))
 
 
 def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:
-    """Steps, and AUC on the validation split, mean over seeds; empty without evaluations on the way."""
-    by_step: dict[int, list[float]] = {}
-    for row in variant.rows:
-        for step, auc in zip(row["curve_step"], row["curve_auc"], strict=True):
-            by_step.setdefault(step, []).append(auc)
-    return sorted(by_step), [float(np.mean(by_step[step])) for step in sorted(by_step)]
+    """Steps at which all seeds were evaluated, and AUC on the validation split, mean over seeds."""
+    curves = [dict(zip(row["curve_step"], row["curve_auc"], strict=True)) for row in variant.rows]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return steps, [float(np.mean([curve[step] for curve in curves])) for step in steps]
 
 
 def settings(variant: Variant) -> dict[str, Any]:

@@ -7,7 +7,7 @@ their statistics, the random key and the step, from which the position in the da
 import functools
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tarq_jax.config import BEST, WHERE_DATA_LIE, default_config
+from tarq_jax.config import BEST, WHERE_DATA_LIE, default_config, flatten
 from tarq_jax.schema import Schema
 from tarq_jax.training import distributed
 from tarq_jax.training.meter import NOTHING_COUNTED
@@ -172,10 +172,14 @@ def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:
     It could be gone on with, but that ends elsewhere than a run of this length: the learning rate's schedule
     and the data that codewords start from depend on it.
     """
+    check_settings(workdir, config, lambda name: name == "steps")
+
+
+def check_settings(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> None:
+    """Raises ValueError if what is saved there was trained with another value of a setting that is `held`."""
     _, meta = _newest(workdir)
-    if meta is not None and meta["config"]["steps"] != config.steps:
-        raise ValueError(f"{workdir}: saved with config.steps={meta['config']['steps']}, this run has "
-                         f"{config.steps}; use another --workdir or the saved setting")
+    if meta is not None and (difference := _first_difference(meta["config"], config, held)):
+        raise ValueError(f"{workdir}: {difference}")
 
 
 def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:
@@ -218,21 +222,22 @@ def _difference(meta: dict[str, Any], config: ml_collections.ConfigDict, schema:
     if meta["schema"] != schema.to_json():
         return (f"saved with schema {meta['schema']}, but the data has {schema.to_json()}; use another "
                 f"--workdir")
-    defaults = _settings(default_config().to_dict())  # for settings newer than the checkpoint
-    saved, current = defaults | _settings(meta["config"]), _settings(config.to_dict())
-    for key in sorted(saved.keys() | current.keys()):
-        if saved.get(key) != current.get(key):
-            return (f"saved with config.{key}={saved.get(key)!r}, this run has {current.get(key)!r}; use "
+    return _first_difference(meta["config"], config, lambda name: name not in FREE_TO_CHANGE)
+
+
+def _first_difference(
+    saved: Mapping[str, Any], config: ml_collections.ConfigDict, held: Callable[[str], bool]
+) -> str | None:
+    """The first setting that is `held` and has another value, in words.
+
+    A setting that the saved run did not have yet counts as its default. Lists and tuples are alike, as in
+    JSON.
+    """
+    before, now = (
+        {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        for settings in (flatten(default_config().to_dict()) | flatten(saved), flatten(config.to_dict())))
+    for name in sorted(filter(held, before.keys() | now.keys())):
+        if before.get(name) != now.get(name):
+            return (f"saved with config.{name}={before.get(name)!r}, this run has {now.get(name)!r}; use "
                     f"another --workdir or the saved setting")
     return None
-
-
-def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flat settings that have to agree; lists and tuples are alike, as JSON knows only lists."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _settings(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in FREE_TO_CHANGE:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat

@@ -167,12 +167,13 @@ def train(
             meter.count(num_candidates, step_metrics)
             done = step + 1
             watch.add(done, step_metrics)
-            stop, validated = interruption.due(done), None
-            logged, measured, saved = duties(config, done, stop)
+            logged, measured, saved = duties(config, done)
             if logged:
                 scalars = watch.check() | meter.read()
                 writer.write(done, scalars)
                 progress.update(bar, completed=done, note=_note(scalars))
+            stop, validated = interruption.due(done), None
+            measured, saved = measured and bool(config.best_metric or not stop), saved or stop
             if measured or saved:
                 meter.pause()
                 watch.check()
@@ -256,17 +257,13 @@ def transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:
     return put(batch), int(batch.candidate_mask.sum()) * jax.process_count()
 
 
-def duties(config: ml_collections.ConfigDict, done: int, stop: bool) -> tuple[bool, bool, bool]:
-    """What follows after `done` steps: whether to log, to measure on the validation split, and to save.
-
-    Before a stop nothing is measured, unless it might be the best step.
-    """
+def duties(config: ml_collections.ConfigDict, done: int) -> tuple[bool, bool, bool]:
+    """What is due after `done` steps: to log, to measure on the validation split, and to save."""
     def due(every: int) -> bool:
         return every > 0 and done % every == 0
 
     last = done == config.steps
-    return (due(config.log_every) or last, due(config.eval_every) and bool(config.best_metric or not stop),
-            stop or due(config.checkpoint_every) or last)
+    return due(config.log_every) or last, due(config.eval_every), due(config.checkpoint_every) or last
 
 
 def _note(scalars: dict[str, float]) -> str:

@@ -223,8 +223,7 @@ def _train(
             meter.count(num_candidates, metrics)
             done = step + 1
             pending.append((done, metrics))
-            stop = interruption.due(done)
-            logged, measured, saved = loop.duties(config, done, stop)
+            logged, measured, saved = loop.duties(config, done)
             if logged or len(pending) == LONGEST:
                 scalars, pending = _look(members, pending), []
             if logged:
@@ -232,6 +231,8 @@ def _train(
                 for member, values in zip(members, scalars, strict=True):
                     member.writer.write(done, values | rates)
                 progress.update(bar, completed=done, note=f"{rates['examples_per_second']:,.0f} candidates/s")
+            stop = interruption.due(done)
+            measured, saved = measured and not stop, saved or stop
             if measured or saved:
                 meter.pause()
                 _look(members, pending)

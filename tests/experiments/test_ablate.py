@@ -1,5 +1,8 @@
 """Ablations: a row a run, nothing run twice, whatever happens in between."""
 
+import json
+import shutil
+
 import ml_collections
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from tarq_jax.cli import Interrupted
 from tarq_jax.config import variants_of
 from tarq_jax.experiments import ablate as ablation_command
 from tarq_jax.experiments import run_table
-from tarq_jax.training import loop, seeds
+from tarq_jax.training import loop, provenance, seeds
 from tarq_jax.training.evaluate import SCORES, write_scores
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
@@ -70,6 +73,27 @@ def test_what_is_the_same_is_run_once(study):
     assert not list(workdir.glob("again-*"))
     for first, second in zip(rows[:2], rows[2:4], strict=True):
         assert second == {**first, "variant": "again"}
+
+
+def test_a_row_never_claims_settings_that_its_run_did_not_have(study, ablate, tmp_path):
+    """Those too that a run may go on with after a change; nor does it forget a revision."""
+    rows, workdir = study
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    variants = {"two_tower": make_variants()["two_tower"]}
+    variants["two_tower"].accumulate = 2
+    with pytest.raises(ValueError, match=r"two_tower-4: saved with config.accumulate=1, this run has 2; use"):
+        ablate(variants, SEEDS[:1], tmp_path)
+    assert run_table.read(tmp_path / run_table.FILE) == rows
+
+    (tmp_path / run_table.FILE).unlink()
+    for seed in SEEDS:
+        path = tmp_path / f"two_tower-{seed}" / provenance.FILE
+        entry, = json.loads(path.read_text())
+        path.write_text(json.dumps([entry | {"revision": "earlier"}, entry | {"revision": "later"}]))
+    found = ablate({"two_tower": make_variants()["two_tower"]}, SEEDS, tmp_path)
+    assert {tuple(row["revision"].split(", "))[:2] for row in found} == {("earlier", "later")}
+    assert {row["version_jax"] for row in found} == {row["version_jax"] for row in rows}
+    assert [row["auc"] for row in found] == [row["auc"] for row in rows[-2:]]
 
 
 def test_rows_are_those_of_runs_on_their_own(study, tiny_config, tiny_dataset, tmp_path, silent):

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tarq_jax import metrics, statistics
 from tarq_jax.experiments import report, run_table, study
@@ -86,6 +87,68 @@ def test_gap_recovered_is_a_ratio_of_means(variants):
     assert study.gap_recovered(own, {"tarq": variants["tarq"]}) is None
 
 
+def test_the_interval_of_the_gap_is_fiellers():
+    """One seed, so that users are the only source: the closed form over a normal distribution."""
+    rng = np.random.default_rng(3)
+    common = rng.normal(size=2000)
+    scores = np.stack([rng.normal(size=2000), 0.4 + common, 0.5 + common + 0.3 * rng.normal(size=2000)])
+    one = made_up(scores[:, None])
+    found = study.gap_recovered(one["tarq"], one)
+    gained, whole = scores[1] - scores[0], scores[2] - scores[0]
+    covariance = np.cov(gained, whole) / 2000
+    square = stats.t.ppf(0.975, 1999) ** 2
+    a = whole.mean() ** 2 - square * covariance[1, 1]
+    b = gained.mean() * whole.mean() - square * covariance[0, 1]
+    c = gained.mean() ** 2 - square * covariance[0, 0]
+    ends = (b - np.sqrt(b * b - a * c)) / a, (b + np.sqrt(b * b - a * c)) / a
+    assert (found.low, found.high) == pytest.approx(ends, rel=1e-5)
+
+
+def test_without_a_gap_no_share_is_given():
+    """Its interval reaches 0: any share might be recovered."""
+    rng = np.random.default_rng(4)
+    none = made_up(rng.normal(size=(3, 5, 40)) + np.array([0, 0.1, 0.1])[:, None, None])
+    assert study.gap_recovered(none["tarq"], none) is None
+    gap, rows = study.gap(none), study.summary(none, "tarq")
+    assert gap.low < 0 < gap.high and not any("gap_recovered" in row for row in rows)
+    assert "may be 0, so that no share of it is given" in report.verdicts(rows, "tarq", 0.95, gap)[-1]
+
+
+def made_up(scores):
+    """Variants of scores [3, S, U], whose mean over users is taken for an AUC."""
+    names = ("two_tower", "tarq", "target_attention")
+    return {name: variant_of(name, range(len(own)), own) for name, own in zip(names, scores, strict=True)}
+
+
+def variant_of(name, seeds, scores):
+    """Scores [S, U]."""
+    auc = scores.mean(axis=1)
+    return study.Variant(name, tuple(seeds), [{}] * len(auc), auc, (scores - auc[:, None]) / scores.shape[1])
+
+
+def test_variants_of_other_seeds_are_compared_on_shared_ones():
+    """Seeds differ in difficulty: the mean over its own would have the worse variant on top."""
+    difficulty = np.linspace(0.0, 1.4, 8)[:, None]
+    users = 0.1 * np.random.default_rng(5).normal(size=50)
+    users -= users.mean()
+
+    def variant(name, seeds, level):
+        return variant_of(name, seeds, level + difficulty[list(seeds)] + users)
+
+    rows = study.summary({"tarq": variant("tarq", range(4), 0.5), "x": variant("x", range(1, 8), 0.4),
+                          "y": variant("y", (6, 7), 0.9)}, "tarq")
+    assert [row["variant"] for row in rows] == ["tarq", "x", "y"]
+    assert rows[1]["auc"] > rows[0]["auc"] and rows[1]["difference"] == pytest.approx(-0.1)
+    own = rows[0]["auc"]
+    assert study.comparable(rows, "tarq") == pytest.approx({"tarq": own, "x": own - 0.1})
+    words = report.verdicts(rows, "tarq", 0.95, None)
+    assert words[-2].startswith("Without a seed of tarq") and words[-2].endswith("y.")
+    assert words[-1].startswith("Compared only on the seeds") and words[-1].endswith(": x.")
+    latencies = {"tarq": 3.0, "x": 4.0, "y": 1.0}
+    rows = [row | {"latency_ms": latencies[row["variant"]]} for row in rows]
+    assert "On the frontier: tarq (3.0 ms" in report.frontier_sentence(rows, "tarq")
+
+
 def test_the_interval_of_the_gap_is_the_jackknife_over_users(variants, folder):
     """One seed, so that users are the only source: leave each out in turn."""
     one = {name: variant.at((0,)) for name, variant in variants.items()}
@@ -118,7 +181,7 @@ def test_summary(variants):
 
 
 def test_verdicts_say_what_differs(variants):
-    words = report.verdicts(study.summary(variants, "tarq"), "tarq", 0.95)
+    words = report.verdicts(study.summary(variants, "tarq"), "tarq", 0.95, study.gap(variants))
     assert words[0].startswith("Below tarq (adjusted by Holm, 95%): two_tower -0.")
     assert "target_attention +0." in words[1] and "two_tower" not in words[1]
     assert "away: tarq_twin." in words[2]
@@ -208,6 +271,38 @@ def test_runs_of_different_settings_are_refused(tmp_path):
     run_table.write(tmp_path / run_table.FILE, [row | {"settings": "other"}, *rest])
     with pytest.raises(ValueError, match="the runs of tarq are of 2 settings"):
         study.load(tmp_path)
+
+
+def test_joined_tables_count_a_run_once(tmp_path):
+    write_study(tmp_path, {"tarq": 1.0})
+    path = tmp_path / run_table.FILE
+    rows = run_table.read(path)
+    run_table.write(path, rows + rows[1:])
+    assert study.load(tmp_path)["tarq"].seeds == SEEDS
+    run_table.write(path, [*rows, rows[1] | {"auc": 0.25}])
+    with pytest.raises(ValueError, match=r"tarq has runs of seed 1 with an AUC of .* and of 0\.250000"):
+        study.load(tmp_path)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    """Within the columns, whose pages have checksums; the footer behind them has none."""
+    path = write_study(tmp_path, {"tarq": 1.0}) / run_table.FILE
+    content, rows = path.read_bytes(), run_table.read(path)
+    columns = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for position in np.random.default_rng(6).integers(4, columns, size=60):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1:])
+        try:
+            assert run_table.read(path) == rows
+        except ValueError as error:
+            assert "runs.parquet" in str(error)
+
+
+def test_a_point_without_latencies_is_named(folder, command, tmp_path):
+    (tmp_path / "serving.json").write_text(json.dumps(SERVING))
+    done = command("-m", "tarq_jax.experiments.report", f"--study={folder}", f"--out={tmp_path / 'page'}",
+                   f"--serving={tmp_path / 'serving.json'}", "--point=10,6")
+    assert done.returncode == 1 and not (tmp_path / "page").exists()
+    assert "has no latencies for --point=10,6, expected one of ['10,5']" in done.stderr
 
 
 def test_of_a_step_that_was_evaluated_twice_the_last_counts(folder, tmp_path):
