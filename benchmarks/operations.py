@@ -1,7 +1,7 @@
-"""The operations that may deserve a kernel, with every way to compute them: one table for benchmarks and
-tests.
+"""The operations that may deserve a kernel, with all their implementations.
 
-`plain` is the textbook form of an operation; the numbers of the other implementations are compared with it.
+Benchmarks and tests share this table. `plain` is the textbook form of an operation; the numbers of the other
+implementations are compared with it.
 """
 
 from collections.abc import Callable, Mapping, Sequence

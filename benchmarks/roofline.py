@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tarq_jax.training import exchange
 
 FLOAT = 4  # bytes
-COMPUTE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.3, 0.7, 0.7  # of the stated peak, that is reached
+COMPUTE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.3, 0.7, 0.7  # reached shares of the stated peaks
 
 
 class Chip(NamedTuple):
