@@ -204,7 +204,7 @@ def kill(service: Service, number: int) -> Outcome:
 
 @contextmanager
 def repeatedly(action: Callable[[int], None], every: float, most: int | None = None) -> Iterator[None]:
-    """Within the context, a thread calls the action with 0, 1, ... every `every` seconds, up to `most` times."""
+    """Calls the action with 0, 1, ... every `every` seconds in a thread, at most `most` times."""
     stop = threading.Event()
 
     def work() -> None:

@@ -8,10 +8,8 @@ tolerance is measured again, and both measurements count. Faster is defined like
 
 If both versions are measured in turns, the processes that took turns are pairs. If the old numbers come from
 a file, each new process is paired with each old one. All ratios are then divided by the change of the
-machine's
-speed: the median ratio of the `plain` implementations, which belong to the benchmarks and do not change with
-  the
-library.
+machine's speed: the median ratio of the `plain` implementations, which belong to the benchmarks and do not
+change with the library.
 """
 
 import itertools
