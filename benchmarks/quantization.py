@@ -2,9 +2,9 @@
 
     pip install -e '.[bench]' && python -m benchmarks.quantization --json=benchmarks/results/quantization.json
 
-Each library fits its own codebooks (L=3, K=256) to the same latents, then encodes them. Errors are `sum |z -
-z_q|^2 / sum |z - mean|^2`. Seconds are medians of calls that take turns; compilation is not included and is
-reported separately.
+Each library fits its own codebooks (L=3, K=256) to the same latents, then encodes them. Errors are
+`sum |z - z_q|^2 / sum |z - mean|^2`. Seconds are medians of calls that take turns; compilation is not
+included and is reported separately.
 """
 
 import functools
