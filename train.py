@@ -8,14 +8,14 @@ from tarq_jax import cli, reporting
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints and metrics go; an unfinished run there goes on.", required=True
+    "workdir", None, "Folder for checkpoints and metrics; an unfinished run in it is resumed.", required=True
 )
-RESUME = flags.DEFINE_bool("resume", True, "Go on from what the workdir holds; --noresume refuses to.")
+RESUME = flags.DEFINE_bool("resume", True, "Resume the run in the workdir; --noresume refuses to.")
 JSON = cli.json_flag()
 
 
 def main() -> None:
-    """Flags to configuration to loop."""
+    """Reads the configuration from the flags and runs the training loop."""
     config = cli.settings(CONFIG.value)
     from tarq_jax.training import distributed, loop  # after the flags: importing JAX takes seconds
 

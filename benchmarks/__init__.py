@@ -1,1 +1,1 @@
-"""Benchmarks: one file an op or a system, each a command of its own (`python -m benchmarks.NAME`)."""
+"""Benchmarks: one file per operation or system, each with its own command (`python -m benchmarks.NAME`)."""

@@ -1,16 +1,16 @@
-"""Microbenchmarks of the core's operations: every implementation, in turns, with cost, numbers and verdict.
+"""Microbenchmarks of the core's operations: times, costs, numerical errors and verdicts.
 
     python -m benchmarks                                  # all operations at the sizes of a request
     python -m benchmarks encode align --workload=config   # some, at those of a training batch
-    python -m benchmarks --json=FILE                      # ... and keep the numbers
-    python -m benchmarks --against=FILE                   # is anything slower than then?
-    python -m benchmarks --revision=HEAD~1                # ... or than that revision, measured in turns
+    python -m benchmarks --json=FILE                      # ... and write the numbers to a file
+    python -m benchmarks --against=FILE                   # is anything slower than in that file?
+    python -m benchmarks --revision=HEAD~1                # ... or than in that revision, measured in turns
 
-For each: milliseconds to lower, compile and run (median and interquartile range over all calls in all
-processes), times as fast as `plain`, MB of output and temporary memory, the bound that this device sets by
-FLOPs of `plain`, bytes of arguments and results, and exponentials, with the share of it that is reached, and
-the difference to the numbers of `plain`. See `benchmarks.verdicts` for what is called slower; then the exit
-code is 1.
+The implementations are measured in turns. Each row gives the milliseconds to lower, compile and run (median
+and interquartile range over all calls in all processes), the speed-up over `plain`, MB of output and
+temporary memory, the lower bound on this device from the FLOPs and exponentials of `plain` and from the bytes
+of arguments and results, the share of that bound that is reached, and the difference from the numbers of
+`plain`. `benchmarks.verdicts` defines when a program is called slower; the exit code is then 1.
 """
 
 import json
@@ -33,15 +33,15 @@ from benchmarks.operations import OPERATIONS
 from benchmarks.workloads import WORKLOADS
 from tarq_jax import cli, reporting
 
-WORKLOAD = flags.DEFINE_list("workload", ["paper"], f"Of {', '.join(WORKLOADS)}.", allow_override=True)
-IMPLEMENTATION = flags.DEFINE_list("implementation", [], "All that run on this device if not given.")
-SECONDS = flags.DEFINE_float("seconds", 0.3, "That each is run for in each process.", lower_bound=0.01,
+WORKLOAD = flags.DEFINE_list("workload", ["paper"], f"Some of {', '.join(WORKLOADS)}.", allow_override=True)
+IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Default: all that run on this device.")
+SECONDS = flags.DEFINE_float("seconds", 0.3, "Seconds to run each program in each process.", lower_bound=0.01,
                              allow_override=True)
-PROCESSES = flags.DEFINE_integer("processes", 3, "That each is measured in.", lower_bound=1)
-AGAINST = flags.DEFINE_string("against", None, "File of an earlier call to compare with.")
-REVISION = flags.DEFINE_string("revision", None, "Of this repository, to compare with in turns.")
+PROCESSES = flags.DEFINE_integer("processes", 3, "Processes that measure each program.", lower_bound=1)
+AGAINST = flags.DEFINE_string("against", None, "JSON file of an earlier call to compare with.")
+REVISION = flags.DEFINE_string("revision", None, "Revision of this repository to compare with, in turns.")
 SLOWDOWN = flags.DEFINE_multi_string(
-    "slowdown", [], "OPERATION=FACTOR: pretend that it takes so many times as long, to see it noticed.")
+    "slowdown", [], "OPERATION=FACTOR: slow the operation down by FACTOR, to check that it is noticed.")
 JSON = cli.json_flag()
 
 COLUMNS = ("operation", "workload", "direction", "implementation", "run_ms", "spread_ms", "speedup",
@@ -50,7 +50,7 @@ COLUMNS = ("operation", "workload", "direction", "implementation", "run_ms", "sp
 
 
 def rows_of(found: Mapping[Key, comparing.Series], peaks: Peaks) -> list[dict[str, Any]]:
-    """A row a program, with what it is compared with in the same run."""
+    """A row per program, with its comparison to `plain` in the same run."""
     rows = []
     for key, series in found.items():
         row = key._asdict() | dict(series.described)
@@ -73,13 +73,13 @@ def rows_of(found: Mapping[Key, comparing.Series], peaks: Peaks) -> list[dict[st
 
 
 def wrong_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What programs were found wrong beside `plain`, where that runs: a line each."""
+    """A line for each program whose numbers differ too much from those of `plain`, if `plain` runs."""
     return [f"{_key(row).name} {row.get('note', '')}" for row in rows
             if row.get("error") is not None and not row["error"] <= measuring.WORST]
 
 
 def earlier(path: str) -> dict[str, list[float]]:
-    """Medians by name from a file; a file that is none of this command is a wrong call."""
+    """Times of each process, by program name, from a file; if this command did not write it, a wrong call."""
     try:
         rows = json.loads(Path(path).read_text())
         return {_key(row).name: row["processes_ms"] for row in rows if row.get("processes_ms")}
@@ -89,7 +89,7 @@ def earlier(path: str) -> dict[str, list[float]]:
 
 
 def chosen(words: Sequence[str]) -> list[Key]:
-    """What is asked for; unknown names are a wrong call."""
+    """The programs that the command line asks for; unknown names are a wrong call."""
     implementations = {name for operation in OPERATIONS.values() for name in operation.implementations}
     for what, names, known in (("operation", words, OPERATIONS), ("--workload", WORKLOAD.value, WORKLOADS),
                                ("--implementation", IMPLEMENTATION.value, implementations)):
@@ -107,7 +107,7 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def main(words: Sequence[str]) -> None:
-    """Flags to table."""
+    """Measures what the flags ask for and prints the table."""
     wanted, old, console = chosen(words), earlier(AGAINST.value) if AGAINST.value else {}, Console()
     with tempfile.TemporaryDirectory() as folder:
         trees = {"new": comparing.ROOT}

@@ -1,9 +1,9 @@
 """The baselines of `tarq_jax.models` as they would be served: for the frontier, not for export by users.
 
-As of the methods of `tarq_jax.serving`, what depends on the user or on the item alone is computed once for
-each. Linear attention and SDIM keep sums of the history, DIN compares every pair, ETA searches by Hamming
-distance and attends to what it finds, IntTower takes the best of a few products, COLD weighs vectors of two
-towers for an MLP.
+As in the methods of `tarq_jax.serving`, whatever depends on only the user or only the item is computed once
+per user or item. Linear attention and SDIM keep sums of the history. DIN compares every pair of candidate and
+event. ETA searches by Hamming distance and attends to the events that it finds. IntTower takes the best of a
+few products. COLD gates the vectors of two towers and feeds them to an MLP.
 """
 
 import functools
@@ -43,19 +43,19 @@ from tarq_jax.serving.scoring import (
 )
 from tarq_jax.serving.vectors import read
 
-ROUNDS, BITS, SELECTED = 16, 3, 16  # as the models have them
+ROUNDS, BITS, SELECTED = 16, 3, 16  # the models' default values
 
 
 class Attention(NamedTuple):
-    """How one of them attends, in three parts.
+    """How a baseline attends, in three parts.
 
     Attributes:
-      user: (module, encoded history, history X, mask) -> state, [B, ...] each.
-      item: (module, x_item) -> what the index keeps besides, [M, ...] each.
-      score: of the item side.
-      num_codewords: beyond the integers that the index keeps.
+      user: (module, encoded history, history X, mask) -> arrays of the user's state, [B, ...] each.
+      item: (module, x_item) -> arrays that the index stores for the attention, [M, ...] each.
+      score: function that scores the items.
+      num_codewords: exclusive upper bound of the integers that the index stores.
       keeps_history: whether the state grows with the history.
-      weights: parameters -> weights of the item side beside the head's.
+      weights: parameters -> weights of the item side, in addition to the head's.
     """
 
     user: Callable[..., dict[str, Any]]
@@ -67,20 +67,20 @@ class Attention(NamedTuple):
 
 
 def linear_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
-    """Sums over the history: [B, H, E, E] and [B, H, E]."""
+    """Sums over the history: `sums` [B, H, E, E] and `totals` [B, H, E]."""
     keys, values = module.attention.keys_values(encoded)
     features = jnp.where(mask[:, None, :, None], positive_features(keys), 0.0)
     return {"sums": jnp.swapaxes(features, -1, -2) @ values, "totals": features.sum(axis=-2)}
 
 
 def linear_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
-    """[M, D], positive."""
+    """Positive features of the queries, [M, D]."""
     return {"query": positive_features(side_by_side(module.query(embedding)))}
 
 
 @in_blocks_on_cpu
 def linear(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """One product a head."""
+    """One product per head."""
     heads, width, _ = user["sums"].shape
     queries = jnp.swapaxes(read(items, "query").reshape(-1, heads, width), 0, 1)
     attended = queries @ user["sums"] / (queries @ user["totals"][..., None] + EPSILON)
@@ -88,12 +88,12 @@ def linear(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 
 
 def codes_of(vectors: jax.Array) -> jax.Array:
-    """Codes of signatures of rounds: [..., D] to [..., R]."""
+    """The code of each round's signature: [..., D] to [..., R]."""
     return signature_codes(vectors, hash_planes(vectors.shape[-1], ROUNDS, BITS))
 
 
 def sdim_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
-    """Buckets of every round: their sums of values [B, R, S, D] and how many there are [B, R, S]."""
+    """Buckets of every round: sums of their values [B, R, S, D] and numbers of their events [B, R, S]."""
     filled = jnp.where(mask[..., None, None], jax.nn.one_hot(codes_of(history), 2**BITS), 0.0)
     values = jnp.swapaxes(module.attention.values(encoded), 1, 2)
     values = values.reshape(*values.shape[:2], -1)
@@ -101,19 +101,19 @@ def sdim_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: j
 
 
 def sdim_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
-    """A code a round, [M, R]."""
+    """One code per round, [M, R]."""
     return {"codes": codes_of(embedding)}
 
 
 @in_blocks_on_cpu
 def sdim(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """One look-up a round."""
+    """One look-up per round."""
     attended, count = (look_up(user[name], items["codes"]) for name in ("buckets", "counts"))
     return on_attended(weights, user, items, attended / jnp.maximum(count, 1.0)[:, None])
 
 
 def signs_of(vectors: jax.Array) -> jax.Array:
-    """Whether each plane has a vector above it: [..., D] to [..., R T] bool."""
+    """Whether a vector is above each plane: [..., D] to [..., R T] bool."""
     return sides(vectors, hash_planes(vectors.shape[-1], ROUNDS, BITS))
 
 
@@ -130,10 +130,11 @@ def eta_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
 
 @in_blocks
 def eta(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """Hamming distances to all positions, the nearest, attention over these.
+    """Computes Hamming distances to all positions and attends over the nearest.
 
     Raises:
-      ValueError: more positions than float32 tells apart; ranks are in it, as integers are sorted on CPU.
+      ValueError: there are more ranks than float32 can distinguish. Ranks are float32 because on CPU XLA
+        sorts all integers for a top-k.
     """
     positions, heads, width = user["keys"].shape
     if (ranks := (2 * ROUNDS * BITS + 1) * positions) > 2**24:
@@ -148,25 +149,25 @@ def eta(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 
 
 def din_user(module: nn.Module, encoded: jax.Array, history: jax.Array, mask: jax.Array) -> dict[str, Any]:
-    """Positions as the first layer of the activation unit reads them, and their values side by side."""
+    """The history X, which the activation unit reads, and the values with their heads side by side."""
     values = jnp.swapaxes(module.attention.values(encoded), 1, 2)
     return {"history": history, "values": values.reshape(*values.shape[:2], -1), "mask": mask}
 
 
 def din_item(module: nn.Module, embedding: jax.Array) -> dict[str, Any]:
-    """Nothing but x_item, which is there anyhow."""
+    """Nothing: DIN needs only x_item, which the index stores in any case."""
     return {}
 
 
 def din_weights(params: Any) -> dict[str, Any]:
-    """The activation unit, its first layer in four parts."""
+    """The activation unit, with its first layer split into four parts."""
     first, last = dense_layers(params["unit"])
     return {"unit": {"first": np.split(first["kernel"], 4), "bias": first["bias"], "last": last}}
 
 
 @in_blocks
 def din(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """The activation unit of every pair, its first layer in four parts."""
+    """Applies the activation unit to every pair, with its first layer split into four parts."""
     unit, queries, keys = weights["unit"], read(items, "embedding"), user["history"]
     of_query, of_key, of_product, of_change = unit["first"]
     products = keys @ (queries[:, :, None] * of_product)  # [M, N, F]
@@ -210,7 +211,7 @@ def attention_method(name: str, module: nn.Module, variables: Any) -> Method:
 
 @in_blocks_on_cpu
 def inttower(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """Two towers, and for each vector of the user the best product with one of the item's."""
+    """The two towers' product, plus the best product with an item vector for each user vector, summed."""
     vectors = read(items, "vectors")
     products = vectors @ user["vectors"].T  # [M, I, U]
     return read(items, "vector") @ user["vector"] + weights["bias"] + products.max(axis=1).sum(axis=-1)
@@ -237,7 +238,7 @@ def inttower_method(module: nn.Module, variables: Any) -> Method:
 
 @in_blocks_on_cpu
 def cold(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """Two towers, and an MLP of `[s_1 g_1, ..., s_4 g_4]`; first layers in the parts that differ."""
+    """The two towers' product, plus an MLP of `[s_1 g_1, ..., s_4 g_4]`; first layers are split."""
     vectors = read(items, "vector")
     gates = jax.nn.sigmoid(user["gate"] + read(items, "gate") + vectors @ user["gate_product"])
     parts = (user["first"], read(items, "first_embedding"), read(items, "first_vector"),
@@ -274,7 +275,7 @@ def cold_method(module: nn.Module, variables: Any) -> Method:
 
 
 def modules(**common: Any) -> Iterator[tuple[str, nn.Module, Callable[[Any], Method]]]:
-    """Of all but COLD: name, module, what makes a method of its parameters; `common` is what modules take."""
+    """(name, module, parameters -> method) of all but COLD; `common` are the modules' arguments."""
     for name, (module, _) in ATTENTIONS.items():
         served = module(**common, compute=SERVED)
         yield name, module(**common), functools.partial(attention_method, name, served)

@@ -1,4 +1,4 @@
-"""Measures programs in processes of their own, those of several revisions in turns."""
+"""Measures programs in separate processes; programs of several revisions take turns."""
 
 import json
 import os
@@ -18,24 +18,24 @@ from benchmarks.measuring import Key
 from tarq_jax import reporting
 
 ROOT = Path(__file__).resolve().parents[1]
-TURNS = 5  # of each program in each process, unless its time is up before
-LEAST = 2  # calls of a program in a process
+TURNS = 5  # of each program in each process, unless its time is used up earlier
+LEAST = 2  # calls of a program in a process, whatever its time
 
 
 class Series(NamedTuple):
-    """What was found of a program."""
+    """The measurements of a program."""
 
     described: dict[str, Any]
     times: list[list[float]]  # milliseconds of each call, by process
 
     @property
     def typical(self) -> list[float]:
-        """Lower quartile of each process: what disturbs only adds."""
+        """Lower quartile of each process's times, because disturbances only add time."""
         return [float(np.quantile(times, 0.25)) for times in self.times]
 
 
 class Worker:
-    """A `benchmarks.worker` that runs in a tree; ends with the context."""
+    """A `benchmarks.worker` process that runs in a source tree; it ends with the context."""
 
     def __init__(self, tree: Path, slowdowns: Sequence[str] = ()):
         """Starts the process."""
@@ -54,7 +54,7 @@ class Worker:
         self._process.communicate()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Its answer; an OSError if it died."""
+        """The worker's answer to a request; raises OSError if the worker died."""
         if self._process.stdin is None or self._process.stdout is None:
             raise OSError("the worker has no pipes")
         try:
@@ -67,7 +67,7 @@ class Worker:
 
 
 def tree_of(revision: str, folder: Path) -> Path:
-    """The library as of a revision, with the benchmarks of today; a CalledProcessError if there is none."""
+    """Writes a revision's library with today's benchmarks; raises CalledProcessError if git fails."""
     archive = subprocess.run(["git", "archive", "--format=tar", revision, "tarq_jax"], cwd=ROOT, check=True,
                              capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
@@ -76,20 +76,20 @@ def tree_of(revision: str, folder: Path) -> Path:
 
 
 def ask_machine(seconds: float) -> dict[str, Any]:
-    """Device and peaks of this machine."""
+    """The device and peaks of this machine."""
     with Worker(ROOT) as worker:
         return worker.ask(peaks=seconds)
 
 
 def with_plain(keys: Sequence[Key], names: Sequence[str]) -> list[Key]:
-    """Those of the keys with these names, and their `plain` ones."""
+    """The keys with these names, and their `plain` versions."""
     chosen = [key for key in keys if key.name in names]
     beside = {key._replace(implementation="plain") for key in chosen}
     return [key for key in keys if key in chosen or key in beside]
 
 
 def times_of(found: Mapping[Key, Series]) -> dict[str, list[float]]:
-    """What verdicts are made of, by name of the program."""
+    """The times on which verdicts are based, by program name."""
     return {key.name: series.typical for key, series in found.items() if series.times}
 
 
@@ -97,15 +97,20 @@ def measure(
     keys: Sequence[Key], trees: Mapping[str, Path], *, processes: int, seconds: float,
     slowdowns: Sequence[str] = (), console: Console | None = None,
 ) -> dict[str, dict[Key, Series]]:
-    """Every program in every tree: all of one operation, workload and direction, and all trees, take turns.
+    """Measures every program in every tree.
+
+    Programs with the same operation, workload and direction take turns, in all trees.
 
     Args:
-      keys: what to measure.
-      trees: by name, folders with `tarq_jax` and `benchmarks`; `slowdowns` are those of "new".
-      processes: one after the other, each measures everything.
-      seconds: of each program in each process.
-      slowdowns: see `benchmarks.worker`.
-      console: where progress goes.
+      keys: programs to measure.
+      trees: folders with `tarq_jax` and `benchmarks`, by name.
+      processes: number of processes, one after the other; each measures everything.
+      seconds: time for each program in each process.
+      slowdowns: see `benchmarks.worker`; they apply only to the tree "new".
+      console: where progress is shown.
+
+    Returns:
+      The measurements by tree name and key.
     """
     found: dict[str, dict[Key, Series]] = {name: {key: Series({}, []) for key in keys} for name in trees}
     groups: dict[tuple[str, ...], list[Key]] = {}
@@ -127,12 +132,16 @@ def measure(
 def compare(
     keys: Sequence[Key], trees: Mapping[str, Path], before: verdicts.Times, **options: Any
 ) -> tuple[dict[str, dict[Key, Series]], dict[str, verdicts.Verdict]]:
-    """What `measure` finds, and verdicts by name of a program, once suspects were measured again.
+    """Measures, and measures programs that look different a second time before judging them.
 
     Args:
-      keys: as those of `measure`, likewise `options`.
-      trees: "new" is judged, against "old" if it is there.
-      before: times of another call that "new" is held against otherwise.
+      keys: as for `measure`.
+      trees: "new" is compared with "old" if that is given.
+      before: otherwise, the times of an earlier call with which "new" is compared.
+      **options: as for `measure`.
+
+    Returns:
+      The first measurements, as from `measure`, and verdicts by program name.
     """
     def judge(found):
         times = {name: times_of(programs) for name, programs in found.items()}
@@ -148,7 +157,7 @@ def _measure_group(
     members: Sequence[Key], workers: Mapping[str, Worker], seconds: float,
     found: Mapping[str, dict[Key, Series]],
 ) -> None:
-    """Adds to `found` what one process of each tree says."""
+    """Adds the measurements of one process of each tree to `found`."""
     running = []
     for key in members:
         for name, worker in workers.items():

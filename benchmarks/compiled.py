@@ -1,13 +1,13 @@
-"""What each operation costs on chips that are not here: memory of its program for a TPU, and rooflines.
+"""What each operation costs on other chips: memory of its program compiled for a TPU, and rooflines.
 
     pip install -e '.[tpu]'
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.compiled --json=FILE
 
-First table: every operation, compiled by XLA and Mosaic for each `--topology` without a device, at the sizes
-of `--workload`: temporary memory, and bytes that XLA counts as read and written. Programs of XLA are traced
-as on a CPU, so that attention goes by blocks where it would there. Second table: the milliseconds that no
-program can stay under, by FLOPs of the textbook's form at the peak that the vendor states for bfloat16
-(float32 by three to six passes), and by bytes of arguments and results: `benchmarks.roofline` has the chips.
+First table: every operation at the sizes of `--workload`, compiled by XLA and Mosaic for each `--topology`
+without a device: temporary memory, and the bytes that XLA counts as read and written. XLA programs are traced
+as on a CPU, so attention runs in blocks wherever it does there. Second table: lower bounds on the time in
+milliseconds, from the FLOPs of the textbook form at the vendor's bfloat16 peak (float32 takes three to six
+passes), and from the bytes of arguments and results. `benchmarks.roofline` lists the chips.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ from benchmarks.roofline import CHIPS, Chip
 from benchmarks.workloads import WORKLOADS
 from tarq_jax import cli, reporting
 
-TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x2", "v6e:2x2"], "TPUs to compile for, as libtpu names them.")
+TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x2", "v6e:2x2"], "TPUs to compile for, by libtpu's names.")
 WORKLOAD = flags.DEFINE_list(
-    "workload", ["paper", "config"], "Of `benchmarks.workloads`.", allow_override=True)
+    "workload", ["paper", "config"], "Workloads of `benchmarks.workloads`.", allow_override=True)
 JSON = cli.json_flag()
 
 IMPLEMENTATIONS = ["plain", "xla", "pallas"]
@@ -38,13 +38,13 @@ SECOND = ("chip", "operation", "workload", "direction", "flop_bound_ms", "byte_b
 
 
 def shapes_of(key: Key) -> Any:
-    """Of the arguments."""
+    """Shapes of the arguments."""
     return jax.eval_shape(
         lambda: operations.make_arguments(OPERATIONS[key.operation], WORKLOADS[key.workload]))
 
 
 def for_tpu(keys: list[Key], topology: str, console: Console) -> Iterator[dict[str, Any]]:
-    """A row a program."""
+    """A row per program."""
     description = topologies.get_topology_desc(
         platform="tpu", topology_name=topology, chips_per_host_bounds=(2, 2, 1))
     chip: Any = description.devices[0]
@@ -69,7 +69,7 @@ def bounds(chip: Chip, flops: float, moved: float) -> dict[str, float]:
 
 
 def rooflines(keys: list[Key]) -> Iterator[dict[str, Any]]:
-    """A row a chip and program of the textbook, whose operations XLA counts on CPU; nothing is run."""
+    """A row per chip and `plain` program, whose operations XLA counts on CPU; nothing is run."""
     for key in keys:
         compiled = jax.jit(measuring.function_of(key)).lower(*shapes_of(key)).compile()
         memory, cost = measuring.memory_of(compiled), measuring.cost_of(compiled)
@@ -78,8 +78,8 @@ def rooflines(keys: list[Key]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Flags to tables."""
-    jax.config.update("jax_enable_compilation_cache", False)  # which cannot read a TPU's without one
+    """Compiles what the flags ask for and prints both tables."""
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read TPU programs without a TPU
     console = Console()
     keys = measuring.keys(list(OPERATIONS), WORKLOAD.value, IMPLEMENTATIONS)
     first = [row for topology in TOPOLOGY.value for row in for_tpu(keys, topology, console)]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.detection --json=benchmarks/results/detection.json
 
-The library is compared with itself, while two of four operations, other ones each time, take 1.3 times as
-long in one of the two. Counts verdicts, of measurements in turns (`--revision`) and against the numbers of
-the repeat before (`--against`).
+The library is compared with itself, while two of four operations, drawn anew each time, take 1.3 times as
+long in one of the two copies. The command counts the verdicts, for measurements in turns (as with
+`--revision`) and for comparisons with the numbers of the previous repeat (as with `--against`).
 """
 
 from collections import Counter
@@ -17,8 +17,8 @@ from rich.console import Console
 from benchmarks import comparing, measuring, verdicts
 from tarq_jax import cli, reporting
 
-REPEATS = flags.DEFINE_integer("repeats", 20, "Comparisons.", lower_bound=2)
-FACTOR = flags.DEFINE_float("factor", 1.3, "Of the time of what is slowed down.", lower_bound=1.0)
+REPEATS = flags.DEFINE_integer("repeats", 20, "Number of comparisons.", lower_bound=2)
+FACTOR = flags.DEFINE_float("factor", 1.3, "Factor by which times are increased.", lower_bound=1.0)
 JSON = cli.json_flag()
 
 TRIED = ("align", "encode", "expand", "look_up")
@@ -27,12 +27,15 @@ WORKLOAD, PROCESSES, SECONDS = "config", 3, 0.2
 
 def compare(slowed: list[str], before: dict[str, list[float]] | None, console: Console) -> tuple[
         dict[str, verdicts.Verdict], dict[str, list[float]]]:
-    """Verdicts by name of a program, and the times of the library as it is.
+    """Compares the slowed library with the unchanged one.
 
     Args:
-      slowed: names of operations.
-      before: times of another comparison to hold the new ones against; None takes turns.
-      console: where progress goes.
+      slowed: names of the operations that are slowed down.
+      before: times of another comparison with which the new ones are compared; None measures in turns.
+      console: where progress is shown.
+
+    Returns:
+      Verdicts by program name, and the times of the unchanged library if it was measured in turns.
     """
     keys = [key for key in measuring.keys(list(TRIED), [WORKLOAD], ["plain", "xla"])
             if key.direction == "forward"]
@@ -45,7 +48,7 @@ def compare(slowed: list[str], before: dict[str, list[float]] | None, console: C
 
 
 def main() -> None:
-    """Flags to table."""
+    """Repeats the comparison and prints the counts."""
     rng, console, counts = np.random.default_rng(0), Console(), Counter[tuple[str, str, str]]()
     before: dict[str, list[float]] = {}
     for index in range(REPEATS.value):

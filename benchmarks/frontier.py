@@ -1,10 +1,11 @@
-"""Latency of whole requests of every method at one point, the baselines among them: one axis of the frontier.
+"""Latency of complete requests at one point, for every method and baseline: one axis of the frontier.
 
     python -m benchmarks.frontier --json=benchmarks/results/frontier_latency.json
 
-As `benchmarks.serving` measures requests, in turns, with random weights, after scores were compared with
-those of the training code; methods of `benchmarks.serving_contenders` and of `benchmarks.approximations`.
-`python -m tarq_jax.experiments.report --serving=FILE` draws quality against it.
+Requests are measured as in `benchmarks.serving`: in turns, with random weights, after comparing the scores
+with those of the training code. The methods are those of `benchmarks.serving_contenders` and
+`benchmarks.approximations`. `python -m tarq_jax.experiments.report --serving=FILE` plots quality against
+latency.
 """
 
 import functools
@@ -32,11 +33,11 @@ from benchmarks.timing import in_turns
 from tarq_jax import cli, reporting
 from tarq_jax.data import Dataset
 
-SECONDS = flags.DEFINE_float("seconds", 2.0, "That each method is measured for.", lower_bound=0,
+SECONDS = flags.DEFINE_float("seconds", 2.0, "Seconds to measure each method.", lower_bound=0,
                              allow_override=True)
-COUNT = flags.DEFINE_integer("count", 10_000, "Candidates of a request.", lower_bound=1)
-LENGTH = flags.DEFINE_integer("length", 1_000, "Length of its history.", lower_bound=1)
-TOP_K = flags.DEFINE_integer("top_k", 500, "Candidates that are kept.", lower_bound=1, allow_override=True)
+COUNT = flags.DEFINE_integer("count", 10_000, "Candidates per request.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 1_000, "Length of the history.", lower_bound=1)
+TOP_K = flags.DEFINE_integer("top_k", 500, "Best candidates to return.", lower_bound=1, allow_override=True)
 JSON = cli.json_flag()
 
 CHECKED = 1_000  # candidates whose scores are compared
@@ -45,7 +46,7 @@ CHECKED = 1_000  # candidates whose scores are compared
 def contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
     """Every method, with random weights."""
     yield from make_contenders(sizes, dataset)
-    few = sizes._replace(codewords=sizes.few_codewords)  # which order 0 is not measured with elsewhere
+    few = sizes._replace(codewords=sizes.few_codewords)  # `make_contenders` has these sizes only for order 1
     yield from (made for made in make_contenders(few, dataset) if made.name.startswith("TARQ order 0"))
     for name, module, method_of in approximations.modules(
             schema=dataset.schema, width=sizes.width, num_heads=sizes.heads, hidden=sizes.hidden):
@@ -55,10 +56,10 @@ def contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
 
 def measure(sizes: Sizes, count: int, length: int, top_k: int, seconds: float, console: Console
             ) -> list[dict[str, Any]]:
-    """A row a method.
+    """A row per method.
 
     Raises:
-      ValueError: scores are not those of the training code.
+      ValueError: scores differ from those of the training code.
     """
     dataset = make_dataset(sizes)
     rng = np.random.default_rng(1)
@@ -81,7 +82,7 @@ def measure(sizes: Sizes, count: int, length: int, top_k: int, seconds: float, c
 
 
 def main() -> None:
-    """Flags to table."""
+    """Measures what the flags ask for and prints the table."""
     rows = measure(Sizes(), COUNT.value, LENGTH.value, TOP_K.value, SECONDS.value, Console(stderr=True))
     reporting.print_table(rows, "whole requests")
     if JSON.value:

@@ -1,12 +1,13 @@
-"""How fast batches are made, from disk and from memory, in candidate examples a second.
+"""How fast batches are made, from disk and from memory, in candidate examples per second.
 
     python -m benchmarks.input_pipeline --json=benchmarks/results/input_pipeline.json
 
 The synthetic generator writes real files into a temporary folder: histories of 50, 16 candidates, 24 features
-an item. Each row is measured in a process of its own, which opens the files anew; where it may, it has the
-system drop the files from its cache first. `first_batch_ms` is from opening the files to the first batch, and
-counts in `cold_examples_per_second`, over one epoch; `examples_per_second` is the median of parts of further
-epochs. With `buckets`, histories have mixed lengths, and `padding` is the share of padded positions.
+per item. Each row is measured in its own process. The process first makes the system drop the files from its
+cache, as far as the system allows it, and then opens them. `first_batch_ms` is the time from opening the
+files to the first batch; `cold_examples_per_second` includes it and covers one epoch. `examples_per_second`
+is the median over parts of further epochs. With `buckets`, histories have mixed lengths. `padding` is the
+share of padded positions.
 """
 
 import json
@@ -31,11 +32,11 @@ REQUESTS = flags.DEFINE_integer("requests", 60_000, "Requests on disk.", lower_b
 JSON = cli.json_flag()
 
 BATCH, HISTORY, CANDIDATES = 64, 50, 16
-PARTS = 9  # of the measurement
+PARTS = 9  # that are measured after the first epoch
 
 
 class Setting(NamedTuple):
-    """One row."""
+    """The settings of one row."""
 
     stream: bool
     readers: int
@@ -62,7 +63,7 @@ def shortened(directory: Path) -> data.Dataset:
 
 
 def prepare(folder: Path) -> dict[str, Path]:
-    """Prepared directories by kind of lengths."""
+    """Prepared directories, by kind of history lengths."""
     full = data.prepare("synthetic", data_dir=folder, train_requests=REQUESTS.value, validation_requests=0,
                         test_requests=0, history_length=HISTORY, num_candidates=CANDIDATES)
     from tarq_jax.data import builders
@@ -77,7 +78,7 @@ def prepare(folder: Path) -> dict[str, Path]:
 
 
 def drop_from_cache(directory: Path) -> None:
-    """Asks the system to forget the files' contents, so that they are read from disk."""
+    """Asks the system to drop the files from its cache, so that they are read from disk."""
     for path in directory.glob("*.array_record*"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -85,8 +86,8 @@ def drop_from_cache(directory: Path) -> None:
 
 
 def measure(directory: Path, setting: Setting) -> dict[str, Any]:
-    """The numbers of a row; to be run in a fresh process."""
-    from tarq_jax.data import builders  # what is imported does not count
+    """The numbers of a row; to be called in a fresh process."""
+    from tarq_jax.data import builders  # imports are not part of the measured time
 
     if setting.readers:
         import grain  # noqa: F401
@@ -120,7 +121,7 @@ def _take(batches: Iterator[Any], num: int) -> Iterator[Any]:
 
 
 def in_own_process(directory: Path, setting: Setting) -> dict[str, Any]:
-    """`measure` in a fresh Python."""
+    """Runs `measure` in a fresh Python process."""
     code = ("import json, sys; from pathlib import Path; from benchmarks.input_pipeline import *; "
             "print(json.dumps(measure(Path(sys.argv[1]), "
             "Setting(*[tuple(v) if isinstance(v, list) else v for v in json.loads(sys.argv[2])]))))")
@@ -132,7 +133,7 @@ def in_own_process(directory: Path, setting: Setting) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Flags to table."""
+    """Measures all settings and prints the table."""
     with tempfile.TemporaryDirectory() as folder:
         directories = prepare(Path(folder))
         rows = [{"source": "disk" if setting.stream else "memory", "history_lengths": setting.lengths,

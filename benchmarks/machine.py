@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: the roof that costs of programs are held against."""
+"""Measures the peak rates of this machine, from which lower bounds on programs' times follow."""
 
 from typing import Any, NamedTuple
 
@@ -7,26 +7,26 @@ import jax.numpy as jnp
 
 from benchmarks.timing import in_turns
 
-MATRIX = 2048  # float32, square
+MATRIX = 2048  # rows and columns of float32 values
 COPIED = 2**26  # float32 values, more than any cache holds
-EXPONENTIALS = 2**18  # float32 values, which a cache holds
+EXPONENTIALS = 2**18  # float32 values, few enough for a cache
 
 
 class Peaks(NamedTuple):
-    """Rates a second."""
+    """Rates per second."""
 
     flops: float  # of a matrix product
     bytes: float  # read plus written by a copy
     exponentials: float
 
     def bounds(self, flops: float, moved: float, exponentials: float) -> dict[str, float]:
-        """Milliseconds under which no program of that cost can stay, by each of the three."""
+        """Lower bounds in milliseconds on the time of a program with these costs, by rate."""
         return {"flop_bound_ms": 1e3 * flops / self.flops, "byte_bound_ms": 1e3 * moved / self.bytes,
                 "exp_bound_ms": 1e3 * exponentials / self.exponentials}
 
 
 def peaks(seconds: float = 1.0) -> Peaks:
-    """The best of several calls of each, measured in turns."""
+    """The best rate of several calls for each kind, measured in turns."""
     square = jnp.ones((MATRIX, MATRIX))
     long, short = jnp.ones(COPIED), jnp.ones(EXPONENTIALS)
     product, copy, exponential = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1), jax.jit(jnp.exp)

@@ -1,4 +1,4 @@
-"""One program of an operation, compiled: its memory, its cost, and its numbers against `plain`."""
+"""Compiles one program of an operation: its memory, its cost, and its error relative to `plain`."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,13 +12,13 @@ from benchmarks import operations
 from benchmarks.workloads import WORKLOADS
 
 DIRECTIONS = ("forward", "gradient")
-LEAST = 0.01  # of the largest number of all outputs: what is smaller is compared with this
-WORST = 1e-3  # difference to `plain`, relative, beyond which numbers are called wrong
-MOST_MB = 4096  # that a program may take besides its arguments: what takes more is told, and not run
+LEAST = 0.01  # share of the largest number of all outputs; differences are relative to at least this
+WORST = 1e-3  # relative difference from `plain` above which numbers are called wrong
+MOST_MB = 4096  # memory without arguments; programs that need more are reported and not run
 
 
 class Key(NamedTuple):
-    """What is measured."""
+    """Names a program."""
 
     operation: str
     workload: str
@@ -27,7 +27,7 @@ class Key(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In one word."""
+        """The key as one string."""
         return "/".join(self)
 
 
@@ -35,11 +35,11 @@ class Program(NamedTuple):
     """A compiled program."""
 
     call: Callable[[], Any]
-    row: Mapping[str, float]  # what is known of it without running it
+    row: Mapping[str, float]  # its costs, known without running it
 
 
 def keys(names: list[str], sizes: list[str], implementations: list[str]) -> list[Key]:
-    """Everything there is of these operations, workloads and implementations."""
+    """All programs of these operations, workloads and implementations."""
     return [
         Key(name, workload, implementation, direction)
         for name in names for workload in sizes for direction in DIRECTIONS
@@ -51,16 +51,16 @@ def keys(names: list[str], sizes: list[str], implementations: list[str]) -> list
 
 
 def compile_program(key: Key) -> Program:
-    """Lowers and compiles.
+    """Lowers and compiles a program.
 
     Raises:
-      NotImplementedError: the implementation does not take these arguments, or takes too much memory.
+      NotImplementedError: the implementation does not support these arguments, or needs too much memory.
     """
     operation, function = operations.OPERATIONS[key.operation], function_of(key)
     arguments = operations.make_arguments(operation, WORKLOADS[key.workload])
     if key.implementation in operation.prepared:
         arguments = operation.prepared[key.implementation](*arguments)
-    # What is on the host is part of the program, as the order of an index is.
+    # Host values become constants of the program, as the order of an index does.
     traced = {place: value for place, value in enumerate(arguments) if isinstance(value, jax.Array)}
 
     def program(arrays):
@@ -79,14 +79,14 @@ def compile_program(key: Key) -> Program:
 
 
 def function_of(key: Key) -> Callable[..., Any]:
-    """What is compiled, of the operation's arguments or of those that the implementation prepares."""
+    """The function to compile; it takes the operation's arguments, or the prepared ones."""
     operation = operations.OPERATIONS[key.operation]
     function = operation.implementations[key.implementation]
     return operations.gradient(operation, function) if key.direction == "gradient" else function
 
 
 def memory_of(compiled: Any) -> dict[str, float]:
-    """MB besides the arguments, MB of what is neither argument nor result, bytes of arguments and results."""
+    """MB without the arguments, MB without arguments and results, and bytes of arguments and results."""
     memory = compiled.memory_analysis()
     return {"peak_mb": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20,
             "temporary_mb": memory.temp_size_in_bytes / 2**20,
@@ -94,16 +94,17 @@ def memory_of(compiled: Any) -> dict[str, float]:
 
 
 def cost_of(compiled: Any) -> dict[str, float]:
-    """As XLA counts it, which counts the body of a loop once."""
+    """XLA's count of the cost; XLA counts the body of a loop once."""
     cost = compiled.cost_analysis()
     return {"flops": cost.get("flops", 0.0), "exponentials": cost.get("transcendentals", 0.0),
             "bytes_accessed": cost.get("bytes accessed", 0.0)}
 
 
 def error(found: Any, expected: Any) -> float:
-    """Largest difference of an output over its largest number, or share of codes that differ; NaN is kept.
+    """Largest relative difference of any float output, or largest share of different codes; NaN is kept.
 
-    A number is taken to be at least `LEAST` of the largest in any output: below that it is rounding.
+    A difference is relative to the largest number of its output, or to `LEAST` times the largest number of
+    all outputs if that is more: smaller numbers are rounding.
     """
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     floats = [pair for pair in pairs if jnp.issubdtype(pair[1].dtype, jnp.floating)]

@@ -1,6 +1,7 @@
-"""The operations that are worth a kernel, with every way to compute them: one table for benchmarks and tests.
+"""The operations that may deserve a kernel, with all their implementations.
 
-`plain` is each as a textbook has it, and what the numbers of the others are held against.
+Benchmarks and tests share this table. `plain` is the textbook form of an operation; the numbers of the other
+implementations are compared with it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +23,12 @@ class Operation(NamedTuple):
     """One operation.
 
     Attributes:
-      arguments: their descriptions by name, see `benchmarks.workloads`.
-      differentiable: names of those that training differentiates by; none if it never does.
-      implementations: functions of these arguments by name; "plain" and "xla" always, "pallas" where there
-        is a kernel.
-      prepared: of implementations that want their arguments in another form, which is made once on the
-        host, as that of an index is: arguments to arguments.
+      arguments: descriptions of the arguments by name, see `benchmarks.workloads`.
+      differentiable: names of the arguments by which training differentiates; empty if there are none.
+      implementations: functions of these arguments by name: always "plain" and "xla", "pallas" if there is a
+        kernel, and others.
+      prepared: for implementations that need their arguments in another form: a function from arguments to
+        prepared arguments. It runs once on the host, as for an index.
     """
 
     arguments: Mapping[str, str]
@@ -43,7 +44,7 @@ def make_arguments(operation: Operation, sizes: Sizes, dtype: Any = jnp.float32)
 
 
 def gradient(operation: Operation, function: Function) -> Function:
-    """The gradient of half the sum of squares of what a function returns, by the differentiable arguments."""
+    """The gradient of half the sum of squares of a function's outputs, by the differentiable arguments."""
     places = [list(operation.arguments).index(name) for name in operation.differentiable]
 
     def half_squares(*arguments):
@@ -55,7 +56,7 @@ def gradient(operation: Operation, function: Function) -> Function:
 
 
 def _by_implementation(function: Function, plain: Function, **others: Function) -> dict[str, Function]:
-    """`plain`, `function` with each `implementation`, and other ways."""
+    """All implementations: `plain`, `function` with each `implementation`, and the others."""
     def of(name):
         return lambda *arguments: function(*arguments, implementation=name)
 
@@ -112,7 +113,7 @@ def _look_up_one_hot(personalized, codes):
 
 
 def _for_requests(means, codes, residuals):
-    """Codes and residuals of the items of an index, which all requests score."""
+    """Repeats the codes and residuals of an index's items for each request: all requests score them."""
     requests = len(means)
     return (jnp.broadcast_to(codes, (requests, *codes.shape)),
             jnp.broadcast_to(residuals, (requests, *residuals.shape)))
@@ -154,7 +155,7 @@ def _align(*arguments, **options):
     return losses.codebook_alignment(*arguments, **options)
 
 
-SELECTED = 500  # of the candidates, by top-k
+SELECTED = 500  # candidates that top-k selects
 
 
 def _top_k_plain(scores):
@@ -202,6 +203,6 @@ OPERATIONS: Mapping[str, Operation] = {
         ("latents", "codewords", "personalized"),
         _by_implementation(
             _align, _align_plain, xla_blocks=lambda *arguments: _align(*arguments, block=256))),
-    # No kernel: on every platform XLA's own is at the speed of reading the scores, or near it.
+    # No kernel: on every platform XLA's top-k is about as fast as reading the scores.
     "top_k": Operation({"scores": "BG"}, (), {"plain": _top_k_plain, "xla": _top_k}),
 }

@@ -3,8 +3,8 @@
     pip install -e '.[bench]' && python -m benchmarks.quantization --json=benchmarks/results/quantization.json
 
 Each library fits its own codebooks (L=3, K=256) to the same latents, then encodes them. Errors are
-`sum |z - z_q|^2 / sum |z - mean|^2`; seconds are medians of calls that take turns, compilation left out
-and told beside them.
+`sum |z - z_q|^2 / sum |z - mean|^2`. Seconds are medians of calls that take turns; compilation is not
+included and is reported separately.
 """
 
 import functools
@@ -23,12 +23,12 @@ from benchmarks.timing import in_turns
 from tarq_jax import cli, quantization, reporting
 
 SIZES = flags.DEFINE_list("latents", ["10000", "100000"], "Numbers of latents.")
-THREADS = flags.DEFINE_integer("threads", 2, "Threads of the peers; JAX takes all cores that it is given.")
+THREADS = flags.DEFINE_integer("threads", 2, "Threads of the peers; JAX uses all cores available to it.")
 JSON = cli.json_flag()
 
 LEVELS, CODEWORDS, WIDTH = 3, 256, 64
 EPOCHS, BATCH = 3, 2000  # of vector-quantize-pytorch's moving averages
-SECONDS = 1.0  # that each is measured for; at least three calls
+SECONDS = 1.0  # for which each is measured; at least three calls
 OWN = "tarq_jax, refined"
 
 
@@ -41,11 +41,11 @@ class Quantizer(NamedTuple):
     compile_seconds: float
     encode: Callable[[], Any]  # the latents' codes
     error: Callable[[], float]
-    memory: float  # of encoding, temporary, in MB; nan where a library does not tell
+    memory: float  # temporary memory of encoding, in MB; nan if the library does not report it
 
 
 def make_latents(num: int, seed: int = 0) -> np.ndarray:
-    """Clusters of different sizes, with noise that is wide along few directions: [num, 64] float32."""
+    """Clusters of different sizes, with noise that is large in few directions: [num, 64] float32."""
     rng = np.random.default_rng(seed)
     clusters = 200
     share = rng.dirichlet(np.full(clusters, 2.0))
@@ -57,12 +57,12 @@ def make_latents(num: int, seed: int = 0) -> np.ndarray:
 
 
 def relative_error(latents: np.ndarray, quantized: np.ndarray) -> float:
-    """Share of the variance that is left."""
+    """The share of the variance that remains."""
     return float(np.square(latents - quantized).sum() / np.square(latents - latents.mean(axis=0)).sum())
 
 
 def ours(latents: np.ndarray, beam: int, refined: bool) -> Quantizer:
-    """tarq_jax: k-means level by level, refined by least squares over all levels or not."""
+    """tarq_jax: k-means level by level, optionally refined by least squares over all levels."""
     encode = (functools.partial(quantization.encode, block=2048) if beam == 1 else
               functools.partial(quantization.beam_encode, beam=beam, block=512))
     fit = quantization.kmeans_codebook
@@ -86,7 +86,7 @@ def ours(latents: np.ndarray, beam: int, refined: bool) -> Quantizer:
 
 
 def faiss_residual(latents: np.ndarray, beam: int, lut: bool) -> Quantizer:
-    """faiss `ResidualQuantizer`, as it trains by default, with the same beam in training and encoding."""
+    """faiss `ResidualQuantizer` with its default training, and the same beam in training and encoding."""
     import faiss
 
     faiss.omp_set_num_threads(THREADS.value)
@@ -103,7 +103,7 @@ def faiss_residual(latents: np.ndarray, beam: int, lut: bool) -> Quantizer:
 
 
 def torch_residual(latents: np.ndarray, beam: int) -> Quantizer:
-    """vector-quantize-pytorch `ResidualVQ`: k-means on a first large batch, then moving averages."""
+    """vector-quantize-pytorch `ResidualVQ`: k-means on a large first batch, then moving averages."""
     import torch
     from vector_quantize_pytorch import ResidualVQ
 
@@ -132,7 +132,7 @@ def torch_residual(latents: np.ndarray, beam: int) -> Quantizer:
 
 
 def quantizers(latents: np.ndarray) -> Iterator[Callable[[], Quantizer]]:
-    """Everything that is compared, fitted when called."""
+    """All quantizers to compare; each is fitted when called."""
     for beam in (1, 5):
         for refined in (False, True):
             yield functools.partial(ours, latents, beam, refined)
@@ -142,7 +142,7 @@ def quantizers(latents: np.ndarray) -> Iterator[Callable[[], Quantizer]]:
 
 
 def compare(num: int, console: Console) -> Iterator[dict[str, Any]]:
-    """A row a quantizer and beam, with its time over that of the refined one of ours."""
+    """A row per quantizer and beam, with its time divided by that of our refined quantizer."""
     latents = make_latents(num)
     made = [make() for make in track(list(quantizers(latents)), f"fitting, {num:,} latents", console=console)]
     with console.status(f"encoding {num:,} latents"):
@@ -159,7 +159,7 @@ def compare(num: int, console: Console) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Flags to table."""
+    """Compares for each number of latents and prints the table."""
     rows = [row for num in SIZES.value for row in compare(int(num), Console())]
     reporting.print_table(rows, f"L={LEVELS}, K={CODEWORDS}, D={WIDTH}, {THREADS.value} threads")
     if JSON.value:

@@ -1,12 +1,12 @@
-"""What a step costs on machines that are not here: time to compute, to read memory and to send, by formula.
+"""What a step costs on other machines: time to compute, to read memory and to communicate, by formula.
 
-Assumptions, all of them: weak scaling, a fixed number of requests a device; the shares below of what the
-vendors state; a collective runs at the speed of the slowest link that it crosses, by the ring algorithm, an
-all-to-all as if all were neighbours; nothing overlaps but computing and memory. Numbers are float32:
-bfloat16 would halve what activations read. Bytes of memory are those that a step cannot avoid (tables,
-moments and gradients by row) plus what XLA counts for the rest of the step on CPU, which fuses less than it
-would on an accelerator. Statistics of codebooks (the same on any number of devices) and revival (at most
-65,536 latents, now and then) are left out.
+These are all assumptions. Scaling is weak: the number of requests per device is fixed. Devices reach the
+shares below of the vendors' stated peaks. A collective runs at the speed of the slowest link that it crosses,
+by the ring algorithm; an all-to-all runs as if all devices were neighbours. Only computing and memory access
+overlap. Numbers are float32: bfloat16 would halve the bytes of activations. Bytes of memory are those that a
+step cannot avoid (tables, moments and gradients by row) plus XLA's count for the rest of the step on CPU,
+where XLA fuses less than on an accelerator. Statistics of codebooks (the same on any number of devices) and
+revival (at most 65,536 latents, occasionally) are left out.
 """
 
 from typing import Any, NamedTuple
@@ -14,71 +14,72 @@ from typing import Any, NamedTuple
 from tarq_jax.training import exchange
 
 FLOAT = 4  # bytes
-COMPUTE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.3, 0.7, 0.7  # of the stated peak that is reached
+COMPUTE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.3, 0.7, 0.7  # reached shares of the stated peaks
 
 
 class Chip(NamedTuple):
-    """One accelerator, as its vendor states it."""
+    """One accelerator, with its vendor's numbers."""
 
-    flops: float  # a second, dense bfloat16
+    flops: float  # per second, dense bfloat16
     memory: float  # bytes
-    memory_bandwidth: float  # bytes a second
-    link: float  # bytes a second that it sends to others in its island, one direction
-    island: int  # devices that such links join
-    beyond: float  # bytes a second that it sends out of its island, one direction
+    memory_bandwidth: float  # bytes per second
+    link: float  # bytes per second that it sends to devices in its island, one direction
+    island: int  # devices that such links connect
+    beyond: float  # bytes per second that it sends out of its island, one direction
 
 
 CHIPS = {
-    # cloud.google.com/tpu/docs/v5e: 400 GB/s both ways; 6.4 Tb/s of data-centre network a pod of 256
+    # cloud.google.com/tpu/docs/v5e: 400 GB/s both ways; 6.4 Tb/s of data-centre network per pod of 256
     "TPU v5e": Chip(197e12, 16e9, 819e9, 200e9, 256, 3.1e9),
-    # cloud.google.com/tpu/docs/v5p: 4,800 Gb/s each way; a pod holds more than is looked at here, so that
+    # cloud.google.com/tpu/docs/v5p: 4,800 Gb/s each way; a pod has more chips than are considered here, so
     # `beyond`, a host's 200 Gb/s for 4 chips, does not matter
     "TPU v5p": Chip(459e12, 95e9, 2765e9, 600e9, 8960, 6.2e9),
-    # cloud.google.com/tpu/docs/v6e: 800 GB/s both ways; 25.6 Tb/s of data-centre network a pod of 256
+    # cloud.google.com/tpu/docs/v6e: 800 GB/s both ways; 25.6 Tb/s of data-centre network per pod of 256
     "TPU v6e": Chip(918e12, 32e9, 1640e9, 400e9, 256, 12.5e9),
-    # nvidia.com H100 SXM: NVLink 900 GB/s both ways between 8; one 400 Gb/s NIC a GPU beyond
+    # nvidia.com H100 SXM: NVLink 900 GB/s both ways between 8 GPUs; beyond, one 400 Gb/s NIC per GPU
     "H100": Chip(989e12, 80e9, 3350e9, 450e9, 8, 50e9),
     "H200": Chip(989e12, 141e9, 4800e9, 450e9, 8, 50e9),
 }
-# Passes over a table of an optimizer that looks at every row: gradient made and read, parameters and what
-# is kept of them read and written.
+# Passes over a table by an optimizer that visits every row: the gradient is made and read, parameters and
+# optimizer state are read and written.
 TABLE_PASSES = {"adamw": 3 + 2 + 4, "lazy_adam": 3 + 2 + 4, "rowwise_adagrad": 3 + 2}
 
 
 class Workload(NamedTuple):
-    """What a step does on each device."""
+    """The work of a step on each device."""
 
-    flops: float  # a request
-    activation_bytes: float  # read and written a request, tables aside
-    ids: int  # looked up a request
+    flops: float  # per request
+    activation_bytes: float  # read and written per request, without tables
+    ids: int  # looked up per request
     width: int  # D
     rows: int  # of the table
-    dense_parameters: int  # of everything else
+    dense_parameters: int  # all parameters outside the table
     table_optimizer: str
 
 
 class Split(NamedTuple):
-    """A mesh, and the devices along its axes that split a table."""
+    """A mesh, and the number of devices that split a table."""
 
     data: int
     model: int
-    table: int  # `model`, or all
+    table: int  # `model`, or all devices
 
     @property
     def devices(self) -> int:
-        """All of them."""
+        """Number of devices of the mesh."""
         return self.data * self.model
 
 
 def lookup_bytes(work: Workload, split: Split, requests: int) -> dict[str, tuple[float, int]]:
-    """Bytes that a device sends for look-ups and their gradient, with the devices that take part in each.
+    """Bytes that a device sends for look-ups and their gradients, with the number of devices that take part.
 
-    As `tarq_jax.training.lookup` does it: over the devices that split the table ids are gathered and rows
-    reduced, or, where these are many, both exchanged with owners, in one round, as ids are different and
-    spread evenly; gradients are gathered over copies besides, or blocks summed over them, whichever is less.
+    The formula follows `tarq_jax.training.lookup`. The devices that split the table gather ids and reduce
+    rows. If these devices are many, they exchange ids and rows with the owners instead; the formula assumes
+    one round, for distinct and evenly spread ids. If the table has copies, gradients are also gathered over
+    the copies, or blocks are summed over them, whichever is less.
     """
     ids, row, copies = requests * work.ids, FLOAT * (work.width + 1), split.devices // split.table
-    asked = exchange.capacity(ids, split.table)  # of each device by each
+    asked = exchange.capacity(ids, split.table)  # ids that each device sends to each owner
     exchanged = 2 * asked <= ids
     between = (split.table - 1) * (asked if exchanged else ids) * row
     brought = split.table * (asked if exchanged else ids) * row
@@ -91,16 +92,16 @@ def lookup_bytes(work: Workload, split: Split, requests: int) -> dict[str, tuple
 
 
 def network_bytes(work: Workload, split: Split, requests: int) -> dict[str, tuple[float, int]]:
-    """`lookup_bytes`, and the all-reduce of the gradient of everything else."""
+    """`lookup_bytes`, and the all-reduce of the other parameters' gradient."""
     share = 2 * (split.devices - 1) / split.devices
     dense = {"dense_gradient": (share * work.dense_parameters * FLOAT, split.devices)}
     return lookup_bytes(work, split, requests) | dense
 
 
 def roofline(chip: Chip, work: Workload, split: Split, requests: int) -> dict[str, Any]:
-    """Milliseconds of a step of `requests` a device, its efficiency, and the memory that a device needs.
+    """Time of a step with `requests` per device in milliseconds, its efficiency, and a device's memory.
 
-    Efficiency is the time without a network over the time with it.
+    Efficiency is the time without communication divided by the time with it.
     """
     block = work.rows / split.table * work.width * FLOAT
     moved = network_bytes(work, split, requests)

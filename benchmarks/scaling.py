@@ -1,11 +1,12 @@
-"""Bytes that a training step moves between devices, and what it would cost on 8 to 4,096 of them.
+"""Bytes that a training step moves between devices, and its estimated cost on 8 to 4,096 devices.
 
     python -m benchmarks.scaling --json=benchmarks/results/scaling.json
 
-First table: the step of TARQ, compiled for mesh shapes of 8 virtual CPU devices with a table of a million
-rows, and the collectives in its HLO (`tarq_jax.training.hlo`), beside the formula for look-ups and gradients.
-Second table: that formula and a roofline for real chips (`benchmarks.roofline` has every assumption), for
-a table of 100 million rows. Nothing of the second is measured but operations and bytes a request.
+First table: the step of TARQ is compiled for several mesh shapes of 8 virtual CPU devices with a table of a
+million rows. The bytes of the collectives in its HLO (`tarq_jax.training.hlo`) are compared with the formula
+for look-ups and gradients. Second table: estimates for real chips and a table of 100 million rows, from that
+formula and a roofline (`benchmarks.roofline` lists every assumption). Only operations and bytes per request
+are measured.
 """
 
 import functools
@@ -28,8 +29,8 @@ from tarq_jax.training import hlo, setup, sharding
 from tarq_jax.training.objectives import build
 from tarq_jax.training.optimizers import make_optimizer
 
-ROWS = flags.DEFINE_integer("rows", 100_000_000, "Rows of the table of the roofline.")
-REQUESTS = flags.DEFINE_integer("requests", 256, "Requests a device and step of the roofline.")
+ROWS = flags.DEFINE_integer("rows", 100_000_000, "Rows of the table in the roofline.")
+REQUESTS = flags.DEFINE_integer("requests", 256, "Requests per device and step in the roofline.")
 TABLE = flags.DEFINE_enum("table", "rowwise_adagrad", sorted(roofline.TABLE_PASSES), "Optimizer of tables.")
 JSON = cli.json_flag()
 
@@ -39,11 +40,11 @@ OVER_ALL = (("embedding$", (("data", "model"),)),)
 MESHES = (((8, 1), ()), ((8, 1), OVER_MODEL), ((4, 2), OVER_MODEL), ((2, 4), OVER_MODEL),
           ((1, 8), OVER_MODEL), ((8, 1), OVER_ALL))
 DEVICES = (8, 64, 512, 4096)
-MODEL_AXIS = 8  # of the roofline, where a table is split over it
+MODEL_AXIS = 8  # size of the roofline's `model` axis
 
 
 def experiment(shape: tuple[int, int], rules: tuple, rows: int) -> ml_collections.ConfigDict:
-    """TARQ with 64 requests a step, tables rounded up to `rows`."""
+    """TARQ with 64 requests per step; the table's rows are rounded up to a multiple of `rows`."""
     config = default_config()
     config.model.width, config.model.num_heads, config.model.hidden = 64, 4, (256, 128)
     config.model.table_multiple, config.optimizer.table = rows, TABLE.value
@@ -60,7 +61,7 @@ def dataset() -> data.Dataset:
 
 
 def compiled(config: ml_collections.ConfigDict, devices: list[jax.Device]) -> tuple[Any, Any]:
-    """The compiled step, and the shapes of its parameters; no array is made."""
+    """The compiled step, and the shapes of its state; no array is created."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
     requests = dataset()
     objective = build(config.model, config.loss_weights, requests.schema, sharding.make_tables(config, mesh))
@@ -77,7 +78,7 @@ def compiled(config: ml_collections.ConfigDict, devices: list[jax.Device]) -> tu
 
 
 def workload(rows: int) -> roofline.Workload:
-    """Operations and bytes a request, as XLA counts them for one device and a small table."""
+    """Operations and bytes per request, as XLA counts them for one device and a small table."""
     config = experiment((1, 1), (), 1)
     step, state = compiled(config, jax.devices()[:1])
     cost = step.cost_analysis()
@@ -92,7 +93,7 @@ def workload(rows: int) -> roofline.Workload:
 
 
 def moved_on_eight(work: roofline.Workload) -> Iterator[dict[str, Any]]:
-    """A row a mesh of 8 devices: bytes that each sends in a step, by kind of collective."""
+    """A row per mesh of 8 devices: bytes that each device sends in a step, by kind of collective."""
     for shape, rules in MESHES:
         config = experiment(shape, rules, COMPILED_ROWS)
         step, _ = compiled(config, jax.devices())
@@ -117,7 +118,7 @@ def _name(rules: tuple) -> str:
 
 
 def estimates(work: roofline.Workload) -> Iterator[dict[str, Any]]:
-    """A row a chip, number of devices and way to split the table."""
+    """A row per chip, number of devices and way to split the table."""
     for name, chip in roofline.CHIPS.items():
         for devices in DEVICES:
             for over, parts in (("model", MODEL_AXIS), ("data, model", devices)):
@@ -127,7 +128,7 @@ def estimates(work: roofline.Workload) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Flags to tables."""
+    """Computes and prints both tables."""
     work = workload(ROWS.value)
     measured, estimated = list(moved_on_eight(work)), list(estimates(work))
     reporting.print_table(measured, (

@@ -1,11 +1,11 @@
-"""What seeds cost that are trained together: one compiled program for all of them, against single runs.
+"""The cost of training seeds together in one compiled program, compared with single runs.
 
     python -m benchmarks.seeds --json=benchmarks/results/seeds.json
 
 Trains TARQ of `configs/synthetic.py` with one seed by `tarq_jax.training.loop`, then with several by
-`tarq_jax.training.seeds`, each in a process of its own with an empty compilation cache. Seconds are of the
-whole: compilation, steps, codebooks, checkpoints, test. `ratio` is to one run, `share` to as many single runs
-one after the other.
+`tarq_jax.training.seeds`, each in its own process without a compilation cache. Seconds include everything:
+compilation, steps, codebooks, checkpoints, test. `ratio` is the time divided by that of one run, `share` the
+time divided by that of as many single runs one after the other.
 """
 
 import multiprocessing
@@ -20,14 +20,14 @@ from rich.console import Console
 from tarq_jax import cli, reporting
 
 STEPS = flags.DEFINE_integer("steps", 1500, "Steps of each run.", lower_bound=100)
-COUNTS = flags.DEFINE_list("counts", ["8"], "How many seeds are trained together; one row each.")
-MODEL = flags.DEFINE_string("model", "tarq", "Model that is trained.", allow_override=True)
-DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Where prepared data are kept.")
+COUNTS = flags.DEFINE_list("counts", ["8"], "Numbers of seeds to train together; one row each.")
+MODEL = flags.DEFINE_string("model", "tarq", "Model to train.", allow_override=True)
+DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder of prepared data.")
 JSON = cli.json_flag()
 
 
 def measure(count: int, steps: int, model: str, data_dir: str) -> dict[str, Any]:
-    """Trains that many seeds together; 0 is one seed on its own."""
+    """Trains `count` seeds together; 0 trains one seed on its own."""
     import jax
 
     from configs import synthetic
@@ -53,12 +53,12 @@ def measure(count: int, steps: int, model: str, data_dir: str) -> dict[str, Any]
 
 
 def main() -> None:
-    """Flags to table."""
+    """Measures each number of seeds and prints the table."""
     counts = cli.whole_numbers(COUNTS, "numbers of seeds like 2,8")
     processes = multiprocessing.get_context("spawn")
     rows = []
     for count in (0, *counts):
-        with processes.Pool(1) as pool:  # a process each: memory and caches are as of a fresh run
+        with processes.Pool(1) as pool:  # its own process: memory and caches are those of a fresh run
             rows.append(pool.apply(measure, (count, STEPS.value, MODEL.value, DATA_DIR.value)))
     alone = rows[0]["seconds"]
     rows = [row | {"ratio": row["seconds"] / alone, "share": row["seconds"] / alone / max(row["seeds"], 1)}

@@ -1,13 +1,14 @@
-"""What a request costs to serve: latency, memory, where time goes, and where target attention is cheaper.
+"""What a request costs to serve: latency, memory, time by part, and where target attention is cheaper.
 
     python -m benchmarks.serving --json=benchmarks/results/serving.json --report=DIR
 
-All methods of `benchmarks.serving_contenders`, of one size with random weights, in one process and measured
-in turns: whole requests through `Scorer` (ids in, the best 500 ids out), and the parts of
-`benchmarks.serving_parts` alone. One of candidates and history is varied, the other held. Scores are
-compared with those of the training code before anything is measured. Percentiles are over `calls` requests.
-Target attention as a whole is left out where its logits would take more than a gigabyte. `--quick` goes
-through all of it at sizes that say nothing.
+All methods of `benchmarks.serving_contenders` have the same size and random weights; they run in one process
+and are measured in turns. Measured are complete requests through `Scorer` (ids in, the best 500 ids out), and
+the parts of `benchmarks.serving_parts` separately. Either the number of candidates or the length of the
+history is varied, the other is fixed. Scores are compared with those of the training code before anything is
+measured. Percentiles are over `calls` requests. Target attention over all candidates at once is left out if
+its logits would take more than a gigabyte. `--quick` runs everything at sizes too small for meaningful
+numbers.
 """
 
 import functools
@@ -48,36 +49,36 @@ from tarq_jax.serving import Scorer
 from tarq_jax.serving.index import round_up
 from tarq_jax.types import Batch
 
-REPORT = flags.DEFINE_string("report", None, "Folder to write a page with figures to.",
+REPORT = flags.DEFINE_string("report", None, "Folder for a page with figures.",
                              allow_override=True)
-QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes, to see that everything runs.",
+QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes, to check that everything runs.",
                           allow_override=True)
-SECONDS = flags.DEFINE_float("seconds", 2.0, "That each method is measured for at each point.", lower_bound=0)
+SECONDS = flags.DEFINE_float("seconds", 2.0, "Seconds to measure each method at each point.", lower_bound=0)
 CANDIDATES = flags.DEFINE_list(
-    "candidates", None, "Numbers of candidates; the main one and those that growth is told of are added.")
+    "candidates", None, "Numbers of candidates; the main one and those for reporting growth are added.")
 HISTORIES = flags.DEFINE_list("histories", None, "Lengths of histories; the main one is added.")
 JSON = cli.json_flag()
 
-LARGEST = 10**9  # bytes of the logits of target attention as a whole
-TOLERANCE = 1e-5  # of scores, relative to the largest
+LARGEST = 10**9  # bytes of the logits of target attention over all candidates at once
+TOLERANCE = 1e-5  # difference of scores, relative to the largest
 QUANTILES = {"latency_p50_ms": 0.5, "latency_p95_ms": 0.95, "latency_p99_ms": 0.99}
 
 
 class Plan(NamedTuple):
-    """What is measured."""
+    """What to measure."""
 
     sizes: Sizes = Sizes()
     candidates: tuple[int, ...] = (1_000, 10_000, 50_000, 100_000)  # at the main history
     histories: tuple[int, ...] = (50, 250, 1_000, 10_000)  # at the main number of candidates
     main: tuple[int, int] = (10_000, 1_000)
     growth: tuple[int, int] = (10_000, 50_000)
-    few: int = 512  # candidates where the item side alone is measured too, for crossovers
+    few: int = 512  # candidates at which the item side is measured separately too, for crossovers
     seconds: float = 2.0
-    least: int = 3  # calls
+    least: int = 3  # calls at least
     top_k: int = 500
 
 
-OF_USER = {TWO_TOWER: ("towers",), IN_BLOCKS: ("encoder",)}  # measured once for all
+OF_USER = {TWO_TOWER: ("towers",), IN_BLOCKS: ("encoder",)}  # measured once for all methods
 
 TINY = Plan(
     Sizes(items=1_100, width=8, heads=2, hidden=(4,), levels=2, codewords=8, few_codewords=4, features=3),
@@ -86,7 +87,7 @@ TINY = Plan(
 
 
 class Bench(NamedTuple):
-    """Everything that is measured, loaded."""
+    """Everything to measure, loaded."""
 
     plan: Plan
     dataset: Dataset
@@ -95,7 +96,7 @@ class Bench(NamedTuple):
     varied: tuple[str, ...]  # models that are measured with all histories
 
     def has(self, name: str, count: int, length: int) -> bool:
-        """Whether a method is measured at a point: attention over all at once only where memory allows."""
+        """Whether to measure a method at a point; `WHOLE` only if memory allows."""
         if name == WHOLE and 4 * self.plan.sizes.heads * count * length > LARGEST:
             return False
         return name in self.varied or length == self.plan.main[1]
@@ -109,12 +110,12 @@ class Bench(NamedTuple):
         return np.random.default_rng(2).permutation(self.plan.sizes.items)[:count] + 1
 
     def slots(self, name: str, count: int) -> np.ndarray:
-        """Where candidates are, filled up to a number that is scored."""
+        """The candidates' slots in the index, padded by repetition to a number that is scored."""
         return np.resize(self.scorers[name].index.slots_of(self.candidates(count)), round_up(count))
 
 
 def load(plan: Plan, folder: Path, console: Console, models: Collection[str] = ()) -> Bench:
-    """Makes, exports and loads contenders: those that are named, or all."""
+    """Makes, exports and loads the named contenders, or all."""
     dataset = make_dataset(plan.sizes)
     contenders = {made.name: made for made in make_contenders(plan.sizes, dataset)
                   if not models or made.name in models}
@@ -134,7 +135,7 @@ def check(bench: Bench, name: str) -> float:
     """Largest difference of scores from the training code's, relative to the largest of these.
 
     Raises:
-      ValueError: it is beyond `TOLERANCE`.
+      ValueError: the difference is not below `TOLERANCE`.
     """
     return difference_of(name, bench.contenders[name].reference, bench.scorers[name], bench.dataset,
                          bench.history(bench.plan.main[1]), bench.candidates(bench.plan.candidates[0]))
@@ -144,7 +145,7 @@ def difference_of(
     name: str, reference: Callable[[Batch], jax.Array], scorer: Scorer, dataset: Dataset,
     history: np.ndarray, ids: np.ndarray,
 ) -> float:
-    """As `check`, of one request to a scorer that is loaded, against the training code's logits."""
+    """As `check`, for one request to a loaded scorer, compared with the training code's logits."""
     found = scorer.score({"history": {"item_id": history}}, ids)
     expected = np.asarray(reference(make_batch(dataset, history, found.ids)))[0]
     difference = float(np.abs(found.scores - expected).max() / np.abs(expected).max())
@@ -155,14 +156,14 @@ def difference_of(
 
 
 def points(plan: Plan) -> list[tuple[int, int]]:
-    """(candidates, history): the main point, then what is varied around it."""
+    """(candidates, history): the main point, then the points that vary one of the two."""
     varied = [(count, plan.main[1]) for count in plan.candidates]
     varied += [(plan.main[0], length) for length in plan.histories]
     return list(dict.fromkeys([plan.main, *varied]))
 
 
 def request_rows(bench: Bench, parts: Sequence[dict[str, Any]], console: Console) -> Iterator[dict[str, Any]]:
-    """Latency and memory of whole requests, a row a method and point."""
+    """Latency and memory of complete requests, a row per method and point."""
     for count, length in track(points(bench.plan), "requests", console=console):
         request, ids = {"history": {"item_id": bench.history(length)}}, bench.candidates(count)
         names = [name for name in bench.scorers if bench.has(name, count, length)]
@@ -175,7 +176,7 @@ def request_rows(bench: Bench, parts: Sequence[dict[str, Any]], console: Console
 
 
 def user_side_parts(contender: Contender) -> list[tuple[str, str]]:
-    """(model, part) whose measurements hold for the contender: encoders are those of all alike."""
+    """(model, part) whose measurements apply to the contender; all models share their encoders' cost."""
     found = [(TWO_TOWER, "towers")]
     if not isinstance(contender.module, TwoTower):
         found.append((IN_BLOCKS, "encoder"))
@@ -184,7 +185,7 @@ def user_side_parts(contender: Contender) -> list[tuple[str, str]]:
 
 def memory(bench: Bench, parts: Sequence[dict[str, Any]], name: str, count: int, length: int
            ) -> dict[str, float]:
-    """MB of the index, of a user's state, and of what the largest part of a request holds on the way."""
+    """MB of the index, of a user's state, and the largest temporary memory of any part of a request."""
     method = bench.contenders[name].method
     state = serving_parts.state_specs(method, length)
     shared = user_side_parts(bench.contenders[name])
@@ -206,7 +207,7 @@ def latency(seconds: np.ndarray) -> dict[str, Any]:
 
 
 def parts_at(bench: Bench, count: int, length: int) -> dict[serving_claims.Part, serving_parts.Part]:
-    """What is measured apart at a point; the user side counts as of 0 candidates."""
+    """The parts to measure separately at a point; parts of the user side have 0 candidates."""
     plan = bench.plan
     found: dict[serving_claims.Part, serving_parts.Part] = {}
     main, at_history = (count, length) == plan.main, count == plan.main[0]
@@ -231,7 +232,7 @@ def parts_at(bench: Bench, count: int, length: int) -> dict[serving_claims.Part,
 
 
 def part_rows(bench: Bench, roof: Peaks, console: Console) -> Iterator[dict[str, Any]]:
-    """Latency of parts and the bounds beside, a row a method, part and point."""
+    """Latency and lower bounds of parts, a row per method, part and point."""
     few = (bench.plan.few, bench.plan.main[1])
     for point in track([*points(bench.plan), few], "parts", console=console):
         parts = parts_at(bench, *point)
@@ -247,9 +248,9 @@ def part_rows(bench: Bench, roof: Peaks, console: Console) -> Iterator[dict[str,
 
 
 def breakdown(bench: Bench, found: Medians, name: str) -> dict[str, Any]:
-    """Where the time of a request goes, in ms: medians of parts, and what the whole takes beyond them.
+    """Where the time of a request goes, in ms: medians of parts, and the remaining time of the request.
 
-    The head is what the item side takes beyond its look-ups alone.
+    The time of the head is that of the item side minus that of its look-ups.
     """
     candidates, history = found.main
 
@@ -267,7 +268,7 @@ def breakdown(bench: Bench, found: Medians, name: str) -> dict[str, Any]:
 
 
 def medians(rows: Sequence[dict[str, Any]], plan: Plan) -> Medians:
-    """The medians of measured rows, by what they are of."""
+    """The medians of the measured rows, by part and by request."""
     parts = {(row["model"], row["part"], row["candidates"], row["history"]): row["latency_p50_ms"]
              for row in rows if row["kind"] == "part"}
     requests = {(row["model"], row["candidates"], row["history"]): row["latency_p50_ms"]
@@ -298,7 +299,7 @@ def run(plan: Plan, console: Console) -> list[dict[str, Any]]:
 
 
 def print_tables(rows: Sequence[dict[str, Any]], plan: Plan) -> None:
-    """A table a kind; of parts and requests those at the main point, and all requests after them."""
+    """Prints a table per kind of row, of parts only those at the main point; requests come last."""
     titles = {"machine": "this machine at best", "check": "scores against the training code's",
               "breakdown": "where the time of a request goes, ms", "ratio": "ratios and targets",
               "crossover": "candidates under which target attention does less work",
@@ -312,14 +313,14 @@ def print_tables(rows: Sequence[dict[str, Any]], plan: Plan) -> None:
 
 
 def numbers(flag: flags.FlagHolder, default: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of a flag with a list, which may be empty; the default where it is not given."""
+    """The numbers of a list flag, which may be empty; the default if it is not given."""
     if flag.value is None:
         return default
     return tuple(cli.whole_numbers(flag, "positive whole numbers")) if flag.value else ()
 
 
 def main() -> None:
-    """Flags to tables and page."""
+    """Measures what the flags ask for, prints the tables and writes the page."""
     plan = TINY if QUICK.value else Plan(seconds=SECONDS.value)
     candidates, histories = numbers(CANDIDATES, plan.candidates), numbers(HISTORIES, plan.histories)
     plan = plan._replace(candidates=tuple(sorted({*candidates, plan.main[0], *plan.growth})),

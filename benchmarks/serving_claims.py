@@ -1,6 +1,6 @@
-"""What the measurements say: ratios against their targets, and where target attention is the cheaper.
+"""Conclusions from the measurements: ratios and their targets, and where target attention is cheaper.
 
-Pure functions of the medians, in milliseconds, of parts and of requests.
+All are pure functions of the medians of parts and of requests, in milliseconds.
 """
 
 import itertools
@@ -13,32 +13,32 @@ Part = tuple[str, str, int, int]  # model, part, candidates, history
 
 
 class Medians(NamedTuple):
-    """Of one run; a point is (candidates, history)."""
+    """The medians of one run; a point is (candidates, history)."""
 
-    parts: Mapping[Part, float]  # parts of the user side are of 0 candidates
+    parts: Mapping[Part, float]  # parts of the user side have 0 candidates
     requests: Mapping[tuple[str, int, int], float]
-    candidates: tuple[int, ...]  # for which the item side was measured, rising
+    candidates: tuple[int, ...]  # at which the item side was measured, in rising order
     main: tuple[int, int]
 
     def codebooks(self, model: str, part: str = "codebooks") -> float:
-        """Of the main history; 0 where a model has none."""
+        """Time of the codebooks at the main history; 0 if a model has none."""
         return self.parts.get((model, part, 0, self.main[1]), 0.0)
 
     def item_side(self, model: str, candidates: int, part: str = "items") -> float:
-        """At the main history."""
+        """Time of the item side, or a part of it, at the main history."""
         return self.parts[model, part, candidates, self.main[1]]
 
     def work(self, model: str, candidates: int) -> float:
-        """Codebooks, look-ups and head: what a model does beside encoding the history."""
+        """Time of codebooks, look-ups and head: all that a model does after encoding the history."""
         return self.codebooks(model) + self.item_side(model, candidates)
 
     def attention(self, model: str, candidates: int) -> float:
-        """Codebooks and look-ups, or the attention in place of them."""
+        """Time of codebooks and look-ups, or of the attention that replaces them."""
         return self.codebooks(model) + self.item_side(model, candidates, "look_ups")
 
 
 def verdict(ratio: float, target: float, at_least: bool) -> str:
-    """In words.
+    """Whether a target is met, in words.
 
     Example:
       >>> verdict(12.0, 25.0, True), verdict(1.1, 1.3, False)
@@ -48,7 +48,7 @@ def verdict(ratio: float, target: float, at_least: bool) -> str:
 
 
 def against_target_attention(found: Medians, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """How many times faster than target attention: both of its forms, with targets where there are any."""
+    """How many times faster than each form of target attention, with targets if there are any."""
     zero = {head: tarq_name(0, head, sizes.codewords) for head in HEADS}
     large, small = ({head: tarq_name(1, head, codewords) for head in HEADS}
                     for codewords in (sizes.codewords, sizes.few_codewords))
@@ -73,7 +73,7 @@ def _speedup(found: Medians, name: str, what: str, cost: Callable[[str, int], fl
 
 
 def further_ratios(found: Medians, sizes: Sizes, growth: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """The scalar head against a dot product with the same codebooks, and its growth with candidates."""
+    """The scalar head compared with a dot product with the same codebooks, and its growth with candidates."""
     scalar, dot = (tarq_name(0, head, sizes.codewords) for head in ("scalar", "dot"))
     candidates, history = found.main
     least = found.codebooks(dot, "personalized") + found.item_side(TWO_TOWER, candidates)
@@ -92,7 +92,7 @@ def further_ratios(found: Medians, sizes: Sizes, growth: tuple[int, int]) -> Ite
 
 
 def crossovers(found: Medians, models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Candidates under which target attention does less work, for each form of it."""
+    """The number of candidates below which target attention does less work, for each of its forms."""
     for name in models:
         for other in (IN_BLOCKS, WHOLE):
             measured = [size for size in found.candidates
@@ -105,9 +105,9 @@ def crossovers(found: Medians, models: Sequence[str]) -> Iterator[dict[str, Any]
 
 def crossover(candidates: Sequence[int], rising: list[float], flat: list[float], *, start: float
               ) -> int | None:
-    """Where the cost `rising` first exceeds `flat`, linear between measured numbers of candidates.
+    """Where the cost `rising` first exceeds `flat`, interpolated linearly between numbers of candidates.
 
-    At no candidates the costs are 0 and `start`. None where it never does.
+    With 0 candidates, `rising` is 0 and `flat` is `start`. None if `rising` never exceeds `flat`.
 
     Example:
       >>> crossover((100, 200), [10.0, 20.0], [14.0, 16.0], start=12.0)

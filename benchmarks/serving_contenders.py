@@ -1,8 +1,8 @@
-"""Every method that serving is measured with, of one size, with random weights: latency needs no training.
+"""Every method whose serving is measured, of one size, with random weights: latency needs no training.
 
-    two-tower; COLD-style MLP beside it; full target attention, over the whole history at once as it
-    trains by default, and a block of candidates at a time, its fastest form here; TARQ of order 0 and 1
-    with the heads scalar, dot and mlp, of order 1 also with a smaller codebook
+    two-tower; two-tower with a COLD-style MLP; full target attention, for all candidates at once as it
+    trains by default, and for a block of candidates at a time, its fastest form here; TARQ of order 0
+    and 1 with the heads scalar, dot and mlp, of order 1 also with a smaller codebook
 """
 
 import inspect
@@ -27,12 +27,12 @@ from tarq_jax.serving.scoring import SCORES, Arrays
 from tarq_jax.serving.tarq_methods import codebooks, expansions
 from tarq_jax.types import Batch
 
-SAMPLE = 4096  # items that codewords are drawn from
+SAMPLE = 4096  # items from which codewords are drawn
 TWO_TOWER, COLD = "two-tower", "COLD-style MLP"
 IN_BLOCKS, WHOLE = "target attention, in blocks", "target attention, whole"
 HEADS: tuple[Head, ...] = ("scalar", "dot", "mlp")
 
-Stage = Callable[[Any, Any], dict[str, jax.Array]]  # (user weights, what came before) -> what comes next
+Stage = Callable[[Any, Any], dict[str, jax.Array]]  # (user weights, outputs of the previous stage) -> outputs
 
 
 class Sizes(NamedTuple):
@@ -44,12 +44,12 @@ class Sizes(NamedTuple):
     hidden: tuple[int, ...] = (64,)
     levels: int = 3
     codewords: int = 256
-    few_codewords: int = 64  # of order 1, which needs fewer
-    features: int = 24  # of an item, beside its id
+    few_codewords: int = 64  # a second size for order 1, which needs fewer
+    features: int = 24  # of an item, in addition to its id
 
 
 class Contender(NamedTuple):
-    """A method with what it is made of."""
+    """A method and the module from which it is made."""
 
     name: str
     method: Method
@@ -58,7 +58,7 @@ class Contender(NamedTuple):
 
 
 def make_dataset(sizes: Sizes) -> Dataset:
-    """Items with random features; nothing else is needed of a data set here."""
+    """Items with random features; serving needs nothing else from a data set here."""
     rows = sizes.items + 1
     schema = Schema((Field("item_id", "item", "categorical", rows),
                      Field("features", "item", "vector", sizes.features)))
@@ -67,7 +67,7 @@ def make_dataset(sizes: Sizes) -> Dataset:
 
 
 def make_contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
-    """All of them, one after the other."""
+    """All methods, one after the other."""
     common = dataset.schema, sizes.width, sizes.heads, sizes.hidden
     two_tower, cold, attention = TwoTower(*common), Cold(*common), TargetAttention(*common)
     params = random_params(two_tower, dataset)
@@ -91,7 +91,7 @@ def make_contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
 
 
 def random_params(module: nn.Module, dataset: Dataset, codewords: int = 0) -> Any:
-    """Parameters that keep activations of order one."""
+    """Random parameters, scaled so that activations have magnitudes around one."""
     rng = np.random.default_rng(0)
     batch = make_batch(dataset, np.ones(1, np.int32), np.ones(1, np.int32))
     further = ()
@@ -103,7 +103,7 @@ def random_params(module: nn.Module, dataset: Dataset, codewords: int = 0) -> An
 
 
 def make_batch(dataset: Dataset, history: np.ndarray, candidates: np.ndarray) -> Batch:
-    """One request as the training code takes it: ids of its history [N] and of its candidates [G]."""
+    """One request for the training code, from the ids of its history [N] and of its candidates [G]."""
     looked_up = [{name: values[ids][None] for name, values in dataset.items.items()}
                  for ids in (history, candidates)]
     some, = np.ones((1, 1, len(candidates)), np.float32)
@@ -113,7 +113,7 @@ def make_batch(dataset: Dataset, history: np.ndarray, candidates: np.ndarray) ->
 
 
 def item_latents(module: Tarq, params: Any, dataset: Dataset) -> np.ndarray:
-    """What is quantized of some items, [M, D]."""
+    """The latents of some items, [M, D]."""
     features = {name: values[1:SAMPLE + 1] for name, values in dataset.items.items()}
 
     def latents(module):
@@ -125,7 +125,7 @@ def item_latents(module: Tarq, params: Any, dataset: Dataset) -> np.ndarray:
 
 
 def draw_codewords(latents: np.ndarray, levels: int, codewords: int) -> np.ndarray:
-    """Codewords [L, K, D] that are about evenly used: latents [M, D], and residuals of them, at random."""
+    """Codewords [L, K, D] of about even use: random latents [M, D]; for further levels their residuals."""
     rng, drawn = np.random.default_rng(0), []
     for _ in range(levels):
         level = latents[rng.choice(len(latents), codewords, replace=len(latents) < codewords)]
@@ -142,7 +142,7 @@ def logits_of(module: nn.Module, params: Any, *arguments: Any) -> Callable[[Batc
 
 
 def user_stages(module: nn.Module, compute: Compute) -> Mapping[str, Stage]:
-    """The user side one stage after the other: `towers`, `encoder` of the teacher, `codebooks`."""
+    """The stages of the user side, in order: `towers`, the teacher's `encoder`, `codebooks`."""
     module = module.clone(compute=compute)
     stages: dict[str, Callable[..., Any]] = {"towers": _towers}
     if isinstance(module, TargetAttention | Tarq):
@@ -161,7 +161,7 @@ def _towers(module: nn.Module, weights: Any, request: Arrays) -> dict[str, Any]:
 
 
 def _encoder(module: nn.Module, weights: Any, encoded: Arrays) -> dict[str, Any]:
-    """The teacher's encoding of the history; but for order 0, its keys and values."""
+    """The teacher's encoded history in order 0; in all other models its keys and values."""
     teacher = module.teacher if isinstance(module, Tarq) else module
     history = teacher.history_encoder(encoded["history"], encoded["mask"])
     kept = {"user": encoded["user"], "mask": encoded["mask"]}
@@ -181,6 +181,6 @@ def personalize(module: nn.Module, compute: Compute) -> Stage:
 
 def load_scorer(contender: Contender, dataset: Dataset, folder: Path, *, histories: Sequence[int],
                 candidates: Sequence[int], top_k: int) -> Scorer:
-    """The contender exported to an empty folder, and loaded from there for one request at a time."""
+    """Exports the contender to an empty folder, and loads it for one request at a time."""
     build.write(contender.method, dataset, folder, histories=histories, capacity=dataset.schema.num_items - 1)
     return Scorer.load(folder, batch_sizes=(1,), candidate_sizes=candidates, top_k=top_k)

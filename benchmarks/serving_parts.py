@@ -1,18 +1,18 @@
-"""A request taken apart: each part of `tarq_jax.serving` compiled alone, with its bounds by FLOPs and bytes.
+"""The parts of a request: each part of `tarq_jax.serving` compiled separately, with its FLOPs and bytes.
 
     towers        the two-tower's user side: history encoder, attention, tower
     encoder       the teacher's history encoder, with keys and values
-    codebooks     personalised codebooks of order 0 or 1, as the head wants them
-    personalized  those of order 0 alone, before any head
+    codebooks     personalised codebooks of order 0 or 1, in the form that the head reads
+    personalized  the codebooks of order 0 without any head
     gather        the candidates' rows of the index
-    look_ups      what the head reads, alone; all of the attention in full target attention
-    items         the item side as a whole: look-ups and head
+    look_ups      only what the head reads; in full target attention, all of the attention
+    items         the complete item side: look-ups and head
     top_k         selection
     transfer      request to the device, answer to the host
 
-Items are real, what a user brings is random. FLOPs and exponentials are XLA's count for the same part
-without blocks, since it counts the body of a loop once. Bytes are those of arguments and results: each read
-or written once, tables as a whole.
+Items come from the index, user-side inputs are random. FLOPs and exponentials are XLA's count for the same
+part without blocks, because XLA counts the body of a loop once. Bytes are those of arguments and results:
+each is read or written once, tables completely.
 """
 
 import inspect
@@ -35,12 +35,12 @@ LookUps = Callable[[Any, Arrays, Arrays], Any]  # item weights, state of a user,
 
 
 class Cost(NamedTuple):
-    """What a part cannot do without."""
+    """The cost of a part."""
 
     flops: float
-    exponentials: float  # and other functions that are neither sums nor products
+    exponentials: float  # and other transcendental functions
     bytes: float
-    temporary: int  # bytes that the compiled program holds on the way
+    temporary: int  # bytes of temporary memory of the compiled program
 
 
 class Part(NamedTuple):
@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 
 def compiled(function: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> Part:
-    """A part, with its cost by the `plain` form of the same function."""
+    """Compiles a part; its FLOPs and exponentials are counted in the `plain` form of the same function."""
     program = jax.jit(function).lower(*arguments).compile()
     counted: Any = jax.jit(plain).lower(*arguments).cost_analysis()
     memory: Any = program.memory_analysis()
@@ -68,7 +68,7 @@ def filled(specs: Any) -> Any:
 
 
 def user_parts(contender: Contender, history: int, names: Collection[str]) -> dict[str, Part]:
-    """Those of `towers`, `encoder`, `codebooks` and `personalized` that are asked for and that it has."""
+    """The parts in `names` that the contender has: `towers`, `encoder`, `codebooks`, `personalized`."""
     weights = jax.device_put(contender.method.user_weights)
     plain = user_stages(contender.module, Compute())
     found, specs = {}, request_specs(contender.method, history, 1)
@@ -83,14 +83,14 @@ def user_parts(contender: Contender, history: int, names: Collection[str]) -> di
 
 
 def state_specs(method: Method, history: int) -> Any:
-    """Shapes of the state of a user with a history of that length."""
+    """Shapes of the state of a user with a history of length `history`."""
     return jax.eval_shape(method.user_side, method.user_weights, request_specs(method, history, 1))
 
 
 def item_parts(
     contender: Contender, index: Index, slots: np.ndarray, history: int, names: Collection[str]
 ) -> dict[str, Part]:
-    """Those of `gather`, `look_ups` and `items` that are asked for and that it has."""
+    """The parts in `names` that the contender has: `gather`, `look_ups`, `items`."""
     method, found = contender.method, {}
     state, weights = filled(state_specs(method, history)), jax.device_put(method.item_weights)
     items = jax.device_put({name: values[slots] for name, values in index.arrays.items()})
@@ -106,7 +106,7 @@ def item_parts(
 
 
 def _gather(method: Method, index: Index, slots: np.ndarray, items: Any, state: Any) -> Part:
-    """Of those arrays alone that the item side reads."""
+    """Gathers only the arrays that the item side reads."""
     score = for_all(method.item_side)
     _, kept = pruned(lambda items, state: score(method.item_weights, state, items), items, state)
 
@@ -145,7 +145,7 @@ def _attend(weights: Any, user: Arrays, items: Arrays) -> jax.Array:
     return attend(user, items)
 
 
-# By a method's name: look-ups as served, and without blocks.
+# Look-ups by a method's name: as served, and without blocks.
 LOOK_UPS: Mapping[str, tuple[LookUps, LookUps]] = {
     "scalar": (_table, _table), "dot": (_table, _table), "mlp": (_tables, _tables),
     "scalar_first_order": (_levels, _levels),

@@ -1,11 +1,11 @@
-"""What is served, ranked against full target attention over a whole index: recall@500, and AUC beside it.
+"""Ranking quality of served methods: recall@500 against full target attention over a complete index, and AUC.
 
     python -m benchmarks.serving_quality --attention=runs/compare/target_attention-0 \\
         --run=runs/compare/two_tower-0 --run=runs/compare/tarq-0 --json=FILE
 
-Each request of the test split ranks all items, by the functions that serving exports. The run of target
-attention is the reference, and is served converted as well (`--codewords`, `--order`); other runs are served
-as they are. AUC is of the requests' own candidates and labels. Call it again for more seeds.
+Each request of the test split ranks all items with the functions that serving exports. The run of target
+attention is the reference. It is also converted and served (`--codewords`, `--order`); other runs are served
+unchanged. AUC is computed on the requests' own candidates and labels. Run the command again for more seeds.
 """
 
 import functools
@@ -30,18 +30,18 @@ from tarq_jax.training import setup
 from tarq_jax.training.restore import Run, load_run
 from tarq_jax.types import Batch
 
-ATTENTION = flags.DEFINE_string("attention", None, "Run of target attention: the reference.", required=True)
+ATTENTION = flags.DEFINE_string("attention", None, "Run of target attention, the reference.", required=True)
 RUNS = flags.DEFINE_multi_string("run", [], "Another run on the same data; repeat for more.")
-CODEWORDS = flags.DEFINE_list("codewords", ["64", "256"], "K of conversions of the reference.")
-ORDERS = flags.DEFINE_list("order", ["0", "1"], "Of conversions of the reference.")
-TOP_K = flags.DEFINE_integer("top_k", 500, "Candidates that are kept.", lower_bound=1)
+CODEWORDS = flags.DEFINE_list("codewords", ["64", "256"], "Codewords (K) for converting the reference.")
+ORDERS = flags.DEFINE_list("order", ["0", "1"], "Orders for converting the reference.")
+TOP_K = flags.DEFINE_integer("top_k", 500, "Number k of best items in recall@k.", lower_bound=1)
 JSON = cli.json_flag()
 
 BATCH = 100  # requests at a time
 
 
 def served(reference: Run) -> Iterator[tuple[str, Method]]:
-    """(name, method) of all that is compared, the reference first."""
+    """(name, method) of everything to compare, the reference first."""
     yield "target attention", method_of(reference)
     for order in ORDERS.value:
         for codewords in CODEWORDS.value:
@@ -75,14 +75,14 @@ def scores_of(method: Method, dataset: Dataset) -> np.ndarray:
 
 
 def labelled(dataset: Dataset) -> Iterator[Batch]:
-    """The requests of the test split again, with their candidates."""
+    """The requests of the test split, with their candidates."""
     for batch in eval_batches(dataset, "test", batch_size=BATCH, **setup.batch_shapes(dataset)):
         real = batch.candidate_mask.any(1)
         yield jax.tree.map(functools.partial(np.compress, real, axis=0), batch)
 
 
 def quality(dataset: Dataset, scores: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Recall of the reference's best items, and AUC of the requests' own candidates."""
+    """Recall of the reference's best items, and AUC on the requests' own candidates."""
     batches = list(labelled(dataset))
     ids, labels, masks = (np.concatenate(columns) for columns in zip(*(
         (batch.candidates[ITEM_ID], batch.labels, batch.candidate_mask) for batch in batches), strict=True))
@@ -93,7 +93,7 @@ def quality(dataset: Dataset, scores: np.ndarray, reference: np.ndarray) -> dict
 
 
 def main() -> None:
-    """Flags to table."""
+    """Compares what the flags ask for and prints the table."""
     run = load_run(Path(ATTENTION.value))
     rows: list[dict[str, Any]] = []
     reference = None

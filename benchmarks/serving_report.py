@@ -1,4 +1,4 @@
-"""The page of `benchmarks.serving`: what was found, as figures and tables, from its rows alone."""
+"""The page of `benchmarks.serving`: figures and tables, made only from its rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ FILES = {"serving_candidates.png": "latency by candidates", "serving_history.png
 
 
 def write(rows: Rows, main: tuple[int, int], folder: Path) -> None:
-    """`serving.html`, which needs no other file, and the figures as PNGs."""
+    """Writes `serving.html`, which needs no other file, and the figures as PNGs."""
     candidates, history = main
     images = [plots.png(figure) for figure in (
         work_figure(rows, history), request_figure(rows, candidates), parts_figure(rows))]
@@ -43,7 +43,7 @@ def write(rows: Rows, main: tuple[int, int], folder: Path) -> None:
 
 
 def of_kind(rows: Rows, kind: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of a kind, with the given columns beside `model` where any are given."""
+    """Rows of a kind; if columns are given, only `model` and these."""
     found = [row for row in rows if row["kind"] == kind]
     if columns:
         return [{key: "-" if row.get(key) is None else row[key] for key in ("model", *columns)}
@@ -52,7 +52,7 @@ def of_kind(rows: Rows, kind: str, columns: Sequence[str] = ()) -> list[dict[str
 
 
 def work_figure(rows: Rows, history: int) -> Figure:
-    """A line a method: codebooks and item side over candidates."""
+    """A line per method: time of codebooks and item side by number of candidates."""
     codebooks = {row["model"]: row["latency_p50_ms"] for row in rows
                  if row["kind"] == "part" and row["part"] == "codebooks" and row["history"] == history}
     lines: dict[str, dict[int, float]] = {}
@@ -64,7 +64,7 @@ def work_figure(rows: Rows, history: int) -> Figure:
 
 
 def request_figure(rows: Rows, candidates: int) -> Figure:
-    """A line a method: whole requests over the length of the history."""
+    """A line per method: time of complete requests by length of the history."""
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["kind"] == "request" and row["candidates"] == candidates:
@@ -73,6 +73,6 @@ def request_figure(rows: Rows, candidates: int) -> Figure:
 
 
 def parts_figure(rows: Rows) -> Figure:
-    """A bar a method, its parts on top of each other."""
+    """A bar per method, with its parts stacked."""
     return plots.stacked({row["model"]: {part: row.get(f"{part}_ms", 0.0) for part in PARTS}
                           for row in rows if row["kind"] == "breakdown"}, "ms")

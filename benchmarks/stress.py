@@ -1,16 +1,16 @@
-"""Puts services under more load than they hold, and tells what became of requests, latency and memory.
+"""Overloads services, and reports what happens to requests, latency and memory.
 
     pip install -e '.[serve]'
     python -m benchmarks.stress --json=benchmarks/results/stress.json --report=DIR
 
-TARQ, two-tower and target attention, of one size with random weights, one after the other: each is served by
-a process of its own on loopback, with the default settings of `tarq_jax.serving.server`, and asked for the
-best 500 of all its items. First one request at a time, then the most that it answers a second; from there on
-arrivals are Poisson and do not wait for answers, and latency counts from when a request was due. Load rises
-in stages to twice what the service holds, and stays there while bad requests come, other artefacts take
-over and a damaged one is refused. Then the process is killed and started again under half the load, and one
-request at a time is sent once more. What asks and what answers share the machine. `--quick` goes through all
-of it in seconds that say nothing.
+TARQ, two-tower and target attention, of one size with random weights, are tested one after the other. Each is
+served by its own process on loopback, with the default settings of `tarq_jax.serving.server`, and ranks all
+its items for the best 500. The first stage sends one request at a time, the second measures the most answers
+per second. From then on arrivals are Poisson and do not wait for answers, and latency counts from the time at
+which a request was due. Load rises in stages to twice what the service can sustain. It stays there while bad
+requests are sent, the service is swapped to other artefacts, and a damaged artefact is refused. Then the
+process is killed and restarted under half the load, and at the end one request at a time is sent again. Load
+generator and service share the machine. `--quick` runs everything with numbers that mean nothing.
 """
 
 import os
@@ -47,28 +47,28 @@ from benchmarks.stress_service import (
 from tarq_jax import cli, reporting
 from tarq_jax.serving import load
 
-REPORT = flags.DEFINE_string("report", None, "Folder to write a page with figures to.",
+REPORT = flags.DEFINE_string("report", None, "Folder for a page with figures.",
                              allow_override=True)
-QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes and seconds, to see that everything runs.",
+QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes and short stages, to check that everything runs.",
                           allow_override=True)
-HELD_SECONDS = flags.DEFINE_float("held_seconds", 90.0, "How long twice the load is held.", lower_bound=1.0)
+HELD_SECONDS = flags.DEFINE_float("held_seconds", 90.0, "Seconds of twice the load.", lower_bound=1.0)
 JSON = cli.json_flag()
 
-MARGIN = 3.0  # times the rate of one request at a time: more than batches save
+MARGIN = 3.0  # times the rate of one request at a time: more than batching can gain
 
 
 class Plan(NamedTuple):
-    """What services have to bear."""
+    """What the services must withstand."""
 
     sizes: Sizes = Sizes(items=10_000)
     history: int = 250
     top_k: int = 500
     stage: float = 8.0  # seconds of a stage
-    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the most that it answers
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the most answers per second
     held: float = 90.0  # seconds of the last stage, with swaps and bad requests
     swap_every: float = 8.0  # seconds
     hostile_every: float = 0.5
-    killed: float = 20.0  # seconds of half the load, with a kill after a quarter
+    killed: float = 20.0  # seconds of half the load, with a kill after a quarter of them
     connections: int = 128
 
 
@@ -79,14 +79,14 @@ TINY = Plan(
 
 
 class Trial:
-    """A service under test: all that is sent to it and done to it, on one clock.
+    """A service under test: everything that is sent to it or done to it, on one clock.
 
     Attributes:
       rows: `kind` is stage, second, event or memory.
     """
 
     def __init__(self, name: str, plan: Plan, service: Service, console: Console):
-        """Nothing is sent yet."""
+        """Prepares the requests; sends nothing yet."""
         self.rows: list[dict[str, Any]] = []
         self._name, self._plan, self._service, self._console = name, plan, service, console
         self._start = time.perf_counter()
@@ -110,7 +110,7 @@ class Trial:
         return found
 
     def one_at_a_time(self, name: str) -> dict[str, Any]:
-        """Latency without load."""
+        """Measures latency without load."""
         began, sent = self._clock(), list[load.Sent]()
         with self._service.client() as client:
             while (due := self._clock() - began) < self._plan.stage:
@@ -119,7 +119,7 @@ class Trial:
         return self._stage(name, sent, began, self._plan.stage)
 
     def under(self, name: str, rate: float, seconds: float, **facts: Any) -> dict[str, Any]:
-        """So many requests a second, whatever comes of them."""
+        """Sends `rate` requests per second, whether they are answered or not."""
         self._console.print(f"{self._name}: {name}, {rate:,.0f} requests a second for {seconds:.0f} s")
         began, times = self._clock(), load.arrivals(rate, seconds, len(self.rows))
         sent = load.send(self._service.url, self._bodies, times, connections=self._plan.connections,
@@ -127,7 +127,7 @@ class Trial:
         return self._stage(name, sent, began, seconds, rate=rate, **facts)
 
     def act(self, what: str, action: Callable[[Service, int], Outcome]) -> Callable[[int], None]:
-        """The action as `repeatedly` calls it; what comes of it is kept."""
+        """The action in the form that `repeatedly` calls; its outcome is recorded."""
         def call(number: int) -> None:
             began = self._clock()
             outcome = action(self._service, number)
@@ -136,16 +136,16 @@ class Trial:
         return call
 
     def sample_memory(self, _: int = 0) -> None:
-        """Keeps what the process holds now."""
+        """Records the current memory of the process."""
         self._keep("memory", second=self._clock(), memory_mb=self._service.memory_mb())
 
 
 def undergo(trial: Trial, plan: Plan) -> None:
-    """All that a service has to bear, one after the other."""
+    """Runs all stages on a service, one after the other."""
     alone = trial.one_at_a_time(ALONE)
     rate = MARGIN * 1e3 / alone["latency_p50_ms"]
     most = trial.under("as much as it answers", rate, plan.stage)["answered_per_second"]
-    for share in plan.shares:  # of the most so far: some answer more where less has to be refused
+    for share in plan.shares:  # of the most so far: some services answer more if they refuse less
         most = max(most, trial.under("ramp", share * most, plan.stage, share=share)["answered_per_second"])
     with repeatedly(trial.act("swap", swap), plan.swap_every), \
             repeatedly(trial.act("hostile", send_hostile), plan.hostile_every):
@@ -156,7 +156,7 @@ def undergo(trial: Trial, plan: Plan) -> None:
 
 
 def run(plan: Plan, console: Console) -> Iterator[dict[str, Any]]:
-    """All rows, those of `Trial` and of `stress_report.claims`; `kind` tells which."""
+    """All rows, from `Trial` and from `stress_report.claims`; `kind` distinguishes them."""
     dataset = make_dataset(plan.sizes)
     names = (tarq_name(1, "mlp", plan.sizes.few_codewords), TWO_TOWER, IN_BLOCKS)
     yield {"kind": "machine", "cores": os.cpu_count(), "load": os.getloadavg()[0]}
@@ -174,7 +174,7 @@ def run(plan: Plan, console: Console) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Flags to tables and page."""
+    """Tests the services, prints the tables and writes the page."""
     plan = TINY if QUICK.value else Plan(held=HELD_SECONDS.value)
     rows = list(run(plan, Console(stderr=True)))
     for kind, title in (("stage", "stages"), ("claim", "what has to hold")):

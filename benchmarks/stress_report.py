@@ -1,4 +1,4 @@
-"""What a stress test found: what has to hold, and the page of `benchmarks.stress`, from its rows alone."""
+"""Results of a stress test: claims and the page of `benchmarks.stress`, made only from its rows."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ from tarq_jax.experiments.page import Section, render
 
 ALONE, AFTERWARDS = "one at a time", "one at a time, after all that"  # names of stages
 HELD, KILLED = "held, with swaps and bad requests", "killed and started again"
-DELAY_MS = 2.0  # of micro-batching, as `tarq_jax.serving.server` has it by default
-GROWTH = 1.05  # of memory, from the first to the last third of some stages
+DELAY_MS = 2.0  # default delay of micro-batching in `tarq_jax.serving.server`
+GROWTH = 1.05  # largest allowed growth of memory from the first to the last third of some stages
 FILE = "stress.png"
 
 
 def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
-    """What has to hold of one service: a value, the most that it may be, and the verdict on it."""
+    """The claims about one service: for each a value, its upper bound if there is one, and the verdict."""
     def kind(name: str, **wanted: Any) -> list[Mapping[str, Any]]:
         return [row for row in rows if row["kind"] == name and wanted.items() <= row.items()]
 
@@ -52,7 +52,7 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
 
 
 def memory_growth(rows: Rows, stages: Rows) -> float:
-    """Of the process during consecutive stages: median of the last third over that of the first."""
+    """Growth of memory over consecutive stages: median of the last third divided by that of the first."""
     begin, end = stages[0]["second"], stages[-1]["second"] + stages[-1]["seconds"]
     thirds: list[list[float]] = [[], [], []]
     for row in rows:
@@ -63,7 +63,7 @@ def memory_growth(rows: Rows, stages: Rows) -> float:
 
 
 def write(rows: Rows, folder: Path) -> None:
-    """`stress.html`, which needs no other file, and its figure as a PNG."""
+    """Writes `stress.html`, which needs no other file, and its figure as a PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     image = plots.png(figure(rows))
     (folder / FILE).write_bytes(image)
@@ -81,7 +81,7 @@ def write(rows: Rows, folder: Path) -> None:
 
 
 def figure(rows: Rows) -> Figure:
-    """A column a service: latency, outcomes and memory by second."""
+    """A column per service: latency, outcomes and memory by second."""
     columns: dict[str, dict[str, dict[str, plots.Line]]] = {}
     marks: dict[str, dict[str, list[float]]] = {}
     for model in dict.fromkeys(row["model"] for row in rows if row["kind"] == "stage"):

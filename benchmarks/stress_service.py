@@ -1,4 +1,4 @@
-"""What a stress test puts under load: artefacts, a service in its own process, and what is done to it."""
+"""Artefacts and services for a stress test, and the actions on a service."""
 
 import http.client
 import itertools
@@ -26,17 +26,17 @@ from tarq_jax.serving.method import Method
 from tarq_jax.serving.vectors import Storage
 
 TOKEN = "stress"
-MEMORY = "process_resident_memory_bytes"  # as /metrics has it
+MEMORY = "process_resident_memory_bytes"  # its name in /metrics
 SWAPS = (  # one after the other
-    {"artefact": "2"},  # trained anew
+    {"artefact": "2"},  # retrained
     {"artefact": "1", "index": "index-1"},  # another model and index
-    {"artefact": "1"},  # another index alone
+    {"artefact": "1"},  # only another index
     {"artefact": "damaged"},  # refused
-    {"artefact": "3"},  # other programs, which have to be compiled
+    {"artefact": "3"},  # other programs, which must be compiled
 )
 READY = 120.0  # seconds that a start may take
 
-# Each has to be told what is wrong: a status from 400 to 499 with an error.
+# Each must be refused with a status from 400 to 499 and an error that says what is wrong.
 HOSTILE: tuple[tuple[str, bytes], ...] = (
     ("no JSON", b"{"), ("no object", b"[1, 2]"), ("nothing", b""), ("no UTF-8", b"\xff\xfe"),
     ("history is text", b'{"history": "x"}'), ("ids are text", b'{"history": {"item_id": ["a"]}}'),
@@ -52,15 +52,15 @@ HOSTILE: tuple[tuple[str, bytes], ...] = (
 
 
 class Outcome(NamedTuple):
-    """What came of something that was done to a service."""
+    """The outcome of an action on a service."""
 
     detail: str
     outcome: str
-    fine: bool  # whether that is how it should end
+    fine: bool  # whether this is the right outcome
 
 
 def write_artefacts(contender: Contender, dataset: Dataset, folder: Path, history: int) -> None:
-    """In a new folder: `1`, `2` (other weights), `3` (half the bytes), `index-1` (no item 1), `damaged`."""
+    """Writes `1`, `2` (other weights), `3` (half the bytes), `index-1` (no item 1) and `damaged`."""
     method = contender.method
     versions: dict[str, tuple[Method, Storage]] = {
         "1": (method, "float32"), "2": (trained_anew(method), "float32"), "3": (method, "bfloat16"),
@@ -75,7 +75,7 @@ def write_artefacts(contender: Contender, dataset: Dataset, folder: Path, histor
 
 
 def trained_anew(method: Method) -> Method:
-    """The same with other weights, as after another day of training."""
+    """The same method with other weights, as after another day of training."""
     def other(weights: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf * 1.01 if leaf.dtype.kind == "f" else leaf, weights)
 
@@ -84,13 +84,13 @@ def trained_anew(method: Method) -> Method:
 
 
 class Service:
-    """A service in a process of its own, on loopback; use it as a context manager."""
+    """A service in its own process, on loopback; use it as a context manager."""
 
     def __init__(self, folder: Path):
-        """Starts it, of artefact `1` in the folder, with its default settings, and waits until it is ready.
+        """Starts it on artefact `1` in the folder, with default settings, and waits until it is ready.
 
         Raises:
-          OSError: it ended, or did not get ready.
+          OSError: the process ended, or did not become ready.
         """
         self._folder = folder
         (folder / "token").write_text(TOKEN)
@@ -100,7 +100,7 @@ class Service:
         self.start()
 
     def start(self) -> float:
-        """Starts the process; the seconds until it was ready."""
+        """Starts the process; returns the seconds until it was ready."""
         began = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tarq_jax.serving.server", f"--artefact={self._folder / '1'}",
@@ -129,7 +129,7 @@ class Service:
         return Client(self.url, token=TOKEN, timeout=timeout)
 
     def memory_mb(self) -> float:
-        """Of the process, resident; nan where the service does not answer."""
+        """Resident memory of the process; nan if the service does not answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5.0)
         try:
             connection.request("GET", "/metrics")
@@ -141,13 +141,13 @@ class Service:
         return next(float(line.split()[1]) / 1e6 for line in lines if line.startswith(MEMORY))
 
     def restart(self) -> float:
-        """SIGKILL, and another start; the seconds until it was ready."""
+        """Kills the process with SIGKILL and starts it again; returns the seconds until it was ready."""
         self._process.kill()
         self._process.communicate()
         return self.start()
 
     def end(self) -> str:
-        """SIGTERM twice, which does not wait; what it printed to stderr."""
+        """Sends SIGTERM twice, which skips the draining; returns what the process printed to stderr."""
         for _ in range(2):
             if self.alive:
                 self._process.send_signal(signal.SIGTERM)
@@ -166,7 +166,7 @@ class Service:
 
 
 def swap(service: Service, number: int) -> Outcome:
-    """The next of `SWAPS`."""
+    """Asks for the next of `SWAPS`."""
     body = SWAPS[number % len(SWAPS)]
     bad = body["artefact"] == "damaged"
     detail = " with ".join(body.values())
@@ -180,7 +180,7 @@ def swap(service: Service, number: int) -> Outcome:
 
 
 def send_hostile(service: Service, number: int) -> Outcome:
-    """The next of `HOSTILE`; that the service is busy is a right answer, too."""
+    """Sends the next of `HOSTILE`; a refusal because the service is busy is right, too."""
     name, body = HOSTILE[number % len(HOSTILE)]
     try:
         with service.client() as client:
@@ -204,7 +204,7 @@ def kill(service: Service, number: int) -> Outcome:
 
 @contextmanager
 def repeatedly(action: Callable[[int], None], every: float, most: int | None = None) -> Iterator[None]:
-    """Calls with 0, 1, ... every so many seconds in a thread while the context lasts, `most` times."""
+    """Calls the action with 0, 1, ... every `every` seconds in a thread, at most `most` times."""
     stop = threading.Event()
 
     def work() -> None:

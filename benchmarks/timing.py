@@ -1,4 +1,4 @@
-"""How benchmarks measure: medians with their spread, on results that are really there."""
+"""How benchmarks measure time: in turns, until the results are ready."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -9,17 +9,17 @@ import numpy as np
 
 Name = TypeVar("Name", bound=Hashable)
 
-SHORT = 0.02  # seconds of a call that is made twice where calls are measured in turns
+SHORT = 0.02  # seconds; a shorter call is made twice per turn, the first time uncounted
 
 
 def in_turns(
     calls: Mapping[Name, Callable[[], Any]], *, seconds: float, least: int = 3, most: int = 100,
 ) -> dict[Name, np.ndarray]:
-    """Seconds of each call, measured in turns, so that what else the machine does falls on all alike.
+    """Seconds of each call, measured in turns, so that other work of the machine affects all calls equally.
 
     Each is called for about `seconds`, at least `least` and at most `most` times, spread evenly over the
-    turns. A short call is made once more before, uncounted: its data are in the cache then, as they are
-    where nothing else runs.
+    turns. Each short call is preceded by an uncounted one, which brings its data into the cache, as if
+    nothing else ran.
     """
     counts, short = {}, {}
     for name, call in calls.items():
@@ -39,7 +39,7 @@ def in_turns(
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Of one call, until its results are ready."""
+    """Seconds of one call, until its results are ready."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start

@@ -1,14 +1,15 @@
-"""A whole training step of TARQ against the same in PyTorch, on one device in one run.
+"""A complete training step of TARQ against the same step in PyTorch, on one device in one run.
 
     pip install -e '.[bench]'
     python -m benchmarks.training_step --json=benchmarks/results/training_step.json
 
-Both have the model, sizes, batch, losses and AdamW of `configs/synthetic.py` (order 1, EMA codebook) and
-`configs/synthetic_order_0.py`. PyTorch starts from our parameters; every loss has to agree in each of
-`CHECKED` steps, or the command fails. Measured in turns (ours, PyTorch, ours, ...), medians, with batches
-ready in memory. On a machine of more cores, call it under `taskset -c 0,1`. PyTorch's threads wait for
-each other, so that beside other work one may be faster than two: it is measured with both numbers. With
-`--device=cuda` both train on a GPU, products in float32 throughout; losses may then differ ten times as much.
+Both use the model, sizes, batch, losses and AdamW of `configs/synthetic.py` (order 1, EMA codebook) and
+`configs/synthetic_order_0.py`. PyTorch starts from our parameters; every loss must agree in each of `CHECKED`
+steps, or the command fails. Steps are measured in turns (ours, PyTorch, ours, ...) with batches ready in
+memory; the rows give medians. On a machine with more than two cores, call it under `taskset -c 0,1`.
+PyTorch's threads wait for each other, so one thread may be faster than two if the machine does other work:
+both numbers are measured. With `--device=cuda` both train on a GPU, with all products in float32; losses may
+then differ ten times as much.
 """
 
 import itertools
@@ -28,10 +29,10 @@ from tarq_jax import cli, data, reporting
 from tarq_jax.training import setup
 from tarq_jax.types import Batch
 
-CONFIG_NAMES = flags.DEFINE_list("configs", ["order 1", "order 0"], "Which of the two to measure.")
-ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each.")
-STEPS = flags.DEFINE_integer("steps", 10, "Steps a turn.")
-THREADS = flags.DEFINE_list("threads", ["2", "1"], "Of PyTorch; JAX takes all cores that it is given.")
+CONFIG_NAMES = flags.DEFINE_list("configs", ["order 1", "order 0"], "Configurations to measure.")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each contender.")
+STEPS = flags.DEFINE_integer("steps", 10, "Steps per turn.")
+THREADS = flags.DEFINE_list("threads", ["2", "1"], "PyTorch's threads; JAX uses all cores.")
 DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "Of PyTorch; has to be that of JAX.")
 JSON = cli.json_flag()
 
@@ -40,25 +41,25 @@ BATCHES, CHECKED, TOLERANCE = 16, 5, {"cpu": 1e-3, "cuda": 1e-2}
 
 
 class Workload(NamedTuple):
-    """What both train."""
+    """What both implementations train."""
 
     config: ml_collections.ConfigDict
     dataset: data.Dataset
     batches: list[Batch]  # with NumPy leaves
-    parts: setup.Setup  # of one device; codebook fitted and in use
+    parts: setup.Setup  # on one device, with a fitted codebook in use
 
 
 class Contender(NamedTuple):
-    """One way to take steps: each goes on from where it was."""
+    """One implementation of the step; it continues from its last state."""
 
     name: str
-    step: Callable[[int], Any]  # index of a batch -> the loss, perhaps still on its way
-    wait: Callable[[Any], Any]  # for losses that are
-    losses: Callable[[int], np.ndarray]  # the same, all losses, on the host
+    step: Callable[[int], Any]  # index of a batch -> the loss, perhaps not computed yet
+    wait: Callable[[Any], Any]  # waits until such losses are computed
+    losses: Callable[[int], np.ndarray]  # the same step, with all losses, on the host
 
 
 def make_workload(config: ml_collections.ConfigDict) -> Workload:
-    """The data of the configuration, fewer requests of it, and a state at the codebook's start."""
+    """The configuration's data with fewer requests, and a state just after the codebook is initialised."""
     config.steps = 100_000  # far from the end of the learning rate's schedule
     options = {"train_requests": 2048, "validation_requests": 1, "test_requests": 1} | {
         name: config.data[name] for name in ("num_items", "history_length", "sharpness", "seed")}
@@ -71,7 +72,7 @@ def make_workload(config: ml_collections.ConfigDict) -> Workload:
 
 
 def ours(workload: Workload) -> Contender:
-    """The compiled step of training, health metrics and revival included."""
+    """The compiled training step, including health metrics and revival."""
     way, mesh, objective, optimizer, state = workload.parts
     step = setup.compile_step(workload.config, objective, optimizer, mesh, state)
     state = jax.tree.map(lambda leaf: leaf.copy(), state)
@@ -92,7 +93,7 @@ def ours(workload: Workload) -> Contender:
 
 
 def pytorch(workload: Workload, compiled: bool, threads: int, device: str = "cpu") -> Contender:
-    """The peer, eagerly or under `torch.compile`, with the fused AdamW."""
+    """The PyTorch peer, eager or under `torch.compile`, with the fused AdamW."""
     import torch
 
     from benchmarks.peers import from_flax, torch_tarq
@@ -138,7 +139,7 @@ def pytorch(workload: Workload, compiled: bool, threads: int, device: str = "cpu
 
 
 def check_same(own: Contender, peer: Contender, tolerance: float = TOLERANCE["cpu"]) -> float:
-    """Largest relative difference of any loss over the first steps; a ValueError beyond the tolerance."""
+    """Largest relative difference of any loss over the first steps; raises ValueError above the tolerance."""
     worst = 0.0
     for index in range(CHECKED):
         expected, found = own.losses(index), peer.losses(index)
@@ -149,7 +150,7 @@ def check_same(own: Contender, peer: Contender, tolerance: float = TOLERANCE["cp
 
 
 def seconds_of_turns(contenders: list[Contender], console: Console, title: str) -> dict[str, list[float]]:
-    """Seconds a step, a number a turn, of each; one turn is left out as warm-up."""
+    """Seconds per step of each contender, one number per turn; the first turn is a warm-up and left out."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in track(range(ROUNDS.value + 1), title, console=console):
         for contender in contenders:
@@ -162,7 +163,7 @@ def seconds_of_turns(contenders: list[Contender], console: Console, title: str) 
 
 
 def compare(name: str, console: Console) -> Iterator[dict[str, Any]]:
-    """A row a contender: candidate examples a second, and ours over it."""
+    """A row per contender: candidate examples per second, and its time divided by ours."""
     workload = make_workload(CONFIGS[name].get_config())
     threads = [int(number) for number in THREADS.value] if DEVICE.value == "cpu" else [1]
     peers = [pytorch(workload, compiled, number, DEVICE.value)
@@ -180,7 +181,7 @@ def compare(name: str, console: Console) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Flags to table."""
+    """Measures what the flags ask for and prints the table."""
     if (found := jax.default_backend().replace("gpu", "cuda")) != DEVICE.value:
         cli.wrong_call(f"--device is {DEVICE.value!r}, expected {found!r}, on which JAX runs")
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,13 +1,15 @@
-"""Whether a program became slower: what noise cannot explain, and nothing else.
+"""Whether a program became slower, by more than noise can explain.
 
-A program is measured in several processes, as one process may be lucky with where its memory lies. What
-counts is the lower quartile of the times of each, since whatever disturbs only adds to them. It is called
-slower if the median over pairs of an old and a new process says so by more than `TOLERANCE`, and `SHARE` of
-the pairs say so at all; what looks so is measured again, and counts with both measurements. Likewise faster.
-Where both are measured in turns pairs are those of the same turns; where the old numbers are from a file each
-new process is paired with each old one, and all are divided by how much faster or slower the machine is than
-it was: the median over the `plain` implementations, which live beside the benchmarks and do not change with
-the library.
+A program is measured in several processes, because the placement of memory can favour one process. The lower
+quartile of each process's times counts, because disturbances only add time. For each pair of a new and an old
+process, the ratio of their times is taken. The program is called slower if the median ratio is above
+`TOLERANCE` and at least `SHARE` of the ratios are above 1. A program whose median ratio is beyond the
+tolerance is measured again, and both measurements count. Faster is defined likewise.
+
+If both versions are measured in turns, the processes that took turns are pairs. If the old numbers come from
+a file, each new process is paired with each old one. All ratios are then divided by the change of the
+machine's speed: the median ratio of the `plain` implementations, which belong to the benchmarks and do not
+change with the library.
 """
 
 import itertools
@@ -18,17 +20,17 @@ import numpy as np
 
 TOLERANCE, SHARE = 1.12, 5 / 6
 
-Times = Mapping[str, Sequence[float]]  # name of a program -> time of each process
+Times = Mapping[str, Sequence[float]]  # name of a program -> typical time of each process
 
 
 class Verdict(NamedTuple):
-    """New time over old, pair by pair."""
+    """New time divided by old time, pair by pair."""
 
     ratios: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
-        """The median."""
+        """The median ratio."""
         return float(np.median(self.ratios))
 
     @property
@@ -41,12 +43,12 @@ class Verdict(NamedTuple):
 
     @property
     def suspect(self) -> bool:
-        """Whether to look again."""
+        """Whether to measure again."""
         return not 1 / TOLERANCE <= self.ratio <= TOLERANCE
 
 
 def in_turns(new: Times, old: Times) -> dict[str, Verdict]:
-    """Of processes that took turns, in their order.
+    """Verdicts for processes that took turns, in their order.
 
     Example:
       >>> found = in_turns({"a": [1.3, 1.2, 1.4], "b": [1.3, 0.9, 1.4]}, {"a": [1.0] * 3, "b": [1.0] * 3})
@@ -58,7 +60,7 @@ def in_turns(new: Times, old: Times) -> dict[str, Verdict]:
 
 
 def against(new: Times, old: Times) -> dict[str, Verdict]:
-    """Of processes of now and of another time."""
+    """Verdicts for new processes against those of another time."""
     common = [name for name in new if name in old]
     still = [np.median(new[name]) / np.median(old[name]) for name in common if "/plain/" in name]
     drift = float(np.median(still)) if still else 1.0
@@ -70,11 +72,11 @@ def against(new: Times, old: Times) -> dict[str, Verdict]:
 def settled(
     first: Mapping[str, Verdict], again: Callable[[list[str]], Mapping[str, Verdict]]
 ) -> dict[str, Verdict]:
-    """Verdicts once suspects were measured again, of both measurements.
+    """Measures suspects again; their verdicts then count both measurements.
 
     Args:
-      first: by name.
-      again: verdicts of a second measurement of the programs of these names.
+      first: verdicts by program name.
+      again: program names -> verdicts of a second measurement of these programs.
     """
     suspects = [name for name, found in first.items() if found.suspect]
     second = again(suspects) if suspects else {}

@@ -1,17 +1,17 @@
-"""A process that measures programs when it is told to, so that two revisions can be measured in turns.
+"""A process that measures programs on request, so that two revisions can be measured in turns.
 
     python -m benchmarks.worker [OPERATION=FACTOR]
 
-Reads a JSON object a line from standard input and answers with another:
+Reads one JSON object per line from standard input, and answers each with another:
 
-    {"peaks": 0.3}                    device, and what it can do at best
+    {"peaks": 0.3}                    device, and its peak rates
     {"key": [operation, workload, implementation, direction]}
-                                      compiles that program: memory, cost, numbers
+                                      compiles that program: memory, cost, error
     {"key": ..., "seconds": 0.1}      runs it for that long: milliseconds of each call
     {"forget": true}                  frees all programs
 
-What cannot be done is answered with a `note`. With OPERATION=FACTOR all calls of that operation but the
-`plain` ones take so many times as long: to try out whether it is noticed.
+If something cannot be done, the answer has a `note`. With OPERATION=FACTOR, all calls of that operation
+except `plain` take FACTOR times as long, to test whether this is noticed.
 """
 
 import functools
@@ -27,20 +27,20 @@ from benchmarks.measuring import Key, Program
 from benchmarks.timing import seconds_of
 from tarq_jax import memory
 
-MOST = 200  # calls of a turn
-SHORT = 0.02  # seconds of a call before which another is made, uncounted: its data are in the cache then
+MOST = 200  # calls in a turn
+SHORT = 0.02  # seconds; before a shorter call another is made, uncounted, to bring its data into the cache
 
 
 @functools.cache
 def program(key: Key) -> Program:
-    """Compiled once, and touched."""
+    """The program, compiled and called once; later calls return the same program."""
     found = measuring.compile_program(key)
     jax.block_until_ready(found.call())
     return found
 
 
 def describe(key: Key) -> dict[str, Any]:
-    """What is known of a program without timing it, and how far its numbers are from those of `plain`."""
+    """The costs of a program, and the error of its numbers relative to those of `plain`."""
     found = program(key)
     row = dict(found.row)
     try:
@@ -76,7 +76,7 @@ def times(key: Key, seconds: float, slowdowns: dict[str, float]) -> list[float]:
 
 
 def answer(request: dict[str, Any], slowdowns: dict[str, float]) -> dict[str, Any]:
-    """To one line."""
+    """The answer to one request."""
     if "peaks" in request:
         return {"peaks": machine.peaks(request["peaks"]), "device": jax.devices()[0].device_kind}
     if "forget" in request:
@@ -87,12 +87,12 @@ def answer(request: dict[str, Any], slowdowns: dict[str, float]) -> dict[str, An
         if "seconds" in request:
             return {"times": times(key, request["seconds"], slowdowns)}
         return describe(key)
-    except (NotImplementedError, KeyError, TypeError, AttributeError) as reason:  # older code lacks a way
+    except (NotImplementedError, KeyError, TypeError, AttributeError) as reason:  # older code lacks it
         return {"note": f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"}
 
 
 def main() -> None:
-    """Lines in, lines out."""
+    """Answers each line of standard input with a line of output."""
     memory.keep_freed()
     slowdowns = {name: float(factor) for name, factor in (text.split("=") for text in sys.argv[1:])}
     for line in sys.stdin:

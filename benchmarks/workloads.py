@@ -1,8 +1,8 @@
-"""Sizes and arguments of operations, for benchmarks and tests alike.
+"""Sizes and arguments of operations, for both benchmarks and tests.
 
-Axis letters are those of `tarq_jax.types`. An array is described by its axes and what it holds: "BHNE"
-numbers, "BGL<K" codes below K, "BN?" a mask of histories of different lengths, of which the last is empty
-where there are several.
+Axis letters are those of `tarq_jax.types`. An array is described by its axes and what it holds: "BHNE" holds
+numbers, "BGL<K" codes below K, "BN?" a mask of histories of different lengths. If there are several
+histories, the last is empty.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SCALE = 0.5  # standard deviation of numbers: attention is neither flat nor saturated
+SCALE = 0.5  # standard deviation of numbers, with which attention is neither flat nor saturated
 
 
 class Sizes(NamedTuple):
@@ -27,13 +27,13 @@ class Sizes(NamedTuple):
     N: int  # positions of the history
 
     def shape(self, axes: str) -> tuple[int, ...]:
-        """Of an array with these axes."""
+        """The shape of an array with these axes."""
         lengths = self._asdict() | {"E": self.D // self.H}
         return tuple(lengths[axis] for axis in axes)
 
 
 WORKLOADS: Mapping[str, Sizes] = {
-    # A request as pre-ranking gets it.
+    # A typical request to pre-ranking.
     "paper": Sizes(B=1, G=10_000, L=3, K=256, D=64, H=4, N=1000),
     # A batch of `configs/synthetic.py`.
     "config": Sizes(B=64, G=16, L=3, K=64, D=32, H=2, N=50),
@@ -41,9 +41,9 @@ WORKLOADS: Mapping[str, Sizes] = {
     "many": Sizes(B=1, G=50_000, L=3, K=256, D=64, H=4, N=50),
     "long": Sizes(B=1, G=1000, L=3, K=256, D=64, H=4, N=10_000),
     "single": Sizes(B=1, G=1, L=2, K=2, D=2, H=1, N=1),
-    # For tests: every length another, none a multiple of anything.
+    # For tests: all lengths differ, and none is a multiple of a block.
     "odd": Sizes(B=2, G=37, L=3, K=20, D=24, H=3, N=45),
-    "blocks": Sizes(B=1, G=530, L=2, K=13, D=16, H=2, N=1030),  # more of everything than a block of a kernel
+    "blocks": Sizes(B=1, G=530, L=2, K=13, D=16, H=2, N=1030),  # more of all than a block of a kernel
 }
 
 

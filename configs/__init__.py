@@ -1,1 +1,1 @@
-"""One file an experiment: `get_config()` returns its settings."""
+"""One file per experiment: `get_config()` returns its settings."""

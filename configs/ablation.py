@@ -1,16 +1,16 @@
-"""What each part of TARQ earns: variants of an experiment, each with one part taken out or exchanged.
+"""What each part of TARQ contributes: variants of an experiment, each with one part removed or replaced.
 
     python -m tarq_jax.experiments.ablate --config=configs/ablation.py --workdir=runs/ablation
 
-The mode names the experiment that is varied, a file in `configs/`; the data of others than `synthetic` are
-given as theirs are:
+The mode names the experiment to vary, a file in `configs/`. For experiments other than `synthetic`, give the
+paths of the data as for that experiment:
 
     python -m tarq_jax.experiments.ablate --config=configs/ablation.py:lastfm --workdir=runs/ablation_lastfm \
         --config.base.data.source=DIR/LastFM.txt --config.base.data.attributes=DIR/LastFM_item2attributes.json
 
-Expected, of test AUC on the synthetic task: `order_0` 0.0026 below `tarq`, `two_tower` 0.061 below,
-`no_guidance` as `tarq`. The alignment loss changes nothing in order 1, where EMA sets the codewords and
-latents have no gradient. About 3 minutes a variant of five seeds on one CPU core.
+Expected test AUC on the synthetic task: `order_0` 0.0026 below `tarq`, `two_tower` 0.061 below, `no_guidance`
+equal to `tarq`. The alignment loss changes nothing in order 1, where EMA sets the codewords and latents have
+no gradient. A variant with five seeds takes about 3 minutes on one CPU core.
 `configs/ablation.py:synthetic,smoke` shrinks it.
 """
 
@@ -25,7 +25,7 @@ BASES = {"synthetic": synthetic, "movielens_100k": movielens_100k, "lastfm": las
 MODELS = ("two_tower", "two_tower_large", "target_attention", "cold", "inttower", "linear_attention", "sdim",
           "eta", "din")
 
-# How the codebook is kept: of order 1, and of order 0, whose latents come from an encoder that losses train.
+# How the codebook is maintained, for order 1, and for order 0, whose latents come from a trained encoder.
 CODEBOOK: dict[str, dict[str, Any]] = {
     "random_codebook": {"codebook": {"init": "random"}},
     "no_revival": {"codebook": {"revive_every": 0}},
@@ -41,7 +41,7 @@ VARIANTS = {
     "order_0": ORDER_0,
     "head_scalar": {"model": {"head": "scalar"}},
     "head_dot": {"model": {"head": "dot"}},
-    # Residual quantization: 2 levels are the least of order 1, a single codebook that of order 0.
+    # Residual quantization: order 1 needs at least 2 levels, order 0 a single codebook.
     "levels_2": {"model": {"num_levels": 2}},
     "levels_4": {"model": {"num_levels": 4}},
     "order_0_levels_1": {"model": {"order": 0, "num_levels": 1}},
@@ -56,7 +56,7 @@ VARIANTS = {
     "gradient_to_backbone": {"model": {"student_gradient": "backbone"}},
     "gradient_to_teacher": {"model": {"student_gradient": "teacher"}},
     "order_0_no_guidance": ORDER_0 | NO_GUIDANCE,
-    # The codebook. There is no `no_alignment` of order 1: it would be `tarq` to the bit.
+    # The codebook. There is no `no_alignment` for order 1: it would equal `tarq` bit for bit.
     **CODEBOOK,
     **{f"order_0_{name}": ORDER_0 | changes for name, changes in CODEBOOK.items()},
     "order_0_no_alignment": ORDER_0 | {"loss_weights": {"alignment": 0.0}},
@@ -65,10 +65,10 @@ VARIANTS = {
 
 
 def get_config(mode: str = "") -> ml_collections.ConfigDict:
-    """The study: an experiment, what its variants change, and which of them the others are compared with.
+    """The study: an experiment, its variants, and the variant with which the others are compared.
 
     Args:
-      mode: a key of `BASES`, "smoke" for its short form, or both with a comma between.
+      mode: a key of `BASES`, "smoke" for the short form, or both with a comma between.
 
     Raises:
       ValueError: another mode.

@@ -1,4 +1,4 @@
-"""TARQ on Amazon Beauty (5-core): which product came next, among 15 drawn by popularity?
+"""TARQ on Amazon Beauty (5-core): which product came next, ranked against 15 drawn by popularity?
 
     python train.py --config=configs/beauty.py --workdir=runs/beauty \
         --config.data.source=DIR/Beauty.txt --config.data.attributes=DIR/Beauty_item2attributes.json

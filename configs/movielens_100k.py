@@ -1,15 +1,15 @@
 """TARQ on MovieLens-100K: will the user rate this film 4 or better?
 
-A user's ratings in order of time: the first 70% train, the next 10% validate, the last 20% test.
-The history holds films rated strictly before, each with whether it was liked.
+Each user's ratings are in order of time: the first 70% train, the next 10% validate, the last 20% test.
+The history holds the films that the user rated strictly earlier, each with whether the user liked it.
 
     python train.py --config=configs/movielens_100k.py --workdir=runs/movielens_100k \
         --config.data.source=DIR
 
 DIR is the folder of the data set as GroupLens ships it, or in `.inter/.item/.user` files.
 
-Expected: a test AUC of 0.78 for every model: 100,000 ratings open no gap between them. About a minute
-on 2 CPU cores.
+Expected: a test AUC of 0.78 for every model; 100,000 ratings are too few to separate them. About a minute on
+2 CPU cores.
 """
 
 import ml_collections

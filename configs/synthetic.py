@@ -1,8 +1,8 @@
 """TARQ on the built-in synthetic task, whose labels come from a softmax attention over the history.
 
-Shows that a student of L=3 levels of K=64 codewords, with look-ups of order 1, wins back most of what
-a two-tower model loses against full target attention. `synthetic_order_0.py` has look-ups alone,
-`synthetic_paper.py` the paper's settings, `synthetic_collapse.py` what goes wrong.
+Shows that a student with L=3 levels of K=64 codewords and look-ups of order 1 recovers most of the gap
+between a two-tower model and full target attention. `synthetic_order_0.py` uses look-ups of order 0,
+`synthetic_paper.py` the paper's settings; `synthetic_collapse.py` shows collapsed codebooks.
 
     python train.py --config=configs/synthetic.py --workdir=runs/synthetic
 

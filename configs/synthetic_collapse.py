@@ -1,7 +1,7 @@
-"""The synthetic task with random codebooks, no alignment and no revival: what collapse looks like.
+"""The synthetic task with random codebooks, no alignment and no revival, to show collapse.
 
-The rest is `configs/synthetic_order_0.py`. Most codewords end up unused at the first level, and the
-student's attention output is further from the teacher's.
+All other settings are those of `configs/synthetic_order_0.py`. Most codewords of the first level end up
+unused, and the student's attention output is further from the teacher's.
 
     python train.py --config=configs/synthetic_collapse.py --workdir=runs/collapse
 

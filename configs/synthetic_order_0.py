@@ -1,7 +1,8 @@
-"""The synthetic task with look-ups alone, of order 0, as the paper serves them.
+"""The synthetic task with look-ups of order 0, as in the paper.
 
-A student of its own encodes items, attends level by level, and learns from the teacher by
-reconstruction, distillation and alignment. The rest is `configs/synthetic.py`.
+The student has its own item encoder and its own attention for each level, and learns from the teacher by
+output reconstruction, distillation and alignment. Codewords are learned by gradient. All other settings are
+those of `configs/synthetic.py`.
 
     python train.py --config=configs/synthetic_order_0.py --workdir=runs/order_0
 

@@ -1,12 +1,13 @@
-"""The synthetic task as the paper has it: alignment at weight 1.0 on all requests, items decoded.
+"""The synthetic task with the paper's settings: alignment at weight 1.0 on all requests, items decoded.
 
-The rest is `configs/synthetic_order_0.py`, which weighs alignment by 0.003 and decodes the teacher's query:
-summed over levels alignment is some twenty times the other losses, and at full weight it moves the
-codebooks away from what the student needs. The student's gradients reach the backbone.
+The student's gradients reach the backbone. All other settings are those of `configs/synthetic_order_0.py`,
+where alignment has weight 0.003 and the decoder reconstructs the teacher's query. Summed over levels,
+alignment is some twenty times as large as the other losses; at full weight it moves the codebooks away from
+what the student needs.
 
     python train.py --config=configs/synthetic_paper.py --workdir=runs/paper
 
-Expected: a test AUC of about 0.749, seven tenths of the gap, against nine tenths; two minutes on 2 CPU
+Expected: a test AUC of about 0.749, seven tenths of the gap, compared with nine tenths; two minutes on 2 CPU
 cores.
 """
 

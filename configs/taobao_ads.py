@@ -1,14 +1,14 @@
-"""TARQ on Taobao display ads: will the user click the ad, after what was looked at and bought before?
+"""TARQ on Taobao display ads: will the user click the ad, given earlier views and purchases?
 
-Six days of ads train, the seventh validates, the eighth tests; histories of up to 50 behaviors, each a
-category and a brand. The data are prepared by Apache Beam (`tarq_jax.experiments.prepare` has other runners
-than this machine) and read from disk.
+Six days of ads train, the seventh validates, the eighth tests. Histories have up to 50 behaviors, each with a
+category and a brand. Apache Beam prepares the data on this machine (`tarq_jax.experiments.prepare` can use
+other runners), and training reads them from disk.
 
     python train.py --config=configs/taobao_ads.py --workdir=runs/taobao_ads --config.data.source=DIR
 
 DIR is the folder with raw_sample.csv, ad_feature.csv, user_profile.csv and behavior_log.csv.
 
-Expected: not known yet; the configuration was run on small files of the same form only.
+Expected: not known yet; the configuration was run only on small files of the same form.
 """
 
 import ml_collections

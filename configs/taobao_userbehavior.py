@@ -1,13 +1,13 @@
-"""TARQ on Taobao UserBehavior: which item does a user open next, among 15 drawn by popularity?
+"""TARQ on Taobao UserBehavior: which item does a user open next, ranked against 15 drawn by popularity?
 
-Seven days train, the eighth validates, the ninth tests; histories of up to 200 events, padded to 16, 50 or
-200. The data are prepared by Apache Beam (`tarq_jax.experiments.prepare` has other runners than this machine)
-and read from disk.
+Seven days train, the eighth validates, the ninth tests. Histories have up to 200 events, padded to 16, 50 or
+200. Apache Beam prepares the data on this machine (`tarq_jax.experiments.prepare` can use other runners), and
+training reads them from disk.
 
     python train.py --config=configs/taobao_userbehavior.py --workdir=runs/taobao_userbehavior \
         --config.data.source=DIR/UserBehavior.csv
 
-Expected: not known yet; the configuration was run on small files of the same form only.
+Expected: not known yet; the configuration was run only on small files of the same form.
 """
 
 import ml_collections

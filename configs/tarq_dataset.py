@@ -1,14 +1,15 @@
-"""TARQ on the data set of its authors, once it is in named columns: see `tarq_jax.data.impressions`.
+"""TARQ on the data set of its authors, converted to files with named columns: see
+`tarq_jax.data.impressions`.
 
-The form in which the data were published was not at hand, so the names of columns are those of the options:
-set `--config.data.item_column` and its like to what the files have.
+The format of the published data was not available, so the column names are the defaults of the options. Set
+`--config.data.item_column` and the similar options to the names in the files.
 
     python train.py --config=configs/tarq_dataset.py --workdir=runs/tarq_dataset \
         --config.data.source='DIR/impressions*.csv' --config.data.behaviors='DIR/behaviors*.csv' \
         --config.data.validation_start=SECONDS --config.data.test_start=SECONDS
 
-Expected: the paper reports an AUC of 0.799, 0.014 above the two-tower. It was not run on the published data;
-the configuration was run on small files of the form in the options only.
+Expected: the paper reports an AUC of 0.799, 0.014 above the two-tower. This configuration was not run on the
+published data, only on small files with the default column names.
 """
 
 import ml_collections

@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, GREY = "#3366aa", "#dd7733", "#338855", "#999999"
 
 
 def latents(num: int = 600, clusters: int = 7, seed: int = 2) -> jax.Array:
-    """Items of several kinds, as their latents [num, 2]."""
+    """Latents [num, 2] of items from several clusters."""
     rng = np.random.default_rng(seed)
     centres = rng.uniform(-3, 3, (clusters, 2))
     points = centres[rng.integers(clusters, size=num)] + 0.45 * rng.normal(size=(num, 2))
@@ -28,7 +28,7 @@ def latents(num: int = 600, clusters: int = 7, seed: int = 2) -> jax.Array:
 
 
 def levels(axes) -> None:
-    """Level 1 says which kind an item is of, level 2 where in it: residuals of all kinds share codewords."""
+    """Level 1 gives an item's cluster, level 2 its place in it; residuals of all clusters share codewords."""
     points = latents()
     book = quantization.kmeans_codebook(jax.random.key(0), points, num_levels=2, num_codewords=7)
     output = quantization.encode(book.codewords, points)
@@ -43,7 +43,7 @@ def levels(axes) -> None:
 
 
 def rows(axes) -> None:
-    """Items attend nearly as their codewords do: a few rows are computed, the others looked up."""
+    """Items attend almost as their codewords do: a few rows are computed, all others are looked up."""
     items, history = latents(48), latents(40, seed=3)
     book = quantization.kmeans_codebook(jax.random.key(0), items, num_levels=1, num_codewords=6)
     codes = quantization.encode(book.codewords, items).codes[:, 0]
@@ -60,7 +60,7 @@ def rows(axes) -> None:
 
 
 def tangents(place) -> None:
-    """Attention output as a function of a query: exact, looked up, and with its first derivative."""
+    """Attention output as a function of a query: exact, looked up, and corrected by its first derivative."""
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(1, 1, 12, 1)), jnp.float32) * scale for scale in (2.0, 1.0))
     mask = jnp.ones((1, 12), bool)
@@ -80,7 +80,7 @@ def tangents(place) -> None:
 
 
 def costs(place, history: int = 1000, width: int = 64, heads: int = 4, codewords: int = 64) -> None:
-    """Multiplications of a request, as docs/mathematics.md has them."""
+    """Multiplications per request, for the equations in docs/mathematics.md."""
     candidates = np.geomspace(100, 100_000, 50)
     each = width // heads
     place.loglog(candidates, 2 * candidates * history * width, color=GREY, label="target attention")
@@ -99,7 +99,7 @@ PICTURES = {"levels": (levels, 2, (9, 4.2)), "rows": (rows, 3, (12, 3.6)), "tang
 
 
 def draw_all(folder: Path, kind: str = "svg") -> None:
-    """Every picture as FOLDER/NAME.KIND."""
+    """Draws every picture to FOLDER/NAME.KIND."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (draw, panels, size) in PICTURES.items():
         figure, axes = plt.subplots(1, panels, figsize=size, constrained_layout=True)

@@ -1,1 +1,1 @@
-"""One part of TARQ exchanged in each file, with nothing changed in `tarq_jax`; `small` is what they share."""
+"""Each file replaces one part of TARQ, with no change in `tarq_jax`; `small` has what they share."""

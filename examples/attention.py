@@ -1,9 +1,9 @@
-"""Softmax attention by random features (Performer, Choromanski et al. 2020, arXiv 2009.14794).
+"""Softmax attention with random features (Performer, Choromanski et al. 2020, arXiv 2009.14794).
 
     python -m examples.attention
 
 Overrides `attend` of `ApproximateAttention`, of type (batch, backbone, H_t [B, N, D]) -> [B, H, G, E]. The
-history is summed into M x E numbers a head once; a candidate costs as many, whatever the history.
+history is summed once into M x E numbers per head. A candidate costs as many products, whatever the history.
 """
 
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def features(vectors, draws, axes):
 
 
 def random_feature_attention(queries, keys, values, mask, draws):
-    """As `multi_head_attention`, which it tends to with the number of normal draws w, [M, E]."""
+    """Approximates `multi_head_attention`, the better the more normal draws w, [M, E], there are."""
     queries, keys = (x / x.shape[-1] ** 0.25 for x in (queries, keys))
     of_keys = jnp.where(mask[:, None, :, None], features(keys, draws, (-2, -1)), 0.0)
     of_queries = features(queries, draws, -1)
@@ -32,7 +32,7 @@ def random_feature_attention(queries, keys, values, mask, draws):
 
 
 class RandomFeatureAttention(ApproximateAttention):
-    """Target attention by M = `num_features` random features."""
+    """Target attention with M = `num_features` random features."""
 
     num_features: int = 64
 
@@ -44,13 +44,13 @@ class RandomFeatureAttention(ApproximateAttention):
 
 
 def random_features(model, loss_weights, schema, tables, axis_name):
-    """The model on labels."""
+    """The model, trained on labels."""
     module = RandomFeatureAttention(**common(model, schema, tables))
     return supervised(module, model.name, axis_name)
 
 
 def compare(config, dataset):
-    """A row for exact, for linear and for random-feature attention."""
+    """One row each for exact, linear and random-feature attention."""
     own = "examples.attention:random_features"
     return small.table(config, dataset, ("target_attention", "linear_attention", own))
 

@@ -1,9 +1,9 @@
-"""A log of your own: impressions in a CSV file, made up here, as a `Dataset` that the usual loop trains on.
+"""Your own log: impressions in a CSV file (generated here) as a `Dataset` for the usual training loop.
 
     python -m examples.dataset
 
-Adds `read` of type (lines, such as an open file) -> Dataset. A request is what a user was shown at a time,
-its history what that user had clicked before; the last fifth of the times is to test on.
+Adds `read` of type (lines, such as an open file) -> Dataset. A request has the items that a user was shown at
+one time, its history those that the user clicked before. The last fifth of the times is the test split.
 """
 
 import csv
@@ -16,7 +16,7 @@ from tarq_jax.data import Dataset, Field, Schema, records
 
 
 def made_up_log(users=60, times=20, items=50):
-    """Lines of a log: users click on what costs about what they have in mind."""
+    """Lines of a log: users mostly click on items whose price is near the price that they want."""
     rng = np.random.default_rng(0)
     prices, wanted = rng.random(items), rng.random(users)
     yield "time,user,item,price,clicked"
@@ -27,7 +27,7 @@ def made_up_log(users=60, times=20, items=50):
 
 
 def read(lines):
-    """The data set of a log that is sorted by time and user."""
+    """The data set of a log whose lines are sorted by time and user."""
     rows = list(csv.DictReader(lines))
     prices = {row["item"]: float(row["price"]) for row in rows}
     ids = {item: number for number, item in enumerate(prices, start=1)}  # 0 is padding
@@ -44,7 +44,7 @@ def read(lines):
 
 
 def to_requests(found):
-    """`Requests` of (user, item ids of the history, pairs of a candidate's id and click)."""
+    """`Requests` from tuples (user, item ids of the history, pairs of a candidate's id and click)."""
     users, histories, shown = zip(*found, strict=True)
     candidates, clicks = zip(*itertools.chain(*shown), strict=True)
     events, lengths = list(itertools.chain(*histories)), [list(map(len, each)) for each in (histories, shown)]
@@ -52,7 +52,7 @@ def to_requests(found):
 
 
 def compare(config, dataset):
-    """A row a model."""
+    """A row per model."""
     return small.table(config, dataset, ("two_tower", "target_attention"))
 
 

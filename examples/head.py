@@ -3,7 +3,7 @@
     python -m examples.head
 
 Overrides `student_logits` of TARQ, of type (backbone, attended [B, G, L, D], chosen [B, G, L, D]) -> [B, G].
-The class is of order 1; of `Tarq`, of order 0, it would read the same.
+The class is of order 1; a subclass of `Tarq`, of order 0, would have the same code.
 """
 
 from flax import linen as nn
@@ -21,13 +21,13 @@ class CrossTarq(FirstOrderTarq):
     num_crosses: int = 2
 
     def setup(self):
-        """Creates the parts; what they replace is never called, and so has no parameters."""
+        """Creates the parts; the parts that they replace are never called, and so have no parameters."""
         super().setup()
         self.crosses = [nn.Dense(4 * self.width) for _ in range(self.num_crosses)]
         self.cross_output = nn.Dense(1)
 
     def student_logits(self, backbone, attended, chosen):
-        """The backbone's logits and what the crosses add."""
+        """The backbone's logits plus the output of the cross layers."""
         first = crossed = interaction_features(attended.sum(axis=-2), backbone)
         for cross in self.crosses:
             crossed = first * cross(crossed) + crossed
@@ -41,7 +41,7 @@ def cross(model, loss_weights, schema, tables, axis_name):
 
 
 def compare(config, dataset):
-    """A row a head: the student that was trained with it."""
+    """A row per head: the student trained with it."""
     return small.table(config, dataset, ("tarq", "examples.head:cross"))
 
 

@@ -2,8 +2,8 @@
 
     python -m examples.hierarchical_teacher
 
-Adds `SessionEncoder` of type (X [B, N, D], mask [B, N]) -> H_t [B, N, D], for `make_history_encoder`. It is
-converted with nothing retrained, as candidates attend by softmax; or it teaches TARQ by `make_teacher`.
+Adds `SessionEncoder` of type (X [B, N, D], mask [B, N]) -> H_t [B, N, D], for `make_history_encoder`. As
+candidates attend by softmax, it can be converted without retraining; or it teaches TARQ by `make_teacher`.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tarq_jax.training import conversion, modules, objectives
 
 
 class SessionEncoder(nn.Module):
-    """Sessions of `window` events: N x window + (N / window)^2 pairs in place of N^2."""
+    """Encodes sessions of `window` events: N x window + (N / window)^2 pairs instead of N^2."""
 
     num_heads: int
     window: int = 4
@@ -34,21 +34,21 @@ class SessionEncoder(nn.Module):
 
 
 class SessionAttention(TargetAttention):
-    """Target attention over events that know their session."""
+    """Target attention over events that are encoded with their session."""
 
     def make_history_encoder(self):
-        """What encodes the history."""
+        """The encoder of the history."""
         return SessionEncoder(self.num_heads)
 
 
 def hierarchical(model, loss_weights, schema, tables, axis_name):
-    """The teacher alone, on labels."""
+    """The teacher alone, trained on labels."""
     module = SessionAttention(**modules.common(model, schema, tables))
     return objectives.supervised(module, model.name, axis_name)
 
 
 def compare(config, dataset):
-    """A row as it is trained, and one as it is converted to TARQ of order 1."""
+    """One row for the trained model, and one after its conversion to TARQ of order 1."""
     trained, = small.train_each(config, dataset, ["examples.hierarchical_teacher:hierarchical"]).values()
     module = SessionAttention(**modules.common(config.model, dataset.schema))
     model = conversion.trained_model(parts.target_attention_parts(module), trained.state.params, dataset)

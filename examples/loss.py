@@ -1,10 +1,10 @@
-"""A listwise loss beside the pointwise one: softmax cross-entropy over the candidates of a request.
+"""A listwise loss in addition to the pointwise one: softmax cross-entropy over a request's candidates.
 
     python -m examples.loss
 
-Adds a loss of type (params, codewords, batch, active, whole) -> (loss, LossOutput), which takes the place of
-`Objective.loss`; init and predictions stay the library's. ListNet, Cao et al. 2007. Listwise alone orders
-candidates, and says nothing of how likely a click is: see the columns log loss and calibration.
+Adds a loss of type (params, codewords, batch, active, whole) -> (loss, LossOutput), which replaces
+`Objective.loss`; the library initialises and predicts as before. ListNet, Cao et al. 2007. A listwise loss
+alone orders candidates but does not give click probabilities: see the columns log loss and calibration.
 """
 
 import functools
@@ -19,18 +19,18 @@ from tarq_jax.training.objectives import LossOutput, mean_of_batch, supervised
 
 
 def listwise(logits, mask):
-    """`-log softmax` over the real candidates of each request, [B, G]; weigh it by what was clicked."""
-    mask = mask | ~mask.any(axis=-1, keepdims=True)  # a request without candidates: any finite number
+    """`-log softmax` over the real candidates of each request, [B, G]; to be weighted by clicks."""
+    mask = mask | ~mask.any(axis=-1, keepdims=True)  # without candidates: any finite number
     return -jax.nn.log_softmax(jnp.where(mask, logits, -jnp.inf))
 
 
 def clicked(batch):
-    """The batch with weight on clicked candidates alone."""
+    """The batch with weights only on clicked candidates."""
     return batch.replace(weights=batch.weights * batch.labels)
 
 
 def listwise_only(model, loss_weights, schema, tables, axis_name, *, share=1.0):
-    """Target attention with `share` of its loss listwise."""
+    """Target attention whose loss is listwise with weight `share`, else pointwise."""
     module = TargetAttention(**common(model, schema, tables))
     objective = supervised(module, model.name, axis_name)
 
@@ -51,7 +51,7 @@ half_listwise = functools.partial(listwise_only, share=0.5)
 
 
 def compare(config, dataset):
-    """A row for none, half and all of the loss listwise."""
+    """One row each for a loss that is not, half or fully listwise."""
     own = ("examples.loss:half_listwise", "examples.loss:listwise_only")
     return small.table(config, dataset, ("target_attention", *own))
 

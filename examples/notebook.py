@@ -1,10 +1,10 @@
 # %% [markdown]
 # # From nothing to the frontier, in five minutes
 #
-# Trains a two-tower, target attention and TARQ on made-up data, exports each, asks each for the
-# best of 10,000 items, and plots quality against latency. A notebook as text: open it with Jupytext
-# (`jupytext --to ipynb examples/notebook.py`) or in an editor that knows cells, or run it: `python
-# -m examples.notebook`.
+# Trains a two-tower, target attention and TARQ on generated data, exports each, asks each for the
+# best of 10,000 items, and plots quality against latency. This is a notebook as text: open it with
+# Jupytext (`jupytext --to ipynb examples/notebook.py`) or in an editor that supports cells, or run
+# it with `python -m examples.notebook`.
 
 # %%
 import tempfile
@@ -25,8 +25,8 @@ FOLDER = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The data
 #
-# Labels are drawn from a softmax attention over the history, so that two towers cannot express
-# them. 10,000 items, histories of 200.
+# Labels are drawn from a softmax attention over the history, which a two-tower model cannot
+# express. There are 10,000 items and histories of 200.
 
 # %%
 config = synthetic.get_config()
@@ -50,14 +50,14 @@ reporting.print_table(
     rows, "test split", ("model", "auc", "gauc", "log_loss", "gap_recovered", "utilisation"))
 
 # %% [markdown]
-# ## Exported, and asked
+# ## Export and query
 #
-# An artefact holds an index of all items and compiled programs. Milliseconds are of a whole
-# request: the user's side, 10,000 candidates, the best 500.
+# An artefact holds an index of all items and compiled programs. The measured time is that of a
+# complete request: the user side, 10,000 candidates, the best 500.
 
 # %%
 def milliseconds(method, name: str) -> float:
-    """Median over requests of the test split."""
+    """Median time of requests with random histories."""
     artefact = FOLDER / f"{name}.artefact"
     artefact.mkdir()
     build.write(method, dataset, artefact, histories=[200])
@@ -79,9 +79,9 @@ points = {row["model"]: (milliseconds(build.method_of(runs[row["model"]]), row["
 # %% [markdown]
 # ## No student needed
 #
-# The target attention that was just trained, converted: its queries are quantized, look-ups
-# corrected by their first derivative. Its AUC is that of the run of TARQ or better; here only its
-# latency is measured.
+# This converts the target attention that was just trained: its queries are quantized, and look-ups
+# are corrected by their first derivative. Its AUC equals that of the TARQ run or is better; here
+# only its latency is measured.
 
 # %%
 converted = build.method_of(runs["target_attention"], codewords=64, order=1)

@@ -1,9 +1,9 @@
-"""A product quantizer in place of the residual one: level l quantizes the l-th slice of the latent.
+"""A product quantizer instead of the residual one: level l quantizes the l-th slice of the latent.
 
     python -m examples.product_quantization
 
 Adds `encode` of type (codewords, latents) -> QuantizerOutput, for `Tarq(encode=...)`, and `fit` of type
-(rng, latents) -> Codebook, for `Objective.fit`. Codewords are [L, K, D] as ever, zero outside their slice.
+(rng, latents) -> Codebook, for `Objective.fit`. Codewords are [L, K, D] as usual, zero outside their slice.
 """
 
 import functools
@@ -19,15 +19,15 @@ from tarq_jax.training.objectives import tarq
 
 
 def slices(levels, width):
-    """1 where a level's own slice of the width is, 0 elsewhere: [L, D]."""
+    """1 in each level's slice of the width, 0 elsewhere: [L, D]."""
     return (jnp.arange(width) * levels // width == jnp.arange(levels)[:, None]).astype(jnp.float32)
 
 
 def encode(codewords, latents):
-    """[L, K, D] and [..., D] to QuantizerOutput; what a level is given is its slice of the latents."""
+    """[L, K, D] and [..., D] to QuantizerOutput; the input of a level is its slice of the latents."""
     own = slices(*codewords.shape[::2])
     output = quantization.encode(codewords * own[:, None], latents)
-    return output.replace(residuals=output.residuals * own)  # so EMA and revival keep to the slice too
+    return output.replace(residuals=output.residuals * own)  # so EMA and revival stay in the slice too
 
 
 def fit(rng, latents, *, levels, size):
@@ -45,7 +45,7 @@ def product(model, loss_weights, schema, tables, axis_name):
 
 
 def compare(config, dataset):
-    """A row a quantizer: the student that was trained with it."""
+    """A row per quantizer: the student trained with it."""
     config.model.order = 0
     return small.table(config, dataset, ("tarq", "examples.product_quantization:product"))
 

@@ -1,7 +1,8 @@
-"""What the examples share: an experiment that takes seconds, and runs of the usual loop side by side.
+"""What the examples share: an experiment that takes seconds, and training several models on it.
 
-`configs/synthetic.py:smoke` with enough data and steps to tell target attention from two towers, one seed:
-too little to judge a small difference by. For that, take `configs/synthetic.py` itself in `get_config`.
+The settings are `configs/synthetic.py:smoke` with enough data and steps to distinguish target attention from
+a two-tower. One seed is too little to judge small differences: for those, use `configs/synthetic.py` in
+`get_config`.
 """
 
 import tempfile
@@ -20,7 +21,7 @@ Compare = Callable[[ml_collections.ConfigDict, Dataset], list[loop.Row]]
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The settings that all examples start from."""
+    """The settings from which all examples start."""
     config = synthetic.get_config("smoke")
     config.steps = config.checkpoint_every = 600
     config.batch_size, config.codebook.start, config.codebook.revive_every = 32, 100, 20
@@ -31,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
 def train_each(
     config: ml_collections.ConfigDict, dataset: Dataset, models: Iterable[str]
 ) -> dict[str, loop.Result]:
-    """Trains and tests models, by what follows the colon in `config.model.name`, or by all of it."""
+    """Trains and tests models; results by the part of each model's name after the colon, or the name."""
     with tempfile.TemporaryDirectory() as folder:
         return {(own := name.rpartition(":")[2]): loop.train(
                     loop.with_model(config, name), dataset, Path(folder) / own, Console(quiet=True))
@@ -39,12 +40,12 @@ def train_each(
 
 
 def table(config: ml_collections.ConfigDict, dataset: Dataset, models: Iterable[str]) -> list[loop.Row]:
-    """A row a model that `train_each` trains; of TARQ, its student's."""
+    """A row per model that `train_each` trains; for TARQ, the student's row."""
     return [result.rows[0] | {"model": name} for name, result in train_each(config, dataset, models).items()]
 
 
 def run(compare: Compare, load: Callable[[ml_collections.ConfigDict], Dataset] = loop.load_data) -> None:
-    """The command of an example: a table of what `compare` makes of the settings and of the data."""
+    """The command of an example: prints the rows that `compare` returns for the settings and the data."""
     def main():
         rows = compare(get_config(), load(get_config()))
         reporting.print_table(rows, "test split, one short run", reporting.PREDICTOR)

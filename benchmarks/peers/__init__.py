@@ -1,1 +1,1 @@
-"""The same systems in other frameworks, written as one would there: what benchmarks compare with."""
+"""The same systems in other frameworks, in their usual style, for comparison in benchmarks."""

@@ -1,4 +1,4 @@
-"""Our parameters in the PyTorch model, so that both compute the same."""
+"""Copies our parameters into the PyTorch model, so that both compute the same."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ Params = Mapping[str, Any]
 
 
 def torch_batch(batch: Batch) -> TorchBatch:
-    """A batch with NumPy leaves as tensors."""
+    """Converts a batch with NumPy leaves to tensors."""
     arrays = (batch.history["item_id"], batch.history["features"], batch.history_mask,
               batch.candidates["item_id"], batch.candidates["features"], batch.labels, batch.weights)
     return TorchBatch(*(torch.from_numpy(np.asarray(array)) for array in arrays))

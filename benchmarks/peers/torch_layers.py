@@ -21,13 +21,13 @@ class ItemFeatures(nn.Module):
     """An item's embedding plus a linear map of its vector: [...] and [..., F] to [..., D]."""
 
     def __init__(self, num_items: int, vector: int, width: int):
-        """Of a table of `num_items` rows, padding among them."""
+        """Makes the parameters; `num_items` rows of the table include padding."""
         super().__init__()
         self.item_id = nn.Embedding(num_items, width)
         self.features = nn.Linear(vector, width)
 
     def forward(self, item_id: Tensor, features: Tensor) -> Tensor:
-        """Of ids and vectors."""
+        """Embeds ids [...] with vectors [..., F]."""
         return self.item_id(item_id) + self.features(features)
 
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     """Multi-head attention with the projections of queries, keys and values in one matrix."""
 
     def __init__(self, width: int, heads: int):
-        """Of `heads` heads over `width`."""
+        """Makes the parameters of `heads` heads over `width`."""
         super().__init__()
         self.width, self.heads = width, heads
         self.projections = nn.Linear(width, 3 * width)
@@ -75,10 +75,10 @@ class Attention(nn.Module):
 
 
 class LevelAttention(nn.Module):
-    """Attention with projections of their own for every level, all levels in one product."""
+    """Attention with separate projections for each level, all levels in one product."""
 
     def __init__(self, levels: int, width: int, heads: int):
-        """Of `levels` levels; the key projections are without bias, as are queries and outputs."""
+        """Makes the parameters of `levels` levels; only values have a bias, not queries, keys and outputs."""
         super().__init__()
         self.levels, self.heads = levels, heads
         self.query = nn.Parameter(torch.empty(levels, width, width))

@@ -1,7 +1,7 @@
 """TARQ in PyTorch, of order 0 and 1: model, losses and step as `configs/synthetic*.py` set them up.
 
-It has what these configurations use (head `mlp`, decoded `query`, the student's gradient stopped at the
-teacher) and leaves out what costs only ours time: health metrics, norms, revival.
+It implements what these configurations use: head `mlp`, decoded `query`, the student's gradient stopped at
+the teacher. It leaves out health metrics, norms and revival, whose cost only our step bears.
 """
 
 import math
@@ -24,7 +24,7 @@ from benchmarks.peers.torch_layers import (
 
 
 class Sizes(NamedTuple):
-    """Of the model."""
+    """Sizes of the model."""
 
     num_items: int
     vector: int
@@ -53,7 +53,7 @@ class Teacher(nn.Module):
     """Two-tower backbone and target attention over it."""
 
     def __init__(self, sizes: Sizes):
-        """Parameters as PyTorch draws them; the benchmark sets them to ours."""
+        """Makes parameters with PyTorch's initial values; the benchmark sets them to ours."""
         super().__init__()
         width, hidden = sizes.width, sizes.hidden
         self.items = ItemFeatures(sizes.num_items, sizes.vector, width)
@@ -65,7 +65,7 @@ class Teacher(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, batch: TorchBatch) -> dict[str, Tensor]:
-        """Logits and all that the student reads."""
+        """The teacher's logits, and everything that the student reads."""
         mask = batch.history_mask
         candidates = self.items(batch.candidate_id, batch.candidate_features)
         history = self.items(batch.history_id, batch.history_features)
@@ -93,7 +93,7 @@ class TorchTarq(nn.Module):
     codewords: Tensor
 
     def __init__(self, sizes: Sizes):
-        """Of either order."""
+        """Makes the parameters of order 0 or 1."""
         super().__init__()
         self.sizes = sizes
         width, hidden = sizes.width, sizes.hidden
@@ -109,7 +109,7 @@ class TorchTarq(nn.Module):
             self.log_radius = nn.Parameter(torch.zeros(sizes.heads, 1, 1))
 
     def forward(self, batch: TorchBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The losses [8] of `LOSSES`, and codes, residuals, chosen for the codebook's statistics."""
+        """Losses [8] in the order of `LOSSES`, the teacher's logits, and codes, residuals and chosen."""
         teacher = self.teacher(batch)
         seen = {name: value.detach() for name, value in teacher.items()}
         flat_queries = join_heads(seen["queries"])
@@ -147,7 +147,7 @@ class TorchTarq(nn.Module):
 
     def _attend(self, seen: dict[str, Tensor], chosen: Tensor, mask: Tensor, aligned: int
                 ) -> tuple[Tensor, Tensor]:
-        """Order 0: [B, G, L, D] of the chosen codewords, and the whole codebook of the first requests."""
+        """Order 0: attention of the chosen codewords [B, G, L, D], and of all for the first requests."""
         keys, values = self.level_attention.keys_values(seen["history"])
         attended = self.level_attention(chosen.transpose(1, 2), keys, values, mask)
         personalized = self.level_attention(
@@ -156,7 +156,7 @@ class TorchTarq(nn.Module):
 
     def _expand(self, seen: dict[str, Tensor], chosen: Tensor, mask: Tensor, aligned: int
                 ) -> tuple[Tensor, Tensor]:
-        """Order 1: attention at the first codeword and its derivative along the further ones, damped."""
+        """Order 1: attention at the first codeword, and its damped derivative along the further codewords."""
         heads, keys, values = self.sizes.heads, seen["keys"], seen["values"]
         chosen = split_heads(chosen.permute(2, 0, 1, 3), heads)  # [L, B, H, G, E]
         centres, residuals = chosen[0], chosen[1:]
@@ -183,7 +183,7 @@ LOSSES = ("student", "teacher", "distillation", "output_reconstruction", "alignm
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean by weights."""
+    """Weighted mean."""
     return (values * weights).sum() / weights.sum()
 
 
@@ -194,7 +194,7 @@ def negative_distances(points: Tensor, codewords: Tensor) -> Tensor:
 
 def alignment(latents: Tensor, outputs: Tensor, codewords: Tensor, personalized: Tensor, chosen: Tensor,
               attended: Tensor) -> Tensor:
-    """Symmetric KL between the orders of codewords by latent and by attention output, [A, G]."""
+    """Symmetric KL between softmaxes over codewords by latent and by attention output, [A, G]."""
     total = torch.zeros_like(latents[..., 0])
     for level in range(len(codewords)):
         log_p = negative_distances(latents, codewords[level]).log_softmax(dim=-1)
@@ -205,7 +205,7 @@ def alignment(latents: Tensor, outputs: Tensor, codewords: Tensor, personalized:
 
 
 class Codebook(NamedTuple):
-    """Running statistics."""
+    """Running statistics of codeword use."""
 
     counts: Tensor  # [L, K]
     sums: Tensor  # [L, K, D]
@@ -214,7 +214,7 @@ class Codebook(NamedTuple):
 @torch.no_grad()
 def update_codebook(model: TorchTarq, codebook: Codebook, codes: Tensor, residuals: Tensor, mask: Tensor,
                     decay: float) -> None:
-    """Moves the statistics, and with order 1 the codewords to the running means, in place."""
+    """Updates the statistics in place, and in order 1 sets the codewords to the running means."""
     levels, size = codebook.counts.shape
     real = mask.flatten()
     first = size * torch.arange(levels, device=codes.device)
