@@ -3,10 +3,11 @@
     python -m tarq_jax.serving.server --artefact=artefacts/1 --port=8000
     curl -d '{"history": {"item_id": [17, 4, 256]}, "top_k": 5}' localhost:8000/score
 
-`POST /swap` with `{"artefact": "2"}` and the token serves `artefacts/2` from then on, without a pause.
-SIGTERM: /readyz says no for `--drain_seconds` while everything is still answered, so that whatever balances
-the load looks elsewhere; then what is on its way is finished, and the exit code is 0. SIGINT does so without
-the wait, and a second signal ends at once. One process computes one batch at a time: start one a device.
+`POST /swap` with `{"artefact": "2"}` and the token replaces it by `artefacts/2`, without a pause.
+After SIGTERM, /readyz answers 503 for `--drain_seconds` while all requests are still answered, so that a load
+balancer can send them elsewhere; then requests in flight are finished, and the exit code is 0. SIGINT does
+the same without the wait, and a second signal ends the process immediately. One process computes one batch at
+a time: start one per device.
 """
 
 import socket
@@ -16,49 +17,51 @@ from absl import flags
 
 from tarq_jax import cli
 
-ARTEFACT = flags.DEFINE_string("artefact", None, "Folder to serve; /swap names others beside it.",
+ARTEFACT = flags.DEFINE_string("artefact", None, "Artefact to serve; /swap names other folders beside it.",
                                required=True)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
-PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which the log tells.",
+PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which is logged.",
                             lower_bound=0, upper_bound=65535)
 TOKEN = cli.token_flag()
 DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
                            lower_bound=0.0)
 BUDGET = flags.DEFINE_float(
-    "budget_ms", None, "Requests that would take longer are told 503; by default twice what one takes "
-    "without load, as is measured all along, and the delay; up to six times that, the less has come of late.",
-    lower_bound=0.1)
-TIMEOUT = flags.DEFINE_float("timeout_ms", 2000.0, "After that a request is told 504, or 408 if its body "
-                             "has not come.", lower_bound=1.0)
-QUEUE = flags.DEFINE_integer("queue", 256, "Requests that may be on their way; more are told 503.",
+    "budget_ms", None, "A request that is expected to take longer than this is refused with 503. Default: "
+    "twice the measured latency of one unloaded request, plus the batching delay. After a quiet period the "
+    "limit rises to at most six times that, so that short bursts are absorbed.", lower_bound=0.1)
+TIMEOUT = flags.DEFINE_float("timeout_ms", 2000.0, "A request that is not answered within this time gets a "
+                             "504; one whose body has not arrived, a 408.", lower_bound=1.0)
+QUEUE = flags.DEFINE_integer("queue", 256, "Requests that may be in flight; more are refused with 503.",
                              lower_bound=1)
-BODY = flags.DEFINE_integer("max_body", 1 << 20, "Bytes of a request; more are told 413.", lower_bound=1)
-HISTORY = flags.DEFINE_integer("max_history", 10_000, "Events of a history; more are told 422.",
+BODY = flags.DEFINE_integer("max_body", 1 << 20, "Bytes per request; a larger one is refused with 413.",
+                            lower_bound=1)
+HISTORY = flags.DEFINE_integer("max_history", 10_000, "Events per history; more are refused with 422.",
                                lower_bound=1)
-CANDIDATES = flags.DEFINE_integer("max_candidates", 100_000, "Candidates of a request; more are told 422.",
-                                  lower_bound=1)
-TOP_K = flags.DEFINE_integer("max_top_k", 1000, "Largest top_k; more are told 422.", lower_bound=1)
+CANDIDATES = flags.DEFINE_integer("max_candidates", 100_000, "Candidates per request; more are refused with "
+                                  "422.", lower_bound=1)
+TOP_K = flags.DEFINE_integer("max_top_k", 1000, "Largest top_k; a larger one is refused with 422.",
+                             lower_bound=1)
 BATCHES = flags.DEFINE_list("batch_sizes", "1,2,4,8", "Numbers of requests that are computed together.")
 SIZES = flags.DEFINE_list("candidate_sizes", "1024,8192", "Numbers that given candidates are padded to.")
 LOG = flags.DEFINE_bool("log_requests", True, "Log a line for each request that is not a probe.")
-DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to go on after SIGTERM.", lower_bound=0.0)
+DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to keep answering after SIGTERM.", lower_bound=0.0)
 
-BACKLOG = 2048  # connections that wait to be accepted
+BACKLOG = 2048  # connections that may wait to be accepted
 
 
 def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
-    """The positive numbers of a flag with a list, rising, each once; others are a wrong call."""
+    """The positive numbers of a list flag in ascending order, each once; other values are a wrong call."""
     return tuple(sorted(set(cli.whole_numbers(flag, "positive numbers"))))
 
 
 def listen() -> socket.socket:
-    """A socket that listens, before anything slow is done."""
+    """A socket that listens already, before anything slow is done."""
     family = socket.AF_INET6 if ":" in HOST.value else socket.AF_INET
     return socket.create_server((HOST.value, PORT.value), family=family, backlog=BACKLOG)
 
 
 def main() -> None:
-    """Flags to service."""
+    """Reads the flags and runs the service."""
     batch_sizes, candidate_sizes, token = numbers(BATCHES), numbers(SIZES), cli.read_token(TOKEN)
     artefact = Path(ARTEFACT.value)
     if not artefact.is_dir():
