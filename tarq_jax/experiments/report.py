@@ -1,4 +1,4 @@
-"""What a study says, on one page: differences with intervals, the frontier, learning curves, codebooks.
+"""The results of a study on one page: differences with intervals, frontier, learning curves, codebooks.
 
     python -m tarq_jax.experiments.report --study=runs/ablation --serving=benchmarks/results/serving.json
 
@@ -18,12 +18,13 @@ from absl import flags
 from tarq_jax import cli, reporting
 
 STUDY = flags.DEFINE_string("study", None, "The --workdir of tarq_jax.experiments.ablate.", required=True)
-OUT = flags.DEFINE_string("out", None, "Where the page goes; STUDY/report if not given.", allow_override=True)
+OUT = flags.DEFINE_string("out", None, "Folder of the page; STUDY/report if not given.", allow_override=True)
 REFERENCE = flags.DEFINE_string("reference", "tarq", "Variant that the others are compared with.")
-SERVING = flags.DEFINE_string("serving", None, "Rows of benchmarks.serving, for latencies.")
-POINT = flags.DEFINE_list("point", ["10000", "1000"], "Candidates and history of the latencies shown.")
+SERVING = flags.DEFINE_string("serving", None, "JSON file with rows of benchmarks.serving, for latencies.")
+POINT = flags.DEFINE_list("point", ["10000", "1000"], "Number of candidates and length of history for which "
+                          "latencies are shown.")
 LEVEL = cli.level_flag()
-TITLE = flags.DEFINE_string("title", "Ablation", "Of the page.")
+TITLE = flags.DEFINE_string("title", "Ablation", "Title of the page.")
 JSON = cli.json_flag()
 
 TABLE = ("variant", "seeds", "auc", "difference", "low", "high", "p_adjusted", "seeds_error", "data_error",
@@ -34,7 +35,7 @@ CURVES = 8  # learning curves that a figure has room for
 
 def add_latencies(rows: Sequence[dict[str, Any]], methods: Mapping[str, str | None],
                   latencies: Mapping[str, float]) -> None:
-    """Gives each row the latency of the method that serves its variant, where one was measured."""
+    """Adds to each row the latency of the method that serves its variant, if it was measured."""
     for row in rows:
         method = methods.get(row["variant"])
         if method is not None and method in latencies:
@@ -42,7 +43,7 @@ def add_latencies(rows: Sequence[dict[str, Any]], methods: Mapping[str, str | No
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float) -> list[str]:
-    """What the table says, in words: what earns something, what costs, what cannot be told apart."""
+    """The table in words: which variants differ from the reference, and which do not measurably."""
     tested = [row for row in rows if "p_adjusted" in row]
     worse = [row for row in tested if row["p_adjusted"] < 1 - level and row["difference"] < 0]
     better = [row for row in tested if row["p_adjusted"] < 1 - level and row["difference"] > 0]
@@ -122,7 +123,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[di
 
 
 def provenance(variants: Mapping[str, Any]) -> list[str]:
-    """Seeds, data, code, packages and devices of all runs, a sentence each."""
+    """Seeds, data, code, packages and devices of all runs, one sentence each."""
     rows = [row for variant in variants.values() for row in variant.rows]
     facts = {"seeds": "seed", "data fingerprint": "data", "revision": "revision", "device": "device"}
     packages = sorted({key for row in rows for key in row if key.startswith("version_")})
@@ -150,7 +151,7 @@ def read_serving(path: str | None) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Flags to page, Markdown and table."""
+    """Reads the flags, writes page and Markdown, and prints the table."""
     from tarq_jax.experiments import page, study
 
     point = cli.whole_numbers(POINT, "candidates and length of history like 10000,1000")
