@@ -1,7 +1,7 @@
 """Writes an artefact as a model of NVIDIA's Triton Inference Server, for its Python backend.
 
     python -m tarq_jax.serving.triton --artefact=artefacts/1 --out=models/tarq
-    tritonserver --model-repository=models  # in whose Python `pip install 'tarq_jax[triton]'` was called
+    tritonserver --model-repository=models  # its Python needs `pip install 'tarq_jax[triton]'`
 
 A request is one string, the JSON that `/score` of `tarq_jax.serving.server` takes; its answer is one string
 of JSON, too. Triton batches requests; an invalid one fails alone. To serve another artefact, write another
