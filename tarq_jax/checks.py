@@ -1,11 +1,11 @@
-"""Guards at the door of metrics and statistics: arguments to NumPy, or an error that says what is wrong."""
+"""Argument checks of metrics and statistics: they return NumPy arrays, or raise an error that says why."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
 def shape_of(name: str, values: ArrayLike, expected: tuple[int, ...], of: str) -> None:
-    """Raises ValueError unless `values` has exactly the shape `expected`, which is that of `of`."""
+    """Raises ValueError unless `values` has the shape `expected`, which the message calls that of `of`."""
     if np.shape(values) != expected:
         raise ValueError(f"{name}: expected shape {expected}, that of {of}, got {np.shape(values)}")
 
@@ -17,7 +17,7 @@ def rank_of(name: str, values: np.ndarray, axes: str) -> None:
 
 
 def finite(name: str, values: ArrayLike, where: np.ndarray | None = None) -> np.ndarray:
-    """`values` as float64; ValueError at the first that is not finite, looking only at `where`."""
+    """`values` as float64; ValueError at the first that is not finite, among those where `where` is True."""
     values = np.asarray(values, dtype=np.float64)
     bad = ~np.isfinite(values)
     if where is not None:

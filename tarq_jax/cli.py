@@ -1,6 +1,6 @@
-"""How commands start and end: errors of one line and exit codes.
+"""How commands start and end: flags that they share, errors of one line, and exit codes.
 
-0 done, 1 it could not be done, 2 a wrong call, 75 interrupted after saving.
+Exit codes: 0 done, 1 the task could not be done, 2 a wrong call, 75 interrupted after saving.
 """
 
 import functools
@@ -24,12 +24,12 @@ DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 75
 
 
 class Interrupted(Exception):
-    """Raised after a signal, once everything is saved; calling again goes on."""
+    """Raised after a signal, when everything is saved; calling the command again continues."""
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGINT and SIGTERM only make the function it yields return True."""
+    """In this context, SIGINT and SIGTERM only make the yielded function return True."""
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda signum, _: caught.append(signum)) for number in numbers]
@@ -41,7 +41,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def config_flag() -> flags.Flag:
-    """Defines `--config=FILE[:MODE]`, whose settings `--config.KEY=VALUE` overrides."""
+    """Defines `--config=FILE[:MODE]`, whose settings `--config.KEY=VALUE` overrides.
+
+    Like the other functions here it may be called again, as a process can import several commands.
+    """
     if "config" not in flags.FLAGS:
         config_flags.DEFINE_config_file("config", help_string="Experiment, a file in configs/.")
         flags.mark_flag_as_required("config")
@@ -49,17 +52,20 @@ def config_flag() -> flags.Flag:
 
 
 def run_flag() -> flags.FlagHolder:
-    """Defines `--run=DIR`, the working directory of a run to look at."""
+    """Defines `--run=DIR`, the working directory of a run to read."""
     return flags.DEFINE_string("run", None, "Working directory of a run.", required=True, allow_override=True)
 
 
 def json_flag() -> flags.FlagHolder:
-    """Defines `--json=FILE`; as all flags here, again where a process imports several commands."""
+    """Defines `--json=FILE`, which the rows of a command's table are written to."""
     return flags.DEFINE_string("json", None, "File to write the rows of the table to.", allow_override=True)
 
 
 def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> list[int]:
-    """The numbers of a list flag, as they are given; others than the `expected` ones are a wrong call."""
+    """The whole numbers of a list flag, in their order; other values, or any below `least`, are a wrong call.
+
+    `expected` says in the error message what was expected.
+    """
     if not flag.value or not all(text.isdecimal() and int(text) >= least for text in flag.value):
         wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected {expected}")
     if any(int(text) >= 2**31 for text in flag.value):
@@ -68,7 +74,7 @@ def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> l
 
 
 def seed_flag(text: str) -> flags.FlagHolder:
-    """Defines `--seed`, a whole number below 2**32; `text` says of what."""
+    """Defines `--seed`, a whole number below 2**32; its help is `text`."""
     from tarq_jax.config import NUM_SEEDS
 
     return flags.DEFINE_integer(
@@ -76,13 +82,14 @@ def seed_flag(text: str) -> flags.FlagHolder:
 
 
 def seeds_flag(default: str) -> flags.FlagHolder:
-    """Defines `--seeds=LIST`, of initialisation and order of the data."""
-    return flags.DEFINE_list("seeds", default.split(","), "Seeds of initialisation and order, a run each.",
-                             allow_override=True)
+    """Defines `--seeds=LIST`, the seeds of initialisation and of the order of the data."""
+    return flags.DEFINE_list(
+        "seeds", default.split(","), "Seeds of initialisation and order of the data; one run each.",
+        allow_override=True)
 
 
 def seeds(flag: flags.FlagHolder) -> list[int]:
-    """The numbers of `seeds_flag`; what are not different whole numbers below 2**32 is a wrong call."""
+    """The numbers of `seeds_flag`; a wrong call unless they are different whole numbers below 2**32."""
     from tarq_jax.config import NUM_SEEDS
 
     values: Any = flag.value
@@ -95,24 +102,24 @@ def seeds(flag: flags.FlagHolder) -> list[int]:
 
 
 def level_flag() -> flags.FlagHolder:
-    """Defines `--level=SHARE`, of intervals."""
-    return flags.DEFINE_float(
-        "level", 0.95, "Of intervals.", lower_bound=0.5, upper_bound=0.9999, allow_override=True)
+    """Defines `--level=SHARE`, the confidence level of intervals."""
+    return flags.DEFINE_float("level", 0.95, "Confidence level of intervals.", lower_bound=0.5,
+                              upper_bound=0.9999, allow_override=True)
 
 
 def url_flag() -> flags.FlagHolder:
-    """Defines `--url=URL`, of a service to ask."""
-    return flags.DEFINE_string("url", "http://localhost:8000", "Of the service.", allow_override=True)
+    """Defines `--url=URL`, the URL of a service to ask."""
+    return flags.DEFINE_string("url", "http://localhost:8000", "URL of the service.", allow_override=True)
 
 
 def url(flag: flags.FlagHolder) -> str:
-    """The URL of `url_flag`; what is none is a wrong call."""
+    """The URL of `url_flag`; a wrong call unless it is an HTTP or HTTPS URL."""
     found = str(flag.value)
     expected = "expected http://HOST:PORT or https://HOST:PORT"
     try:
         parts = urlsplit(found)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError as error:  # of brackets or ports
+    except ValueError as error:  # brackets or port are wrong
         wrong_call(f"--url is {found!r}, {expected}: {error}")
     if not valid:
         wrong_call(f"--url is {found!r}, {expected}")
@@ -121,12 +128,12 @@ def url(flag: flags.FlagHolder) -> str:
 
 def token_flag() -> flags.FlagHolder:
     """Defines `--token_file=FILE`, with the token of a service."""
-    return flags.DEFINE_string("token_file", None, "File with a token that the service asks for.",
+    return flags.DEFINE_string("token_file", None, "File with the token that the service requires.",
                                allow_override=True)
 
 
 def read_token(flag: flags.FlagHolder) -> str | None:
-    """The token in the file of `token_flag`; a file that is missing, or holds no token, is a wrong call."""
+    """The token in the file of `token_flag`; a wrong call if the file cannot be read or holds no token."""
     if flag.value is None:
         return None
     try:
@@ -136,7 +143,7 @@ def read_token(flag: flags.FlagHolder) -> str | None:
 
 
 def token_in(path: Path) -> str:
-    """The token in a file; a ValueError if it cannot be read, or holds none."""
+    """The token in a file; ValueError if the file cannot be read or holds no token."""
     try:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -147,13 +154,13 @@ def token_in(path: Path) -> str:
 
 
 def run(main: Callable[..., None], *, words: bool = False) -> None:
-    """Parses flags, runs `main` and exits with the code that fits what happened.
+    """Parses flags, runs `main` and exits with the code of its outcome.
 
-    With `words`, `main` takes a list of the arguments that are no flags; without, there must be none.
+    With `words`, `main` takes a list of the arguments that are not flags; without it, there must be none.
     """
-    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step they take
+    logging.set_verbosity(logging.WARNING)  # Orbax and JAX log every step they take
     memory.keep_freed()
-    if os.getcwd() not in sys.path:  # where functions are that settings name; `python -m` has it there
+    if os.getcwd() not in sys.path:  # settings may name functions there; `python -m` has already added it
         sys.path.append(os.getcwd())
 
     def call(argv):
@@ -167,7 +174,7 @@ def _parse(argv: Sequence[str], words: bool = False) -> list[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1 and not words:
             raise ValueError(f"unexpected argument {rest[1]!r}, expected only flags")
-        for name in flags.FLAGS:  # which absl's own bounds let through
+        for name in flags.FLAGS:  # absl's own bounds accept infinity and NaN
             value = flags.FLAGS[name].value
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{name} is {value}, expected a finite number")
@@ -187,7 +194,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except Interrupted as interrupted:
         _complain(interrupted)
         return INTERRUPTED
-    except KeyboardInterrupt:  # where `interruptible` does not reach: nothing was trained yet
+    except KeyboardInterrupt:  # outside of `interruptible`: nothing was trained yet
         _complain("interrupted; call again to go on")
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
@@ -206,12 +213,12 @@ def _complain(error: object) -> None:
 
 
 def settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The configuration, once it is valid; a missing file or a setting that does not hold is a wrong call."""
+    """Checks and returns the configuration; a missing file or an invalid setting is a wrong call."""
     from tarq_jax.config import validate
 
     try:
         validate(config)
-    except (OSError, ValueError) as error:  # absl loads the file lazily: here is where it may be missing
+    except (OSError, ValueError) as error:  # absl loads the file lazily: only here a missing one is noticed
         wrong_call(error)
     return config
 
@@ -219,7 +226,7 @@ def settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def study(
     config: ml_collections.ConfigDict, chosen: Sequence[str] = ()
 ) -> dict[str, ml_collections.ConfigDict]:
-    """The configurations of a study's variants, or the chosen ones; what does not hold is a wrong call."""
+    """The configurations of a study's variants, or of the chosen ones; an invalid study is a wrong call."""
     from tarq_jax.config import variants_of
 
     try:

@@ -1,4 +1,4 @@
-"""What people see of a run: progress, metrics on disk, tables in the terminal and as JSON."""
+"""What a run shows to people: progress, metrics on disk, tables in the terminal and as JSON."""
 
 import json
 import math
@@ -24,19 +24,19 @@ class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and as TensorBoard events; use as a context manager."""
 
     def __init__(self, workdir: Path, *, enabled: bool = True):
-        """Appends to what `workdir` holds already, less a torn last line; writes nothing unless `enabled`."""
+        """Appends to the metrics in `workdir`, without a torn last line; writes nothing unless `enabled`."""
         self._enabled = enabled
         if not enabled:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         _mend(workdir / METRICS)
         self._lines = (workdir / METRICS).open("a")
-        from tensorboardX import SummaryWriter  # imports PyTorch where it is installed: that takes seconds
+        from tensorboardX import SummaryWriter  # imports PyTorch if it is installed, which takes seconds
 
         self._events = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One JSON line and one event a scalar; a value that is not finite is null in JSON and no event."""
+        """Writes one JSON line, and one event per scalar; a value not finite is null in JSON and no event."""
         if not self._enabled:
             return
         finite = _finite(scalars)
@@ -56,7 +56,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines that `MetricsWriter` wrote, none where it did not; a last one that a kill tore is left out.
+    """The lines that `MetricsWriter` wrote, if any; a last line that a kill left incomplete is left out.
 
     Raises:
       ValueError: another line is not JSON; names the file and the line.
@@ -86,7 +86,7 @@ def _is_whole(line: str | bytes) -> bool:
 
 
 def _mend(path: Path) -> None:
-    """Has the next line begin as one: cuts off what a kill tore, and ends what lacks its end alone."""
+    """Lets the next line start as a new one: cuts off an incomplete last line, or ends a complete one."""
     data = path.read_bytes() if path.is_file() else b""
     last = data[data.rfind(b"\n") + 1:]
     if last and _is_whole(last):
@@ -103,7 +103,7 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-# Of a predictor, what a terminal has room for; files hold every column.
+# Columns of a predictor that a terminal has room for; files hold every column.
 PREDICTOR = (
     "model", "seed", "seeds", "auc", "auc_std", "gauc", "log_loss", "calibration", "gap_recovered",
     "auc_difference", "fine_tuned", "utilisation", "quantization_error", "correction_error",
@@ -112,7 +112,7 @@ PREDICTOR = (
 
 
 def print_table(rows: Sequence[Row], title: str, columns: Sequence[str] | None = None) -> None:
-    """One line a row, with those of the columns that any row has; None shows all that there are."""
+    """Prints one line per row, with those of `columns` that any row has; None shows all columns."""
     present = dict.fromkeys(column for row in rows for column in row)
     columns = list(present) if columns is None else [column for column in columns if column in present]
     console = Console()
@@ -161,9 +161,9 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields another name in the same folder; what is written there takes the place of `path` at once.
+    """Yields another name in the same folder; the file written there then replaces `path` atomically.
 
-    Nothing is left of it where the body raises.
+    If the body raises, that file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

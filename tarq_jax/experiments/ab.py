@@ -1,13 +1,13 @@
-"""Analysis of an A/B test: lifts of CTR, CVR and GMV, how sure they are, and what certainty would take.
+"""Analysis of an A/B test: lifts of CTR, CVR and GMV, their uncertainty, and the users that a test needs.
 
     python -m tarq_jax.experiments.ab --data=runs/ab.csv --simulate=200000
 
-FILE has a header and a row for each user (or bucket of users): `user`, `arm`, `impressions`, `clicks`,
-`orders`, `revenue`, and where there is one the same of a period before, `pre_impressions` and so on, which
-CUPED makes use of. CTR is clicks over impressions, CVR orders over clicks, GMV revenue a user. `--simulate`
-first writes FILE, which must not be there, with the lifts that the TARQ paper reports. Intervals are by the
-delta method over users, and for GMV, whose tail is heavy, by bootstrap too; p-values are adjusted over all
-metrics and arms by Holm.
+The file of `--data` has a header and one row per user (or bucket of users): `user`, `arm`, `impressions`,
+`clicks`, `orders`, `revenue`. It may also have the same counts for a period before the test,
+`pre_impressions` and so on, which CUPED uses. CTR is clicks over impressions, CVR orders over clicks, GMV
+revenue per user. `--simulate` first writes the file, which must not exist yet, with the lifts that the TARQ
+paper reports. Intervals are by the delta method over users, and for GMV, whose tail is heavy, by bootstrap,
+too. p-values are adjusted over all metrics and arms by Holm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,29 +24,31 @@ from tarq_jax.statistics.ratio import ROUNDING
 
 DATA = flags.DEFINE_string("data", None, "File of rows, CSV or Parquet.", required=True)
 CONTROL = flags.DEFINE_string("control", "control", "Arm that the others are compared with.")
-RATIO = flags.DEFINE_list("ratio", [], "Planned shares of arms in the order of their names; even if none.")
+RATIO = flags.DEFINE_list("ratio", [], "Planned shares of the arms, in the alphabetical order of their "
+                          "names; equal shares if not given.")
 LEVEL = cli.level_flag()
-POWER = flags.DEFINE_float("power", 0.8, "Chance to find an effect that is there.", lower_bound=0.5,
+POWER = flags.DEFINE_float("power", 0.8, "Probability of finding an effect that exists.", lower_bound=0.5,
                            upper_bound=0.9999)
-REPLICATES = flags.DEFINE_integer("replicates", 2000, "Of the bootstrap.", lower_bound=100)
+REPLICATES = flags.DEFINE_integer("replicates", 2000, "Replicates of the bootstrap.", lower_bound=100)
 MAX_BAD_FRACTION = flags.DEFINE_float(
-    "max_bad_fraction", 0.0, "Share of rows that may be bad and left out.", lower_bound=0.0, upper_bound=1.0)
-SIMULATE = flags.DEFINE_integer("simulate", 0, "Users to make up first, at least 100; 0 for none.",
+    "max_bad_fraction", 0.0, "Largest share of bad rows, which are left out.", lower_bound=0.0,
+    upper_bound=1.0)
+SIMULATE = flags.DEFINE_integer("simulate", 0, "Users to simulate first, at least 100; 0 for none.",
                                 lower_bound=0)
 JSON = cli.json_flag()
 
 METRICS = {"ctr": ("clicks", "impressions"), "cvr": ("orders", "clicks"), "gmv": ("revenue", None)}
 REPORTED = {"ctr": 0.0057, "cvr": 0.0459, "gmv": 0.0747}  # relative lifts of the paper, section 4
-BUCKETS = 2000  # that many users' sums are drawn by
-LEAST_SIMULATED = 100  # users: of fewer, an arm may have none
-MISMATCH = 0.001  # p-value below which shares of the arms are not believed
+BUCKETS = 2000  # of users; the bootstrap draws buckets if an arm has more users than this
+LEAST_SIMULATED = 100  # users; with fewer, an arm may have none
+MISMATCH = 0.001  # p-value below which the shares of the arms count as a mismatch
 
 
 Ratios = tuple[statistics.Ratio, statistics.Ratio]  # of an arm, and of the control
 
 
 class Plan(NamedTuple):
-    """How sure an analysis is to be."""
+    """Level of intervals, power of tests, and replicates of the bootstrap."""
 
     level: float = 0.95
     power: float = 0.8
@@ -54,14 +56,14 @@ class Plan(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """The users of an arm: its name, and a column a count."""
+    """The users of an arm: its name, and one column per count."""
 
     name: str
     columns: Mapping[str, np.ndarray]
 
 
 def ratio_of(arm: Arm, metric: str, prefix: str = "") -> statistics.Ratio:
-    """The metric of one arm's users; ValueError where its denominator is 0."""
+    """The metric of one arm's users; ValueError if its denominator is 0."""
     top, bottom = METRICS[metric]
     values = arm.columns[prefix + top]
     try:
@@ -72,10 +74,10 @@ def ratio_of(arm: Arm, metric: str, prefix: str = "") -> statistics.Ratio:
 
 
 def compare(treated: Arm, control: Arm, plan: Plan) -> list[dict[str, Any]]:
-    """A row a metric and method: `delta`, `cuped` where there is a period before, `bootstrap` for GMV.
+    """One row per metric and method: `delta`, `cuped` if there is a period before, `bootstrap` for GMV.
 
-    What cannot be had, as CVR before the first order, leaves the others as they are: its row has the reason
-    as `note` instead of numbers.
+    If a lift cannot be computed, such as that of CVR before the first order, its row has the reason as `note`
+    instead of numbers; other rows are not affected.
     """
     rows: list[dict[str, Any]] = []
     sizes = (len(treated.columns["impressions"]), len(control.columns["impressions"]))
@@ -102,7 +104,7 @@ def compare(treated: Arm, control: Arm, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _ratios(treated: Arm, control: Arm, metric: str) -> Ratios:
-    """Of both arms; that of the control has to have a value to compare with."""
+    """The metric of both arms; ValueError if that of the control is 0."""
     ratios = ratio_of(treated, metric), ratio_of(control, metric)
     if not ratios[1].value:
         raise ValueError(f"{metric} of arm {control.name!r} is 0, expected more for a lift")
@@ -115,18 +117,18 @@ def delta_lift(ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Pl
 
 
 def cuped_lift(ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Plan) -> statistics.Estimate:
-    """The same, less what the period before explains."""
+    """Lift by the delta method, less what the period before explains."""
     before = ratio_of(treated, metric, "pre_"), ratio_of(control, metric, "pre_")
     return statistics.lift(*ratios, before=before, level=plan.level)
 
 
 def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], plan: Plan) -> dict[str, Any]:
-    """An estimated lift as columns, with the users that the paper's lift would take.
+    """An estimated lift as columns, with the users needed to find the lift that the paper reports.
 
     Args:
       found: the lift.
-      metric: of `METRICS`.
-      sizes: users of the arm and of the control; as many more are split between the two in the same way.
+      metric: a key of `METRICS`.
+      sizes: users of the arm and of the control; the needed users are split between the two in this ratio.
       plan: level and power.
     """
     users = sum(sizes)
@@ -145,7 +147,7 @@ def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], pl
 def bootstrap_lift(
     ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Plan
 ) -> statistics.Estimate:
-    """Lift of means with a percentile interval; many users are drawn by `BUCKETS` random buckets an arm."""
+    """Lift of means with a percentile interval; a large arm is resampled by `BUCKETS` buckets of users."""
     top, _ = METRICS[metric]
     sums = [_bucket_sums(arm.columns[top], seed) for seed, arm in enumerate((treated, control))]
     sizes = [len(part[0]) for part in sums]
@@ -154,7 +156,7 @@ def bootstrap_lift(
         first, second = np.split(weights, [sizes[0]], axis=1)
         means = [(weights @ totals) / (weights @ counts)
                  for weights, (totals, counts) in zip((first, second), sums, strict=True)]
-        with np.errstate(divide="ignore", invalid="ignore"):  # `bootstrap` refuses what comes of it
+        with np.errstate(divide="ignore", invalid="ignore"):  # `bootstrap` refuses the resulting values
             lifts = means[0] / means[1] - 1
         return np.where(np.abs(lifts) > ROUNDING, lifts, 0.0)
 
@@ -168,7 +170,7 @@ LIFTS = {"delta": delta_lift, "cuped": cuped_lift, "bootstrap": bootstrap_lift}
 
 
 def _bucket_sums(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and numbers of users of each bucket; of each user where they are few."""
+    """Sum and number of users of each bucket; if users are few, each is a bucket."""
     if len(values) <= BUCKETS:
         return values, np.ones(len(values))
     bucket = np.random.default_rng(seed).permutation(len(values)) % BUCKETS
@@ -176,18 +178,18 @@ def _bucket_sums(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def analyse(table: ab_rows.Table, control: str, plan: Plan) -> list[dict[str, Any]]:
-    """All arms against the control.
+    """Compares all arms with the control.
 
     Args:
-      table: of `ab_rows.read`.
+      table: rows that `ab_rows.read` returned.
       control: name of an arm.
-      plan: how sure to be.
+      plan: level, power and replicates.
 
     Returns:
-      Rows of `compare`, with `p_adjusted` over the primary rows: `cuped` where it can be had, else `delta`.
+      Rows of `compare`. `p_adjusted` is over the primary rows: `cuped` if it could be computed, else `delta`.
 
     Raises:
-      ValueError: there is no such arm, or no metric can be had.
+      ValueError: there is no such arm, or no lift can be computed.
     """
     if control not in table.arms:
         raise ValueError(f"--control is {control!r}, expected one of the arms {list(table.arms)}")
@@ -206,7 +208,7 @@ def analyse(table: ab_rows.Table, control: str, plan: Plan) -> list[dict[str, An
 
 
 def sample_ratio(table: ab_rows.Table, planned: Sequence[float]) -> tuple[np.ndarray, float]:
-    """Users of each arm, and the chi-squared p-value that they were assigned as planned."""
+    """Users of each arm, and the p-value of a chi-squared test that they were assigned as planned."""
     counts = np.bincount(table.arm, minlength=len(table.arms))
     shares = np.array(planned, float) if len(planned) else np.ones(len(counts))
     if len(shares) != len(counts) or not (np.isfinite(shares) & (shares > 0)).all():
@@ -216,7 +218,7 @@ def sample_ratio(table: ab_rows.Table, planned: Sequence[float]) -> tuple[np.nda
 
 
 def main() -> None:
-    """Flags to tables."""
+    """Reads the flags and prints the tables."""
     path = Path(DATA.value)
     try:
         planned = [float(text) for text in RATIO.value]

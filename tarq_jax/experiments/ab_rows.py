@@ -1,4 +1,4 @@
-"""Rows of an A/B test: reading them from CSV or Parquet, checking them, and making some up."""
+"""Rows of an A/B test: reading them from CSV or Parquet, checking them, and simulating some."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from tarq_jax.data.rows import NUM_SAMPLES, RowReport, check_report
 KEYS = ("user", "arm")
 COUNTS = ("impressions", "clicks", "orders", "revenue")
 BEFORE = tuple(f"pre_{name}" for name in COUNTS)  # of the same users, before the test
-LONGEST_TEXT = 200  # of a row in a report
+LONGEST_TEXT = 200  # characters of a row in a report
 TORN = "columns are not those of the header"
 
 
 class Table(NamedTuple):
-    """Good rows, one a user or bucket."""
+    """Good rows, one per user or bucket."""
 
     arms: tuple[str, ...]  # names, sorted
-    arm: np.ndarray  # [U] index of each user's
-    columns: Mapping[str, np.ndarray]  # of `COUNTS`, and of `BEFORE` where the file has them, [U] float64
+    arm: np.ndarray  # [U] index of each user's arm
+    columns: Mapping[str, np.ndarray]  # `COUNTS`, and those of `BEFORE` that the file has, [U] float64 each
 
     def of(self, arm: int) -> dict[str, np.ndarray]:
         """The columns of one arm's users."""
@@ -31,22 +31,22 @@ class Table(NamedTuple):
 
 
 def read(path: Path, *, max_bad_fraction: float = 0.0) -> tuple[Table, RowReport]:
-    """Reads a file with a header, one row a user or bucket.
+    """Reads a file with a header and one row per user or bucket.
 
-    A row is bad if a key is empty, a number missing, not finite or negative, or it has other columns than the
-    header. More clicks than impressions are not: clicks can come a day later.
+    A row is bad if a key is empty, if a number is missing, not finite or negative, or if its columns are not
+    those of the header. A row with more clicks than impressions is not bad: clicks can arrive a day later.
 
     Args:
-      path: `.parquet`, or CSV under any other ending.
-      max_bad_fraction: bad rows are left out up to this share.
+      path: Parquet if it ends in `.parquet`, else CSV.
+      max_bad_fraction: largest share of bad rows, which are left out.
 
     Returns:
-      The good rows, and the report on all.
+      The good rows, and the report on all rows.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it cannot be read, a column is missing, a user is there twice, there are fewer than two
-        arms, or too many rows are bad; names it.
+      ValueError: the file cannot be read or is empty, a column is missing or there twice, a user is there
+        twice, there are fewer than two arms, or too many rows are bad; names the file and the cause.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected rows of an A/B test in CSV or Parquet")
@@ -105,7 +105,7 @@ def _csv(path: Path) -> tuple[Any, list[str]]:
         with path.open(encoding="utf-8-sig") as file:
             header = next(iter(file), "").rstrip("\r\n").split(",")
         as_text = csv.ConvertOptions(column_types={name.strip('"'): pa.string() for name in header})
-        # A thread of Arrow's that still held `skip` when the interpreter ends would abort the process.
+        # An Arrow thread that still held `skip` at the end of the interpreter would abort the process.
         table = csv.read_csv(path, parse_options=csv.ParseOptions(invalid_row_handler=skip),
                              read_options=csv.ReadOptions(use_threads=False), convert_options=as_text)
     except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
@@ -114,7 +114,7 @@ def _csv(path: Path) -> tuple[Any, list[str]]:
 
 
 def _text(path: Path, name: str, column: Any) -> np.ndarray:
-    """[R] strings, empty where nothing is there."""
+    """[R] strings, empty where a value is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -137,7 +137,7 @@ def _numbers(column: Any) -> np.ndarray:
         column = pc.if_else(pc.match_substring_regex(column, number), column, None)
     try:
         values = column.cast(pa.float64(), safe=False)  # rounds whole numbers above 2^53
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # of a type that holds no numbers
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # the column's type holds no numbers
         return np.full(len(column), np.nan)
     return pc.fill_null(values, np.nan).to_numpy(zero_copy_only=False)
 
@@ -147,7 +147,7 @@ def _report(table: Any, path: Path, reasons: np.ndarray, torn: Sequence[str]) ->
     counts = Counter(reasons[bad])
     samples = [(str(reasons[row]), str(table.slice(int(row), 1).to_pylist()[0])) for row in bad[:NUM_SAMPLES]]
     if torn:
-        counts[TORN] = sum(1 + text.count("\n") for text in torn)  # a quote without an end takes many lines
+        counts[TORN] = sum(1 + text.count("\n") for text in torn)  # an unclosed quote takes many lines
         samples += [(TORN, text) for text in torn[:NUM_SAMPLES]]
     shown = tuple({"file": path.name, "line": 0, "reason": reason, "text": text[:LONGEST_TEXT]}
                   for reason, text in samples[:NUM_SAMPLES])
@@ -169,16 +169,16 @@ def _check_users(path: Path, users: np.ndarray) -> None:
 def simulate(path: Path, users: int, lifts: Mapping[str, float], *, seed: int = 0) -> None:
     """Writes rows of two arms, `control` and `treatment`, with a period before and known relative lifts.
 
-    A file that is there may hold a test that was run, and is never written over.
+    An existing file may hold the data of a real test, so it is never overwritten.
 
     Args:
-      path: to write; Parquet where it ends so, else CSV.
-      users: of both arms together.
-      lifts: `ctr`, `cvr` and `revenue` an order.
-      seed: of all draws.
+      path: file to write; Parquet if it ends in `.parquet`, else CSV.
+      users: number of users of both arms together.
+      lifts: relative lifts of `ctr`, of `cvr` and of `revenue` per order.
+      seed: seed of all draws.
 
     Raises:
-      FileExistsError: there is such a file.
+      FileExistsError: the file exists.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists, expected a new file to make up rows in; leave out --simulate "

@@ -2,9 +2,10 @@
 
     python -m tarq_jax.experiments.ablate --config=configs/ablation.py --workdir=runs/ablation
 
-WORKDIR/runs.parquet has a row for each run, WORKDIR/<variant>-<seed> what the run left. What is in the table
-is not run again, under whichever name and wherever it was run: calling again goes on where it stopped. For
-intervals, figures and a page see `tarq_jax.experiments.report`, which reads the table alone.
+WORKDIR/runs.parquet has one row per run, WORKDIR/<variant>-<seed> the files of the run. A run that is in the
+table is not run again, even if it has another variant's name or was run elsewhere. Calling again thus
+continues where the last call stopped. For intervals, figures and a page see `tarq_jax.experiments.report`,
+which reads only the table.
 """
 
 import copy
@@ -32,23 +33,23 @@ COLUMNS = ("variant", "seeds", "auc", "auc_std", "gauc", "log_loss", "teacher_au
 
 def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[int], workdir: Path,
            console: Console) -> list[dict[str, Any]]:
-    """Trains what is missing in the table of `workdir`.
+    """Trains the runs that are missing in the table of `workdir`.
 
-    A variant that diverges leaves no row, and the others go on.
+    If a variant diverges, its missing runs get no rows, and training continues with the other variants.
 
     Args:
       variants: name -> configuration, see `tarq_jax.config.variants_of`.
-      seeds: of initialisation, order of the data and k-means; the data themselves stay the same.
+      seeds: seeds of initialisation, order of the data and k-means; the data themselves stay the same.
       workdir: where the table and the runs are kept.
-      console: where progress goes.
+      console: where progress is shown.
 
     Returns:
       The rows of these variants and seeds, in their order.
 
     Raises:
       FloatingPointError: variants diverged; names each with its seed and step.
-      Interrupted: after SIGINT or SIGTERM, once all states are saved.
-      ValueError: a setting does not fit the data, or what was saved of a run.
+      Interrupted: after SIGINT or SIGTERM, when all states are saved.
+      ValueError: a setting does not fit the data, or the saved state of a run.
     """
     from tarq_jax.experiments import study  # after the flags: importing JAX takes seconds
     from tarq_jax.training import checkpoint, loop
@@ -91,12 +92,12 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
 
 
 def identity(config: ml_collections.ConfigDict, data: str, seed: int) -> dict[str, Any]:
-    """What tells a run from others."""
+    """The columns that identify a run."""
     return {"seed": seed, "settings": run_table.settings_of(config), "data": data}
 
 
 def _origin(folder: Path) -> dict[str, str]:
-    """What made the numbers of a run, beside settings and data; each of several, if it was gone on with."""
+    """Code, device and packages that made the numbers of a run; all, if it was resumed with others."""
     from tarq_jax.training import provenance
 
     now = {"revision": provenance.revision(), "device": provenance.device(),
@@ -110,7 +111,7 @@ def _origin(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Flags to table."""
+    """Reads the flags, trains and prints the table."""
     seeds = cli.seeds(SEEDS)
     variants = cli.study(CONFIG.value, VARIANT.value)
     rows = ablate(variants, seeds, Path(WORKDIR.value), Console())
@@ -122,7 +123,7 @@ def main() -> None:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what only a report reads."""
+    """A row without the columns that only a report reads."""
     return {key: value for key, value in row.items() if key not in run_table.MEASURED}
 
 

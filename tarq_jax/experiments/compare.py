@@ -2,8 +2,9 @@
 
     python -m tarq_jax.experiments.compare --config=configs/synthetic.py --seeds=0,1,2 --workdir=runs/compare
 
-Trains two-tower, a two-tower of TARQ's size, target attention and TARQ, or what `--model` names. Each run is
-kept under `WORKDIR/<model>-<seed>`: calling again goes on where it stopped and trains nothing twice.
+Trains two-tower, a two-tower of TARQ's size, target attention and TARQ, or the models that `--model` names.
+Each run is kept under `WORKDIR/<model>-<seed>`: calling again continues where the last call stopped and
+trains nothing twice.
 """
 
 from collections.abc import Sequence
@@ -29,14 +30,14 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
     """Trains every model with every seed.
 
     Args:
-      config: validated; its model's name and seed are replaced.
-      models: names, as `config.model.name`.
-      seeds: of initialisation and order of the data; the data set itself stays the same.
+      config: a validated configuration; its model's name and its seed are replaced.
+      models: names of models, as in `config.model.name`.
+      seeds: seeds of initialisation and order of the data; the data set itself stays the same.
       workdir: where the runs are kept.
-      console: where progress goes.
+      console: where progress is shown.
 
     Returns:
-      A row a predictor and seed, with `seed` and `gap_recovered` within that seed.
+      One row per predictor and seed, with `seed`, and with `gap_recovered` among the runs of that seed.
     """
     from tarq_jax.training import checkpoint, loop  # after the flags: importing JAX takes seconds
 
@@ -57,7 +58,7 @@ def compare(config: ml_collections.ConfigDict, models: Sequence[str], seeds: Seq
 
 
 def main() -> None:
-    """Flags to table."""
+    """Reads the flags, trains and prints the table."""
     if len(set(TRAINED.value)) < len(TRAINED.value):
         cli.wrong_call(f"--model is {', '.join(TRAINED.value)}, expected different models")
     seeds = cli.seeds(SEEDS)

@@ -1,10 +1,11 @@
-"""Serves a trained target-attention model as TARQ, with nothing retrained, and says what that costs.
+"""Converts a trained target-attention model to TARQ without retraining, and measures what accuracy it loses.
 
     python -m tarq_jax.experiments.convert --checkpoint=runs/compare/target_attention-0 --codewords=64
 
-`--codewords` and `--order` take lists, one row a combination. Order 1 corrects each look-up by a first
-derivative; its corrections are kept exactly (`--levels=0`) or in further levels of 256 codewords, one byte
-an item each. `--fine_tune=300` then trains codewords and head for 300 steps.
+`--codewords`, `--order` and `--levels` take lists; the table has one row per combination. Order 1 corrects
+each look-up by a first derivative. Its corrections are stored exactly (`--levels=0`) or in further levels of
+256 codewords, each of which takes one byte per item. `--fine_tune=300` then trains codewords and head for 300
+steps.
 """
 
 import functools
@@ -24,20 +25,21 @@ from tarq_jax import cli, reporting
 CHECKPOINTS = flags.DEFINE_multi_string(
     "checkpoint", None, "Working directory of a finished run of target attention; repeat for more seeds.",
     required=True)
-CODEWORDS = flags.DEFINE_list("codewords", ["64"], "Codewords of level 1.")
+CODEWORDS = flags.DEFINE_list("codewords", ["64"], "Numbers of codewords of level 1.")
 ORDER = flags.DEFINE_list("order", ["1"], "0 looks attention up, 1 corrects it by its first derivative.")
-LEVELS = flags.DEFINE_list("levels", ["0"], "Further levels, of 256 codewords; 0 keeps corrections exactly.")
+LEVELS = flags.DEFINE_list("levels", ["0"], "Numbers of further levels of 256 codewords, which store "
+                           "corrections; 0 stores them exactly.")
 CORRECTION = flags.DEFINE_enum(
     "correction", "fitted", ["plain", "damped", "fitted"], "How an item's correction is found.")
-CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections see.",
-                                   lower_bound=1)
+CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections are "
+                                   "fitted to.", lower_bound=1)
 FINE_TUNE = flags.DEFINE_integer(
-    "fine_tune", 0, "Steps that then train codewords and head; 0 for none.", lower_bound=0,
+    "fine_tune", 0, "Steps for which codewords and head are then trained; 0 for none.", lower_bound=0,
     allow_override=True)
 SEED = cli.seed_flag("Of k-means and of the order of the data.")
 TWO_TOWERS = flags.DEFINE_multi_string(
-    "two_tower", [], "Two-tower run for the share of the gap, one for each checkpoint, in their order.")
-PLOT = flags.DEFINE_string("plot", None, "PNG file for the attention error by codewords and order.")
+    "two_tower", [], "Two-tower run, for gap recovered; one for each checkpoint, in the same order.")
+PLOT = flags.DEFINE_string("plot", None, "PNG file for a figure of attention error by codewords and order.")
 JSON = cli.json_flag()
 
 
@@ -46,7 +48,7 @@ class Setting(NamedTuple):
 
     codewords: int  # K of level 1
     order: int
-    levels: int  # further ones; 0 keeps corrections exactly
+    levels: int  # further levels; 0 stores corrections exactly
 
 
 def settings() -> list[Setting]:
@@ -62,7 +64,7 @@ def settings() -> list[Setting]:
 def convert(
     checkpoint: Path, two_tower: Path | None, wanted: Sequence[Setting], console: Console
 ) -> list[dict[str, Any]]:
-    """A row for the model as it is, then one for each setting, and one more where it was fine-tuned."""
+    """A row for the model without conversion, then one for each setting, and one more if it is fine-tuned."""
     floor = None if two_tower is None else _auc_of(two_tower)
     from tarq_jax.metrics import gap_recovered  # after the flags: importing JAX takes seconds
     from tarq_jax.training import conversion as training
@@ -103,7 +105,7 @@ def load_model(checkpoint: Path) -> tuple[Any, ml_collections.ConfigDict]:
 
 
 def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:
-    """The index of a setting, and how much of the corrections its further levels leave unexplained."""
+    """The index of a setting, and the relative error with which its further levels store corrections."""
     from tarq_jax import conversion
     from tarq_jax.training import conversion as training
 
@@ -142,7 +144,7 @@ def _auc_of(two_tower: Path) -> float:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Attention error by codewords of level 1, a line an order and number of further levels."""
+    """Plots attention error by codewords of level 1, one line per order and number of further levels."""
     from tarq_jax.experiments import plots
 
     lines: dict[str, dict[int, float]] = {}
@@ -155,7 +157,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Flags to table."""
+    """Reads the flags, converts and prints the table."""
     if TWO_TOWERS.value and len(TWO_TOWERS.value) != len(CHECKPOINTS.value):
         cli.wrong_call(f"--two_tower is given {len(TWO_TOWERS.value)} times, expected once for each of "
                        f"{len(CHECKPOINTS.value)} --checkpoint")

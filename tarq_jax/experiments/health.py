@@ -1,4 +1,4 @@
-"""Health of a run's codebooks: one page, the figures beside it, and what is wrong in words.
+"""Health of a run's codebooks: one page, the figures beside it, and a diagnosis in words.
 
     python -m tarq_jax.experiments.health --run=runs/synthetic
 
@@ -15,9 +15,9 @@ from absl import flags
 from tarq_jax import cli, reporting
 
 RUN = cli.run_flag()
-OUT = flags.DEFINE_string("out", None, "Where the page goes; RUN/health if not given.")
+OUT = flags.DEFINE_string("out", None, "Folder of the page; RUN/health if not given.")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split that is looked at.")
-REQUESTS = flags.DEFINE_integer("requests", 2000, "Requests of the split that are looked at.", lower_bound=1)
+REQUESTS = flags.DEFINE_integer("requests", 2000, "How many requests of the split to look at.", lower_bound=1)
 JSON = cli.json_flag()
 
 CURVES = {"utilisation of a batch": "utilisation", "perplexity": "perplexity", "dead codewords": "dead",
@@ -26,19 +26,19 @@ BUCKETS = 4  # of history lengths
 
 
 class Observed(NamedTuple):
-    """What a run's student and teacher do on a split, over its real candidates."""
+    """What a run's student and teacher compute for the real candidates of a split."""
 
     latents: np.ndarray  # [M, D]
     output: Any  # QuantizerOutput with leading axis M
     codewords: np.ndarray  # [L, K, D]
     squared_error: np.ndarray  # [M], of the attention output
-    squared_norm: np.ndarray  # [M], of the teacher's
+    squared_norm: np.ndarray  # [M], of the teacher's attention output
     lengths: np.ndarray  # [M], of the history
     weights: dict[str, np.ndarray]  # by head or level: total variation of the attention weights, [M]
 
 
 def observe(run: Any, split: str, requests: int) -> Observed:
-    """Goes through the first `requests` requests of a split."""
+    """Evaluates the run on the first `requests` requests of a split."""
     import jax
 
     from tarq_jax import data
@@ -71,7 +71,7 @@ def observe(run: Any, split: str, requests: int) -> Observed:
 
 
 def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
-    """A row a level: its health, and the verdict on it."""
+    """One row per level: its health, and a verdict in words."""
     from tarq_jax import metrics
     from tarq_jax.metrics import diagnosis
 
@@ -92,7 +92,7 @@ def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
 
 
 def attention_errors(observed: Observed) -> tuple[float, dict[str, float], dict[str, dict[str, float]]]:
-    """Relative error over all and by history length; total variation of the weights by head and length."""
+    """Relative error in total and by history length; total variation of the weights by head and length."""
     edges = np.unique(np.quantile(observed.lengths, np.linspace(0, 1, BUCKETS + 1)).astype(int))
     lower = edges[:-1] if len(edges) > 1 else edges
     bucket = np.searchsorted(lower, observed.lengths, side="right") - 1
@@ -117,10 +117,10 @@ def _relative(error: np.ndarray, norm: np.ndarray) -> float:
 def training_curves(
     workdir: Path, num_levels: int, start: int
 ) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
-    """Steps from `start` on, and by quantity and level what `metrics.jsonl` has, if it is there."""
+    """Steps after `start` in `metrics.jsonl`, and values by quantity and level; empty without that file."""
     by_step = {line["step"]: line for line in reporting.read_metrics(workdir)
                if "codebook/perplexity_1" in line and line["step"] > start}
-    lines = [by_step[step] for step in sorted(by_step)]  # what was repeated after a kill counts once
+    lines = [by_step[step] for step in sorted(by_step)]  # steps that were repeated after a kill count once
     curves = {
         title: {f"level {level}": [line[f"codebook/{name}_{level}"] for line in lines]
                 for level in range(1, num_levels + 1)}
@@ -172,7 +172,7 @@ def sections(run: Any, observed: Observed, rows: Sequence[dict[str, Any]], workd
 
 
 def main() -> None:
-    """Flags to page and table."""
+    """Reads the flags, writes the page and prints the table."""
     from tarq_jax.experiments import page
     from tarq_jax.training.restore import load_run  # after the flags: importing JAX takes seconds
 

@@ -12,7 +12,7 @@ border-bottom:1px solid #ddd}figcaption{color:#555}figure{margin:1rem 0}"""
 
 
 class Section(NamedTuple):
-    """A part of a page; what is empty is left out."""
+    """A part of a page; empty fields are left out."""
 
     title: str
     sentences: Sequence[str] = ()

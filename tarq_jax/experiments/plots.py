@@ -1,4 +1,4 @@
-"""Figures of reports: functions from arrays to a matplotlib figure; nothing is kept between them."""
+"""Figures of reports: functions from arrays to a matplotlib figure; no state is kept between calls."""
 
 import io
 import itertools
@@ -31,13 +31,13 @@ def _panels(count: int, width: float = 3.6, height: float = 2.8) -> tuple[Figure
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """How lines look, without end: every colour solid, then dashed, dotted and dash-dotted."""
+    """Styles of lines, repeated without end: every colour solid, then dashed, dotted and dash-dotted."""
     return itertools.cycle([{"color": colour, "linestyle": line} for line in ("-", "--", ":", "-.")
                             for colour in COLOURS])
 
 
 def curves(steps: Sequence[int], by_panel: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """A panel a quantity, a line a level, over training steps."""
+    """One panel per quantity, one line per level, over training steps."""
     figure, axes = _panels(len(by_panel))
     for axis, (title, lines) in zip(axes, by_panel.items(), strict=True):
         for style, (name, values) in zip(styles(), lines.items(), strict=False):
@@ -49,7 +49,7 @@ def curves(steps: Sequence[int], by_panel: Mapping[str, Mapping[str, Sequence[fl
 
 
 def usage(counts: Iterable[np.ndarray]) -> Figure:
-    """Share of uses of each codeword, the most used first, a panel a level; dashed is even use."""
+    """Share of uses of each codeword, the most used first, one panel per level; dashed is even use."""
     counts = list(counts)
     figure, axes = _panels(len(counts))
     for index, (axis, level) in enumerate(zip(axes, counts, strict=True)):
@@ -62,7 +62,7 @@ def usage(counts: Iterable[np.ndarray]) -> Figure:
 
 
 def distances(by_level: Iterable[np.ndarray]) -> Figure:
-    """Histogram of the distances between different codewords, a panel a level."""
+    """Histogram of the distances between different codewords, one panel per level."""
     by_level = list(by_level)
     figure, axes = _panels(len(by_level))
     for index, (axis, matrix) in enumerate(zip(axes, by_level, strict=True)):
@@ -74,7 +74,7 @@ def distances(by_level: Iterable[np.ndarray]) -> Figure:
 
 
 def projection(latents: np.ndarray, codewords: np.ndarray, counts: np.ndarray) -> Figure:
-    """Codewords [K, D], as large as their use, over latents [M, D], on the latents' two main axes."""
+    """Codewords [K, D], sized by their use, over latents [M, D], on the latents' two main axes."""
     figure, (axis,) = _panels(1, width=5.5, height=4.5)
     if latents.shape[1] == 1:
         latents, codewords = (np.pad(points, ((0, 0), (0, 1))) for points in (latents, codewords))
@@ -94,7 +94,7 @@ def projection(latents: np.ndarray, codewords: np.ndarray, counts: np.ndarray) -
 
 
 def errors_by_size(lines: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Relative error over the number of codewords, both on logarithmic axes, a line a name."""
+    """Relative error over the number of codewords, both on logarithmic axes, one line per name."""
     figure, (axis,) = _panels(1, width=6.0, height=4.0)
     for style, (name, errors) in zip(styles(), lines.items(), strict=False):
         sizes = sorted(errors)
@@ -108,7 +108,7 @@ def errors_by_size(lines: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 def bars(by_panel: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """A panel a quantity, groups along the axis, a colour a series: panel -> series -> group -> value."""
+    """One panel per quantity, groups on the x axis, colours for series: panel -> series -> group -> value."""
     figure, axes = _panels(len(by_panel), width=5.0)
     for axis, (title, series) in zip(axes, by_panel.items(), strict=True):
         groups = list(next(iter(series.values())))
@@ -124,7 +124,7 @@ def bars(by_panel: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
 
 
 def times_by_size(lines: Mapping[str, Mapping[int, float]], size: str) -> Figure:
-    """Milliseconds over a size, both on logarithmic axes, a line a name."""
+    """Milliseconds over a size, both on logarithmic axes, one line per name."""
     figure, (axis,) = _panels(1, width=8.0, height=4.6)
     for style, (name, times) in zip(styles(), lines.items(), strict=False):
         sizes = sorted(times)
@@ -138,7 +138,10 @@ def times_by_size(lines: Mapping[str, Mapping[int, float]], size: str) -> Figure
 
 
 def stacked(bars: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
-    """A horizontal bar a name, its parts end to end; below 0 counts as 0, and long bars are cut and told."""
+    """One horizontal bar per name, with its parts end to end.
+
+    A part below 0 counts as 0. A bar that is too long is cut off and labelled with its length.
+    """
     figure, (axis,) = _panels(1, width=9.0, height=0.34 * len(bars) + 1.0)
     palette = (*COLOURS, "#F0E442", "#000000", "#bbbbbb")
     ends = np.zeros(len(bars))
@@ -159,9 +162,10 @@ def stacked(bars: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
 
 def timelines(columns: Mapping[str, Mapping[str, Mapping[str, Line]]],
               marks: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """A column a name, a row a quantity, lines over seconds: column -> quantity -> name -> line.
+    """One column per name, one row per quantity, lines over seconds: column -> quantity -> name -> line.
 
-    Of the marks of a column, moments by what they are of, the first kind is dotted and the second solid.
+    `marks` has two kinds of moments for each column, column -> kind -> seconds: vertical lines, dotted for
+    the first kind and solid for the second.
     """
     quantities = list(next(iter(columns.values())))
     figure = Figure(figsize=(4.6 * len(columns), 2.3 * len(quantities)), layout="constrained")
@@ -185,9 +189,9 @@ def timelines(columns: Mapping[str, Mapping[str, Mapping[str, Line]]],
 
 
 def forest(intervals: Mapping[str, tuple[float, float, float]], label: str) -> Figure:
-    """A line a name, from low to high with a mark at the value; dashed is no difference.
+    """One line per name, from low to high with a mark at the value; dashed is no difference.
 
-    Where differences reach far beyond the usual width of an interval, the axis is logarithmic outside of it.
+    If differences reach far beyond the median width of an interval, the axis is logarithmic beyond it.
     """
     figure, (axis,) = _panels(1, width=7.0, height=0.28 * len(intervals) + 1.0)
     for place, (value, low, high) in enumerate(intervals.values()):
@@ -208,10 +212,10 @@ def forest(intervals: Mapping[str, tuple[float, float, float]], label: str) -> F
 
 def frontier(points: Mapping[str, tuple[float, float]], best: Sequence[str], quality: str,
              reference: str = "") -> Figure:
-    """Quality over milliseconds; those in `best` are joined by a line.
+    """Quality over milliseconds; the points in `best` are joined by a line.
 
-    Of points of one latency, which variants of one method have, the best is named, and the reference if it is
-    among them.
+    Variants of one method have the same latency. Of points with the same latency only the best has a label,
+    and the reference if it is one of them.
     """
     figure, (axis,) = _panels(1, width=8.0, height=5.0)
     axis.plot(*zip(*(points[name] for name in best), strict=True), color=COLOURS[0], drawstyle="steps-post",
@@ -227,7 +231,7 @@ def frontier(points: Mapping[str, tuple[float, float]], best: Sequence[str], qua
 
 
 def _label(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names points, from the left, each at the first place beside its point that is free, or at none."""
+    """Labels points from left to right, each at the first free place beside its point, if there is one."""
     taken: list[Bbox] = []
     for name, place in sorted(points.items(), key=lambda item: item[1]):
         for above in (-4, 8, -16, 20, -28, 32):
@@ -242,7 +246,7 @@ def _label(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 
 def lines(by_name: Mapping[str, Line], across: str, up: str) -> Figure:
-    """A line a name over one quantity."""
+    """One line per name over one quantity."""
     figure, (axis,) = _panels(1, width=8.0, height=4.6)
     for style, (name, (x, y)) in zip(styles(), by_name.items(), strict=False):
         axis.plot(x, y, **style, label=name)

@@ -8,9 +8,9 @@ Each `--beam` is an argument of the runner. On all cores of this machine:
 
     ... --beam=--direct_num_workers=0 --beam=--direct_running_mode=multi_processing
 
-On other runners `data_dir` is a folder that this machine and all workers see under one name, such as a
-mounted bucket, since records are written as files; the source may lie wherever Beam reads from. Dataflow,
-with this package built by `python -m build --sdist`:
+On other runners `data_dir` has to be a folder that this machine and all workers see under the same name, such
+as a mounted bucket, since records are written as files. The source may be anywhere that Beam can read.
+Dataflow, with this package built by `python -m build --sdist`:
 
     ... --beam=--runner=DataflowRunner --beam=--project=PROJECT --beam=--region=REGION \
         --beam=--temp_location=gs://BUCKET/tmp --beam=--extra_package=dist/tarq_jax-0.1.0.tar.gz
@@ -21,8 +21,8 @@ Flink and Spark, with the package installed on the workers:
     ... --beam=--runner=SparkRunner --beam=--spark_master_url=spark://HOST:7077 \
         --beam=--environment_type=LOOPBACK
 
-It prints the prepared directory; `--config.data.prepared=DIRECTORY` trains from it where the source files are
-not at hand. A data set that is prepared already is left as it is.
+The command prints the prepared directory. `--config.data.prepared=DIRECTORY` trains from it on a machine
+without the source files. A data set that is already prepared is left unchanged.
 """
 
 from absl import flags
@@ -34,14 +34,14 @@ BEAM = flags.DEFINE_multi_string("beam", [], "Argument of the Beam runner, such 
 
 
 def main() -> None:
-    """Flags to directory."""
+    """Reads the flags, prepares the data and prints their directory."""
     config = cli.settings(CONFIG.value)
     # After the flags: importing JAX takes seconds.
     from tarq_jax import data
     from tarq_jax.config import data_options
 
     options = data_options(config)
-    del options["prepared"], options["stream"]  # of reading
+    del options["prepared"], options["stream"]  # options of reading
     print(data.prepare(config.data.name, data_dir=config.data.data_dir, beam_arguments=BEAM.value, **options))
 
 

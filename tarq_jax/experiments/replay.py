@@ -1,10 +1,10 @@
-"""Goes once more through the step that a run failed at: from its last checkpoint, with the batch it kept.
+"""Repeats the step at which a run failed, from its last checkpoint and with the batch that it saved.
 
     python -m tarq_jax.experiments.replay --run=runs/synthetic
 
-Steps between checkpoint and failure are repeated; on the same devices they are the same to the bit. The
-table has every loss, and the norm of every gradient and of every parameter after the step, those that are
-not finite on top.
+Steps between checkpoint and failure are repeated, too; on the same devices they are bit-identical. The table
+has every loss, the norm of every gradient, and the norm of every parameter after the step; values that are
+not finite come first.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from tarq_jax.training import checkpoint, failure, loop, restore, setup
 from tarq_jax.training.state import TrainState
 
 RUN = cli.run_flag()
-STEP = flags.DEFINE_integer("step", None, "Failure to replay; the last by default.")
+STEP = flags.DEFINE_integer("step", None, "Failed step to replay; the last one by default.")
 JSON = cli.json_flag()
 
 
 def failed_step(workdir: Path, step: int | None = None) -> failure.FailedStep:
-    """What the run in `workdir` kept of its failure at `step`, or of its last one."""
+    """What the run in `workdir` saved at its failure at `step`, or at its last failure if None."""
     found = {kept.step: kept for kept in map(failure.load_batch, sorted(workdir.glob("failed_step_*.npz")))}
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(f"{workdir}: failed steps are {sorted(found)}, expected "
@@ -34,10 +34,10 @@ def failed_step(workdir: Path, step: int | None = None) -> failure.FailedStep:
 
 
 def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
-    """A row a loss, a gradient and a parameter of the failed step: `kind`, `name` and `value`.
+    """One row per loss, gradient and parameter of the failed step: `kind`, `name` and `value`.
 
     Raises:
-      ValueError: the checkpoint is past the step, or the data does not fit it.
+      ValueError: the checkpoint is not from before the step, or the data do not fit it.
     """
     config = restore.config_of(failed.settings)
     dataset = loop.load_data(config)
@@ -69,7 +69,7 @@ def _rows(metrics: dict[str, np.ndarray], state: TrainState) -> Iterator[dict[st
 
 
 def main() -> None:
-    """Flags to table."""
+    """Reads the flags, replays the step and prints the table."""
     workdir = Path(str(RUN.value))
     failed = failed_step(workdir, STEP.value)
     rows = replay(workdir, failed)

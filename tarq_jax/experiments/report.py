@@ -1,4 +1,4 @@
-"""What a study says, on one page: differences with intervals, the frontier, learning curves, codebooks.
+"""The results of a study on one page: differences with intervals, frontier, learning curves, codebooks.
 
     python -m tarq_jax.experiments.report --study=runs/ablation --serving=benchmarks/results/serving.json
 
@@ -19,12 +19,13 @@ from tarq_jax import cli, reporting
 from tarq_jax.statistics import Estimate
 
 STUDY = flags.DEFINE_string("study", None, "The --workdir of tarq_jax.experiments.ablate.", required=True)
-OUT = flags.DEFINE_string("out", None, "Where the page goes; STUDY/report if not given.", allow_override=True)
+OUT = flags.DEFINE_string("out", None, "Folder of the page; STUDY/report if not given.", allow_override=True)
 REFERENCE = flags.DEFINE_string("reference", "tarq", "Variant that the others are compared with.")
-SERVING = flags.DEFINE_string("serving", None, "Rows of benchmarks.serving, for latencies.")
-POINT = flags.DEFINE_list("point", ["10000", "1000"], "Candidates and history of the latencies shown.")
+SERVING = flags.DEFINE_string("serving", None, "JSON file with rows of benchmarks.serving, for latencies.")
+POINT = flags.DEFINE_list("point", ["10000", "1000"], "Number of candidates and length of history for which "
+                          "latencies are shown.")
 LEVEL = cli.level_flag()
-TITLE = flags.DEFINE_string("title", "Ablation", "Of the page.")
+TITLE = flags.DEFINE_string("title", "Ablation", "Title of the page.")
 JSON = cli.json_flag()
 
 TABLE = ("variant", "seeds", "paired_seeds", "auc", "difference", "low", "high", "p_adjusted", "seeds_error",
@@ -35,7 +36,7 @@ CURVES = 8  # learning curves that a figure has room for
 
 def add_latencies(rows: Sequence[dict[str, Any]], methods: Mapping[str, str | None],
                   latencies: Mapping[str, float]) -> None:
-    """Gives each row the latency of the method that serves its variant, where one was measured."""
+    """Adds to each row the latency of the method that serves its variant, if it was measured."""
     for row in rows:
         method = methods.get(row["variant"])
         if method is not None and method in latencies:
@@ -49,7 +50,7 @@ def percent(level: float) -> str:
 
 def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float, gap: Estimate | None
              ) -> list[str]:
-    """What the table says, in words: what earns something, what costs, what cannot be told apart.
+    """The table in words: which variants differ from the reference, and which do not measurably.
 
     Args:
       rows: of `study.summary`.
@@ -154,7 +155,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[di
 
 
 def provenance(variants: Mapping[str, Any]) -> list[str]:
-    """Seeds, data, code, packages and devices of all runs, a sentence each."""
+    """Seeds, data, code, packages and devices of all runs, one sentence each."""
     rows = [row for variant in variants.values() for row in variant.rows]
     facts = {"seeds": "seed", "data fingerprint": "data", "revision": "revision", "device": "device"}
     packages = sorted({key for row in rows for key in row if key.startswith("version_")})
@@ -182,7 +183,7 @@ def read_serving(path: str | None) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Flags to page, Markdown and table."""
+    """Reads the flags, writes page and Markdown, and prints the table."""
     from tarq_jax.experiments import page, study
 
     point = cli.whole_numbers(POINT, "candidates and length of history like 10000,1000")

@@ -1,7 +1,8 @@
-"""The table of a study: one row a run, in a Parquet file that is written anew with each addition.
+"""The table of a study: one row per run, in a Parquet file that is written anew with each addition.
 
-A row is all that is kept of a run: what tells it from others (`SAME`), its metrics, what a report draws
-(`MEASURED`), and where its numbers come from. `cp` moves a study; rows of two tables can be joined.
+A row holds all that a study keeps of a run: the columns that identify it (`SAME`), its metrics, what a report
+draws (`MEASURED`), and where its numbers come from. To move a study, copy the file; rows of two tables can be
+joined.
 """
 
 import hashlib
@@ -23,8 +24,9 @@ KEYS = ("variant", "seed")
 SAME = ("settings", "data", "seed")  # runs that agree in these are the same run
 # [U] each user's influence on the AUC, validation AUC by step, and the configuration as JSON.
 MEASURED = ("influence", "curve_step", "curve_auc", "config")
-COLUMNS = {*KEYS, *SAME, "model", "auc", *MEASURED}  # that no row lacks
-# What a run is told apart by is all that changes its numbers: neither where data lie, nor what is measured.
+COLUMNS = {*KEYS, *SAME, "model", "auc", *MEASURED}  # that every row has
+# Two runs are the same if their seeds, their data and all settings that affect their numbers agree. Data
+# paths, and settings that only affect measuring or logging, are left out.
 WITHOUT_EFFECT = ("seed", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
                   "checkpoints_kept", "recall_k", "save_scores", "prefetch")
 WITHOUT_EFFECT_OF_DATA = (*WHERE_DATA_LIE, "readers")
@@ -36,14 +38,14 @@ def has_effect(name: str) -> bool:
 
 
 def settings_of(config: ml_collections.ConfigDict) -> str:
-    """A short hash of what a run's numbers depend on but its seed and data files: settings, and own code."""
+    """A short hash of what a run's numbers depend on, beside seed and data: settings and own code."""
     settings = {key: value for key, value in described(config).items() if has_effect(key)}
     settings |= own_code(config)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def described(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The configuration as a row keeps it: all settings, but where its data lie."""
+    """The configuration as a row stores it: all settings except where and how data are read."""
     settings = json.loads(config.to_json())
     for key in WITHOUT_EFFECT_OF_DATA:
         settings["data"].pop(key, None)
@@ -51,7 +53,7 @@ def described(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows; none where there is no file.
+    """All rows; none if there is no file.
 
     Raises:
       ValueError: the file is damaged, or no table of a study.
@@ -72,7 +74,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from writing the table meanwhile, where the system has such locks."""
+    """Keeps other processes from writing the table meanwhile, if the system has file locks."""
     try:
         import fcntl
     except ImportError:
@@ -85,21 +87,21 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def add(path: Path, rows: Sequence[Row]) -> None:
-    """Adds rows to the table as it is now; of a variant and seed the new one stays."""
+    """Adds rows to the table; a new row replaces one of the same variant and seed."""
     with _locked(path):
         new = {tuple(row[key] for key in KEYS) for row in rows}
         write(path, [row for row in read(path) if tuple(row[key] for key in KEYS) not in new] + list(rows))
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Replaces the table; columns are those that any row has."""
+    """Replaces the table; its columns are all that any row has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = dict.fromkeys(key for row in rows for key in row)
     with replacing(path) as written:
         table = pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
-        split: list[str] = []  # nearly all of the bytes, of which a third are saved
+        split: list[str] = []  # columns with nearly all of the bytes; splitting these saves a third of them
         if "influence" in columns:
             place = table.schema.get_field_index("influence")
             table = table.set_column(place, "influence", table["influence"].cast(pa.list_(pa.float32())))
@@ -109,10 +111,10 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def same(row: Row) -> tuple[Any, ...]:
-    """What a run is told by, whatever its variant is called."""
+    """The values that identify a run, whatever its variant is called."""
     return tuple(row[key] for key in SAME)
 
 
 def find(rows: Sequence[Row], like: Row) -> Row | None:
-    """The row of the same run; None if it was not run."""
+    """The row of the same run as `like`; None if there is none."""
     return next((row for row in rows if same(row) == same(like)), None)

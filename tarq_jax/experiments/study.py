@@ -1,7 +1,7 @@
-"""From the runs of a study to what it says: differences from the reference, with seeds and users as sources.
+"""The results of a study: differences from its reference, with seeds and users as sources of variance.
 
-The table of a study is all that this reads: of each run it has the settings, the AUC with each user's
-influence on it, and the learning curve, so that a study can be moved and judged without the runs themselves.
+They need only the table of the study. For each run it has the settings, the AUC with each user's influence on
+it, and the learning curve, so that a study can be moved and evaluated without the files of its runs.
 """
 
 import json
@@ -18,7 +18,7 @@ from tarq_jax.reporting import read_metrics
 from tarq_jax.statistics import Estimate
 from tarq_jax.training.evaluate import SCORES
 
-ENDS = ("two_tower", "target_attention")  # variants that the gap lies between
+ENDS = ("two_tower", "target_attention")  # the variants at the two ends of the gap
 
 
 class Variant(NamedTuple):
@@ -38,12 +38,13 @@ class Variant(NamedTuple):
 
 
 def row_of_run(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a study keeps of a run, under `run_table.MEASURED` and the names of its metrics.
+    """What the row of a run has from its measurements: metrics, and the columns `run_table.MEASURED`.
 
     Args:
-      rows: its predictors', its own before its teacher's, as `tarq_jax.training.loop.train` returns them.
-      config: of the run, with `save_scores`.
-      folder: of the run.
+      rows: one per predictor, the run's own before its teacher's, as `tarq_jax.training.loop.train` returns
+        them.
+      config: configuration of the run, with `save_scores`.
+      folder: folder of the run.
     """
     row = dict(rows[0])
     for teacher in rows[1:]:
@@ -63,8 +64,9 @@ def load(workdir: Path) -> dict[str, Variant]:
     """The variants of a study, from its table.
 
     Raises:
-      FileNotFoundError: there is no table.
-      ValueError: the table is damaged, runs are of different data, or a variant has several runs of a seed.
+      FileNotFoundError: there is no table, or it has no rows.
+      ValueError: the table is damaged, runs differ in data, or those of a variant in settings or users; or a
+        variant has different runs of one seed.
     """
     path = workdir / run_table.FILE
     rows = run_table.read(path)
@@ -100,13 +102,13 @@ def _one_a_seed(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, An
 
 
 def on_shared_seeds(*variants: Variant) -> list[Variant] | None:
-    """The variants on the seeds that all of them have; None without one."""
+    """The variants, each with only the seeds that all of them have; None if there is none."""
     seeds = [seed for seed in variants[0].seeds if all(seed in other.seeds for other in variants)]
     return [variant.at(seeds) for variant in variants] if seeds else None
 
 
 def difference(variant: Variant, reference: Variant, level: float = 0.95) -> statistics.SeededEstimate | None:
-    """AUC less that of the reference, on the seeds that both have; None without one."""
+    """AUC less that of the reference, on the seeds that both have; None if there is none."""
     if (shared := on_shared_seeds(variant, reference)) is None:
         return None
     own, other = shared
@@ -181,7 +183,7 @@ def comparable(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, f
 
 
 def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95) -> list[dict[str, Any]]:
-    """A row a variant, the best first: AUC, difference from the reference, share of the gap, health.
+    """One row per variant, the best first: AUC, difference from the reference, gap recovered, health.
 
     Variants without a seed of the reference, which cannot be compared with it, come last.
 
@@ -199,7 +201,7 @@ def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95
             row |= {"paired_seeds": len(set(variant.seeds) & set(variants[reference].seeds)),
                     "difference": estimate.value, "low": estimate.low, "high": estimate.high,
                     "p_value": estimate.p_value, "data_error": max(parts.data, 0.0)**0.5}
-            if row["paired_seeds"] > 1:  # of one seed nothing is known of how seeds differ
+            if row["paired_seeds"] > 1:  # one seed does not show how seeds differ
                 row["seeds_error"] = max(parts.seeds, 0.0)**0.5
         if (share := gap_recovered(variant, variants, level)) is not None:
             row |= {"gap_recovered": share.value, "gap_low": share.low, "gap_high": share.high}
@@ -222,21 +224,21 @@ def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:
 
 
 def settings(variant: Variant) -> dict[str, Any]:
-    """The configuration of its first run."""
+    """The configuration of the variant's first run."""
     return json.loads(variant.rows[0]["config"])
 
 
-# What `benchmarks.serving` and `benchmarks.frontier` call the methods that serve models, but for TARQ.
+# Names in `benchmarks.serving` and `benchmarks.frontier` of the methods that serve models, except TARQ.
 METHODS = {
     "two_tower": "two-tower", "target_attention": "target attention, in blocks", "cold": "COLD-style MLP",
     "inttower": "IntTower", "linear_attention": "linear attention", "sdim": "SDIM", "eta": "ETA",
     "din": "DIN",
 }
-MEASURED_LEVELS = 3  # of TARQ there
+MEASURED_LEVELS = 3  # levels of TARQ in these benchmarks
 
 
 def tarq_name(order: int, head: str, codewords: int) -> str:
-    """What tables of latency call a method of TARQ.
+    """The name of a TARQ method in tables of latency.
 
     Example:
       >>> tarq_name(1, "mlp", 64)
@@ -246,7 +248,7 @@ def tarq_name(order: int, head: str, codewords: int) -> str:
 
 
 def served_as(config: Mapping[str, Any]) -> str | None:
-    """The name of the method that serves such a model, where latency is measured; None where it is not."""
+    """The name of the method that serves such a model, if benchmarks measure its latency, else None."""
     model = config["model"]
     if model["name"] == "tarq":
         if model["num_levels"] != MEASURED_LEVELS:
@@ -256,14 +258,14 @@ def served_as(config: Mapping[str, Any]) -> str | None:
 
 
 def latencies(serving: Sequence[Mapping[str, Any]], candidates: int, history: int) -> dict[str, float]:
-    """Median milliseconds of a whole request by method, of rows of `benchmarks.serving`."""
+    """Median milliseconds of a whole request by method, from rows of `benchmarks.serving`."""
     return {row["model"]: row["latency_p50_ms"] for row in serving
             if row.get("kind") == "request" and (row["candidates"], row["history"]) == (candidates, history)
             and row["latency_p50_ms"] is not None}
 
 
 def on_frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Those of (latency, quality) that no other beats in both, the fastest first.
+    """The names of points (latency, quality) that no other point beats in both, the fastest first.
 
     >>> on_frontier({"a": (1.0, 0.1), "b": (2.0, 0.9), "c": (3.0, 0.5)})
     ['a', 'b']

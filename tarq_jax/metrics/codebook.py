@@ -1,4 +1,4 @@
-"""Health of the codebooks: how evenly codewords are used, how much they leave unexplained, how far apart.
+"""Health of codebooks: how evenly codewords are used, what they leave unexplained, how far apart they are.
 
 Runs on the host, in float64, on NumPy or JAX arrays. Axis letters are those of `tarq_jax.types`: L level,
 K codeword, D width, M item. A collapsed codebook shows as low utilisation and perplexity in its level.
@@ -14,10 +14,10 @@ from tarq_jax.types import QuantizerOutput
 
 
 def usage_counts(codes: ArrayLike, num_codewords: int, mask: ArrayLike | None = None) -> np.ndarray:
-    """How many items chose each codeword; the counts of batches add up to those of their union.
+    """How many items chose each codeword; the counts of several batches can be added.
 
     Args:
-      codes: [..., L] integers in [0, K) where real.
+      codes: [..., L] integers, in [0, K) for real items.
       num_codewords: K.
       mask: [...] bool, True where the item is real; all of them if not given.
 
@@ -25,7 +25,7 @@ def usage_counts(codes: ArrayLike, num_codewords: int, mask: ArrayLike | None = 
       [L, K] int64.
 
     Raises:
-      ValueError: codes are not integers or a real one lies outside [0, K), shapes differ, K < 1.
+      ValueError: codes are not integers, that of a real item is outside [0, K), shapes differ, or K < 1.
 
     >>> usage_counts([[0, 2], [1, 2]], num_codewords=3)
     array([[1, 1, 0],
@@ -45,7 +45,7 @@ def usage_counts(codes: ArrayLike, num_codewords: int, mask: ArrayLike | None = 
 def utilisation(counts: ArrayLike) -> np.ndarray:
     """Share of each level's codewords that were used at least once.
 
-    Give it counts of one evaluation set: moving averages of counts hardly ever reach 0.
+    Use counts of one evaluation set: moving averages of counts hardly ever reach 0.
 
     Args:
       counts: [L, K] >= 0, from `usage_counts`.
@@ -81,7 +81,7 @@ def dead_codewords(counts: ArrayLike) -> np.ndarray:
 
 
 def perplexity(counts: ArrayLike) -> np.ndarray:
-    """Number of codewords in even use that would carry as much: `exp(-sum_k p_k log p_k)`, p the usage.
+    """Number of evenly used codewords with the same entropy: `exp(-sum_k p_k log p_k)`, p the usage.
 
     Args:
       counts: [L, K] >= 0, from `usage_counts`.
@@ -104,15 +104,15 @@ def perplexity(counts: ArrayLike) -> np.ndarray:
 def unexplained_energy(
     latents: ArrayLike, output: QuantizerOutput, mask: ArrayLike | None = None
 ) -> np.ndarray:
-    """Energy of the latents, and what the first l levels leave of it; batches add up to their union.
+    """Energy of the latents, and what the first l levels leave of it; values of batches can be added.
 
     `sum_i |z|^2`, then `sum_i |r_{l+1}|^2` for l = 1 to L, with `r_{l+1}` the residual after l levels and
     `r_{L+1} = z - z_q`. Energy is taken about the origin, not about the mean: latents with a common offset
     look well quantized as soon as one codeword has learned the offset.
 
     Args:
-      latents: [..., D], the z that were quantized; finite where real.
-      output: what quantization made of them, with codes [..., L], quantized [..., D], residuals [..., L, D].
+      latents: [..., D], the z that were quantized; finite for real items.
+      output: result of quantizing them, with codes [..., L], quantized [..., D], residuals [..., L, D].
       mask: [...] bool, True where the item is real; all of them if not given.
 
     Returns:
@@ -147,15 +147,15 @@ def quantization_error(
 ) -> np.ndarray:
     """Share of the latents' energy that the first l levels leave unexplained, l = 1 to L.
 
-    The last is the quantizer's relative error.
+    The last value is the quantizer's relative error.
 
     Args:
-      latents: as those of `unexplained_energy`, likewise `output` and `mask`.
-      output: what quantization made of them.
+      latents: as in `unexplained_energy`, as are `output` and `mask`.
+      output: result of quantizing them.
       mask: True where the item is real.
 
     Returns:
-      [L] float64, >= 0; above 1 if a level adds error; `nan` when the latents are all zero or none is real.
+      [L] float64, >= 0; above 1 if levels add error; `nan` if all latents are zero or none is real.
 
     Raises:
       ValueError: as `unexplained_energy`.
@@ -199,7 +199,7 @@ def distance_summary(codewords: ArrayLike) -> dict[str, np.ndarray]:
 
     Returns:
       `minimum`, of all pairs, 0 if two codewords coincide; `nearest`, the mean over codewords of the
-      distance to the nearest other; `median`, of all pairs. Each [L] float64, `nan` for K = 1.
+      distance to the nearest other one; `median`, of all pairs. Each [L] float64, `nan` for K = 1.
 
     Raises:
       ValueError: as `pairwise_distances`.
@@ -221,12 +221,12 @@ def distance_summary(codewords: ArrayLike) -> dict[str, np.ndarray]:
 
 
 def codebook_health(codewords: ArrayLike, counts: ArrayLike, energy: ArrayLike) -> dict[str, float]:
-    """Everything above for one set of items, flat, to be logged; levels are counted from 1.
+    """Health of all levels for one set of items, as a flat dictionary for logs; levels are counted from 1.
 
     Args:
       codewords: [L, K, D], finite.
-      counts: [L, K], how often each was chosen, of `usage_counts`.
-      energy: [1 + L], of `unexplained_energy`; like `counts` a sum over batches if there are several.
+      counts: [L, K], how often each codeword was chosen, from `usage_counts`.
+      energy: [1 + L], from `unexplained_energy`; like `counts` a sum over batches if there are several.
 
     Returns:
       For each level l the keys `utilisation_l`, `perplexity_l`, `dead_l`, `quantization_error_l` (after

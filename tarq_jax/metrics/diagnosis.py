@@ -20,7 +20,7 @@ class Level(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A finding, and what helps."""
+    """A condition on a level, the finding if it holds, and what helps."""
 
     holds: Callable[[Level], bool]
     finding: str
@@ -54,7 +54,7 @@ LEVEL_RULES = (
 
 
 def diagnose_level(measured: Level) -> list[str]:
-    """A sentence for each rule that holds; one that says the level is healthy where none does.
+    """A sentence for each rule that holds; if none does, one that says the level is healthy.
 
     Example:
       >>> level = Level(1, 64, 0.25, 9.0, 48, 0.5, 1.0, 900, "random", 0)
@@ -76,9 +76,9 @@ def diagnose_attention(error: float, errors_by_length: Mapping[str, float], orde
     """Sentences on the attention output's relative error, over all and by history length.
 
     Args:
-      error: over all requests.
-      errors_by_length: from a bucket's name to its error, short histories first.
-      order: of the student.
+      error: relative error over all requests.
+      errors_by_length: from the name of a bucket of lengths to its error, short histories first.
+      order: order of the student's codebooks.
     """
     sentences = [f"The attention output is {error:.1%} off that of full attention."]
     if error > 0.25:

@@ -1,12 +1,12 @@
-"""How well candidates are ordered, how true their probabilities are, how close to full attention.
+"""How well candidates are ordered, how true their probabilities are, how close they are to full attention.
 
-Everything here runs on the host, over a whole evaluation set at once, in float64: arguments are NumPy or
-JAX arrays, results Python floats. Cost is that of a sort; no loop runs over users or requests. Axis
-letters are those of `tarq_jax.types`: B request, G candidate of a request, D width.
+Everything here runs on the host in float64, on an entire evaluation set: arguments are NumPy or JAX arrays,
+results Python floats. The cost is that of a sort; no loop runs over users or requests. Axis letters are those
+of `tarq_jax.types`: B request, G candidate of a request, D width.
 
-Labels, scores, weights and groups may have any shape, the same for all (nothing is broadcast). Select the
-real candidates first (`labels[mask]`), or give padding the weight 0: the two agree. A metric that the data
-leave undefined, such as the AUC of one class, is `nan`.
+Labels, scores, weights and groups may have any shape, but all the same one (nothing is broadcast). Select the
+real candidates first (`labels[mask]`), or give padding the weight 0: both give the same result. A metric that
+is undefined for the data, such as the AUC of a single class, is `nan`.
 """
 
 import math
@@ -35,7 +35,7 @@ def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) 
 
     Args:
       labels: [...] in {0, 1}.
-      scores: [...] finite; logits or probabilities, only their order counts.
+      scores: [...] finite; logits or probabilities, as only their order matters.
       weights: [...] >= 0, importance of each candidate; 1 if not given.
 
     Returns:
@@ -59,8 +59,8 @@ def grouped_auc(
     """AUC within each group (user), averaged over groups by their number of candidates (GAUC).
 
     `sum_u n_u AUC_u / sum_u n_u`, with n_u the impressions of user u, as under "Metrics" in Zhou et al.,
-    "Deep Interest Network for Click-Through Rate Prediction", KDD 2018 (arXiv 1706.06978). Groups of one
-    class have no AUC and are left out of both sums. With weights, AUC_u is weighted and n_u is the weight
+    "Deep Interest Network for Click-Through Rate Prediction", KDD 2018 (arXiv 1706.06978). Groups with only
+    one class have no AUC and are left out of both sums. With weights, AUC_u is weighted and n_u is the weight
     of the group.
 
     Args:
@@ -93,8 +93,10 @@ def grouped_auc(
 
 
 def log_loss(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """Mean binary cross-entropy, in nats, from logits: `-log sigmoid(x)` of a positive, `-log sigmoid(-x)`
-    of a negative, without clipping, so that a logit of 1e4 costs 1e4 when wrong.
+    """Mean binary cross-entropy of logits, in nats.
+
+    It is `-log sigmoid(x)` of a positive and `-log sigmoid(-x)` of a negative, without clipping: a logit of
+    1e4 costs 1e4 if it is wrong.
 
     Args:
       labels: [...] in {0, 1}.
@@ -123,7 +125,7 @@ def calibration(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None 
       weights: [...] >= 0; 1 if not given.
 
     Returns:
-      The ratio: 1 if calibrated as a whole, above 1 if too much is predicted; `nan` when no positive is
+      The ratio: 1 if calibrated on average, above 1 if predictions are too high; `nan` if no positive is
       observed.
 
     Raises:
@@ -139,19 +141,19 @@ def calibration(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None 
 def recall_at_k(scores: ArrayLike, reference: ArrayLike, mask: ArrayLike, k: int) -> float:
     """Share of the reference's top k candidates that are among the top k by scores, mean over requests.
 
-    Only requests with more than k real candidates count: in the others every ranking has recall 1. Ties
-    depend on no order of the candidates: those tied at the k-th score share the places left equally (the
-    expectation over random tie-breaks), those tied at the reference's k-th are as good as one another.
+    Only requests with more than k real candidates count: in the others every ranking has recall 1. The order
+    of candidates does not decide ties. Candidates tied at the k-th score share the remaining places equally
+    (the expectation over random tie-breaks); candidates tied at the reference's k-th score are equally good.
     Constant scores thus have the recall of chance, k over the number of candidates.
 
     Args:
-      scores: [B, G], of the ranking under test; finite where real.
-      reference: [B, G], of the ranking to be matched, full target attention; finite where real.
+      scores: [B, G], of the ranking under test; finite for real candidates.
+      reference: [B, G], of the ranking to match, full target attention; finite for real candidates.
       mask: [B, G] bool, True where the candidate is real.
       k: how many are kept, at least 1.
 
     Returns:
-      The mean recall, in [0, 1]; `nan` when no request has more than k candidates.
+      The mean recall, in [0, 1]; `nan` if no request has more than k real candidates.
 
     Raises:
       ValueError: shapes differ, a real score is not finite, mask is not boolean, k < 1.
@@ -173,14 +175,14 @@ def recall_at_k(scores: ArrayLike, reference: ArrayLike, mask: ArrayLike, k: int
 
 
 def rank_correlation(scores: ArrayLike, reference: ArrayLike, mask: ArrayLike) -> float:
-    """Spearman's rank correlation within each request, ties given their average rank, mean over requests.
+    """Spearman's rank correlation within each request, with average ranks for ties; mean over requests.
 
-    Requests with fewer than two real candidates, or whose scores or reference are constant, have none and
-    are left out.
+    Requests with fewer than two real candidates, or with constant scores or reference, have no correlation
+    and are left out.
 
     Args:
-      scores: [B, G], of the ranking under test; finite where real.
-      reference: [B, G], of the ranking to be matched; finite where real.
+      scores: [B, G], of the ranking under test; finite for real candidates.
+      reference: [B, G], of the ranking to match; finite for real candidates.
       mask: [B, G] bool, True where the candidate is real.
 
     Returns:
@@ -222,11 +224,11 @@ def gap_recovered(auc_student: float, auc_two_tower: float, auc_target_attention
 
 
 def error_energy(approximation: ArrayLike, exact: ArrayLike, mask: ArrayLike | None = None) -> np.ndarray:
-    """`sum |approximation - exact|^2` and `sum |exact|^2`; batches add up to their union.
+    """`sum |approximation - exact|^2` and `sum |exact|^2`; values of batches can be added.
 
     Args:
-      approximation: [..., D]; finite where real.
-      exact: [..., D]; finite where real.
+      approximation: [..., D]; real vectors are finite.
+      exact: [..., D]; real vectors are finite.
       mask: [...] bool, True where the vector is real; all of them if not given.
 
     Returns:
@@ -252,10 +254,10 @@ def error_energy(approximation: ArrayLike, exact: ArrayLike, mask: ArrayLike | N
 def relative_error(energy: ArrayLike) -> float:
     """Relative error of vectors: `sqrt(sum |approximation - exact|^2 / sum |exact|^2)`.
 
-    Both sums run over all real vectors, so that long vectors count for more and short ones do not blow up.
+    Both sums run over all real vectors, so that long vectors count more and short ones cannot dominate.
 
     Args:
-      energy: [2], of `error_energy`, a sum over batches if there are several.
+      energy: [2], from `error_energy`; a sum over batches if there are several.
 
     Returns:
       The error, 0 if equal; `nan` when all exact vectors are zero or none is real.
@@ -290,10 +292,10 @@ def _requests(scores, reference, mask):
 
 
 def _pairs_by_group(labels, scores, groups, weights, order):
-    """Per group: weight of pairs ordered right (ties half), of positives, of negatives.
+    """Per group: weight of correctly ordered pairs (ties half), of positives, of negatives.
 
     `order` [M] sorts by group, then by score. Runs of one group and one score are summed first; a run's
-    positives win over all negatives in lower runs of the group and half of those in their own.
+    positives win over all negatives in lower runs of the group and half of those in their own run.
     """
     if not order.size:
         return np.zeros((3, 0))
@@ -312,7 +314,7 @@ def _pairs_by_group(labels, scores, groups, weights, order):
 
 
 def _top_k(values, k):
-    """Of [B, G]: above the k-th value, tied with it [B, G] bool, and places left for the tied [B]."""
+    """[B, G] bool, which values are above the k-th largest and which equal it; [B] places left for those."""
     threshold = np.partition(values, -k, axis=1)[:, -k, None]
     above = values > threshold
     return above, values == threshold, k - above.sum(axis=1)

@@ -1,4 +1,4 @@
-"""Serving: a trained model exported as an index of items and programs, and a scorer that runs them.
+"""Serving: exports a trained model as an index of items and programs, which a scorer runs.
 
     python -m tarq_jax.serving.export --run=runs/synthetic --out=artefacts/1
 
@@ -26,7 +26,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name from its module, so that commands tell a wrong call before JAX is imported."""
+    """Imports a public name on first use, so that commands can report a wrong call before importing JAX."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,10 +1,10 @@
-"""Folders of files with a manifest: how an index and a model are kept on disk, checked, and told apart.
+"""Folders of files with a manifest: how an index and a model are stored on disk, checked and identified.
 
-An artefact is a folder with two such folders, `index` and `model`, either of which can be replaced by
-another with the same fingerprint. A manifest is JSON: kind and version of the format, the versions of what
-wrote it, the fingerprint, facts of the kind, size and SHA-256 of every file, and a checksum of itself.
-Everything that does not hold when it is read is a ValueError that names the file, what was found and what
-was expected.
+An artefact is a folder that holds two such folders, `index` and `model`. Either can be replaced by another
+with the same fingerprint. A manifest is JSON. It holds the kind and version of the format, the versions of
+the packages that wrote it, the fingerprint, facts about the index or model, the size and SHA-256 of every
+file, and a checksum of itself. If a check fails on reading, a ValueError names the file, what was found and
+what was expected.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from tarq_jax.serving.index import Index
 Kind = Literal["index", "model"]
 
 MANIFEST = "manifest.json"
-VERSION = 2  # of the format; another one is refused
+VERSION = 2  # of the format; other versions are refused
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at the end, unless something was raised.
+    """Yields a temporary folder beside `out`, and renames it to `out` at the end unless the body raised.
 
-    A folder that exists cannot be replaced atomically, so it is refused: write versions side by side.
+    An existing folder cannot be replaced atomically, so it is refused: write versions side by side.
 
     Raises:
       ValueError: `out` exists.
@@ -54,7 +54,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, kind: Kind, fingerprint: str, facts: Mapping[str, Any]) -> None:
-    """Describes all files of a folder, once they are there."""
+    """Writes a manifest of all files that a folder holds now."""
     files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
              for path in sorted(folder.rglob("*")) if path.is_file()}
     versions = {name: metadata.version(name) for name in ("jax", "numpy")}
@@ -65,7 +65,7 @@ def write_manifest(folder: Path, kind: Kind, fingerprint: str, facts: Mapping[st
 
 
 class Manifest(NamedTuple):
-    """What a folder says of itself."""
+    """What a manifest says about its folder."""
 
     fingerprint: str
     facts: dict[str, Any]
@@ -73,10 +73,10 @@ class Manifest(NamedTuple):
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
-    """The manifest of a folder, once all of its files were found to be as it says.
+    """Reads the manifest of a folder, and checks that all files match it.
 
     Raises:
-      ValueError: something is missing, of another version, truncated or changed.
+      ValueError: a file is missing, truncated or changed, or the format is of another kind or version.
     """
     path = folder / MANIFEST
     try:
@@ -99,7 +99,7 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
 
 
 def check_fit(index: str, model: str) -> None:
-    """Raises ValueError, naming both, unless the fingerprints of an index and a model are equal."""
+    """Raises ValueError, which names both, unless the fingerprints of an index and a model are equal."""
     if index != model:
         raise ValueError(f"the index has fingerprint {index}, the model {model}, expected the same: the "
                          "index was made by another model")
@@ -116,7 +116,7 @@ def write_index(index: Index, folder: Path) -> None:
 
 
 def save_index(index: Index, out: str | Path) -> None:
-    """Writes an index that was changed to a new folder, atomically: `Scorer.load(artefact, index=out)`.
+    """Writes a changed index to a new folder, atomically; `Scorer.load(artefact, index=out)` reads it.
 
     Raises:
       ValueError: `out` exists.
@@ -126,7 +126,7 @@ def save_index(index: Index, out: str | Path) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """The inverse of `write_index`; a ValueError as `read_manifest`."""
+    """The inverse of `write_index`; raises ValueError as `read_manifest` does."""
     fingerprint, facts, _ = read_manifest(folder, "index")
     arrays = {name: _read_array(folder / f"{name}.npy", described)
               for name, described in facts["arrays"].items()}
@@ -156,17 +156,17 @@ def write_model(
 
 
 def read_weights(folder: Path, part: str) -> dict[str, np.ndarray]:
-    """The weights of a part of a model, by name."""
+    """The weights of one part of a model, by name."""
     with np.load(folder / f"{part}.npz", allow_pickle=False) as arrays:
         return dict(arrays)
 
 
 def read_program(folder: Path, name: str) -> export.Exported:
-    """A program of a model; a ValueError where JAX cannot read it, or it is another one."""
+    """A program of a model; ValueError if JAX cannot read it, or if it is a different program."""
     path = folder / f"{name}.jaxexport"
     try:
         program = export.deserialize(bytearray(path.read_bytes()))
-    except Exception as error:  # whatever this version of JAX makes of what another one wrote
+    except Exception as error:  # any: JAX may fail in any way on a program that another version wrote
         raise ValueError(f"{path} cannot be read by JAX {jax.__version__} ({error}), expected a program of "
                          "jax.export") from None
     if program.fun_name != name:
@@ -175,10 +175,12 @@ def read_program(folder: Path, name: str) -> export.Exported:
 
 
 def version_name(artefact: Path, index: Path) -> str:
-    """The folder's name, symbolic links followed, and a digest of its manifests, which have all files'.
+    """The folder's name, with symbolic links resolved, and a digest of its two manifests.
+
+    The digest covers all files, as the manifests hold theirs.
 
     Raises:
-      ValueError: there are no manifests.
+      ValueError: a manifest is missing.
     """
     digest = hashlib.sha256()
     for folder in (artefact / "model", index):

@@ -1,4 +1,4 @@
-"""Builds an artefact from a finished run: its method, its items encoded, and its programs exported."""
+"""Builds an artefact from a finished run: makes its method, encodes its items, exports its programs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +28,17 @@ def method_of(
     """The method that serves a finished run.
 
     Args:
-      run: of any model.
+      run: a run of any model.
       codewords: K, to convert a run of target attention to TARQ (see `tarq_jax.conversion`); None serves
-        the run as it is.
-      order: of the conversion; 1 corrects look-ups by their first derivative.
-      levels: further ones of order 1, of 256 codewords, that corrections are kept in; 0 keeps them exactly.
-      fine_tune: steps that then train codewords, corrections and head.
-      seed: of its k-means, and of the order of the data.
+        the run without conversion.
+      order: order of the conversion; 1 corrects look-ups by their first derivative.
+      levels: number of further levels, of 256 codewords each, that store the corrections of order 1; 0
+        stores them exactly.
+      fine_tune: steps for which codewords, corrections and head are then trained.
+      seed: seed of the conversion's k-means and of the order of the data.
 
     Raises:
-      ValueError: a run of another model is to be converted, or the model is not served.
+      ValueError: `codewords` is given for a run of another model, or the model cannot be served.
     """
     name, module, codebook = run.config.model.name, run.objective.module, run.state.codebook
     if codewords is not None:
@@ -68,7 +69,7 @@ def write(
 ) -> Index:
     """Writes `index` and `model` into an existing folder; see `tarq_jax.serving.export` for the arguments.
 
-    Items have the ids of the data set, 1 to V - 1.
+    Items keep the ids that they have in the data set, 1 to V - 1.
     """
     exported = export_method(method, histories=histories, vectors=vectors, platforms=platforms)
     arrays = store(encode_items(method, dataset), vectors, method.num_codewords)
@@ -84,7 +85,7 @@ def write(
 
 
 def encode_items(method: Method, dataset: data.Dataset) -> dict[str, np.ndarray]:
-    """What the index keeps of all real items, [V - 1, ...] each."""
+    """What the index stores for all real items, [V - 1, ...] each."""
     compute = jax.jit(method.encode)
     found = [{name: np.asarray(values)[mask]
               for name, values in compute(method.encode_weights, features).items()}

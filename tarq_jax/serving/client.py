@@ -1,4 +1,4 @@
-"""A client of the service, of the standard library alone.
+"""A client of the service that needs only the standard library.
 
     with Client("http://localhost:8000") as client:
         best = client.score({"history": {"item_id": [17, 4, 256]}}, top_k=500)
@@ -13,29 +13,29 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-PATIENCE = 8.0  # seconds, the longest pause between two attempts
+PATIENCE = 8.0  # seconds, the longest pause between two attempts; up to half of it is added at random
 
 
 class Answer(NamedTuple):
     """The best candidates of a request, the best first."""
 
-    version: str  # of what answered
+    version: str  # the version that answered
     ids: list[int]
     scores: list[float]
     unknown: list[int]  # candidates that are not served
-    skipped: int  # events of the history with unknown items
+    skipped: int  # number of history events whose items are unknown
 
 
 class Wrong(ValueError):
-    """The service refused the request itself: it names the field, its value and what was expected."""
+    """The service refused the request as wrong (status 4xx); the message says what is wrong with it."""
 
 
 class Unavailable(OSError):
-    """The service did not answer, though the request may be right.
+    """The service did not answer, although the request may be valid.
 
     Attributes:
       status: HTTP status.
-      retry_after: seconds to wait before another attempt; None unless the service names them.
+      retry_after: seconds to wait before another attempt; None if the service does not say.
     """
 
     def __init__(self, status: int, message: str, retry_after: float | None):
@@ -44,19 +44,19 @@ class Unavailable(OSError):
 
 
 class Client:
-    """Keeps one connection, so give each thread its own; close it, or use it as a context manager."""
+    """A client with one connection. Use one per thread; close it, or use it as a context manager."""
 
     def __init__(self, url: str, *, token: str | None = None, timeout: float = 10.0, retries: int = 0):
-        """Connects when it is first used.
+        """The connection is opened on first use.
 
         Args:
-          url: of the service, such as http://localhost:8000.
-          token: that the service asks for.
-          timeout: seconds without a sign of the service after which TimeoutError is raised.
-          retries: further attempts where the service says that it is busy, with pauses that grow.
+          url: URL of the service, such as http://localhost:8000.
+          token: token that the service requires.
+          timeout: seconds of silence from the service after which TimeoutError is raised.
+          retries: further attempts if the service is busy (status 503), with growing pauses between them.
 
         Raises:
-          ValueError: `url` is none.
+          ValueError: `url` is not an HTTP or HTTPS URL.
         """
         parts = urlsplit(url)
         if parts.scheme not in CONNECTIONS or not parts.hostname:
@@ -69,31 +69,33 @@ class Client:
 
     def score(self, request: Mapping[str, Any], candidates: Sequence[int] | None = None, *,
               top_k: int | None = None) -> Answer:
-        """The best candidates, as `tarq_jax.serving.Scorer.score` has them; None leaves it to the service.
+        """The best candidates of a request, as `tarq_jax.serving.Scorer.score` ranks them.
+
+        The service chooses what is None: it ranks all items, and returns its default number of them.
 
         Raises:
-          Wrong: the request does not hold.
+          Wrong: the request is invalid.
           Unavailable: the service is busy or failed.
-          OSError: it cannot be reached, or gave up the connection.
+          OSError: the service cannot be reached, or closed the connection.
         """
         asked = {"candidates": candidates, "top_k": top_k}
         return Answer(**self.post("/score", dict(request) | {
             key: value for key, value in asked.items() if value is not None}))
 
     def swap(self, artefact: str, index: str | None = None) -> dict[str, Any]:
-        """Has the service load another artefact beside its own; returns once it answers from it.
+        """Makes the service load another artefact beside its own; returns when that has taken over.
 
         Raises:
-          Wrong: the artefact is refused, and the old one goes on.
+          Wrong: the artefact is refused, and the old one stays in service.
         """
         return self.post("/swap", {"artefact": artefact} | ({"index": index} if index else {}))
 
     def version(self) -> dict[str, Any]:
-        """What is served; Unavailable while the service is not ready."""
+        """A description of the version that is served; raises Unavailable while the service is not ready."""
         return self.get("/readyz")
 
     def wait(self, seconds: float) -> dict[str, Any]:
-        """`version`, as soon as the service is ready; its last error where that takes over `seconds`."""
+        """Waits until the service is ready and returns `version`; raises its last error after `seconds`."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -104,11 +106,11 @@ class Client:
                 time.sleep(min(0.1, left))
 
     def get(self, path: str) -> dict[str, Any]:
-        """JSON at a path of the service; errors as `score`."""
+        """The JSON at a path of the service; raises as `score` does."""
         return self._ask("GET", path, None)
 
     def post(self, path: str, content: Mapping[str, Any] | bytes) -> dict[str, Any]:
-        """What the service answers to JSON, as an object or as it is sent; errors as `score`."""
+        """The answer to `content`, an object or the bytes of its JSON; raises as `score` does."""
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         for attempt in range(self._retries):
             try:
@@ -127,7 +129,7 @@ class Client:
         except ConnectionError:
             if not reused:
                 raise
-            status, headers, found = self._exchange(method, path, body)  # it was closed while idle
+            status, headers, found = self._exchange(method, path, body)  # the old one was closed while idle
         if status == 200:
             return json.loads(found)
         message = _message(found)
@@ -150,7 +152,7 @@ class Client:
             raise
 
     def close(self) -> None:
-        """Closes the connection; the next call opens another one."""
+        """Closes the connection; the next call opens a new one."""
         self._connection.close()
 
     def __enter__(self) -> "Client":

@@ -1,11 +1,11 @@
-"""Exports a trained run as an artefact that a scorer serves: an index of its items, and programs.
+"""Exports a trained run as an artefact for a scorer: an index of its items, and programs.
 
     python -m tarq_jax.serving.export --run=runs/synthetic --out=artefacts/1
 
-A run of target attention is exported as it is, or as TARQ where `--codewords` is given: its items' queries
-are quantized, and look-ups corrected by their first derivative with `--order=1` (see `tarq_jax.conversion`);
-`--levels=3` keeps an item's correction in 3 bytes; `--fine_tune=600` trains codewords, corrections and head
-for so many steps, at no cost in serving.
+A run of target attention is exported unchanged, or as TARQ if `--codewords` is given. Its items' queries are
+then quantized, and `--order=1` corrects look-ups by their first derivative (see `tarq_jax.conversion`).
+`--levels=3` stores an item's correction in 3 bytes. `--fine_tune=600` trains codewords, corrections and head
+for 600 steps, which adds no cost in serving.
 """
 
 from pathlib import Path
@@ -16,36 +16,38 @@ from absl import flags
 from tarq_jax import cli
 
 RUN = cli.run_flag()
-# `allow_override` where another command has a flag of that name, and one process may import both.
+# `allow_override`: another command has a flag of the same name, and one process may import both.
 OUT = flags.DEFINE_string(
     "out", None, "Folder to write; it must not exist yet.", required=True, allow_override=True)
 CODEWORDS = flags.DEFINE_integer(
-    "codewords", None, "Codewords that the queries of a target-attention run are quantized with.",
+    "codewords", None, "Number of codewords that quantize the queries of a target-attention run.",
     allow_override=True)
 ORDER = flags.DEFINE_enum(
     "order", "1", ["0", "1"], "With --codewords: 1 corrects look-ups, 0 does not.", allow_override=True)
 LEVELS = flags.DEFINE_integer(
-    "levels", 0, "With --codewords and --order=1: further levels of 256 codewords, which keep an item's "
-    "correction in a byte each. 0 keeps it exactly, as a vector, about a fourth of the index; 3 recover 0.2 "
-    "to 0.9 points less of the gap.", lower_bound=0, allow_override=True)
+    "levels", 0, "With --codewords and --order=1: further levels of 256 codewords, each of which takes one "
+    "byte of an item's correction. 0 stores the exact correction vector, about a quarter of the index size. "
+    "3 levels store it in 3 bytes and lose 0.2 to 0.9 points of gap recovered.",
+    lower_bound=0, allow_override=True)
 FINE_TUNE = flags.DEFINE_integer(
-    "fine_tune", 0, "With --codewords: steps that then train codewords, corrections and head.",
+    "fine_tune", 0, "With --codewords: steps for which codewords, corrections and head are then trained.",
     lower_bound=0, allow_override=True)
 VECTORS = flags.DEFINE_enum(
     "vectors", "float32", ["float32", "bfloat16", "int8"], "How the index keeps its vectors.")
-PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "What the programs can run on.")
+PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "Platforms that the programs run on.")
 HISTORIES = flags.DEFINE_list(
-    "histories", None, "Lengths that histories are padded to; by default the longest of the data, and a "
-    "fourth and a sixteenth of it. Longer ones keep their newest events.", allow_override=True)
-CAPACITY = flags.DEFINE_integer("capacity", None, "Slots of the index; by default a tenth more than items.")
+    "histories", None, "Lengths that histories are padded to; by default the longest history of the data, a "
+    "quarter and a sixteenth of it. Longer histories keep their newest events.", allow_override=True)
+CAPACITY = flags.DEFINE_integer(
+    "capacity", None, "Number of slots of the index; by default a tenth more than there are items.")
 SEED = cli.seed_flag("Of the k-means of --codewords, and of --fine_tune.")
 
 KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-SHORTEST = 16  # history length by default
+SHORTEST = 16  # the default lengths are no shorter, unless the longest history is
 
 
 def check_flags() -> list[int] | None:
-    """The lengths of `--histories`; wrong values of any flag are wrong calls."""
+    """Checks all flags and returns the lengths of `--histories`; an invalid value is a wrong call."""
     for platform in PLATFORMS.value:
         if platform not in KNOWN_PLATFORMS:
             cli.wrong_call(f"--platforms has {platform!r}, expected some of {','.join(KNOWN_PLATFORMS)}")
@@ -63,7 +65,7 @@ def check_flags() -> list[int] | None:
 
 
 def default_histories(longest: int) -> list[int]:
-    """The longest history, and a fourth and a sixteenth of it where that is not short already.
+    """The longest history, a quarter and a sixteenth of it; the latter two are at least `SHORTEST`.
 
     Example:
       >>> default_histories(1000), default_histories(50)
@@ -74,7 +76,7 @@ def default_histories(longest: int) -> list[int]:
 
 
 def main() -> None:
-    """Flags to artefact."""
+    """Reads the flags and writes the artefact."""
     lengths = check_flags()
     out = Path(str(OUT.value))
     from tarq_jax.serving.artefact import new_folder

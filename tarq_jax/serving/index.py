@@ -1,10 +1,10 @@
-"""Items as a scorer looks them up: arrays of one row a slot, and pure functions that change some rows.
+"""The index that a scorer looks items up in: arrays with one row per slot, and pure functions to change it.
 
-An index has more slots than items, so that items come and go without a change of shape, for which programs
-would have to be compiled again. It is made in the order of level-1 codes; items that are added take free
-slots wherever they are, which costs look-ups some locality and nothing else: make it anew now and then.
+An index has more slots than items. Items can thus be added and removed without a change of shape, after which
+programs would have to be compiled again. A new index is sorted by level-1 code. Items that are added later
+take any free slots; this only costs look-ups some memory locality, so rebuild the index now and then.
 
-All functions return a new index and leave the old one as it is, so that a service can go on with that.
+All functions return a new index and leave the old one unchanged, so that a service can keep using it.
 """
 
 import dataclasses
@@ -15,39 +15,39 @@ from typing import Any
 import numpy as np
 
 FREE = -1  # the id of a slot without an item
-SLOTS = 512  # items are scored in multiples of it
-SPARE = 0.1  # slots beside those taken, by default
+SLOTS = 512  # the number of slots is a multiple of it
+SPARE = 0.1  # default number of spare slots, as a share of the items
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Items in C slots; each array has one row a slot."""
+    """Items in C slots; each array has one row per slot."""
 
-    ids: np.ndarray  # [C] int64, or `FREE`
-    served: np.ndarray  # [C] bool, whether the item is a candidate; if not, histories alone know it
-    arrays: Mapping[str, np.ndarray]  # [C, ...], as `encode` and `store` made them
-    fingerprint: str  # of the model that they were made by
+    ids: np.ndarray  # [C] int64, `FREE` for a slot without an item
+    served: np.ndarray  # [C] bool, whether the item is a candidate; if not, it only occurs in histories
+    arrays: Mapping[str, np.ndarray]  # [C, ...] each, as `encode` and `store` made them
+    fingerprint: str  # of the model that made the arrays
 
     @property
     def capacity(self) -> int:
-        """C."""
+        """Number of slots, C."""
         return len(self.ids)
 
     @property
     def num_served(self) -> int:
-        """Items that are candidates."""
+        """Number of items that are candidates."""
         return int(self.served.sum())
 
     @cached_property
     def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
-        """The slots that are taken in the order of their ids, and those ids."""
+        """The taken slots, sorted by the ids of their items, and those ids."""
         taken = np.flatnonzero(self.ids != FREE)
         slots = taken[np.argsort(self.ids[taken], kind="stable")]
         return slots, self.ids[slots]
 
     @cached_property
     def _table(self) -> np.ndarray | None:
-        """Slot by id, where ids are dense enough for a table."""
+        """Slot by id; None if ids are too sparse for a table."""
         slots, ids = self._by_id
         if not len(ids) or ids[-1] >= 8 * self.capacity:
             return None
@@ -56,7 +56,7 @@ class Index:
         return table
 
     def slots_of(self, ids: np.ndarray) -> np.ndarray:
-        """Where items are: int [M] to int32 [M], `FREE` for ids that the index does not have."""
+        """The slots of items: int [M] to int32 [M], `FREE` for ids that are not in the index."""
         slots, known = self._by_id
         ids = np.asarray(ids, np.int64)
         if not len(known):
@@ -71,13 +71,13 @@ class Index:
 def make_index(
     ids: Any, arrays: Mapping[str, np.ndarray], fingerprint: str, *, capacity: int | None = None
 ) -> Index:
-    """An index of the given items, in the order of their level-1 codes where they have any.
+    """An index of the given items, sorted by their level-1 codes if they have codes.
 
     Args:
-      ids: [M] integers of at least 0, each once.
-      arrays: [M, ...] each, as `tarq_jax.serving.vectors.store` gives them.
-      fingerprint: of the model.
-      capacity: C, rounded up to a multiple of `SLOTS`; a tenth more than items by default.
+      ids: [M] different integers of at least 0.
+      arrays: [M, ...] each, as `tarq_jax.serving.vectors.store` returns them.
+      fingerprint: fingerprint of the model.
+      capacity: C, rounded up to a multiple of `SLOTS`; by default a tenth more than there are items.
 
     Raises:
       ValueError: an id is negative or given twice, arrays differ in length, or items exceed the capacity.
@@ -93,15 +93,15 @@ def make_index(
 
 
 def add(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
-    """With further items, or items that were removed, as candidates.
+    """The index with further candidates: new items, or items that were removed before.
 
     Args:
-      index: with as many free slots as there are new items.
-      ids: [M], each once.
-      arrays: [M, ...] each, as those of the index.
+      index: an index with at least as many free slots as there are new items.
+      ids: [M] different integers of at least 0.
+      arrays: [M, ...] each, of the same names, types and row shapes as those of the index.
 
     Raises:
-      ValueError: an id is served already, slots do not suffice, or arrays do not fit those of the index.
+      ValueError: an id is already served, there are too few free slots, or arrays do not fit the index.
     """
     ids = _checked_ids(ids)
     _check_arrays(index, ids, arrays)
@@ -119,10 +119,10 @@ def add(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
 
 
 def change(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
-    """With other arrays for items that are served.
+    """The index with new arrays for items that are served.
 
     Raises:
-      ValueError: an id is not served, or arrays do not fit those of the index.
+      ValueError: an id is not served, or arrays do not fit the index.
     """
     ids = _checked_ids(ids)
     _check_arrays(index, ids, arrays)
@@ -130,15 +130,16 @@ def change(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
 
 
 def remove(index: Index, ids: Any, *, forget: bool = False) -> Index:
-    """Without the given candidates. Histories go on to know them, unless they are forgotten.
+    """The index without the given candidates. Histories may still contain them, unless they are forgotten.
 
     Args:
-      index: that has them; only what is served can be removed, what was removed can still be forgotten.
-      ids: [M], each once.
-      forget: frees their slots; history events with these items are skipped from then on.
+      index: an index with these items. Without `forget` they have to be served; items that were removed
+        before can still be forgotten.
+      ids: [M] different integers of at least 0.
+      forget: also frees the items' slots; history events with these items are then skipped.
 
     Raises:
-      ValueError: an id is not in the index.
+      ValueError: an id is not in the index, or, without `forget`, is not served.
     """
     ids = _checked_ids(ids)
     slots = index.slots_of(ids) if forget else _served_slots(index, ids)
@@ -152,15 +153,15 @@ def remove(index: Index, ids: Any, *, forget: bool = False) -> Index:
 
 
 def round_up(size: int) -> int:
-    """The next multiple of `SLOTS`, at least one."""
+    """`size` rounded up to a multiple of `SLOTS`, and at least `SLOTS`."""
     return max(-(-size // SLOTS), 1) * SLOTS
 
 
 def grow(index: Index, capacity: int) -> Index:
-    """With at least `capacity` slots; programs for the new shape are compiled when they are first used.
+    """The index with at least `capacity` slots; programs for the new shape are compiled on first use.
 
     Raises:
-      ValueError: the index has more slots than that.
+      ValueError: the index already has more slots.
     """
     slots = round_up(capacity)
     if slots < index.capacity:

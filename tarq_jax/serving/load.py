@@ -1,9 +1,9 @@
-"""Sends requests to a service at random times that do not depend on its answers, and tells how it fared.
+"""Sends requests to a service at random times that do not depend on its answers, and reports latencies.
 
     python -m tarq_jax.serving.load --url=http://localhost:8000 --rate=200 --seconds=10
 
-Arrivals are Poisson. Latency counts from when a request was due, not from when it was sent: where the service
-is slow, requests pile up here as they would with real users, and the wait is part of what is reported.
+Arrivals are Poisson. Latency counts from when a request was due, not from when it was sent. If the service is
+slow, requests pile up here as they would with real users, and the reported latency includes their wait.
 """
 
 import json
@@ -21,34 +21,37 @@ from tarq_jax import cli, reporting
 from tarq_jax.serving.client import Client, Unavailable, Wrong
 
 URL = cli.url_flag()
-RATE = flags.DEFINE_float("rate", 100.0, "Requests a second.", lower_bound=0.001)
-SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to send.", lower_bound=0.001, allow_override=True)
-HISTORY = flags.DEFINE_integer("history_length", 50, "Events of a history.", lower_bound=0)
-CANDIDATES = flags.DEFINE_integer("num_candidates", 0, "Of a request, drawn from all; 0 ranks all.",
-                                  lower_bound=0)
-TOP_K = flags.DEFINE_integer("top_k", 10, "How many to ask for.", lower_bound=1, allow_override=True)
-CONNECTIONS = flags.DEFINE_integer("connections", 64, "Requests that may be on their way.", lower_bound=1)
-TIMEOUT = flags.DEFINE_float("timeout", 10.0, "Seconds after which an answer is an error.", lower_bound=0.001)
+RATE = flags.DEFINE_float("rate", 100.0, "Requests per second.", lower_bound=0.001)
+SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to send requests.", lower_bound=0.001,
+                             allow_override=True)
+HISTORY = flags.DEFINE_integer("history_length", 50, "Events per history.", lower_bound=0)
+CANDIDATES = flags.DEFINE_integer(
+    "num_candidates", 0, "Candidates per request, drawn from all items; 0 ranks all items.", lower_bound=0)
+TOP_K = flags.DEFINE_integer("top_k", 10, "How many of the best candidates to ask for.", lower_bound=1,
+                             allow_override=True)
+CONNECTIONS = flags.DEFINE_integer("connections", 64, "Most requests in flight at once.", lower_bound=1)
+TIMEOUT = flags.DEFINE_float("timeout", 10.0, "Seconds without an answer after which a request has failed.",
+                             lower_bound=0.001)
 SEED = cli.seed_flag("Of arrivals and requests.")
 TOKEN = cli.token_flag()
 JSON = cli.json_flag()
 
-DISTINCT = 64  # requests, sent again and again
+DISTINCT = 64  # different requests, sent in turn
 PERCENTILES = (50, 95, 99)
 
 
 class Sent(NamedTuple):
-    """What came of a request."""
+    """The outcome of one request."""
 
     due: float  # seconds from the start
-    late: float  # seconds between when it was due and when a connection was free to send it
-    seconds: float  # from when it was due to the end
-    outcome: str  # "answered", "rejected" (503) or else what went wrong
+    late: float  # seconds from when it was due until a connection was free to send it
+    seconds: float  # from when it was due until it ended
+    outcome: str  # "answered", "rejected" (503) or what went wrong
     version: str = ""
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Times of a Poisson process within `seconds`, rising."""
+    """Times of a Poisson process within `seconds`, in ascending order."""
     rng, times, now = random.Random(seed), [], 0.0
     while (now := now + rng.expovariate(rate)) < seconds:
         times.append(now)
@@ -56,10 +59,10 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 def make_requests(client: Client, *, history: int, candidates: int, top_k: int, seed: int) -> list[bytes]:
-    """Bodies for what the service serves: its own example, with other histories and candidates.
+    """Request bodies that fit the service: its own example, with random histories and candidates.
 
     Raises:
-      ValueError: it serves fewer items than candidates are asked for, or none.
+      ValueError: the service serves no items, or fewer than `candidates`.
     """
     schema = client.get("/openapi.json")["components"]["schemas"]["Request"]
     ids, rng, bodies = served_ids(client, schema), np.random.default_rng(seed), []
@@ -78,7 +81,7 @@ def make_requests(client: Client, *, history: int, candidates: int, top_k: int, 
 
 
 def served_ids(client: Client, schema: Mapping[str, Any]) -> np.ndarray:
-    """Ids of items that are served: all where no number is left out, else as many as an answer may hold."""
+    """Ids of served items: all if they are consecutive numbers, else as many as one answer may hold."""
     version = client.version()
     if version["items"] == 0:
         return np.zeros(0, np.int64)
@@ -91,7 +94,7 @@ def served_ids(client: Client, schema: Mapping[str, Any]) -> np.ndarray:
 
 def send(url: str, bodies: Sequence[bytes], times: Sequence[float], *, connections: int,
          token: str | None = None, timeout: float = 10.0) -> list[Sent]:
-    """Sends a body at each of the times, over so many connections; what came of each, by due time."""
+    """Sends one body at each of `times`, over `connections` connections; returns outcomes by due time."""
     found: list[Sent] = []
     pending, lock = iter(enumerate(times)), threading.Lock()
     start = time.perf_counter()
@@ -133,7 +136,7 @@ def attempt(client: Client, body: bytes) -> tuple[str, str]:
 
 
 def summary(sent: Sequence[Sent], seconds: float) -> dict[str, Any]:
-    """The row of a table."""
+    """The row of the table: counts of outcomes, throughput and percentiles of latency."""
     outcomes = Counter(one.outcome for one in sent)
     last = max((one.due + one.seconds for one in sent if one.outcome == "answered"), default=0.0)
     answered, rejected = outcomes["answered"], outcomes["rejected"]
@@ -149,7 +152,7 @@ def summary(sent: Sequence[Sent], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Flags to table."""
+    """Reads the flags and prints the table."""
     token, times = cli.read_token(TOKEN), arrivals(RATE.value, SECONDS.value, SEED.value)
     url = cli.url(URL)
     with Client(url, token=token) as client:

@@ -1,14 +1,15 @@
-"""What serves a trained model, and the parts that all methods share.
+"""The method by which a trained model is served, and the parts that all methods share.
 
-A `Method` is three pure functions with the weights of each. The user side runs once a request, the item side
-is one of `tarq_jax.serving.scoring.SCORES`, and `encode` makes what the index keeps of an item. Products
-that do not depend on the request are folded into the items or the weights. Everything is served in float32,
-whatever a model computed in while it trained.
+A `Method` consists of three pure functions and the weights of each. The user side runs once per request. The
+item side scores items, usually by one of `tarq_jax.serving.scoring.SCORES`. `encode` computes what the index
+stores for an item. Products that do not depend on the request are folded into the items or the weights.
+Everything is served in float32, whatever precision the model was trained in.
 
-A request as the user side sees it, with shapes of `tarq_jax.types`: `user` and `context` (name -> [B, ...]),
-`events` (name -> [B, N, ...]), `embedding` [B, N, D] of the history's items, and `mask` [B, N].
+The user side takes a request as arrays, in the axis letters of `tarq_jax.types`: `user` and `context`
+(name -> [B, ...]), `events` (name -> [B, N, ...]), `embedding` [B, N, D] of the history's items, and `mask`
+[B, N].
 
-Functions below take a module that is bound to its variables, or parameters as NumPy arrays.
+The functions below take a module that is bound to its variables, or parameters as NumPy arrays.
 """
 
 import math
@@ -26,7 +27,7 @@ from tarq_jax.schema import ITEM_ID, Schema
 from tarq_jax.serving.scoring import SCORES, Arrays, Score
 from tarq_jax.types import Batch, Features
 
-SERVED = Compute(attention_block=256)  # longer histories attend in blocks: bounded memory, and faster on CPU
+SERVED = Compute(attention_block=256)  # splits longer histories: bounds memory, and is faster on CPU
 EXPANSION_BLOCK = 2048  # the same for order 1, whose moments are slower in small blocks
 
 
@@ -34,17 +35,17 @@ class Method(NamedTuple):
     """A trained model, ready to be exported.
 
     Attributes:
-      name: of the item side, in `SCORES` unless it is given.
-      schema: of requests and items.
+      name: name of the method; a key of `SCORES`, unless `score` is given.
+      schema: schema of requests and items.
       user_side: (weights, request) -> state of the users, [B, ...] each.
-      encode: (weights, item features name -> [M, ...]) -> what the index keeps of items, [M, ...] each.
-      user_weights: of `user_side`; may hold more than it reads.
-      item_weights: of the item side.
-      encode_weights: of `encode`; may hold more than it reads.
+      encode: (weights, item features name -> [M, ...]) -> what the index stores for items, [M, ...] each.
+      user_weights: weights of `user_side`; may hold more than it reads.
+      item_weights: weights of the item side.
+      encode_weights: weights of `encode`; may hold more than it reads.
       num_codewords: K of the largest level; 0 without a codebook.
-      keeps_history: whether the state of a user grows with the history.
-      known: arrays [V, ...] of the items of the training data that take the place of what `encode` finds.
-      score: the item side, of a method that `SCORES` does not have.
+      keeps_history: whether the state of a user grows with the length of the history.
+      known: arrays [V, ...] for the items of the training data, used instead of those that `encode` computes.
+      score: the item side, if `SCORES` does not have it.
     """
 
     name: str
@@ -78,7 +79,7 @@ def user_and_history(backbone: TwoTower, request: Arrays) -> tuple[jax.Array, ja
 
 
 def user_layers_and_history(backbone: TwoTower, request: Arrays) -> tuple[list[jax.Array], jax.Array]:
-    """As `user_and_history`, with every layer of the user tower, [B, any] each."""
+    """As `user_and_history`, but with the output of every layer of the user tower, [B, any] each."""
     mask = request["mask"]
     nothing = jnp.zeros((mask.shape[0], 0))
     batch = Batch(
@@ -102,25 +103,25 @@ def item_towers(backbone: TwoTower, features: Features) -> dict[str, jax.Array]:
 
 
 def interaction_items(backbone: TwoTower, weights: Arrays, features: Features) -> dict[str, jax.Array]:
-    """`item_towers`, and the part of x_item in the first layer of the interaction head, [M, F]."""
+    """`item_towers`, and what x_item adds to the first layer of the interaction head, [M, F]."""
     arrays = item_towers(backbone, features)
     head = weights["head"]
     return arrays | {"first": arrays["embedding"] @ head["first_item"] + head["first_bias"]}
 
 
 def interaction_user(user: jax.Array, weights: Arrays) -> dict[str, jax.Array]:
-    """v_user [B, D] as the backbone and the interaction head multiply v_item with it: `towers` [B, D, F]."""
+    """v_user as factors of v_item: `vector` [B, D] for the backbone, `towers` [B, D, F] for the head."""
     towers = user[:, :, None] * weights["head"]["first_towers"]
     return {"vector": user / math.sqrt(user.shape[-1]), "towers": towers}
 
 
 def tables(attended: jax.Array, weights: Arrays) -> dict[str, jax.Array]:
-    """Personalised codebooks [B, L, K, D], as they are and multiplied by the head's first layer."""
+    """Personalised codebooks [B, L, K, D], unchanged and multiplied by the head's first layer."""
     return {"table": attended, "table_first": attended @ weights["head"]["first_output"]}
 
 
 def expansion(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> dict[str, Any]:
-    """Means [B, K, D], and Jacobians [B, K, E, H, E] by query first, see `scoring.change`."""
+    """Means [B, K, D], and Jacobians [B, K, E, H, E] with the query dimension first, see `scoring.change`."""
     found = expand(queries, keys, values, mask, block=EXPANSION_BLOCK)
     means = jnp.swapaxes(found.means, 1, 2)
     return {"means": means.reshape(*means.shape[:2], -1),
@@ -128,7 +129,7 @@ def expansion(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.
 
 
 def further_levels(levels: Iterable[Any]) -> dict[str, Any]:
-    """Codewords [K, H, E] of levels 2 to L, by query dimension first as the Jacobians: [K, E, H] each."""
+    """Codewords [K, H, E] of levels 2 to L, as [K, E, H] each: query dimension first, as in the Jacobians."""
     return {"further": [np.swapaxes(level, 1, 2) for level in levels]}
 
 
@@ -143,7 +144,7 @@ def backbone_bias(params: Any) -> dict[str, np.ndarray]:
 
 
 def output_projection(params: Any) -> tuple[Any, Any]:
-    """`o = attended @ kernel + bias`, the heads side by side: [D, D] and [D]."""
+    """Kernel [D, D] and bias [D] of `o = attended @ kernel + bias`, with the heads side by side."""
     projection = params["attention"]["output_projection"]
     return projection["kernel"].reshape(-1, projection["kernel"].shape[-1]), projection["bias"]
 
@@ -154,7 +155,7 @@ def dense_layers(params: Any) -> list[dict[str, np.ndarray]]:
 
 
 def interaction_head(params: Any) -> dict[str, Any]:
-    """An MLP of `[o, x_item, o * x_item, v_user * v_item]`, its first layer in four parts [D, F]."""
+    """An MLP of `[o, x_item, o * x_item, v_user * v_item]`, with its first layer in four parts [D, F]."""
     first, *layers = dense_layers(params)
     names = ("first_output", "first_item", "first_product", "first_towers")
     quarters = dict(zip(names, np.split(first["kernel"], 4), strict=True))
@@ -162,6 +163,6 @@ def interaction_head(params: Any) -> dict[str, Any]:
 
 
 def head_on_attended(params: Any, head: dict[str, Any]) -> dict[str, Any]:
-    """Weights of a head on what the heads of a target-attention model attended."""
+    """Weights of a score head on the attention output of a target-attention model before its projection."""
     kernel, bias = output_projection(params)
     return head | backbone_bias(params) | {"output_kernel": kernel, "output_bias": bias}

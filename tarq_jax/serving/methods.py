@@ -1,4 +1,7 @@
-"""Methods of two towers and of target attention, as it is or converted; `from_module` is for all modules."""
+"""Methods of two-tower and target-attention models, the latter unchanged or converted to TARQ.
+
+`from_module` makes the method of any model that can be served.
+"""
 
 import math
 from typing import Any
@@ -31,8 +34,8 @@ from tarq_jax.serving.method import (
 )
 from tarq_jax.serving.tarq_methods import first_order, order_0
 
-# What is served, and what is derived from it; with the methods of each that the item side has once more, over
-# arrays of an index: in a subclass they have to be the library's.
+# Classes that can be served, subclasses included. The item side reimplements the listed methods on index
+# arrays, so a subclass that overrides one of them would be served with wrong scores and is refused.
 RESTATED: dict[type[nn.Module], tuple[str, ...]] = {
     FirstOrderTarq: ("__call__", "latents", "attend", "centre_and_residuals", "damping", "student_logits",
                      "codeword_scores"),
@@ -46,12 +49,12 @@ def from_module(module: nn.Module, variables: Any, codewords: Any = None) -> Met
     """The method that serves a trained module.
 
     Args:
-      module: as it predicts.
-      variables: of the module.
-      codewords: [L, K, D], of TARQ.
+      module: the trained module.
+      variables: variables of the module.
+      codewords: [L, K, D], for TARQ alone.
 
     Raises:
-      ValueError: there is no method for modules of this class, or it would serve other scores than theirs.
+      ValueError: there is no method for modules of this class, or its scores would differ from the module's.
     """
     variables, module = jax.tree.map(np.asarray, variables), check_served(module).clone(compute=SERVED)
     if isinstance(module, TwoTower):
@@ -64,7 +67,7 @@ def from_module(module: nn.Module, variables: Any, codewords: Any = None) -> Met
 
 
 def check_served(module: nn.Module) -> TwoTower | TargetAttention | Tarq:
-    """The module, if its scores are those of the library's method for it; a ValueError if not."""
+    """Returns the module; ValueError unless the library's method for its class gives the same scores."""
     found = next((served for served in RESTATED if isinstance(module, served)), None)
     if found is None or not isinstance(module, TwoTower | TargetAttention | Tarq):
         raise ValueError(f"a model of class {type(module).__name__} is not served, expected one of "
@@ -110,13 +113,14 @@ def _target_attention(module: TargetAttention, variables: Any) -> Method:
 
 
 def converted(module: TargetAttention, variables: Any, index: ItemIndex) -> Method:
-    """A trained target-attention model, served by an index of its items, see `tarq_jax.conversion`.
+    """The method of a trained target-attention model with an index of its items, see `tarq_jax.conversion`.
 
-    Items keep the codes of the index, and beside that of level 1 their correction where it is exact. Of new
-    items the correction is the residual of their query, damped where it is longer than most of the index.
+    Items of the index keep their codes; if corrections are exact, they keep the code of level 1 and the
+    correction itself. The correction of a new item is the residual of its query, damped if it is longer than
+    most corrections of the index.
 
     Raises:
-      ValueError: it would serve other scores than the module's, as `from_module`.
+      ValueError: its scores would differ from the module's, as in `from_module`.
     """
     check_served(module)
     variables = jax.tree.map(np.asarray, variables)

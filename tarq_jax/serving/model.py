@@ -16,25 +16,25 @@ from tarq_jax.serving.index import FREE
 from tarq_jax.serving.vectors import read, rows
 
 ENCODE_BATCH = 1024  # items encoded at a time
-PLATFORMS = {"gpu": {"cuda", "rocm"}}  # of jax.export, by the name of a backend where they differ
+PLATFORMS = {"gpu": {"cuda", "rocm"}}  # platforms of jax.export, for backends with another name
 
 
 class Scored(NamedTuple):
-    """Scores of B requests: minus infinity where there is no candidate, infinity where it is not finite."""
+    """Scores of B requests: minus infinity where there is no candidate, infinity for scores not finite."""
 
     scores: jax.Array  # [B, M]
-    best: jax.Array  # [B, k], the largest, falling; equals by position
-    positions: jax.Array  # [B, k] int32, where they are among the M
+    best: jax.Array  # [B, k], the largest scores in descending order; equal ones by position
+    positions: jax.Array  # [B, k] int32, their positions among the M
 
 
 class Programs(NamedTuple):
-    """What models share that differ in weights alone. Compiled when they are first called with a shape.
+    """Programs, shared by models that differ only in weights; compiled on the first call with each shape.
 
     Attributes:
-      digests: name -> SHA-256 of the programs that they were read from.
+      digests: name -> SHA-256 of the files that the programs were read from.
       user_side: (weights, embeddings of the index, slots [B, N] of the histories, request) -> state of users.
-      score_all: (weights, state, arrays of the index, allowed [B, C] bool, top_k) -> Scored, of C slots.
-      score_each: (weights, state, arrays, slots [B, M] or FREE, top_k) -> Scored, of M slots.
+      score_all: (weights, state, arrays of the index, allowed [B, C] bool, top_k) -> Scored of C slots.
+      score_each: (weights, state, arrays, slots [B, M] or FREE, top_k) -> Scored of M slots.
     """
 
     digests: Mapping[str, str]
@@ -44,22 +44,23 @@ class Programs(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model as scorers share it.
+    """An exported model; several scorers can share it.
 
     Attributes:
-      fingerprint: of the model.
-      facts: of its manifest.
-      schema: of requests and items.
-      programs: as they are compiled, perhaps another model's, too.
-      user_weights: of `programs.user_side`, on the device.
-      item_weights: of `programs.score_all` and `programs.score_each`, on the device.
-      encode: item fields, name -> [M, ...], to what an index keeps, in float32; reads its weights when it
-        is first called.
+      fingerprint: fingerprint of the model.
+      facts: facts of its manifest.
+      files: name -> SHA-256 of every file that its manifest lists.
+      schema: schema of requests and items.
+      programs: its programs, which other models may share.
+      user_weights: weights of `programs.user_side`, on the device.
+      item_weights: weights of `programs.score_all` and `programs.score_each`, on the device.
+      encode: from item fields, name -> [M, ...], to what an index stores, in float32; reads its weights on
+        the first call.
     """
 
     fingerprint: str
     facts: Mapping[str, Any]
-    files: Mapping[str, str]  # name -> digest, of all that the manifest lists
+    files: Mapping[str, str]
     schema: Schema
     programs: Programs
     user_weights: Mapping[str, jax.Array]
@@ -75,7 +76,7 @@ class Model(NamedTuple):
         return self.programs.score_all(self.item_weights, *arguments, top_k=top_k)
 
     def score_each(self, *arguments: Any, top_k: int) -> Scored:
-        """Scores of some slots a request."""
+        """Scores of the given slots of each request."""
         return self.programs.score_each(self.item_weights, *arguments, top_k=top_k)
 
 
@@ -83,11 +84,12 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
     """The model in a folder of an artefact.
 
     Args:
-      folder: `model` of the artefact.
-      like: is returned where it is the same model, and shares its programs where these are the same.
+      folder: the folder `model` of the artefact.
+      like: a model that was read before. It is returned if it is the same; if only its programs are the same,
+        the new model shares them.
 
     Raises:
-      ValueError: it is damaged, of another version, or not for the platform that JAX runs on here.
+      ValueError: the model is damaged, of another version, or not for the platform that JAX runs on here.
     """
     fingerprint, facts, files = read_manifest(folder, "model")
     if like is not None and (like.fingerprint, like.facts, like.files) == (fingerprint, facts, files):
@@ -127,8 +129,8 @@ def _read_programs(folder: Path, digests: Mapping[str, str]) -> Programs:
 
 
 def select(scores: jax.Array, allowed: jax.Array, top_k: int) -> Scored:
-    """The best k of scores [B, M], of what is allowed [B, M] bool."""
-    seen = jnp.where(jnp.isfinite(scores), scores, jnp.inf)  # as the first: NaN may come behind all others
+    """The best k of scores [B, M], among those that are allowed, [B, M] bool."""
+    seen = jnp.where(jnp.isfinite(scores), scores, jnp.inf)  # so that they rank first: NaN may rank last
     scores = jnp.where(allowed, seen, -jnp.inf)
     return Scored(scores, *jax.lax.top_k(scores, top_k))
 
@@ -136,7 +138,7 @@ def select(scores: jax.Array, allowed: jax.Array, top_k: int) -> Scored:
 def _encoder(folder: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     @functools.cache
     def program() -> Callable[..., Mapping[str, jax.Array]]:
-        """Holds the embedding tables, so it is read only where items are encoded."""
+        """Read only when items are encoded, as it holds the embedding tables."""
         call = jax.jit(read_program(folder, "encode").call)
         return functools.partial(call, jax.device_put(read_weights(folder, "encode")))
 

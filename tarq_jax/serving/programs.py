@@ -1,10 +1,10 @@
-"""Methods as serialized programs, which run wherever JAX does, without the code that they were made of.
+"""Methods as serialized programs, which run wherever JAX does, without the code that they were made from.
 
-`user_<N>` takes histories of N events; `score_all` scores one set of items for every user of a batch,
-`score_each` a set of its own for each; `encode` makes what an index keeps of new items. Where the state of a
-user grows with the history, as in full target attention, there is one of each `score` a length. Batch and
-items are symbolic dimensions: one program serves every size. Weights are arguments, by name, so that a model
-that was trained anew has the same programs to the bit.
+`user_<N>` takes histories of N events. `score_all` scores one set of items for every user of a batch,
+`score_each` scores a separate set for each user. `encode` computes what an index stores for new items. If the
+state of a user grows with the history, as in full target attention, there is one program of each `score` per
+history length. Batch and items are symbolic dimensions: one program serves every size. Weights are named
+arguments, so that a model that is trained anew has exactly the same programs, bit by bit.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ def export_method(
     """Exports all programs of a method.
 
     Args:
-      method: to be served.
-      histories: lengths that histories are padded to, a program for each.
-      vectors: how the index keeps its vectors.
-      platforms: of "cpu", "cuda", "tpu" and "rocm", whatever this machine has.
+      method: the method to export.
+      histories: lengths that histories are padded to; each has its own program.
+      vectors: number format of the index's vectors.
+      platforms: some of "cpu", "cuda", "tpu" and "rocm"; this machine need not have them.
     """
     batch, items, new = export.symbolic_shape(f"b, {SLOTS}*c, m")
     features = item_specs(method.schema, new)
@@ -78,7 +78,7 @@ def export_method(
 
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
-    """Programs do not say which lines of which files they were made by, on whatever machine."""
+    """Keeps source locations out of programs, so that these do not depend on the machine's paths."""
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)
@@ -89,9 +89,9 @@ def _without_locations() -> Iterator[None]:
 
 
 def fingerprint_of(weights: Mapping[str, Named], vectors: Storage) -> str:
-    """A digest of the codebook, of all other weights, and of how vectors are kept.
+    """A digest of the codebook, of all other weights, and of the number format of vectors.
 
-    An index fits programs of the same; the code that encodes items is not part of it.
+    An index fits programs with the same fingerprint. The code that encodes items is not part of it.
     """
     digest = hashlib.sha256(vectors.encode())
     for part, arrays in sorted(weights.items()):
@@ -102,7 +102,7 @@ def fingerprint_of(weights: Mapping[str, Named], vectors: Storage) -> str:
 
 
 def named(function: Callable[..., Any], weights: Any) -> tuple[Callable[..., Any], Named]:
-    """The function with its weights in a flat dictionary, path -> array; absent ones read as zeros."""
+    """The function with its weights in a flat dictionary, path -> array; missing weights read as zeros."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(weights)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
@@ -115,14 +115,14 @@ def named(function: Callable[..., Any], weights: Any) -> tuple[Callable[..., Any
 
 
 def pruned(function: Callable[..., Any], weights: Any, arguments: Any) -> tuple[Callable[..., Any], Named]:
-    """As `named`, with the weights alone that the compiler finds to matter; shapes have to be concrete."""
+    """As `named`, but with only those weights that the exported function uses; shapes must be concrete."""
     call, flat = named(function, weights)
     kept = export.export(jax.jit(call))(specs_of(flat), arguments).module_kept_var_idx
     return call, {name: flat[name] for index, name in enumerate(sorted(flat)) if index in kept}
 
 
 def specs_of(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types alone."""
+    """Shapes and types of arrays."""
     return {name: jax.ShapeDtypeStruct(values.shape, values.dtype) for name, values in arrays.items()}
 
 
@@ -131,12 +131,12 @@ def _columns(fields: Sequence[Field], *leading: Any) -> dict[str, jax.ShapeDtype
 
 
 def item_specs(schema: Schema, items: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `encode` takes: the item fields, [M, ...] each."""
+    """Shapes and types of what `encode` takes: the item fields, [M, ...] each."""
     return _columns(schema.side("item"), items)
 
 
 def request_specs(method: Method, length: int, batch: Any) -> dict[str, Any]:
-    """What the user side takes, see `tarq_jax.serving.method`."""
+    """Shapes and types of what the user side takes, see `tarq_jax.serving.method`."""
     items = jax.eval_shape(method.encode, method.encode_weights, item_specs(method.schema, 1))
     width = items["embedding"].shape[-1]
     sides = {side: _columns(method.schema.side(side), batch) for side in ("user", "context")}
@@ -150,7 +150,7 @@ def request_specs(method: Method, length: int, batch: Any) -> dict[str, Any]:
 def stored_specs(
     method: Method, encode: Callable[..., Any], weights: Named, vectors: Storage, leading: tuple[Any, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the item side takes: the arrays of an index, with other leading axes."""
+    """Shapes and types of what the item side takes: the arrays of an index, with axes `leading` in front."""
     encoded = jax.eval_shape(encode, specs_of(weights), item_specs(method.schema, 1))
     zeros = {name: np.zeros(spec.shape, spec.dtype) for name, spec in encoded.items()}
     like = store(zeros, vectors, method.num_codewords)

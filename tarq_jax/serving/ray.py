@@ -1,11 +1,11 @@
-"""Replicas of the service on one machine or many, as many as its load asks for, with Ray Serve.
+"""Replicas of the service on one or many machines, as many as its load requires, with Ray Serve.
 
     pip install -e '.[ray]'
     serve run tarq_jax.serving.ray:application artefact=artefacts/1 max_replicas=4
 
-A replica takes requests once its artefact is warm, and sheds those that it cannot hold as
-`tarq_jax.serving.server` does. To serve another artefact call the same with its name: Ray starts new replicas
-before it ends old ones. `/swap` is off, and `/metrics` are those of the replica that answers.
+A replica takes requests when its artefact is warm, and refuses those that exceed its capacity as
+`tarq_jax.serving.server` does. To serve another artefact, run the same command with its name: Ray starts new
+replicas before it ends old ones. `/swap` is disabled, and `/metrics` shows those of the replica that answers.
 """
 
 from pathlib import Path
@@ -18,19 +18,19 @@ from tarq_jax import cli
 from tarq_jax.serving.http.app import make_app
 from tarq_jax.serving.http.options import Options
 
-UPSCALE, DOWNSCALE = 5.0, 120.0  # seconds that load has to last before replicas come or go
+UPSCALE, DOWNSCALE = 5.0, 120.0  # seconds that a load has to last before replicas are added or removed
 
 
 class Arguments(pydantic.BaseModel):
-    """What is served, and by how many; paths are those on the machines of the replicas."""
+    """What is served, and by how many replicas; paths are on the replicas' machines."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
     artefact: str
     min_replicas: int = pydantic.Field(1, ge=1)
     max_replicas: int = pydantic.Field(1, ge=1)
-    ongoing: float = pydantic.Field(2.0, gt=0)  # requests at a time of a replica; more start another one
-    num_cpus: float = pydantic.Field(1.0, ge=0)  # of a replica
+    ongoing: float = pydantic.Field(2.0, gt=0)  # concurrent requests per replica; more start another replica
+    num_cpus: float = pydantic.Field(1.0, ge=0)  # per replica
     num_gpus: float = pydantic.Field(0.0, ge=0)
     token_file: str | None = None
     budget_ms: float | None = pydantic.Field(None, gt=0)  # as --budget_ms of the server
@@ -46,7 +46,7 @@ class Arguments(pydantic.BaseModel):
 def application(arguments: Arguments) -> serve.Application:
     """A Ray Serve application; `serve run` and configuration files of Ray call it.
 
-    A replica whose artefact is damaged or missing does not start: Ray tells why in its log and its status.
+    A replica whose artefact is damaged or missing does not start; Ray's log and status give the reason.
     """
     def build() -> ASGIApp:  # runs in each replica
         token = cli.token_in(Path(arguments.token_file)) if arguments.token_file else None

@@ -2,8 +2,8 @@
 
     python -m tarq_jax.serving.request --url=http://localhost:8000 --history=17,4,256 --top_k=5
 
-`--request=FILE` has the whole request as JSON, for artefacts with fields of users, contexts or events;
-`--history` and `--candidates` go on top of it.
+`--request=FILE` reads the whole request from JSON, for artefacts with fields of users, contexts or events;
+`--history` and `--candidates` replace those in the file.
 """
 
 import json
@@ -19,16 +19,16 @@ URL = cli.url_flag()
 REQUEST = flags.DEFINE_string("request", None, "File with a request in JSON.")
 HISTORY = flags.DEFINE_list("history", None, "Ids of the items of the history, the oldest first.")
 CANDIDATES = flags.DEFINE_list(
-    "candidates", None, "Ids to rank; all that are served by default.", allow_override=True)
+    "candidates", None, "Ids to rank; by default all items that are served.", allow_override=True)
 TOP_K = flags.DEFINE_integer("top_k", 10, "How many to return.", lower_bound=1, allow_override=True)
-RETRIES = flags.DEFINE_integer("retries", 3, "Further attempts where the service is busy.", lower_bound=0)
-WAIT = flags.DEFINE_float("wait", 0.0, "Seconds to wait until the service is ready.", lower_bound=0.0)
+RETRIES = flags.DEFINE_integer("retries", 3, "Further attempts if the service is busy.", lower_bound=0)
+WAIT = flags.DEFINE_float("wait", 0.0, "Seconds to wait at most until the service is ready.", lower_bound=0.0)
 TOKEN = cli.token_flag()
 JSON = cli.json_flag()
 
 
 def ids_of(flag: flags.FlagHolder) -> list[int] | None:
-    """The ids in a flag; what is no integer is a wrong call."""
+    """The ids in a flag; a value that is not an integer is a wrong call."""
     if flag.value is None:
         return None
     try:
@@ -41,7 +41,7 @@ def read_request() -> dict[str, Any]:
     """The request of `--request` and `--history`."""
     try:
         request = json.loads(Path(REQUEST.value).read_text()) if REQUEST.value else {}
-    except ValueError as error:  # no text, or no JSON
+    except ValueError as error:  # not text, or not JSON
         raise ValueError(f"{REQUEST.value} cannot be read: {error}, expected a JSON object") from None
     if not isinstance(request, dict):
         raise ValueError(f"{REQUEST.value} has {str(request)[:60]}, expected a JSON object")
@@ -54,7 +54,7 @@ def read_request() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Flags to table."""
+    """Reads the flags, asks the service and prints the table."""
     request, candidates, token = read_request(), ids_of(CANDIDATES), cli.read_token(TOKEN)
     with Client(cli.url(URL), token=token, retries=RETRIES.value) as client:
         if WAIT.value:

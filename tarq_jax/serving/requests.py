@@ -3,9 +3,9 @@
     {"user": {"user_group": 3}, "context": {"hour": 0.4},
      "history": {"item_id": [17, 4, 256], "event_type": [1, 1, 2]}}
 
-`user` and `context` hold one value a field, `history` a list a field, oldest event first; `item_id` in it
-are ids of the index. All fields of the schema have to be there. A side without fields may be left out, and
-so may `history` of a user who has none.
+`user` and `context` hold one value per field. `history` holds one list per field, oldest event first; its
+`item_id` holds ids of the index. All fields of the schema are required. A side without fields may be left
+out, and so may `history` if the user has none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ SIDES = ("user", "context", "history")
 
 
 class Request(NamedTuple):
-    """A request that was found valid."""
+    """A request that has passed all checks."""
 
     user: dict[str, np.ndarray]  # name -> [...]
     context: dict[str, np.ndarray]
@@ -29,18 +29,18 @@ class Request(NamedTuple):
 
 
 class Padded(NamedTuple):
-    """Requests of a batch in arrays of fixed shape."""
+    """A batch of requests as arrays of fixed shape."""
 
     request: dict[str, Any]  # `user`, `context`, `events` and `mask` of `tarq_jax.serving.method`
-    slots: np.ndarray  # [B, N] int32 of the history's items, 0 on padding
-    skipped: list[int]  # events of each request whose items the index does not know
+    slots: np.ndarray  # [B, N] int32, slots of the history's items, 0 on padding
+    skipped: list[int]  # for each request, the number of events whose items are not in the index
 
 
 def check_request(schema: Schema, request: Any, where: str = "request") -> Request:
-    """The request in the types of the schema.
+    """Checks a request and converts it to the types of the schema.
 
     Raises:
-      ValueError: names the field, its value and what was expected.
+      ValueError: the request is invalid; names the field, its value and what was expected.
     """
     if not isinstance(request, Mapping):
         raise ValueError(f"{where} is {_shown(request)}, expected an object with {list(SIDES)}")
@@ -71,7 +71,7 @@ def _history(schema: Schema, history: Mapping[str, Any], where: str) -> tuple[np
 
 
 def check_ids(values: Any, where: str) -> np.ndarray:
-    """Ids of items as [M] int64; a ValueError unless they are a list of integers."""
+    """Item ids as [M] int64; ValueError unless `values` is a list of integers."""
     ids = _array(values, where, "a list of integers")
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"{where} is {_shown(values)}, expected a list of integers")
@@ -81,10 +81,10 @@ def check_ids(values: Any, where: str) -> np.ndarray:
 
 
 def check_columns(fields: Sequence[Field], columns: Any, where: str) -> dict[str, np.ndarray]:
-    """Columns of values [M, ...] for all fields and no others, in the types of the schema.
+    """Columns [M, ...] of exactly the given fields, converted to the types of the schema.
 
     Raises:
-      ValueError: names the field, its value and what was expected.
+      ValueError: a column is invalid; names the field, its value and what was expected.
     """
     if not isinstance(columns, Mapping):
         raise ValueError(f"{where} is {_shown(columns)}, expected an object, field -> values")
@@ -115,11 +115,11 @@ def _column(field: Field, values: Any, where: str) -> np.ndarray:
 
 def _array(values: Any, where: str, expected: str) -> np.ndarray:
     kinds = _kinds(values)
-    if isinstance(values, list) and kinds & {str, list}:  # every place would take as much as the longest text
+    if isinstance(values, list) and kinds & {str, list}:  # NumPy would pad each text to the longest
         raise ValueError(f"{where} is {_shown(values)}, expected {expected}")
     try:
         array = np.asarray(values)
-    except (ValueError, OverflowError):  # lists of different lengths, say
+    except (ValueError, OverflowError):  # for example, lists of different lengths
         raise ValueError(f"{where} is {_shown(values)}, expected an array of numbers") from None
     if array.dtype.kind in "iuf" and bool in kinds:
         raise ValueError(f"{where} is {_shown(values)}, expected numbers and no booleans")
@@ -127,7 +127,7 @@ def _array(values: Any, where: str, expected: str) -> np.ndarray:
 
 
 def _kinds(values: Any, depth: int = 3) -> set[type]:
-    """The types of what lists hold, and of lists that lie deeper than any column has them."""
+    """The types of the values in nested lists, and `list` if these are nested deeper than in any column."""
     if not isinstance(values, list):
         return {type(values)}
     kinds = set(map(type, values))
@@ -151,10 +151,10 @@ def _shown(value: Any) -> str:
 def pad(
     schema: Schema, index: Index, requests: Sequence[Request], *, batch: int, lengths: Sequence[int]
 ) -> Padded:
-    """Arrays of `batch` requests, histories padded to the shortest of `lengths` that holds them all.
+    """Arrays of `batch` requests, with histories padded to the shortest of `lengths` that holds them all.
 
-    Events with items that the index does not know are skipped. Of a history that is longer than all
-    `lengths` the newest events are kept.
+    Events whose items are not in the index are skipped. A history that is longer than all `lengths` keeps
+    its newest events.
     """
     slots = [index.slots_of(request.items) for request in requests]
     kept = [np.flatnonzero(found != FREE)[-lengths[-1]:] for found in slots]
@@ -177,7 +177,7 @@ def pad(
 def _stacked(
     fields: Sequence[Field], requests: Sequence[Mapping[str, np.ndarray]], batch: int, *length: int
 ) -> dict[str, np.ndarray]:
-    """One row a request, zeros in further rows and, of columns with a `length`, behind the values."""
+    """One row per request; zeros fill further rows and, in columns with a `length`, the end of each row."""
     columns = {field.name: np.zeros((batch, *length, *field.shape), field.dtype) for field in fields}
     for name, column in columns.items():
         for row, request in enumerate(requests):

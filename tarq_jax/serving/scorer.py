@@ -1,11 +1,11 @@
-"""Ranks candidates by an exported model: the user side once a request, look-ups and top-k on device.
+"""Ranks candidates by an exported model: the user side once per request, look-ups and top-k on the device.
 
     scorer = Scorer.load("artefacts/1")
     scorer.warm_up()
     best = scorer.score({"history": {"item_id": [17, 4, 256]}}, top_k=500)
 
-A scorer does not change once it is warm, and threads may share it. Changed items come as another scorer,
-`with_index`, which shares the compiled programs. Needs neither Flax nor the code that models are trained by.
+A scorer does not change after `warm_up`, and threads may share it. To serve changed items, make another
+scorer with `with_index`; it shares the compiled programs. This module needs neither Flax nor training code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,38 +29,38 @@ NO_IDS = np.zeros(0, np.int64)
 
 
 class Ranking(NamedTuple):
-    """The best candidates of a request, the best first; equals in the order they are given or kept in."""
+    """The best candidates of a request, best first; equal ones in the order of the request or the index."""
 
-    ids: np.ndarray  # [k] int64; fewer than asked for where there are not as many candidates
+    ids: np.ndarray  # [k] int64; fewer than asked for if there are fewer candidates
     scores: np.ndarray  # [k] float32 logits
-    unknown: np.ndarray  # [U] int64, candidates that were asked for and are not served
-    skipped: int  # events of the history with items that the index does not know
-    finite: bool = True  # whether all scores are; those that are not have no place in the ranking
+    unknown: np.ndarray  # [U] int64, given candidates that are not served
+    skipped: int  # number of history events whose items are not in the index
+    finite: bool = True  # whether all scores are finite; the ranking leaves out those that are not
 
 
 class Users(NamedTuple):
-    """The state of a batch of users, on device: all that ranking needs of their requests."""
+    """The state of a batch of users, on the device: all that ranking needs to know about their requests."""
 
     state: Mapping[str, jax.Array]  # [B, ...] each
-    skipped: Sequence[int]  # one a request; as many as there are real requests
+    skipped: Sequence[int]  # one number per real request, none for padding
     batch: int  # B, with padding
-    items: Index  # that their histories were read from
+    items: Index  # the index in which the items of their histories were looked up
 
 
 class Scorer:
-    """See the module; made by `load` and `with_index`.
+    """Ranks candidates, see the module; made by `load` and `with_index`.
 
     Attributes:
-      schema: of requests.
-      facts: what the model says of itself: `method`, `histories`, `vectors`, `platforms`, ...
-      index: of the items, on the host.
-      batch_sizes, candidate_sizes, top_k: what programs are compiled for, see `load`.
-      ready: whether all programs were compiled, by `warm_up`.
+      schema: schema of requests and items.
+      facts: facts of the model's manifest: `method`, `histories`, `vectors`, `platforms`, ...
+      index: index of the items, on the host.
+      batch_sizes, candidate_sizes, top_k: sizes that programs are compiled for, see `load`.
+      ready: whether all programs are compiled, by `warm_up` or for a scorer that shares them.
     """
 
     def __init__(self, model: Model, index: Index, batch_sizes: Sequence[int],
                  candidate_sizes: Sequence[int], top_k: int):
-        """Puts the index on the device; a ValueError if another model made it."""
+        """Puts the index on the device; ValueError if another model made it."""
         check_fit(index.fingerprint, model.fingerprint)
         self.schema, self.facts, self.index, self.ready = model.schema, model.facts, index, False
         self._model, self.top_k = model, top_k
@@ -76,16 +76,17 @@ class Scorer:
         """Reads and checks what `python -m tarq_jax.serving.export` wrote.
 
         Args:
-          path: of the artefact.
+          path: folder of the artefact.
           index: folder of another index for its model; `path/index` if None.
-          batch_sizes: requests that are scored together; a batch is padded to one of them, and more
-            requests than the largest are scored one batch after the other.
+          batch_sizes: numbers of requests that are scored together. A batch is padded to the next of them;
+            more requests than the largest are scored in several batches.
           candidate_sizes: numbers of candidates that given ones are padded to, rounded up to a multiple
-            of 512; where a request of a batch has more than the largest, the whole index is scored for
-            all of them, and what was not given is left out.
-          top_k: candidates that are selected on the device; a larger k is sorted on the host.
-          like: shares its compiled programs where those of the artefact are the same, as they are where
-            the model was trained anew; the index gets as many slots at least, so that all is ready at once.
+            of 512. If a request of a batch has more than the largest, the whole index is scored for the
+            entire batch, and items that were not given are left out.
+          top_k: how many candidates the device selects; a larger k is sorted on the host.
+          like: a scorer whose compiled programs are shared if those of the artefact are the same, as after
+            the model was trained anew. The index gets at least as many slots as that of `like`, so that
+            nothing has to be compiled.
 
         Raises:
           ValueError: the artefact is damaged, of another version or platform, or index and model differ.
@@ -102,27 +103,27 @@ class Scorer:
         return scorer
 
     def with_index(self, index: Index) -> "Scorer":
-        """A scorer of the same model for another index; ready at once where its capacity is the same."""
+        """A scorer of the same model for another index; ready immediately if its capacity is the same."""
         scorer = Scorer(self._model, index, self.batch_sizes, self.candidate_sizes, self.top_k)
         scorer.ready = self.ready and scorer._shapes == self._shapes
         return scorer
 
     @property
     def _shapes(self) -> tuple[Any, ...]:
-        """What has to be the same for a scorer to be ready as another one is."""
+        """What has to be the same for two scorers to use the same compiled programs."""
         sizes = self.batch_sizes, self.candidate_sizes, self.top_k, self.index.capacity
         return id(self._model.programs), *sizes
 
     def encode(self, items: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """What `tarq_jax.serving.index.add` and `change` take, for items by their fields, [M, ...] each.
+        """Encodes items, given by their fields [M, ...], for `tarq_jax.serving.index.add` and `change`.
 
-        A new item has `item_id` 0 in these fields, unless it was in the vocabulary that was trained.
+        Give a new item the field `item_id` 0, unless it was in the vocabulary that was trained.
         """
         encoded = self._model.encode(check_columns(self.schema.side("item"), items, "items"))
         return store(encoded, self.facts["vectors"], self.facts["num_codewords"])
 
     def warm_up(self) -> "Scorer":
-        """Compiles every program for every shape; `ready` from then on."""
+        """Compiles every program for every shape; afterwards the scorer is `ready`."""
         for batch in self.batch_sizes:
             for length in self.facts["histories"]:
                 users = self._users([], batch, [length])
@@ -144,17 +145,17 @@ class Scorer:
         """The best candidates of each request.
 
         Args:
-          requests: one, as `tarq_jax.serving.requests` has them, or a list of them.
-          candidates: ids to rank, or None for all that the index serves; for a list of requests None or
-            a list of such. An id that is not served is reported as unknown; one that is given twice is
-            ranked once.
+          requests: one request, in the form of `tarq_jax.serving.requests`, or a list of them.
+          candidates: ids to rank, or None for all that the index serves; for a list of requests None, or
+            a list with ids or None for each request. An id that is not served is reported as unknown; one
+            that is given twice is ranked once.
           top_k: how many to return; all if None.
 
         Returns:
           A `Ranking`, or a list of them.
 
         Raises:
-          ValueError: names the request, the field, its value and what was expected.
+          ValueError: a request is invalid; names it, the field, its value and what was expected.
         """
         if isinstance(requests, Mapping):
             return _finite(self.rank(self.users([requests]), [candidates], top_k=top_k))[0]
@@ -171,8 +172,8 @@ class Scorer:
         """The user side alone, which can run while candidates are still being retrieved.
 
         Args:
-          requests: at most as many as the largest batch.
-          first: number of the first one, for what errors say.
+          requests: at most as many as the largest of `batch_sizes`.
+          first: number of the first request, for error messages.
         """
         if len(requests) > self.batch_sizes[-1]:
             raise ValueError(f"requests are {len(requests)}, expected at most {self.batch_sizes[-1]}, the "
@@ -188,7 +189,7 @@ class Scorer:
         return Users(state, padded.skipped, batch, self.index)
 
     def rank(self, users: Users, candidates: Sequence[Any], *, top_k: int | None = None) -> list[Ranking]:
-        """The item side: as `score`, for `users` of this scorer and the candidates of each, ids or None."""
+        """The item side alone: as `score`, for `users` of this scorer and ids or None for each of them."""
         if users.items is not self.index:
             raise ValueError("users are those of a scorer with another index, expected this one's: an answer "
                              "comes from one version alone")
@@ -221,19 +222,19 @@ class Scorer:
         unknown, ids, slots = ids[~served], ids[served], slots[served]
         places = np.arange(len(slots))
         first = np.empty(self.index.capacity, np.int64)
-        first[slots[::-1]] = places[::-1]  # of equals the last assignment stays
+        first[slots[::-1]] = places[::-1]  # for equal slots the last assignment stays
         distinct = first[slots] == places
         return _Chosen(ids[distinct], slots[distinct], unknown)
 
     def _whole(self, users: Users, chosen: Sequence["_Chosen"]) -> Scored:
-        """Scores the whole index, and leaves out what was not chosen."""
+        """Scores the whole index, and leaves out the items that were not chosen."""
         allowed = np.zeros((users.batch, self.index.capacity), bool)
         for row, found in enumerate(chosen):
             allowed[row, found.slots] = True
         return self._score_all(users, allowed)
 
     def _chosen(self, users: Users, chosen: Sequence["_Chosen"], size: int) -> Scored:
-        """Scores the chosen candidates alone."""
+        """Scores only the chosen candidates."""
         slots = np.full((users.batch, size), FREE, np.int32)
         for row, found in enumerate(chosen):
             slots[row, :len(found.slots)] = found.slots
@@ -249,11 +250,11 @@ class Scorer:
 
 
 class _Chosen(NamedTuple):
-    """Candidates that were given and are served, each once."""
+    """Given candidates that are served, each once, and those that are not."""
 
     ids: np.ndarray  # [G] int64
     slots: np.ndarray  # [G] int32
-    unknown: np.ndarray  # [U] int64, those that are not served
+    unknown: np.ndarray  # [U] int64, ids of those that are not served
 
 
 def _finite(rankings: list[Ranking]) -> list[Ranking]:
@@ -265,7 +266,10 @@ def _finite(rankings: list[Ranking]) -> list[Ranking]:
 
 
 def _best(found: Scored, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The best scores of each request and where they are, [B, k]: by the device, or where that has not k."""
+    """The best k scores of each request and their positions, [B, k] each.
+
+    They come from the device if it selected at least k, else all scores are sorted on the host.
+    """
     if top_k is not None and top_k <= found.best.shape[1]:
         best, positions = jax.device_get((found.best, found.positions))
     else:

@@ -1,14 +1,15 @@
 """The item side of serving: logits of items from the state of a user, as pure functions of one request.
 
-Each method of `SCORES` takes `(weights, user, items)` and returns logits [M]. What depends on the request
-alone was computed into `user` by the user side, what depends on the item alone was folded into `items` when
-the index was made (`tarq_jax.serving.method`); `weights` are those of the head. Nothing here has a batch
-axis: `for_all` and `for_each` add it.
+Each function of `SCORES` takes `(weights, user, items)` and returns logits [M]. The user side has computed
+into `user` what depends only on the request; `items` holds what depends only on the item, computed when the
+index was made (`tarq_jax.serving.method`); `weights` are those of the head. Nothing here has a batch axis:
+`for_all` and `for_each` add it.
 
-Look-ups are gathers that promise to be in bounds and are summed where they are read: XLA then fuses them,
-and never forms the [M, E, D] Jacobians of order 1. On CPU that is twice as fast as products of blocks that
-share a codeword, in any order of the items and for any subset of them. What Jacobians multiply comes one
-dimension of the query after the other, as they do: XLA on CPU does not vectorise sums over an axis.
+Look-ups are gathers that promise to be in bounds, and are summed as soon as they are read. XLA then fuses
+them, and never forms the [M, E, D] Jacobians of order 1. On CPU that is twice as fast as matrix products over
+blocks of items that share a codeword, and it works for any order and any subset of the items. Corrections are
+passed as a list with one array per query dimension, matching the Jacobians' layout. The product is then a sum
+of elementwise terms, which XLA vectorises on CPU; a reduction over an axis it does not.
 
 Axis letters are those of `tarq_jax.types`; M items, F units of the head's first hidden layer.
 """
@@ -29,7 +30,7 @@ Score = Callable[[Any, Arrays, Arrays], jax.Array]
 
 
 def in_blocks(score: Score) -> Score:
-    """Scores a few items at a time: what is computed on the way stays in the cache."""
+    """Scores `SLOTS` items at a time, so that intermediate results stay in the CPU's cache."""
     @functools.wraps(score)
     def by_block(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
         blocks = {name: values.reshape(-1, SLOTS, *values.shape[1:]) for name, values in items.items()}
@@ -39,7 +40,7 @@ def in_blocks(score: Score) -> Score:
 
 
 def in_blocks_on_cpu(score: Score) -> Score:
-    """As `in_blocks` on a CPU, where it halves the time of many items or users; all at once elsewhere."""
+    """As `in_blocks` on a CPU, where it halves the time for many items or users; elsewhere without blocks."""
     @functools.wraps(score)
     def by_platform(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
         return jax.lax.platform_dependent(weights, user, items, cpu=in_blocks(score), default=score)
@@ -48,7 +49,7 @@ def in_blocks_on_cpu(score: Score) -> Score:
 
 
 def look_up(table: Sequence[Any], codes: jax.Array) -> jax.Array:
-    """Sums the entries that each level's code names: L times [K, ...] and int [M, L] to [M, ...].
+    """Sums over levels the entries that an item's codes select: L times [K, ...] and int [M, L] to [M, ...].
 
     Example:
       >>> look_up(jnp.array([[1.0, 2.0], [30.0, 40.0]]), jnp.array([[0, 1], [1, 1]])).tolist()
@@ -61,14 +62,15 @@ def look_up(table: Sequence[Any], codes: jax.Array) -> jax.Array:
 def change(jacobians: jax.Array, codes: jax.Array, corrections: Sequence[jax.Array]) -> jax.Array:
     """`J_c r` of every item, head by head: [K, E, H, E], int [...] and E times [..., H] to [..., H, E].
 
-    `jacobians[k, f, h, e]` is the derivative of output e by query f: a column of it is a row of memory.
+    `jacobians[k, f, h, e]` is the derivative of output e of head h by query dimension f, so that a column of
+    a head's Jacobian is contiguous in memory.
     """
     terms = (rows(jacobians[:, f], codes) * column[..., None] for f, column in enumerate(corrections))
     return functools.reduce(jnp.add, terms)
 
 
 def damping(corrections: Sequence[jax.Array], radius: jax.Array) -> jax.Array:
-    """As that of `tarq_jax.corrections`, for E times [M, H], with a radius [H] each: [M, H, 1]."""
+    """As `tarq_jax.corrections.damping`, for E times [M, H], with a radius [H] per head: [M, H, 1]."""
     squares = functools.reduce(jnp.add, map(jnp.square, corrections))
     return (1.0 / (1.0 + squares / jnp.square(radius)))[..., None]
 
@@ -76,7 +78,8 @@ def damping(corrections: Sequence[jax.Array], radius: jax.Array) -> jax.Array:
 def first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
     """`m_c + J_c r` of every item, its heads side by side: [M, D].
 
-    r is a `correction` of the item's own, or the sum of its codewords of further levels, damped by `radius`.
+    r is the `correction` that the item stores, or else the sum of its codewords of further levels. It is
+    damped if the weights have a `radius`.
     """
     codes = items["codes"][:, 0].astype(jnp.int32)
     if "correction" in items:
@@ -107,9 +110,10 @@ def _by_query(corrections: jax.Array) -> list[jax.Array]:
 
 
 def attend(user: Arrays, items: Arrays) -> jax.Array:
-    """What every item attends over the whole history, its heads side by side: [M, D].
+    """Attention output of every item over the whole history, its heads side by side: [M, D].
 
-    At once, however many: callers choose their blocks, and programs are exported for other devices too.
+    Nothing is split into blocks (`block=0`): callers split items themselves, and a block size chosen for this
+    device may not suit the others that programs are exported for.
     """
     heads, _, width = user["keys"].shape
     queries = jnp.swapaxes(read(items, "query").reshape(-1, heads, width), 0, 1)
@@ -118,7 +122,7 @@ def attend(user: Arrays, items: Arrays) -> jax.Array:
 
 
 def two_tower(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """`<v_user, v_item> / sqrt(D) + bias`; the user's vector comes divided."""
+    """`<v_user, v_item> / sqrt(D) + bias`; the user's vector is already divided."""
     return read(items, "vector") @ user["vector"] + weights["bias"]
 
 
@@ -135,17 +139,17 @@ def dot(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 
 @in_blocks_on_cpu
 def mlp(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """The interaction head on `o`; its product with the head's first layer is looked up as well."""
+    """The interaction head on `o`; the product of `o` with the head's first layer is looked up as well."""
     output, first = (look_up(user[name], items["codes"]) for name in ("table", "table_first"))
     return _interaction(weights, user, items, output, first)
 
 
 @in_blocks_on_cpu
 def scalar_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """As `scalar` at level 1; each further level scores its own change of the output by an MLP.
+    """As `scalar` at level 1; for each further level an MLP scores the change of the output that it makes.
 
-    The first layers of all levels are one product: a second reader of the changes would keep XLA from
-    computing them in one vectorised loop.
+    The first layers of all levels are one matrix product: if the changes were read twice, XLA would not
+    compute them in one vectorised loop.
     """
     codes = items["codes"].astype(jnp.int32)
     changes = level_changes(weights, user, items)
@@ -160,7 +164,7 @@ def scalar_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Arra
 
 @in_blocks_on_cpu
 def dot_first_order(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
-    """As `dot`; the output's projection is folded into a second vector of the item, its `key`."""
+    """As `dot`, but with the output's projection folded into a second vector of the item, its `key`."""
     products = first_order(weights, user, items) * read(items, "key")
     return _sums(products + user["vector"] * read(items, "vector")) + weights["bias"]
 
@@ -180,8 +184,8 @@ def target_attention(weights: Arrays, user: Arrays, items: Arrays) -> jax.Array:
 def _sums(values: jax.Array) -> jax.Array:
     """Sums over the last axis, [M, D] to [M].
 
-    As a product with ones: XLA on CPU would take a sum into the loop of a look-up before it, which is then
-    not vectorised, fifty times slower.
+    This is a product with ones: XLA on CPU would fuse a plain sum into the loop of a look-up before it, and
+    that loop would then not be vectorised, but fifty times slower.
     """
     return values @ jnp.ones(values.shape[-1])
 
@@ -195,9 +199,10 @@ def on_attended(weights: Arrays, user: Arrays, items: Arrays, attended: jax.Arra
 def _interaction(
     weights: Arrays, user: Arrays, items: Arrays, output: jax.Array, first: jax.Array
 ) -> jax.Array:
-    """Backbone plus an MLP of `[o, x_item, o * x_item, v_user * v_item]`, its first layer in four parts.
+    """Backbone plus an MLP of `[o, x_item, o * x_item, v_user * v_item]`, with its first layer in four parts.
 
-    That of `o` is `first`, that of `x_item` the item's own, that of the towers one matrix a user.
+    The part of `o` is given as `first`. The item stores the part of `x_item`. The part of `v_user * v_item`
+    is a product of v_item with one matrix per user.
     """
     vectors = read(items, "vector")
     first += read(items, "first") + (output * read(items, "embedding")) @ weights["first_product"]
@@ -206,7 +211,7 @@ def _interaction(
 
 
 def after_first(layers: Any, first: jax.Array) -> jax.Array:
-    """What follows the first layer of an MLP of one output: [M, F] to [M]."""
+    """The layers after the first of an MLP with one output: [M, F] to [M]."""
     for layer in layers:
         first = jax.nn.gelu(first) @ layer["kernel"] + layer["bias"]
     return first[:, 0]
@@ -222,5 +227,5 @@ def for_all(score: Score) -> Score:
 
 
 def for_each(score: Score) -> Score:
-    """Users with a batch axis [B, ...], items of their own [B, M, ...] for each: logits [B, M]."""
+    """Users with a batch axis [B, ...], a separate set of items [B, M, ...] for each: logits [B, M]."""
     return jax.vmap(score, in_axes=(None, 0, 0))

@@ -3,10 +3,11 @@
     python -m tarq_jax.serving.server --artefact=artefacts/1 --port=8000
     curl -d '{"history": {"item_id": [17, 4, 256]}, "top_k": 5}' localhost:8000/score
 
-`POST /swap` with `{"artefact": "2"}` and the token serves `artefacts/2` from then on, without a pause.
-SIGTERM: /readyz says no for `--drain_seconds` while everything is still answered, so that whatever balances
-the load looks elsewhere; then what is on its way is finished, and the exit code is 0. SIGINT does so without
-the wait, and a second signal ends at once. One process computes one batch at a time: start one a device.
+`POST /swap` with `{"artefact": "2"}` and the token replaces it by `artefacts/2`, without a pause.
+After SIGTERM, /readyz answers 503 for `--drain_seconds` while all requests are still answered, so that a load
+balancer can send them elsewhere; then requests in flight are finished, and the exit code is 0. SIGINT does
+the same without the wait, and a second signal ends the process immediately. One process computes one batch at
+a time: start one per device.
 """
 
 import socket
@@ -17,10 +18,10 @@ from absl import flags
 from tarq_jax import cli
 from tarq_jax.serving.http.options import Limits, Options
 
-ARTEFACT = flags.DEFINE_string("artefact", None, "Folder to serve; /swap names others beside it.",
+ARTEFACT = flags.DEFINE_string("artefact", None, "Artefact to serve; /swap names other folders beside it.",
                                required=True)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
-PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which the log names.",
+PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which is logged.",
                             lower_bound=0, upper_bound=65535)
 TOKEN = cli.token_flag()
 DELAY = flags.DEFINE_float("delay_ms", 1e3 * Options.delay, "How long a request waits for others to be "
@@ -46,24 +47,24 @@ BATCHES = flags.DEFINE_list("batch_sizes", list(map(str, Options.batch_sizes)), 
 SIZES = flags.DEFINE_list("candidate_sizes", list(map(str, Options.candidate_sizes)), "Numbers that given "
                           "candidates are padded to.")
 LOG = flags.DEFINE_bool("log_requests", True, "Log a line for each request that is not a probe.")
-DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to go on after SIGTERM.", lower_bound=0.0)
+DRAIN = flags.DEFINE_float("drain_seconds", 5.0, "How long to keep answering after SIGTERM.", lower_bound=0.0)
 
-BACKLOG = 2048  # connections that wait to be accepted
+BACKLOG = 2048  # connections that may wait to be accepted
 
 
 def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
-    """The positive numbers of a flag with a list, rising, each once; others are a wrong call."""
+    """The positive numbers of a list flag in ascending order, each once; other values are a wrong call."""
     return tuple(sorted(set(cli.whole_numbers(flag, "positive numbers"))))
 
 
 def listen() -> socket.socket:
-    """A socket that listens, before anything slow is done."""
+    """A socket that listens already, before anything slow is done."""
     family = socket.AF_INET6 if ":" in HOST.value else socket.AF_INET
     return socket.create_server((HOST.value, PORT.value), family=family, backlog=BACKLOG)
 
 
 def main() -> None:
-    """Flags to service."""
+    """Reads the flags and runs the service."""
     batch_sizes, candidate_sizes, token = numbers(BATCHES), numbers(SIZES), cli.read_token(TOKEN)
     artefact = Path(ARTEFACT.value)
     if not artefact.is_dir():

@@ -1,4 +1,4 @@
-"""Methods of TARQ, of order 0 and 1, with each of its heads."""
+"""Methods of TARQ models of order 0 and 1, with each of the score heads."""
 
 import math
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ from tarq_jax.serving.scoring import Arrays
 
 
 def order_0(module: Tarq, variables: Any, codewords: np.ndarray) -> Method:
-    """Personalised codebooks are tables that items look up, level by level.
+    """The method of order 0: personalised codebooks are tables that items look up, level by level.
 
-    Their rows are what the head can be computed to before an item is known: a scalar with `scalar`, a vector
-    to multiply v_item with in `dot`, the output and its product with the head's first layer in `mlp`.
+    Their rows hold all of the head that can be computed before the item is known: a scalar for `scalar`, a
+    vector that multiplies v_item for `dot`, the output and its product with the head's first layer for `mlp`.
     """
     params = variables["params"]
     weights = {"variables": variables, "codewords": codewords}
@@ -74,7 +74,10 @@ def codebooks(module: Tarq, weights: Any, encoded: Arrays) -> dict[str, Any]:
 
 
 def first_order(module: FirstOrderTarq, variables: Any, codewords: np.ndarray) -> Method:
-    """Means and Jacobians of level 1; items are codes, and codewords of further levels are weights."""
+    """The method of order 1: the state of a user is the means and Jacobians of level 1.
+
+    Items store codes; the codewords of further levels are weights of the item side.
+    """
     params = variables["params"]
     teacher, width = params["teacher"], module.width
     kernel, bias = output_projection(teacher)
@@ -129,9 +132,9 @@ def expansions(module: FirstOrderTarq, weights: Any, encoded: Arrays) -> dict[st
 
 
 def _level_heads(heads: Sequence[Any], output_kernel: np.ndarray, codewords: np.ndarray) -> dict[str, Any]:
-    """MLPs of `[change of o, codeword]`, one a level: the projection and the codeword's part are folded.
+    """MLPs of `[change of o, codeword]`, one per level; projection and the codeword's part are folded in.
 
-    `attended` is block-diagonal, [(L - 1) D, (L - 1) F]: one product for the first layers of all levels.
+    `attended` is block-diagonal, [(L - 1) D, (L - 1) F]: one product computes the first layers of all levels.
     """
     attended, levels = [], []
     for params, level in zip(heads, codewords, strict=True):

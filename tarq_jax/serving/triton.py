@@ -1,11 +1,12 @@
 """Writes an artefact as a model of NVIDIA's Triton Inference Server, for its Python backend.
 
     python -m tarq_jax.serving.triton --artefact=artefacts/1 --out=models/tarq
-    tritonserver --model-repository=models  # in whose Python `pip install 'tarq_jax[triton]'` was called
+    tritonserver --model-repository=models  # its Python needs `pip install 'tarq_jax[triton]'`
 
-A request is one string, the JSON that `/score` of `tarq_jax.serving.server` takes, and so is its answer;
-Triton batches requests, and one that is wrong fails alone. Another artefact is another model. Triton 25.01 or
-newer: the Python backends of older ones were built for NumPy 1, and the model refuses to load in them.
+A request is one string, the JSON that `/score` of `tarq_jax.serving.server` takes; its answer is one string
+of JSON, too. Triton batches requests; an invalid one fails alone. To serve another artefact, write another
+model. Triton has to be 25.01 or newer: the Python backends of older versions were built for NumPy 1, and the
+model refuses to load in them.
 """
 
 import re
@@ -20,11 +21,11 @@ ARTEFACT = flags.DEFINE_string("artefact", None, "Folder, as `tarq_jax.serving.e
                                required=True, allow_override=True)
 OUT = flags.DEFINE_string("out", None, "Folder of the model to write, in a model repository; it must not "
                           "exist yet.", required=True, allow_override=True)
-BATCH = flags.DEFINE_integer("max_batch_size", 8, "Requests that are computed together.", lower_bound=1)
+BATCH = flags.DEFINE_integer("max_batch_size", 8, "Most requests that are computed together.", lower_bound=1)
 DELAY = flags.DEFINE_float("delay_ms", 2.0, "How long a request waits for others to be computed with it.",
                            lower_bound=0.0, allow_override=True)
 
-NAME = re.compile(r"\w[\w.+-]*", re.ASCII)  # of a model; Triton's Python takes no other letters in a path
+NAME = re.compile(r"\w[\w.+-]*", re.ASCII)  # of a model; Triton's Python takes no other characters in a path
 CONFIG = """name: "{name}"
 backend: "python"
 max_batch_size: {batch}
@@ -49,10 +50,10 @@ def config(name: str, batch: int, delay: float) -> str:
 
 
 def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
-    """Writes the model; `out` appears once it is whole.
+    """Writes the model; `out` appears only when it is complete.
 
     Raises:
-      ValueError: `out` exists or has no name for a model, or the artefact is damaged or none.
+      ValueError: `out` exists or its name is not valid for a model, or the artefact is damaged or missing.
     """
     if not NAME.fullmatch(out.name):
         raise ValueError(f"the model is named {out.name!r}, expected letters of ASCII, digits, and . + - _")
@@ -66,7 +67,7 @@ def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
 
 
 def main() -> None:
-    """Flags to model."""
+    """Reads the flags and writes the model."""
     out = Path(OUT.value)
     write(Path(ARTEFACT.value), out, batch=BATCH.value, delay=DELAY.value / 1e3)
     print(f"{out}: written")

@@ -1,6 +1,6 @@
 """What Triton's Python backend runs: the `model.py` that `tarq_jax.serving.triton` writes imports it.
 
-Text in, text out; the module `triton_python_backend_utils` exists within Triton alone.
+Requests and answers are text; the module `triton_python_backend_utils` exists only inside Triton.
 """
 
 import json
@@ -18,7 +18,7 @@ from tarq_jax.serving.scorer import Scorer
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """Powers of two up to the largest batch, and that.
+    """Powers of two below the largest batch size, and that size.
 
     Example:
       >>> batch_sizes(6), batch_sizes(1)
@@ -28,7 +28,7 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def answers(scorer: Scorer, version: str, bodies: Sequence[bytes]) -> list[bytes | Exception]:
-    """What /score answers to each body, computed together; or what is wrong with it."""
+    """What /score would answer to each body, or the error of an invalid one; all are computed together."""
     found = [_query(scorer, body) for body in bodies]
     queries = [query for query in found if isinstance(query, Query)]
     rankings = iter(answer(scorer, queries) if queries else [])
@@ -48,7 +48,7 @@ class TritonPythonModel:
     """A scorer behind Triton's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads and warms the artefact beside `model.py`; a ValueError keeps Triton from serving it."""
+        """Loads the artefact beside `model.py` and warms it up; a ValueError keeps Triton from serving it."""
         import triton_python_backend_utils as triton
 
         _check_backend(triton)
@@ -58,7 +58,7 @@ class TritonPythonModel:
         self._scorer = Scorer.load(artefact, batch_sizes=batch_sizes(largest)).warm_up()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """A response to each request, which holds one text or several, all of them computed together."""
+        """A response to each request. A request holds one or more texts; all texts are computed together."""
         import triton_python_backend_utils as triton
 
         texts = [triton.get_input_tensor_by_name(request, "request").as_numpy() for request in requests]
@@ -67,7 +67,7 @@ class TritonPythonModel:
 
 
 def _response(triton: Any, shape: tuple[int, ...], found: Sequence[bytes | Exception]) -> Any:
-    """A request's answers in one tensor, or the first error among them, which is the client's."""
+    """A request's answers in one tensor, or the first error among them, as one that the client made."""
     for row, answered in enumerate(found):
         if isinstance(answered, Exception):
             error = triton.TritonError(f"text {row}: {answered}", triton.TritonError.INVALID_ARG)
@@ -76,7 +76,7 @@ def _response(triton: Any, shape: tuple[int, ...], found: Sequence[bytes | Excep
 
 
 def _check_backend(triton: Any) -> None:
-    """Raises ValueError where arrays arrive changed, as in backends that were built for NumPy 1."""
+    """Raises ValueError if arrays arrive changed, as in backends that were built for NumPy 1."""
     sent = np.arange(3)
     found = triton.Tensor.from_dlpack("found", triton.Tensor("sent", sent).to_dlpack()).as_numpy()
     if not np.array_equal(found, sent):

@@ -1,6 +1,6 @@
-"""How an index keeps its vectors: float32, bfloat16, or int8 with a scale a row.
+"""How an index stores its vectors: float32, bfloat16, or int8 with a scale per row.
 
-Codes are kept in the smallest integer. An int8 array `name` has a companion
+Codes are stored in the smallest integer type that holds them. An int8 array `name` has a companion
 `name_scale` with one float32 for each row of its last axis.
 """
 
@@ -15,21 +15,22 @@ import numpy as np
 Storage = Literal["float32", "bfloat16", "int8"]
 
 SCALE = "_scale"
-LARGEST = 127  # of int8, symmetric
+LARGEST = 127  # largest int8; -128 is not used
 
 
 def store(arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int) -> dict[str, np.ndarray]:
-    """The arrays as an index keeps them, on the host.
+    """The arrays as an index stores them, on the host.
 
-    The error of an entry is at most 2^-9 of itself in bfloat16, and 1/254 of the row's largest in int8.
+    The error of an entry is at most 2^-9 of its value in bfloat16, and 1/254 of the row's largest absolute
+    value in int8.
 
     Args:
-      arrays: floats [M, ..., D], stored, and integers, which are codes.
-      storage: of the floats.
-      num_codewords: codes are in [0, num_codewords), and kept in the smallest integer that holds them.
+      arrays: floats [M, ..., D], and integers, which are codes.
+      storage: number format of the floats.
+      num_codewords: codes are in [0, num_codewords), and stored in the smallest integer type for these.
 
     Raises:
-      ValueError: `storage` is unknown, or an integer is no code.
+      ValueError: `storage` is unknown, or an integer is not a code in this range.
     """
     if storage not in get_args(Storage):
         raise ValueError(f"vectors is {storage!r}, expected one of {get_args(Storage)}")
@@ -52,7 +53,7 @@ def store(arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int
 
 
 def read(arrays: Mapping[str, jax.Array], name: str) -> jax.Array:
-    """An array in float32, whatever it is stored as.
+    """An array in float32, whatever format it is stored in.
 
     Example:
       >>> read(store({"x": np.array([[0.5, -1.0]], np.float32)}, "int8", 0), "x").round(2).tolist()
@@ -69,5 +70,5 @@ def rows(table: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def parts(arrays: Mapping[str, jax.Array], name: str) -> dict[str, jax.Array]:
-    """The entries of an array that `read` needs."""
+    """The entries that `read` needs for one array: the array itself, and its scales if it has some."""
     return {key: arrays[key] for key in (name, name + SCALE) if key in arrays}

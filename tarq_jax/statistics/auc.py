@@ -1,7 +1,8 @@
 """Intervals and paired tests of AUC by DeLong's placements, over independent candidates or over users.
 
-DeLong, DeLong and Clarke-Pearson 1988; sorted once it is O(n log n), as by Sun and Xu 2014. Candidates of one
-user are not independent: with `users`, Obuchowski 1997 sums placements within each.
+The method is that of DeLong, DeLong and Clarke-Pearson 1988, in O(n log n) by one sort as in Sun and Xu 2014.
+Candidates of one user are not independent: with `users`, placements are summed within each user, as in
+Obuchowski 1997.
 """
 
 from typing import NamedTuple
@@ -24,21 +25,23 @@ def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike,
                   weights: ArrayLike | None = None) -> AucInfluence:
     """AUC with its influence by user.
 
-    With V_i the share of negatives below positive i, ties half, and V_j the share of positives above negative
-    j, user u adds `sum_{i in u} (V_i - AUC) / P + sum_{j in u} (V_j - AUC) / N` (Obuchowski 1997, eq. 5).
-    With weights, shares, sums, P and N are weighted (ours): a weight of 2 is the candidate twice.
+    V_i is the share of negatives below positive i, ties counted half, V_j the share of positives above
+    negative j; P and N are the numbers of positives and negatives. User u then adds
+    `sum_{i in u} (V_i - AUC) / P + sum_{j in u} (V_j - AUC) / N` (Obuchowski 1997, eq. 5). With weights,
+    shares, sums, P and N are weighted (ours): a weight of 2 counts the candidate twice.
 
     Args:
       labels: [C] in {0, 1}.
       scores: [C] finite.
-      users: [C] integers or strings, whose candidate it is.
+      users: [C] integers or strings, the user of each candidate.
       weights: [C] > 0; 1 if not given.
 
     Returns:
       `AucInfluence`, users in the order of `numpy.unique`.
 
     Raises:
-      ValueError: shapes differ, a value is out of range, or a class or all users but one are missing.
+      ValueError: shapes differ, a value is out of range, or there are fewer than two users or candidates of a
+        class.
     """
     positive, scores = _guarded(labels, "scores", scores)
     checks.shape_of("users", users, positive.shape, "labels")
@@ -60,20 +63,21 @@ def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike,
 
 def auc_estimate(labels: ArrayLike, scores: ArrayLike, users: ArrayLike | None = None, *,
                  level: float = 0.95) -> Estimate:
-    """AUC with an interval; its p-value is of AUC = 0.5.
+    """AUC with an interval, and the p-value of the hypothesis that the AUC is 0.5.
 
     Args:
       labels: [C] in {0, 1}.
       scores: [C] finite.
-      users: [C], whose candidates depend on each other; None for independent candidates (DeLong).
-      level: of the interval.
+      users: [C], the user of each candidate; candidates of one user may depend on each other. None for
+        independent candidates (DeLong).
+      level: level of the interval.
 
     Returns:
-      An `Estimate`; NaN for interval and p-value where the classes are wholly apart, as placements that do
-      not vary tell nothing of how sure the AUC is.
+      An `Estimate`. Its interval and p-value are NaN if scores separate the classes completely: placements
+      that do not vary carry no information about the error.
 
     Raises:
-      ValueError: as `auc_influence`; or fewer than two candidates of a class.
+      ValueError: as `auc_influence`.
 
     >>> round(auc_estimate([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]).value, 3)
     0.75
@@ -94,8 +98,8 @@ def auc_difference(labels: ArrayLike, first: ArrayLike, second: ArrayLike, users
       labels: [C] in {0, 1}.
       first: [C] finite.
       second: [C] finite.
-      users: [C], whose candidates depend on each other; None for independent candidates.
-      level: of the interval.
+      users: [C], the user of each candidate; None for independent candidates.
+      level: level of the interval.
 
     Raises:
       ValueError: as `auc_estimate`.
@@ -121,7 +125,7 @@ def _guarded(labels: ArrayLike, name: str, scores: ArrayLike) -> tuple[np.ndarra
 
 def _spread(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
             ) -> tuple[float, np.ndarray]:
-    """AUC, and each candidate's placement less it, over the weight of its class: [C]."""
+    """AUC, and [C] each candidate's weighted placement less the AUC, over the total weight of its class."""
     weights = np.ones(len(scores)) if weights is None else weights
     _, place = np.unique(scores, return_inverse=True)
 
@@ -137,7 +141,7 @@ def _spread(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
 
 
 def _independent(positive: np.ndarray, spread: np.ndarray) -> float:
-    """DeLong's variance: that of the placements of each class, over their number."""
+    """DeLong's variance: the variance of each class's placements, divided by their number, summed."""
     def of_class(spread: np.ndarray) -> float:
         return len(spread) / (len(spread) - 1) * np.square(spread).sum()
 
@@ -145,7 +149,10 @@ def _independent(positive: np.ndarray, spread: np.ndarray) -> float:
 
 
 def _told(value: float, variance: float, level: float, null: float = 0.0) -> Estimate:
-    """`wald`; but where placements do not vary, they tell no interval of a value other than the null."""
+    """`wald`, except that zero variance with a value other than the null gives NaN for interval and p-value.
+
+    Constant placements carry no information about the error.
+    """
     if not variance and value != null:
         return Estimate(value, 0.0, np.nan, np.nan, np.nan)
     return wald(value, variance, level=level, null=null)

@@ -1,4 +1,4 @@
-"""What an analysis says of a number: its value, how sure it is, and whether it differs from nothing."""
+"""Estimates: a number with its standard error, an interval, and the p-value of a null hypothesis."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Estimate(NamedTuple):
 
 
 def check_level(level: float) -> float:
-    """`level` if it is a share of certainty; ValueError otherwise."""
+    """`level`; ValueError unless it is in (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), got {level!r}")
     return level
@@ -25,14 +25,14 @@ def check_level(level: float) -> float:
 
 def wald(value: float, variance: float, *, level: float = 0.95, null: float = 0.0,
          degrees: float = math.inf) -> Estimate:
-    """The estimate of a value that is normal with a variance estimated on so many degrees of freedom.
+    """The estimate of a normally distributed value whose variance was estimated, too.
 
     Args:
       value: the estimate.
-      variance: of the estimate, at least 0.
-      level: of the interval, in (0, 1).
+      variance: variance of the estimate, at least 0.
+      level: level of the interval, in (0, 1).
       null: the value of the hypothesis that `p_value` tests.
-      degrees: of freedom of the variance; infinite for the normal distribution.
+      degrees: degrees of freedom of the variance; infinite for the normal distribution.
 
     Returns:
       An `Estimate`; with a variance of 0 its interval is the value, and its p-value 0 or 1.

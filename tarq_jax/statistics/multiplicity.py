@@ -1,4 +1,4 @@
-"""p-values of many tests at once, adjusted by SciPy or, where it cannot, by statsmodels."""
+"""Adjusts the p-values of many tests, by SciPy or, for a method that it lacks, by statsmodels."""
 
 from typing import Literal
 
@@ -20,7 +20,7 @@ def adjust(p_values: ArrayLike, method: Literal["holm", "benjamini_hochberg"] = 
         false ones among the findings (Benjamini and Hochberg 1995).
 
     Returns:
-      [M]; to be held against the level as they are.
+      [M]; compare them directly with the chance or share of false findings that is accepted.
 
     Raises:
       ValueError: the method is unknown, a p-value is not in [0, 1], or statsmodels, which `holm` needs, is

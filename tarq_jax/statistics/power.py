@@ -1,4 +1,4 @@
-"""How small an effect can be and still be found, and how many users it takes; by statsmodels where it can."""
+"""Power: how small an effect a test can find, and how many users that needs; by statsmodels if it can."""
 
 import math
 from typing import Any
@@ -11,10 +11,10 @@ from tarq_jax.statistics.estimates import check_level
 def minimum_detectable_effect(standard_error: float, *, level: float = 0.95, power: float = 0.8) -> float:
     """The true difference that a two-sided test finds with probability `power`, in units of the error.
 
-    `(z_{1 - alpha / 2} + z_power) standard_error`, normal approximation.
+    `(z_{1 - alpha / 2} + z_power) standard_error`, by normal approximation.
 
     Args:
-      standard_error: of the difference, at least 0.
+      standard_error: standard error of the difference, at least 0.
       level: 1 - alpha.
       power: in ((1 - level) / 2, 1).
 
@@ -31,7 +31,7 @@ def minimum_detectable_effect(standard_error: float, *, level: float = 0.95, pow
 
 def users_needed(effect: float, deviation: float, *, share: float = 0.5, level: float = 0.95,
                  power: float = 0.8) -> float:
-    """Users of both arms together that it takes to find a true difference of means.
+    """Number of users, both arms together, that is needed to find a true difference of means.
 
     `((z_{1 - alpha / 2} + z_power) deviation / effect)^2 (1 / share + 1 / (1 - share))`, see
     `statsmodels.stats.power.normal_sample_size_one_tail`.
@@ -39,7 +39,7 @@ def users_needed(effect: float, deviation: float, *, share: float = 0.5, level: 
     Args:
       effect: the difference, not 0.
       deviation: standard deviation of a user's value.
-      share: of the users that are in one of the arms, in (0, 1).
+      share: share of the users that are in one of the arms, in (0, 1).
       level: 1 - alpha.
       power: in ((1 - level) / 2, 1).
 
@@ -57,9 +57,9 @@ def users_needed(effect: float, deviation: float, *, share: float = 0.5, level: 
         raise ValueError(f"deviation: expected a number of at least 0, got {deviation!r}")
     if not deviation:
         return 0.0
-    _quantiles(level, power)  # that they are in range
+    _quantiles(level, power)  # checks their ranges
     alone = _statsmodels().normal_sample_size_one_tail(
-        abs(effect), power, (1 - level) / 2, std_null=deviation)  # of a mean against a number
+        abs(effect), power, (1 - level) / 2, std_null=deviation)  # for one mean against a fixed number
     return float(alone) * (1 / share + 1 / (1 - share))
 
 
@@ -68,7 +68,7 @@ def power_of(effect: float, standard_error: float, *, level: float = 0.95) -> fl
 
     Args:
       effect: the difference.
-      standard_error: of its estimate, above 0.
+      standard_error: standard error of its estimate, above 0.
       level: 1 - alpha.
 
     Raises:
@@ -93,7 +93,7 @@ def _statsmodels() -> Any:
 
 
 def _quantiles(level: float, power: float) -> float:
-    by_chance = (1 - check_level(level)) / 2  # finds it on this side where there is none
+    by_chance = (1 - check_level(level)) / 2  # probability of a finding on this side without an effect
     if not by_chance < power < 1:
         raise ValueError(f"power: expected a number in ({by_chance:.4g}, 1), got {power!r}")
     return float(stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(power))

@@ -13,8 +13,8 @@ from scipy import stats
 from tarq_jax import checks
 from tarq_jax.statistics.estimates import Estimate, wald
 
-ROUNDING = 1e-14  # relative, below which a difference is none
-LARGEST = 1e50  # whose fourth power, which an interval of a lift takes, is a float64
+ROUNDING = 1e-14  # relative difference below which values count as equal
+LARGEST = 1e50  # its fourth power, which the interval of a lift needs, is still a finite float64
 
 
 class Ratio(NamedTuple):
@@ -25,7 +25,7 @@ class Ratio(NamedTuple):
 
     @property
     def variance(self) -> float:
-        """Of the ratio."""
+        """Variance of the ratio."""
         units = len(self.influence)
         return units / (units - 1) * float(np.square(self.influence).sum())
 
@@ -35,7 +35,7 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Ratio:
 
     Args:
       numerator: [U], y, at least 2 users.
-      denominator: [U], x; ones for a mean by user.
+      denominator: [U], x; ones for a mean over users.
 
     Raises:
       ValueError: shapes differ, a value is not finite or too large (`LARGEST`), or the denominators sum
@@ -72,20 +72,20 @@ def independent(treatment: Ratio, control: Ratio) -> Arms:
 
 
 def cuped(treatment: Ratio, control: Ratio, before_treatment: Ratio, before_control: Ratio) -> Arms:
-    """Both ratios less what the same users' ratio in a period before explains.
+    """Both ratios, less what the same users' ratio in a period before the test explains.
 
-    `r - theta (r_before - mean of both arms)` with one theta for both arms, the slope of users' influence on
-    the ratio on that before (Deng et al. 2013; by influence for ratios, Deng, Knoblich and Lu 2018). The mean
-    is of both arms, so that the errors of the two results depend on each other.
+    `r - theta (r_before - mean of r_before over both arms)`. Both arms have the same theta: the slope of a
+    regression of users' influence on r on their influence on r_before (Deng et al. 2013; by influence for
+    ratios, Deng, Knoblich and Lu 2018). As they share the mean too, the errors of the results are correlated.
 
     Args:
-      treatment: of the treated users.
-      control: of the others.
-      before_treatment: of the treated users before, in the same order.
-      before_control: of the others before.
+      treatment: ratio of the treated users.
+      control: ratio of the control users.
+      before_treatment: ratio of the treated users before the test, in the same order.
+      before_control: ratio of the control users before the test, in the same order.
 
     Raises:
-      ValueError: numbers of users differ.
+      ValueError: an arm's numbers of users before and in the test differ.
     """
     arms = ((treatment, before_treatment), (control, before_control))
     for now, before in arms:
@@ -109,9 +109,10 @@ def lift(treatment: Ratio, control: Ratio, *, before: tuple[Ratio, Ratio] | None
          level: float = 0.95) -> Estimate:
     """Relative difference `r_t / r_c - 1` of two arms, whose users are independent.
 
-    The interval is Fieller's (1954): all lifts d that `r_t - (1 + d) r_c` does not rule out. It is about the
-    delta method's, `value +- z error`, where the control is known well, and then agrees with the p-value,
-    which is of `r_t - r_c`. Where the control could be 0 it has no end, whatever the p-value.
+    The interval is Fieller's (1954): all lifts d for which `r_t - (1 + d) r_c` does not differ from 0
+    significantly. If the control is known well, it is about the delta method's, `value +- z error`, and
+    agrees with the p-value, which is that of `r_t - r_c = 0`. If the control could be 0, the interval is
+    infinite, whatever the p-value.
 
     Args:
       treatment: of the treated users.

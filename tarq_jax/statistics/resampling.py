@@ -9,7 +9,7 @@ from scipy import stats
 from tarq_jax import checks
 from tarq_jax.statistics.estimates import Estimate, check_level
 
-CHUNK = 2**24  # weights that are in memory at once
+CHUNK = 2**24  # weights that are in memory at the same time
 
 
 def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[int] | np.ndarray, *,
@@ -17,16 +17,18 @@ def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[i
     """Percentile interval of a metric under resampling of whole users (Efron and Tibshirani 1993, ch. 13).
 
     Args:
-      metric: weights [R, U], how often each user was drawn in each replicate, to R values; a metric of
-        candidates weighs each by its user: `weights[:, user]`. A sum over users is `weights @ column`.
-      users: U; or the users of each group, such as an arm, that are drawn within it: U is their sum.
-      replicates: R in all.
-      seed: of the draws.
-      level: of the interval.
-      null: that `p_value` tests: twice the smaller share of replicates beyond it.
+      metric: function from weights [R, U], how often each user was drawn in each replicate, to R values. A
+        metric of candidates weights each by its user: `weights[:, user]`. A sum over users is
+        `weights @ column`.
+      users: U, the number of users; or the number for each group, such as an arm, within which users are then
+        drawn: U is their sum.
+      replicates: total number of replicates; `metric` may receive them in several parts.
+      seed: seed of the draws.
+      level: level of the interval.
+      null: value that `p_value` tests: twice the smaller of the shares of replicates on either side of it.
 
     Returns:
-      The metric of the users as they are, with the spread of the replicates.
+      The metric of the original users, with the spread of the replicates.
 
     Raises:
       ValueError: a number is below 1, there is no group, or a replicate is not finite.
@@ -54,15 +56,15 @@ def bootstrap(metric: Callable[[np.ndarray], ArrayLike], users: int | Sequence[i
 def paired_permutation(
     first: ArrayLike, second: ArrayLike, *, replicates: int = 9999, seed: int = 0
 ) -> float:
-    """p-value, two-sided, that paired values have the same mean: signs of their differences are permuted.
+    """Two-sided p-value that paired values have the same mean, by permuting the signs of their differences.
 
-    Exact where all 2^U are no more than `replicates`, see `scipy.stats.permutation_test`.
+    Exact if there are no more than `replicates` permutations, 2^U; see `scipy.stats.permutation_test`.
 
     Args:
-      first: [U], of each user.
+      first: [U], one value per user.
       second: [U].
-      replicates: permutations at most.
-      seed: of the draws.
+      replicates: largest number of permutations.
+      seed: seed of the draws.
 
     Raises:
       ValueError: shapes differ, a value is not finite, there are fewer than 2, or `replicates` is below 1.

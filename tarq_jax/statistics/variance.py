@@ -1,4 +1,4 @@
-"""Seeds and data as separate sources of variance: what a mean over S seeds and U test users knows."""
+"""The variance of a mean over S seeds and U test users, with seeds and data as separate sources."""
 
 from typing import NamedTuple
 
@@ -12,13 +12,13 @@ from tarq_jax.statistics.estimates import Estimate, wald
 class Components(NamedTuple):
     """Variances of the mean over all seeds, which add up to that of the estimate."""
 
-    seeds: float  # of other seeds on the same users
-    data: float  # of other users with the same seeds
-    both: float  # that the two have in common
+    seeds: float  # from the choice of seeds, on the same users
+    data: float  # from the choice of users, with the same seeds
+    both: float  # from the interaction of seeds and users
 
 
 class SeededEstimate(NamedTuple):
-    """An estimate that counts both sources, and what each adds."""
+    """An estimate that accounts for both sources of variance, and what each adds."""
 
     estimate: Estimate
     components: Components
@@ -28,19 +28,20 @@ def over_seeds_and_data(values: ArrayLike, influence: ArrayLike, *, level: float
     """The mean of a metric over seeds, as an estimate for other seeds and other users.
 
     A two-way layout: with `values_s = mu + a_s + mean_u (b_u + c_su)` the variance of the mean is
-    `var_a / S + var_b / U + var_c / (S U)`. The spread of values over seeds tells the first and the last
-    term, the spread over users of the influence averaged over seeds the last two; the last, which is then
-    counted twice, is the spread of the influence about that average. Degrees of freedom are Satterthwaite's.
-    Moment estimators of crossed random effects; their use for seeds and users is ours.
+    `var_a / S + var_b / U + var_c / (S U)`. The spread of values over seeds estimates the first plus the last
+    term. The spread over users of the influence, averaged over seeds, estimates the last two terms. The last
+    term is then counted twice; the spread of the influence about that average estimates it, and it is
+    subtracted. Degrees of freedom are Satterthwaite's. These are moment estimators of crossed random effects;
+    their use for seeds and users is ours.
 
     Args:
       values: [S], the metric of each seed, or a difference of two metrics of the same seed.
-      influence: [S, U], what each user adds to its error, see `auc_influence`.
-      level: of the interval.
+      influence: [S, U], what each user adds to the error of the metric, see `auc_influence`.
+      level: level of the interval.
 
     Returns:
-      The estimate, whose p-value is of a mean of 0, and the components of its variance. With one seed the
-      data alone count.
+      The estimate, whose p-value is that of a mean of 0, and the components of its variance. With one seed
+      only the data count as a source.
 
     Raises:
       ValueError: shapes differ, or a value is not finite.

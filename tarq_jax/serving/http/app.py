@@ -28,7 +28,7 @@ ROUTES = {
     "/score": ("POST", Service.score), "/swap": ("POST", Service.swap), "/healthz": ("GET", Service.healthz),
     "/readyz": ("GET", Service.readyz), "/metrics": ("GET", Service.metrics),
     "/openapi.json": ("GET", Service.openapi)}
-PROBES = {"/healthz", "/readyz", "/metrics"}  # counted, not logged: machines ask them all the time
+PROBES = {"/healthz", "/readyz", "/metrics"}  # counted, not logged: monitors ask for them all the time
 
 
 async def page(request: Request) -> Response:
@@ -40,14 +40,15 @@ def make_app(
     artefact: Path, options: Options, *, on_failure: Callable[[Exception], None] | None = None,
     log_requests: bool = False,
 ) -> Starlette:
-    """An application that loads and warms `artefact` once it starts, and says so at /readyz.
+    """An application that loads and warms `artefact` when it starts; /readyz says when it is ready.
 
-    Once its `state.draining` is set, /readyz says no and connections are closed after their next answer.
+    When its `state.draining` is set, /readyz answers 503 and connections are closed after their next answer.
 
     Args:
-      artefact: folder; /swap names others beside it.
-      options: see there.
-      on_failure: called where the first artefact is refused; None has the start wait for it, and fail.
+      artefact: folder of the artefact; /swap names other folders beside it.
+      options: see `Options`.
+      on_failure: called with the error if the first artefact is refused. If None, the start waits until the
+        artefact is loaded, and fails with the error.
       log_requests: whether to log a line for each request that is not a probe.
     """
     metrics = Metrics()
@@ -88,14 +89,14 @@ def make_app(
 
 
 class Observed:
-    """Middleware that counts, names and logs what is answered, and turns what is not expected into a 500."""
+    """Middleware that counts and logs answers, gives each an id, and turns unexpected errors into a 500."""
 
     def __init__(self, app: ASGIApp, log_requests: bool):
         """Wraps `app`."""
         self._app, self._log = app, log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """An ASGI call."""
+        """Handles an ASGI call."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,13 +1,14 @@
-"""Micro-batching with admission control: pure asyncio around a function that takes a batch.
+"""Micro-batching with admission control: pure asyncio around a function that computes a batch.
 
 One batch runs at a time. The next one starts when the last has ended and either the largest batch is full or
-its first request has waited for `delay`; so nobody waits for company while the machine is free for longer
-than that, and under load batches fill while the one before runs. A request that is not expected to be
-answered within `budget` of its arrival is refused at once, or, if batches turn out slower than expected, when
-its turn comes: under overload what is accepted keeps its latency, and the queue stays short by itself.
+its first request has waited for `delay`. While the machine is free, a request thus waits for others at most
+that long; under load, batches fill while the previous one runs. A request that is not expected to be answered
+within `budget` of its arrival is refused immediately, or, if batches turn out slower than expected, when its
+turn comes. Under overload, accepted requests thus keep their latency, and the queue stays short.
 
-A burst is no overload: the less has come of late, the longer is the default budget, so that what comes
-together by chance is answered later rather than refused. A budget that was set is kept to.
+A burst is not an overload: the lower the load has been recently, the longer is the default budget, so that
+requests that arrive together by chance are answered late rather than refused. A given budget has no such
+bonus.
 """
 
 import asyncio
@@ -20,18 +21,18 @@ from typing import Generic, NamedTuple, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-GAIN = 0.1  # that a larger batch has to bring a request
-LARGEST_JUMP = 4  # of one observed time over their mean: a hiccup is not a trend
-FULL = 1.25  # of what a service should be able to take: from this load on it is overload, not a burst
-BURST = 5.0  # budgets that are added where nothing has come of late, and in proportion in between
-MEMORY = 32  # of the largest batches: the time over which the load is taken
+GAIN = 0.1  # share of the time per request that a larger batch has to save
+LARGEST_JUMP = 4  # most that one observed time counts for, in multiples of the mean: a hiccup is not a trend
+FULL = 1.25  # load, as a multiple of what a service should manage, from which on it is overload, not a burst
+BURST = 5.0  # budgets that are added at no load; from there to `FULL` the bonus falls linearly to none
+MEMORY = 32  # batches of the largest size over whose duration the load is averaged
 
 
 class Refused(Exception):
-    """A request was not taken, or given up before it was computed.
+    """A request was not accepted, or was dropped before it was computed.
 
     Attributes:
-      reason: "full" (the queue), "slow" (its turn would come too late) or "late" (it came too late).
+      reason: "full" (the queue is full), "slow" (the answer would be late) or "late" (it waited too long).
       retry_after: seconds after which another attempt makes sense.
     """
 
@@ -41,14 +42,14 @@ class Refused(Exception):
 
 
 class ServiceTimes:
-    """How long a batch takes: seconds measured once for each size, times how much slower batches are of late.
+    """How long a batch takes: seconds measured once for each size, times how much slower recent batches were.
 
-    It is one factor for all sizes, lest those go stale that are not in use. As in TCP's retransmission timer
-    (RFC 6298) it is a running mean plus a multiple of the running deviation.
+    That factor is the same for all sizes, so that sizes not in use do not go stale. As in TCP's
+    retransmission timer (RFC 6298) it is a running mean plus a multiple of the running deviation.
     """
 
     def __init__(self, seconds: Mapping[int, float]):
-        """Takes seconds by size; a batch is padded to the next of these sizes."""
+        """Starts from measured `seconds` by size; a batch is padded to the next of these sizes."""
         self._seconds = dict(sorted(seconds.items()))
         self._mean, self._deviation = 1.0, 0.0
 
@@ -62,7 +63,7 @@ class ServiceTimes:
         return self._padded(count) * (self._mean + 2 * self._deviation)
 
     def observe(self, count: int, seconds: float) -> None:
-        """Takes note of what a batch of `count` took."""
+        """Records that a batch of `count` took `seconds`."""
         factor = min(seconds / self._padded(count), LARGEST_JUMP * self._mean)
         self._deviation += (abs(factor - self._mean) - self._deviation) / 4
         self._mean += (factor - self._mean) / 8
@@ -72,18 +73,18 @@ class ServiceTimes:
 
 
 class Load:
-    """Work that comes a second, in seconds of the largest batches: a running mean over `MEMORY` of them.
+    """Work that arrives per second, in seconds of the largest batches: a running mean over `MEMORY` of them.
 
-    What is refused counts too, so that an overload is told from a machine that is just busy. A batch is said
-    to take what it should not exceed: the more its time varies, the less is taken for a burst.
+    Refused requests count too, so that overload can be distinguished from a merely busy machine. Batches are
+    counted at their upper time estimate, so with variable batch times the bonus for bursts is smaller.
     """
 
     def __init__(self, now: float):
-        """Nothing has come so far."""
+        """Starts without load."""
         self._load, self._since = 0.0, now
 
     def arrive(self, now: float, batch: float, largest: int) -> None:
-        """One item more, where a batch of `largest` takes `batch` seconds.
+        """Adds one item, when a batch of `largest` items takes `batch` seconds.
 
         Example:
           >>> load = Load(0.0)
@@ -95,14 +96,14 @@ class Load:
         self._load, self._since = self.of(now, batch) + 1.0 / (MEMORY * largest), now
 
     def of(self, now: float, batch: float) -> float:
-        """The load as of now."""
+        """The load at time `now`, when the largest batch takes `batch` seconds."""
         return self._load * math.exp((self._since - now) / (MEMORY * batch))
 
 
 def useful_sizes(seconds: Mapping[int, float], budget: float) -> list[int]:
-    """The sizes of batches that are worth it: faster a request than smaller ones, and two fit the budget.
+    """The batch sizes that pay off: faster per request than smaller ones, and two batches fit the budget.
 
-    Two, because a request may come just after a batch has started. The smallest size is always one.
+    Two, because a request may arrive just after a batch has started. The smallest size is always included.
 
     Example:
       >>> useful_sizes({1: 1.0, 2: 1.9, 4: 2.0, 8: 6.0}, budget=10.0)
@@ -118,7 +119,7 @@ def useful_sizes(seconds: Mapping[int, float], budget: float) -> list[int]:
 
 
 def default_budget(seconds: float, delay: float) -> float:
-    """Twice what an item takes without load, which is the delay and a batch of one, and the delay again.
+    """Twice the time of an item without load, which is the delay and a batch of one, plus the delay.
 
     Example:
       >>> default_budget(1.0, delay=0.25)
@@ -130,18 +131,18 @@ def default_budget(seconds: float, delay: float) -> float:
 class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     arrived: float  # by the loop's clock
-    budget: float  # that it was taken with
+    budget: float  # at its arrival
     answer: "asyncio.Future[Result]"
 
 
 class Batcher(Generic[Item, Result]):
-    """See the module. Made and used within a running event loop.
+    """Batches items, see the module. Made and used within a running event loop.
 
     Attributes:
-      largest: items of a batch.
-      load: of all that came.
+      largest: most items in a batch.
+      load: load of all items that have arrived.
       patience: seconds on top of the budget; may be set at any time.
-      waiting: items in the queue.
+      waiting: number of items in the queue.
     """
 
     def __init__(
@@ -152,16 +153,16 @@ class Batcher(Generic[Item, Result]):
         """Starts nothing.
 
         Args:
-          run: computes a batch in the executor: a result for each item, or the exception it is to raise.
-          executor: with one thread, which other batchers may share.
-          times: of batches.
-          load: of the loop's clock, which other batchers may share.
-          largest: items of a batch.
+          run: computes a batch in the executor: a result for each item, or the exception to raise for it.
+          executor: an executor with one thread, which other batchers may share.
+          times: estimated times of batches.
+          load: load by the loop's clock, which other batchers may share.
+          largest: most items in a batch.
           delay: seconds to wait for more items while nothing runs.
-          budget: seconds from arrival to answer; None for those of `default_budget`, which follow `times`,
-            and more for bursts.
-          limit: items that may wait, whatever their expected time.
-          on_batch: told of each batch its size, how long its first item waited, and how long it ran.
+          budget: seconds from arrival to answer; None for `default_budget`, which follows `times`, with a
+            bonus for bursts.
+          limit: most items that may wait, whatever their expected time.
+          on_batch: called after each batch with its size, the wait of its first item, and how long it ran.
         """
         self._run, self._executor, self._times, self.load = run, executor, times, load
         self.largest, self.patience = largest, 0.0
@@ -170,7 +171,7 @@ class Batcher(Generic[Item, Result]):
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._expected_end: float | None = None  # of the batch that runs
+        self._expected_end: float | None = None  # of the running batch
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -181,24 +182,25 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def budget(self) -> float:
-        """Seconds from arrival to answer, as of now."""
+        """Seconds from arrival to answer, at the present load."""
         load = self.load.of(self._loop.time(), self._times.estimate(self.largest))
         room = 0.0 if self._budget is not None else max(0.0, 1.0 - load / FULL)
         return self.least_budget * (1.0 + BURST * room) + self.patience
 
     @property
     def waiting(self) -> int:
-        """Items in the queue."""
+        """Number of items in the queue."""
         return len(self._queue)
 
     def count(self) -> None:
-        """Takes note of an item that has come; `check` and `submit` do so themselves."""
+        """Adds an arrived item to the load; `submit` does so itself, and `check` if it refuses the item."""
         self.load.arrive(self._loop.time(), self._times.estimate(self.largest), self.largest)
 
     def check(self, arrived: float) -> None:
         """Raises Refused if an item that arrived then would be refused now.
 
-        What is expected is not asked while nothing runs or waits: if it were wrong, nothing would correct it.
+        While nothing runs or waits, the expected time of the answer is ignored. Only running batches correct
+        the estimate, so one that is too high would otherwise refuse every request for ever.
         """
         end, now = self._expected_answer(arrived), self._loop.time()
         seconds = end - now
@@ -208,10 +210,10 @@ class Batcher(Generic[Item, Result]):
             raise Refused("full" if full else "slow", seconds)
 
     async def submit(self, item: Item, arrived: float | None = None) -> Result:
-        """The result of an item, whose time counts from `arrived`, or now.
+        """Queues an item and returns its result; its time counts from `arrived`, by default from now.
 
         Raises:
-          Refused: it was not computed.
+          Refused: the item was not computed.
         """
         arrived = self._loop.time() if arrived is None else arrived
         self.check(arrived)
@@ -223,20 +225,20 @@ class Batcher(Generic[Item, Result]):
         return await waiting.answer
 
     async def drained(self) -> None:
-        """Returns once nothing waits or runs."""
+        """Returns when nothing waits or runs any more."""
         await self._idle.wait()
 
     def _expected_answer(self, arrived: float) -> float:
         """When a further item would be answered, if its batch fills up."""
         now, seconds = self._loop.time(), self._times.estimate(self.largest)
-        # What is late already is taken to be late for as long again.
+        # A batch that is overdue is expected to take as long again as it is overdue.
         remaining = 0.0 if self._expected_end is None else abs(self._expected_end - now)
         batches, place = divmod(len(self._queue), self.largest)
         first = self._queue[-place].arrived if place else arrived
         return max(now + remaining + batches * seconds, first + self._delay) + seconds
 
     def _advance(self) -> None:
-        """Starts the next batch, unless one runs, or more items may come before the first has to go."""
+        """Starts the next batch, unless one runs, or the first item may still wait for others."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -257,8 +259,8 @@ class Batcher(Generic[Item, Result]):
         running.add_done_callback(lambda done: self._finish(batch, now, done))
 
     def _drop_late(self, now: float) -> None:
-        """Refuses what can no longer be answered in time; the last one is always tried."""
-        self._queue = deque(entry for entry in self._queue if not entry.answer.done())  # those who gave up
+        """Refuses items that can no longer be answered in time; the last one is always tried."""
+        self._queue = deque(entry for entry in self._queue if not entry.answer.done())  # some were cancelled
         while len(self._queue) > 1:
             seconds = self._times.estimate(min(len(self._queue), self.largest))
             first = self._queue[0]
@@ -285,5 +287,5 @@ class Batcher(Generic[Item, Result]):
 
 
 def whole_seconds(seconds: float) -> int:
-    """For a Retry-After header: rounded up, at least 1."""
+    """Seconds for a Retry-After header: rounded up, at least 1."""
     return max(math.ceil(seconds), 1)

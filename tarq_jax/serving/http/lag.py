@@ -1,26 +1,26 @@
-"""How long requests wait before the event loop comes to see them."""
+"""How long requests wait before the event loop notices them."""
 
 import asyncio
 from collections import deque
 
 PERIOD = 0.01  # seconds between samples
-SAMPLES = 5  # of which the smallest counts: a pause is no backlog
+SAMPLES = 5  # latest samples, of which the smallest counts: a single pause is not a backlog
 
 
 class Lag:
     """Watches the event loop that it is made in.
 
     Attributes:
-      seconds: by which everything in this loop is late of late.
+      seconds: how late events in this loop are handled at present.
     """
 
     def __init__(self) -> None:
-        """Starts to watch."""
+        """Starts watching."""
         self.seconds = 0.0
         self._task = asyncio.create_task(self._watch())
 
     def close(self) -> None:
-        """Watches no longer."""
+        """Stops watching."""
         self._task.cancel()
 
     async def _watch(self) -> None:

@@ -9,7 +9,7 @@ LOGGER = logging.getLogger("tarq_jax.serving")
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line: time, level, event, and the fields that `log` was given."""
+    """Formats a record as one line: time, level, event, and the fields that `log` was given."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""

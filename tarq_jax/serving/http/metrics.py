@@ -1,4 +1,4 @@
-"""What Prometheus is told of a service."""
+"""Metrics of a service, for Prometheus."""
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,7 +20,7 @@ class Metrics:
     """Counters and histograms in a registry of their own, so that a process can hold several services."""
 
     def __init__(self) -> None:
-        """All at zero; memory and CPU time of the process are there where the system tells them."""
+        """All start at zero; memory and CPU time of the process are included if the system reports them."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -47,35 +47,35 @@ class Metrics:
                               registry=self.registry)
 
     def request(self, path: str, status: int) -> None:
-        """An answer was sent."""
+        """Counts an answer that was sent."""
         self._requests.labels(path, str(status)).inc()
 
     def answered(self, ranking: Ranking, seconds: float) -> None:
-        """A request for scores was answered."""
+        """Records that a request for scores was answered."""
         self._seconds.observe(seconds)
         self._unknown.inc(len(ranking.unknown))
         self._skipped.inc(ranking.skipped)
 
     def refused(self, reason: str) -> None:
-        """A request was told 503."""
+        """Counts a request that was refused with 503."""
         self._refused.labels(reason).inc()
 
     def batch(self, size: int, waited: float, seconds: float) -> None:
-        """A batch was computed."""
+        """Records a computed batch."""
         self._batch_size.observe(size)
         self._wait_seconds.observe(waited)
         self._batch_seconds.observe(seconds)
 
     def swap(self, result: str) -> None:
-        """Another version was "taken" or "refused"."""
+        """Counts an attempt to serve another version; `result` is "taken" or "refused"."""
         self._swaps.labels(result).inc()
 
     def serves(self, version: str, before: str | None) -> None:
-        """A version took over."""
+        """Records that `version` took over from `before`."""
         if before is not None:
             self._version.remove(before)
         self._version.labels(version).set(1)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

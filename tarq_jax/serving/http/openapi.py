@@ -1,4 +1,4 @@
-"""The OpenAPI document of a service: what it takes is made of the schema of the artefact that it serves."""
+"""The OpenAPI document of a service; its schema of requests follows the schema of the served artefact."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +42,7 @@ def document(scorer: Scorer, options: Options) -> dict[str, Any]:
 
 
 def request_schema(scorer: Scorer, options: Options) -> dict[str, Any]:
-    """Of the body of /score."""
+    """JSON schema of the body of /score."""
     schema, limits = scorer.schema, options.limits
     sides = {side: _object({field.name: value_schema(field) for field in schema.side(side)})
              for side in ("user", "context")}
@@ -60,7 +60,7 @@ def request_schema(scorer: Scorer, options: Options) -> dict[str, Any]:
 
 
 def value_schema(field: Field) -> dict[str, Any]:
-    """Of one value of a field."""
+    """JSON schema of one value of a field."""
     if field.kind == "categorical":
         return {"type": "integer", "minimum": 0, "maximum": field.size - 1}
     number = {"type": "number", "minimum": float(NUMBERS.min), "maximum": float(NUMBERS.max)}

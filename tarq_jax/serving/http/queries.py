@@ -1,4 +1,4 @@
-"""What is asked of the service: JSON to queries within limits, and queries to rankings."""
+"""Queries to the service: from JSON to queries within limits, and from queries to rankings."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from tarq_jax.serving.requests import SIDES, check_ids, check_request
 from tarq_jax.serving.scorer import Ranking, Scorer
 
 KEYS = (*SIDES, "candidates", "top_k")
-TOP_K = 100  # where a query does not say
-SHOWN = 3  # events of an example
+TOP_K = 100  # if a query has none
+SHOWN = 3  # events in an example
 
 
 class NotJson(ValueError):
@@ -22,10 +22,10 @@ class NotJson(ValueError):
 
 
 class Query(NamedTuple):
-    """A request that was found valid."""
+    """A query that has passed all checks."""
 
-    request: dict[str, dict[str, Any]]  # its sides, in arrays
-    candidates: np.ndarray | None  # [G] int64, or all that the index serves
+    request: dict[str, dict[str, Any]]  # its sides, as arrays
+    candidates: np.ndarray | None  # [G] int64, or None for all that the index serves
     top_k: int
 
 
@@ -33,8 +33,8 @@ def read_query(body: bytes, schema: Schema, limits: Limits) -> Query:
     """The query in a body.
 
     Raises:
-      NotJson: the body is none.
-      ValueError: names the field, its value and what was expected.
+      NotJson: the body is not JSON.
+      ValueError: the query is invalid; names the field, its value and what was expected.
     """
     try:
         found = orjson.loads(body)
@@ -48,7 +48,7 @@ def read_query(body: bytes, schema: Schema, limits: Limits) -> Query:
 
 
 def check_query(found: Any, schema: Schema, limits: Limits) -> Query:
-    """The query in what was parsed; a ValueError as `read_query`."""
+    """The query in parsed JSON; raises ValueError as `read_query` does."""
     if not isinstance(found, dict):
         raise ValueError(f"body is {str(found)[:60]}, expected an object with {list(KEYS)}")
     sides = {key: value for key, value in found.items() if key not in ("candidates", "top_k")}
@@ -87,7 +87,7 @@ def _top_k(top_k: Any, most: int) -> int:
 
 
 def answer(scorer: Scorer, queries: Sequence[Query]) -> list[Ranking | Exception]:
-    """The ranking of each query, or a ValueError where its scores are not finite."""
+    """The ranking of each query, or a ValueError if its scores are not finite."""
     users = scorer.users([query.request for query in queries])
     top_k = max(query.top_k for query in queries)
     rankings = scorer.rank(users, [query.candidates for query in queries], top_k=top_k)
@@ -95,7 +95,7 @@ def answer(scorer: Scorer, queries: Sequence[Query]) -> list[Ranking | Exception
 
 
 def described(version: str, ranking: Ranking) -> dict[str, Any]:
-    """What a query is told."""
+    """The answer to a query, as an object."""
     return {"version": version, "ids": ranking.ids, "scores": ranking.scores, "unknown": ranking.unknown,
             "skipped": ranking.skipped}
 
@@ -109,7 +109,7 @@ def _own(ranking: Ranking, top_k: int) -> Ranking | Exception:
 
 
 def example(scorer: Scorer, length: int = SHOWN) -> dict[str, Any]:
-    """A request that the scorer takes: zeros, and `length` items of the index as history."""
+    """A request that the scorer accepts: all zeros, with `length` items of the index as history."""
     schema, known = scorer.schema, scorer.index.ids[scorer.index.ids != FREE]
     items = np.resize(known, length if len(known) else 0).tolist()
 

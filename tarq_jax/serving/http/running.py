@@ -15,20 +15,20 @@ from tarq_jax.serving.http.app import make_app
 from tarq_jax.serving.http.logs import log
 from tarq_jax.serving.http.options import Options
 
-KEEP_ALIVE = 75  # seconds; longer than what usually stands before a service keeps idle connections
-SWITCH = 0.001  # seconds a thread may hold the interpreter: loading a version must not hold up requests
+KEEP_ALIVE = 75  # seconds; longer than proxies before a service usually keep idle connections
+SWITCH = 0.001  # seconds a thread may hold the interpreter: loading a version must not delay requests
 
 
 class Server(uvicorn.Server):
-    """Goes on for a while after SIGTERM, and ends with exit code 0 instead of by the signal.
+    """A server that answers for a while after SIGTERM, and ends with exit code 0 instead of by the signal.
 
     Attributes:
-      app: what it runs.
-      failure: why the first artefact was refused.
+      app: the application that it runs.
+      failure: the error of the first artefact, if this was refused.
     """
 
     def __init__(self, artefact: Path, options: Options, *, drain: float = 0.0, log_requests: bool = False):
-        """As `serve`; listens once it runs."""
+        """Takes arguments as `serve` does; listens only when it runs."""
         app = make_app(artefact, options, on_failure=self.fail, log_requests=log_requests)
         super().__init__(uvicorn.Config(
             app, lifespan="on", ws="none", log_config=None, access_log=False, server_header=False,
@@ -38,18 +38,18 @@ class Server(uvicorn.Server):
         self._signal: int | None = None
 
     def fail(self, error: Exception) -> None:
-        """Ends, since there is nothing to serve."""
+        """Makes the server end, since there is nothing to serve."""
         self.failure, self.should_exit = error, True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come; uvicorn's own way would have it end the process in the end."""
-        if self._signal is not None:  # at once, whatever is loaded or computed; there is nothing to save
+        """Notes a signal; uvicorn's own handler would let the signal end the process after the shutdown."""
+        if self._signal is not None:  # ends without waiting for loading or computing: nothing has to be saved
             log("ends", signal=signal.Signals(sig).name)
             os._exit(0)
         self._signal = sig
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end now, asked ten times a second."""
+        """Whether to end now; uvicorn asks ten times a second."""
         if self._signal is not None and not self.app.state.draining:
             self.app.state.draining = True
             self._end = time.monotonic() + (self._drain if self._signal == signal.SIGTERM else 0.0)
@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
 
 def serve(artefact: Path, options: Options, listener: socket.socket, *, drain: float,
           log_requests: bool) -> None:
-    """Serves until a signal comes, and `drain` seconds longer where it is SIGTERM.
+    """Serves until a signal arrives, and `drain` seconds longer if it is SIGTERM.
 
     Raises:
       ValueError: the artefact is refused.

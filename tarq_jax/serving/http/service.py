@@ -22,7 +22,7 @@ from tarq_jax.serving.http.versions import NAME, Busy, Version, Versions
 
 
 class Json(JSONResponse):
-    """An answer in JSON; arrays are written as they are."""
+    """An answer in JSON; may contain NumPy arrays."""
 
     def render(self, content: Any) -> bytes:
         """The body."""
@@ -30,12 +30,12 @@ class Json(JSONResponse):
 
 
 class Service:
-    """What all requests share; made within a running event loop.
+    """The handlers of requests and the state that they share; made within a running event loop.
 
     Attributes:
       root: folder of artefacts that /swap may name.
       executor: the one thread that computes.
-      versions: what is served.
+      versions: the version that is served, and how it is swapped.
     """
 
     def __init__(self, root: Path, options: Options, metrics: Metrics):
@@ -43,8 +43,8 @@ class Service:
 
         Args:
           root: folder of artefacts that /swap may name.
-          options: see there.
-          metrics: that it moves.
+          options: see `Options`.
+          metrics: metrics that it updates.
         """
         self.root, self._options, self._metrics = root, options, metrics
         self.executor = ThreadPoolExecutor(1, "scorer")
@@ -52,7 +52,7 @@ class Service:
         self._in_flight, self._lag = 0, Lag()
 
     def close(self) -> None:
-        """Ends the thread that computes, and has what was served looked through for garbage again."""
+        """Ends the thread that computes, and lets the garbage collector look at served objects again."""
         self._lag.close()
         self.executor.shutdown()
         gc.unfreeze()
@@ -76,7 +76,7 @@ class Service:
         arrived = loop.time() - self._lag.seconds
         self._current().batcher.check(arrived)  # before the body is read
         body = await self._body(request)
-        received = loop.time() - self._lag.seconds  # who sends slowly is not late
+        received = loop.time() - self._lag.seconds  # the budget does not count a slow upload
         version = self._current()
         try:
             query = read_query(body, version.scorer.schema, self._options.limits)
@@ -87,7 +87,7 @@ class Service:
                 ranking = await version.batcher.submit(query, received)
         except TimeoutError:
             raise HTTPException(504, f"not answered within {self._options.limits.seconds} seconds") from None
-        except ValueError as error:  # of this query; what fails a whole batch is none
+        except ValueError as error:  # of this query; an error of a whole batch is no ValueError
             raise _invalid(error) from None
         request.state.version = version.name
         self._metrics.answered(ranking, loop.time() - arrived)
@@ -160,7 +160,7 @@ class Service:
                                 "the token", headers={"www-authenticate": "Bearer"})
 
     async def _body(self, request: Request) -> bytes:
-        """The body within its limits; what is too large is not kept."""
+        """The body, within its limits; a body that is too large is not kept."""
         limits = self._options.limits
         declared = request.headers.get("content-length", "")
         received = bytearray()
@@ -178,7 +178,7 @@ class Service:
 
 
 def read_swap(body: bytes) -> tuple[str, str | None]:
-    """The names of an artefact and perhaps of an index in the body of /swap."""
+    """The names of an artefact and, if given, of an index in the body of /swap."""
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -201,13 +201,13 @@ def _invalid(error: Exception) -> HTTPException:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """What the framework or a handler refuses."""
+    """Answers requests that the framework or a handler refuses."""
     assert isinstance(error, HTTPException)
     return Json({"error": error.detail}, error.status_code, headers=error.headers)
 
 
 async def on_refused(request: Request, error: Exception) -> Response:
-    """What the queue refuses."""
+    """Answers requests that the queue refuses."""
     assert isinstance(error, Refused)
     request.app.state.metrics.refused(error.reason)
     return Json({"error": f"too busy ({error.reason}), try again later"}, 503,

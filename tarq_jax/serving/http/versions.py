@@ -1,8 +1,8 @@
-"""Versions of what is served: loaded, warmed and tried before they take over, one at a time.
+"""Versions of what is served: loaded, warmed up and tried before they take over, one at a time.
 
-A version is an artefact (with another index for it, perhaps) and its own queue, so that a request is checked,
-queued and answered by one version alone, and a swap only changes which one new requests go to. What waits at
-the old one is still answered by it. All versions share the one thread that computes.
+A version is an artefact (possibly with another index for it) and its own queue. A request is thus checked,
+queued and answered by one version alone, and a swap only changes to which one new requests go. Requests that
+wait at the old version are still answered by it. All versions share the one thread that computes.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from tarq_jax.serving.http.options import Options
 from tarq_jax.serving.http.queries import Query, answer, check_query, example
 from tarq_jax.serving.scorer import Ranking, Scorer
 
-TRIALS = 7  # of each size of batch
+TRIALS = 7  # per batch size
 PATIENCE = 0.5  # seconds that requests may take beyond their budget while a version is loaded
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder beside the one that is served
 
@@ -39,11 +39,11 @@ class Busy(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """What answers requests."""
+    """A scorer that answers requests, with its queue."""
 
-    name: str  # of the folder, and a digest of what is in it
+    name: str  # the folder's name, and a digest of what is in it
     scorer: Scorer
-    seconds: Mapping[int, float]  # that a batch of each size takes
+    seconds: Mapping[int, float]  # batch size -> time that such a batch takes
     batcher: Batcher[Query, Ranking]
     options: Options
 
@@ -54,7 +54,7 @@ class Version:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What clients may want to know of it."""
+        """What clients may want to know about it."""
         index, facts = self.scorer.index, self.scorer.facts
         served = index.ids[index.served]
         return {"version": self.name, "method": facts["method"], "items": index.num_served,
@@ -63,16 +63,17 @@ class Version:
 
 
 def load(artefact: Path, index: Path, options: Options, like: Scorer | None = None) -> Scorer:
-    """A warm scorer. Where `like` has the same programs, it shares them as they are compiled already.
+    """A warm scorer. If `like` has the same programs, it shares those, which are compiled already.
 
     Raises:
-      ValueError: something is damaged, of another version or platform, or does not fit.
+      ValueError: artefact or index is damaged, of another version or platform, or they do not fit each other
+        or on the device.
     """
     try:
         scorer = Scorer.load(artefact, index=index, batch_sizes=options.batch_sizes,
                              top_k=options.limits.top_k, candidate_sizes=options.candidate_sizes, like=like)
         return scorer if scorer.ready else scorer.warm_up()
-    except jax.errors.JaxRuntimeError as error:  # of memory, perhaps, beside the version that is served
+    except jax.errors.JaxRuntimeError as error:  # perhaps out of memory, beside the version that is served
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{artefact} does not run on the device: {reason}") from error
 
@@ -93,11 +94,12 @@ class Versions:
     async def swap(self, artefact: Path, index: Path | None = None) -> Version:
         """Loads, warms and tries an artefact, then lets it take over; returns when the old one is done.
 
-        Meanwhile the machine is shared, and requests rather wait longer than usual than be refused.
+        Meanwhile loading shares the machine with the old version, so requests may wait longer than usual
+        before they are refused.
 
         Raises:
-          ValueError: it is refused, and the old version goes on.
-          Busy: another one is being loaded.
+          ValueError: the artefact is refused, and the old version stays in service.
+          Busy: another version is being loaded.
         """
         if self._loading.locked():
             raise Busy
@@ -110,8 +112,8 @@ class Versions:
                 await self._take_over(new)
             finally:
                 gc.collect()  # versions are full of cycles, which would keep the old one's arrays
-                gc.freeze()  # what is there now stays, and need not be looked through again and again
-                memory.give_back()  # for a while there were two versions
+                gc.freeze()  # what exists now stays, so later collections need not look at it
+                memory.give_back()  # for a while memory held two versions
                 if self.current is not None:
                     self.current.batcher.patience = 0.0
         return new
@@ -138,9 +140,10 @@ class Versions:
         return Version(name, scorer, seconds, batcher, options)
 
     async def _try(self, scorer: Scorer, size: int) -> float:
-        """Seconds that a batch takes, the median of some, of the longest histories and many candidates.
+        """Median seconds of a batch of `size` requests with the longest histories and many candidates.
 
-        In the thread that computes, so that answers of the old version come between, not at the same time.
+        Trials run in the thread that computes, so that batches of the old version run between them, not at
+        the same time.
         """
         limits = self._options.limits
         longest = min(scorer.facts["histories"][-1], limits.history)
