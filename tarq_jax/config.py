@@ -144,7 +144,7 @@ def is_smoke(mode: str) -> bool:
 
 
 def data_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The settings in `config.data` that are options of the data set, as `tarq_jax.data.load` takes them."""
+    """The settings in `config.data` that `tarq_jax.data.load` takes besides the name and `data_dir`."""
     settings = ("name", "data_dir", "buckets", "readers")
     return {key: value for key, value in config.data.items() if key not in settings}
 

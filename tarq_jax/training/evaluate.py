@@ -21,7 +21,7 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
              codewords: np.ndarray | None, recall_k: int, scores: Path | None = None) -> list[Row]:
     """Scores every batch and computes all metrics over the real candidates.
 
-    Only labels, weights, users, logits and sums of a batch are kept, not its histories or vectors.
+    Only labels, masks, weights, users, logits and sums of a batch are kept, not its histories or vectors.
 
     Args:
       predict: compiled function, batch -> predictions.
