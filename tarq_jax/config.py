@@ -1,6 +1,6 @@
-"""Every setting of a run with its default, and the check that a configuration has to pass.
+"""Every setting of a run with its default, and the checks that a configuration has to pass.
 
-A file in `configs/` starts from `default_config()` and changes what its experiment is about.
+A file in `configs/` starts from `default_config()` and changes the settings that its experiment is about.
 """
 
 import copy
@@ -13,114 +13,115 @@ import ml_collections
 
 from tarq_jax import own
 
-COMPARED = ("two_tower", "two_tower_large", "target_attention", "tarq")  # what a comparison trains by default
+COMPARED = ("two_tower", "two_tower_large", "target_attention", "tarq")  # trained in a comparison by default
 MODELS = (*COMPARED, "cold", "inttower", "linear_attention", "sdim", "eta", "sim", "din")
-DECODED = ("query", "item")  # as `tarq_jax.models.tarq.Decoded`
-REACHES = ("student", "backbone", "teacher")  # as `tarq_jax.models.tarq.Reach`
+DECODED = ("query", "item")  # the same as `tarq_jax.models.tarq.Decoded`
+REACHES = ("student", "backbone", "teacher")  # the same as `tarq_jax.models.tarq.Reach`
 WITH_CODEBOOK = frozenset({"tarq"})
-BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that checkpoints are chosen by, and their sign
-WHERE_DATA_LIE = ("data_dir", "prepared", "source", "attributes")  # keys of `config.data` that say it
-MESH_AXES = ("data", "model")  # as `tarq_jax.training.sharding` names them
-NUM_SEEDS = 2 ** 32  # `jax.random.key` has no more, and takes others for one of them
-HEADS = ("scalar", "dot", "mlp")  # as `tarq_jax.models.tarq.Head`; flags are read before JAX is imported
+BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that can select the best checkpoint, with sign
+WHERE_DATA_LIE = ("data_dir", "prepared", "source", "attributes")  # keys of `config.data`: paths to the data
+MESH_AXES = ("data", "model")  # the names that `tarq_jax.training.sharding` uses
+NUM_SEEDS = 2 ** 32  # `jax.random.key` has only these; it maps any other number to one of them
+HEADS = ("scalar", "dot", "mlp")  # copy of `tarq_jax.models.tarq.Head`: flags are read before JAX is imported
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All settings at their defaults; unknown keys are refused by `validate`."""
+    """All settings at their defaults; `validate` refuses unknown keys."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 1500
-    config.batch_size = 64  # requests a step
-    config.accumulate = 1  # micro-batches that a step goes through one after the other, in less memory
-    config.baselines = ()  # models trained before the main one on the same budget, for its table
+    config.batch_size = 64  # requests per step
+    config.accumulate = 1  # micro-batches per step, computed one after the other to save memory
+    config.baselines = ()  # models trained first, on the same budget, for comparison in the results
 
-    config.parallel = "mesh"  # how a step uses many devices: jit over a mesh; or "pmap"
+    config.parallel = "mesh"  # how a step uses several devices: "mesh" (jit over a mesh) or "pmap"
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = 0  # devices along the axis `data`; 0 takes all that are left
+    config.mesh.data = 0  # devices along the axis `data`; 0: all that the axis `model` leaves
     config.mesh.model = 1  # devices along the axis `model`
-    # How parameters are split: pairs of a pattern (of a part of the parameter's path) and, for each axis of
-    # the array, a mesh axis, several, or None; the first that matches holds, other parameters are copied to
-    # all devices. (("embedding$", ("model",)),) splits the rows of all tables over `model`,
-    # (("item_id/embedding$", (("data", "model"),)),) those of one over all devices.
+    # How parameters are split. Each rule is a pair: a regular expression, searched in the parameter's path,
+    # and for each axis of the array a mesh axis, a tuple of mesh axes, or None. The first rule that matches
+    # applies; parameters without a rule are copied to all devices. (("embedding$", ("model",)),) splits the
+    # rows of all tables over `model`; (("item_id/embedding$", (("data", "model"),)),) splits the rows of one
+    # table over all devices.
     config.mesh.rules = ()
 
     config.data = ml_collections.ConfigDict()
-    # A key of tarq_jax.data.BUILDERS, or MODULE:FUNCTION of your own; its options follow as further keys.
+    # A key of tarq_jax.data.BUILDERS, or your own MODULE:FUNCTION; options of the data set are further keys.
     config.data.name = "synthetic"
     config.data.data_dir = "runs/data"  # where prepared data sets are kept
-    config.data.prepared = ""  # a prepared directory to read instead, where the source files are not at hand
-    config.data.stream = False  # requests stay on disk, for data that memory does not hold
-    config.data.buckets = ()  # lengths that histories of a training batch are padded to, beside the longest
-    config.data.readers = 0  # threads that make batches; 0 leaves it to the one that prefetches
+    config.data.prepared = ""  # a prepared directory to read instead, when the source files are not available
+    config.data.stream = False  # leave requests on disk, for data larger than memory
+    config.data.buckets = ()  # lengths to pad the histories of a training batch to, besides the longest
+    config.data.readers = 0  # threads that make batches; 0: the prefetching thread makes them itself
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "tarq"  # one of `MODELS`, or MODULE:FUNCTION of your own
     config.model.width = 32
     config.model.num_heads = 2
     config.model.hidden = (64,)
-    config.model.order = 1  # look-ups with a first-order correction; or 0, look-ups alone
+    config.model.order = 1  # 1: look-ups with a first-order correction; 0: look-ups alone
     config.model.num_levels = 3
     config.model.num_codewords = 64
     config.model.head = "mlp"
-    config.model.decoded = "query"  # what the decoder reconstructs; or "item"
-    config.model.aligned_share = 0.25  # share of the requests of a batch that the alignment loss looks at
-    config.model.assign = "nearest"  # of codes in training; or "cosine", or "balanced"
-    config.model.pass_through = "straight_through"  # gradient through quantization; or "rotation"
-    config.model.student_gradient = "student"  # how far it reaches; or "backbone", or "teacher"
-    config.model.num_vectors = 4  # of inttower: vectors of an item, and of every layer of the user tower
-    config.model.hash_rounds = 16  # of sdim: signatures of an item; eta takes their bits together
-    config.model.hash_bits = 3  # of sdim and eta: of a signature
-    config.model.num_selected = 16  # of eta and sim: positions of the history that a candidate attends to
-    config.model.category = ""  # of sim: a categorical field of items, which selected positions share
-    config.model.dtype = "float32"  # of activations; or "bfloat16"; parameters and losses stay float32
+    config.model.decoded = "query"  # what the decoder reconstructs: "query" or "item"
+    config.model.aligned_share = 0.25  # share of the requests of a batch that the alignment loss uses
+    config.model.assign = "nearest"  # how training assigns codes: "nearest", "cosine" or "balanced"
+    config.model.pass_through = "straight_through"  # gradient estimator of quantization; or "rotation"
+    config.model.student_gradient = "student"  # how far its gradient reaches; or "backbone", or "teacher"
+    config.model.num_vectors = 4  # inttower: vectors per item, and per layer of the user tower
+    config.model.hash_rounds = 16  # sdim: signatures per item; eta joins their bits into one signature
+    config.model.hash_bits = 3  # sdim and eta: bits per signature
+    config.model.num_selected = 16  # eta and sim: history positions that a candidate attends to
+    config.model.category = ""  # sim: categorical item field that selected positions share with the candidate
+    config.model.dtype = "float32"  # type of activations; or "bfloat16". Parameters and losses stay float32
     config.model.remat = False  # recompute history encoders and attention in the backward pass
-    config.model.attention_block = 0  # positions that attention looks at together, e.g. 256; 0 for all
-    config.model.table_multiple = 1  # rows of embedding tables are rounded up to a multiple of it
+    config.model.attention_block = 0  # history positions per block of attention, e.g. 256; 0: all in one
+    config.model.table_multiple = 1  # number of rows of embedding tables is rounded up to a multiple of this
 
     config.codebook = ml_collections.ConfigDict()
     config.codebook.init = "kmeans"  # or "random"
-    config.codebook.start = 300  # step at which the codebook is initialised and put to use
-    config.codebook.init_latents = 16384  # real latents that k-means runs on
+    config.codebook.start = 300  # step at which the codebook is initialised and from which it is used
+    config.codebook.init_latents = 16384  # number of real latents that k-means runs on
     config.codebook.learning = "ema"  # or "gradient"
-    config.codebook.decay = 0.95  # of the running statistics; the nearer to 1, the later the dead are found
-    config.codebook.revive_every = 20  # steps; 0 never
-    config.codebook.dead = "count"  # or "age"
-    config.codebook.min_usage = 0.1  # by count: dead below this share of an even share
-    config.codebook.max_age = 1000  # by age: dead once unused for more steps than this
+    config.codebook.decay = 0.95  # decay of running statistics; nearer to 1, dead codewords are found later
+    config.codebook.revive_every = 20  # steps between revivals; 0: never
+    config.codebook.dead = "count"  # how dead codewords are found; or "age"
+    config.codebook.min_usage = 0.1  # with "count": dead if used less than this fraction of an even share
+    config.codebook.max_age = 1000  # with "age": dead if unused for more than this number of steps
 
     config.loss_weights = ml_collections.ConfigDict()
     config.loss_weights.student = 1.0
     config.loss_weights.teacher = 1.0
     config.loss_weights.distillation = 1.0
     config.loss_weights.output_reconstruction = 1.0
-    config.loss_weights.alignment = 0.003  # a sum over levels and codewords: large beside the others
+    config.loss_weights.alignment = 0.003  # small: the loss is a sum over levels and codewords
     config.loss_weights.commitment = 0.25
     config.loss_weights.codebook = 1.0
     config.loss_weights.reconstruction = 1.0
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.table = "adamw"  # of embedding tables; or "rowwise_adagrad", or "lazy_adam"
+    config.optimizer.table = "adamw"  # optimizer of embedding tables; or "rowwise_adagrad", or "lazy_adam"
     config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 0
-    config.optimizer.clip_norm = 0.0  # 0 does not clip
-    config.optimizer.max_gradient_norm = 0.0  # a run stops where the gradient is longer; 0 for no limit
+    config.optimizer.clip_norm = 0.0  # 0: no clipping
+    config.optimizer.max_gradient_norm = 0.0  # a run stops if the norm is larger; 0: no limit
 
     config.log_every = 100
-    config.eval_every = 0  # 0 evaluates once, at the end
+    config.eval_every = 0  # steps between evaluations on the validation split; 0: none, only the final test
     config.eval_batch_size = 128
     config.checkpoint_every = 500
-    config.checkpoints_kept = 2  # the newest
-    config.best_metric = ""  # of the validation split: "auc", "gauc" or "log_loss" keeps and tests the best
-    config.recall_k = 4  # recall@k of the student's order against the teacher's
-    config.save_scores = False  # keep the score of every test candidate, for statistics over runs
-    config.prefetch = 4  # batches made ahead
+    config.checkpoints_kept = 2  # how many of the newest checkpoints are kept
+    config.best_metric = ""  # keeps and tests the best validation step by "auc", "gauc" or "log_loss"
+    config.recall_k = 4  # k of recall@k: the student's ranking against the teacher's
+    config.save_scores = False  # save the score of every test candidate, for statistics over runs
+    config.prefetch = 4  # batches prepared in advance
     return config.lock()
 
 
 def smoke(config: ml_collections.ConfigDict, **data_options: Any) -> ml_collections.ConfigDict:
-    """The same experiment in seconds: few steps, a small model, no claim about quality."""
+    """The same experiment in seconds: few steps and a small model; its quality means nothing."""
     config.steps, config.batch_size, config.baselines = 12, 8, ()
     config.log_every, config.checkpoint_every, config.eval_batch_size = 4, 6, 32
     config.model.width, config.model.hidden, config.model.num_codewords = 8, (8,), 8
@@ -132,10 +133,10 @@ def smoke(config: ml_collections.ConfigDict, **data_options: Any) -> ml_collecti
 
 
 def is_smoke(mode: str) -> bool:
-    """Whether the mode of a configuration, what follows `:` in `--config`, asks for `smoke`.
+    """Whether the mode of a configuration (the text after `:` in `--config`) asks for `smoke`.
 
     Raises:
-      ValueError: it is another one.
+      ValueError: the mode is neither empty nor `smoke`.
     """
     if mode not in ("", "smoke"):
         raise ValueError(f"mode is {mode!r}, expected 'smoke' or none")
@@ -143,13 +144,13 @@ def is_smoke(mode: str) -> bool:
 
 
 def data_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What `tarq_jax.data.load` takes of the settings in `config.data`: all but those of the run."""
+    """The settings in `config.data` that `tarq_jax.data.load` takes besides the name and `data_dir`."""
     settings = ("name", "data_dir", "buckets", "readers")
     return {key: value for key, value in config.data.items() if key not in settings}
 
 
 class Rule(NamedTuple):
-    """What a setting may be."""
+    """The values that a setting may have."""
 
     holds: Callable[[Any], bool]
     expected: str
@@ -164,7 +165,7 @@ def _one_of(*choices: str | int) -> Rule:
 
 
 def is_model(name: Any) -> bool:
-    """Whether it is a model of the library, or MODULE:FUNCTION of a module that Python finds."""
+    """Whether `name` is a model of the library, or MODULE:FUNCTION of a module that Python finds."""
     return name in MODELS or (isinstance(name, str) and own.is_there(name))
 
 
@@ -252,7 +253,7 @@ RULES: Mapping[str, Rule] = {
     "prefetch": _at_least(1),
 }
 
-# What needs a mesh is refused where each device sees no more than its own part of a batch.
+# With pmap each device sees only its own part of a batch, so settings that need a mesh are refused.
 RULES_OF_PMAP: Mapping[str, Rule] = {
     "mesh.model": _one_of(1),
     "mesh.rules": Rule(lambda value: not value, "no rules"),
@@ -263,10 +264,10 @@ RULES_OF_PMAP: Mapping[str, Rule] = {
 def validate(config: ml_collections.ConfigDict) -> None:
     """Checks keys, types and ranges against the defaults and `RULES`.
 
-    Options of the data set are left to `tarq_jax.data.load`, which knows them.
+    Options of the data set are not checked here but by `tarq_jax.data.load`, which knows them.
 
     Raises:
-      ValueError: names the first setting that is unknown, missing, of another type or out of range.
+      ValueError: a setting is unknown, missing, of the wrong type or out of range; names the first one.
     """
     settings, defaults = flatten(config), flatten(default_config())
     for key, value in settings.items():
@@ -307,7 +308,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def check_codebook(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError unless settings go together where a model with a codebook is trained."""
+    """Raises ValueError if settings contradict each other for a model with a codebook."""
     settings = flatten(config)
     if settings["codebook.start"] >= settings["steps"]:
         raise ValueError(f"config.codebook.start is {settings['codebook.start']}, expected less than "
@@ -325,17 +326,17 @@ def check_codebook(config: ml_collections.ConfigDict) -> None:
 
 
 def own_code(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """A hash of the file of each MODULE:FUNCTION that it names; what that imports is not told."""
+    """A hash of the source file of each MODULE:FUNCTION in the settings; what it imports is not hashed."""
     return {name: own.source_of(name) for name in (config.model.name, config.data.name) if ":" in name}
 
 
 def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
-    """The configurations of a study, by name: its `base`, with what each of its `variants` changes.
+    """The configurations of a study by name: for each of its `variants`, `base` with the variant's changes.
 
-    The variant that others are compared with, `reference`, comes first.
+    `reference`, the variant that all others are compared with, comes first.
 
     Raises:
-      ValueError: names what is missing or unknown, or the variant and its setting that does not hold.
+      ValueError: a key of the study is missing or unknown, or a variant has an invalid setting; names it.
     """
     expected = {"base", "variants", "reference"}
     if set(study.keys()) != expected:
@@ -350,7 +351,7 @@ def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.Co
     for name in study.variants.keys():
         if not re.fullmatch(r"\w[\w.+=-]*", name):
             raise ValueError(f"config.variants has {name!r}, expected letters, digits and '_.+=-'")
-    found = {study.reference: study.base}  # first, as a ConfigDict sorts its keys
+    found = {study.reference: study.base}  # inserted first, because a ConfigDict sorts its keys
     for name, changes in study.variants.items():
         found[name] = copy.deepcopy(study.base)
         try:

@@ -10,21 +10,28 @@ from typing import Any
 
 
 def is_there(name: str) -> bool:
-    """Whether it is MODULE:FUNCTION of a module that Python finds; nothing but its packages is imported."""
+    """Whether `name` is MODULE:FUNCTION and Python finds the module; imports only its parent packages."""
     module, _, function = name.partition(":")
     try:
         return function.isidentifier() and (
             module in sys.modules or importlib.util.find_spec(module) is not None)
-    except (ImportError, ValueError):  # its package is not there, or it is no name of a module
+    except (ImportError, ValueError):  # its package does not exist, or the module name is invalid
         return False
 
 
 def call(setting: str, name: str, returns: type, /, *arguments: Any, **options: Any) -> Any:
-    """What the function that a setting names makes of the arguments; errors of its own code are left alone.
+    """Calls the function that a setting names and returns its result; the function's own errors pass through.
+
+    Args:
+      setting: the setting, for error messages.
+      name: MODULE:FUNCTION.
+      returns: the type that the function must return.
+      *arguments: positional arguments of the function.
+      **options: keyword arguments of the function.
 
     Raises:
-      ValueError: names the setting, if there is no such module, no such function in it, it does not take the
-        arguments, or gives something else than `returns`.
+      ValueError: the module or the function does not exist, or the function does not accept the arguments or
+        returns another type than `returns`; names the setting.
     """
     if not is_there(name):
         raise ValueError(f"{setting} is {name!r}, expected MODULE:FUNCTION of a module that Python finds")
@@ -34,7 +41,7 @@ def call(setting: str, name: str, returns: type, /, *arguments: Any, **options: 
         raise ValueError(f"{setting} is {name!r}, expected a function of {module}, which has no {function!r}")
     try:
         inspect.signature(found).bind(*arguments, **options)
-    except (TypeError, ValueError) as error:  # the latter of functions that are not of Python
+    except (TypeError, ValueError) as error:  # ValueError: a function without a Python signature
         raise ValueError(f"{setting} is {name!r}, expected a function of {len(arguments)} arguments and of "
                          f"options {sorted(options)}: {error}") from error
     made = found(*arguments, **options)
@@ -45,7 +52,7 @@ def call(setting: str, name: str, returns: type, /, *arguments: Any, **options: 
 
 
 def source_of(name: str) -> str:
-    """16 hexadecimal digits of the file that MODULE:FUNCTION is in; empty if it is in none."""
+    """16 hexadecimal digits of the SHA-256 of the file that holds MODULE:FUNCTION; empty if there is none."""
     module = importlib.import_module(name.partition(":")[0]) if is_there(name) else None
     file = Path(getattr(module, "__file__", None) or "")
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

@@ -11,22 +11,22 @@ Side = Literal["user", "item", "context", "event"]
 Kind = Literal["categorical", "numeric", "vector"]
 
 ITEM_ID = "item_id"  # the item-side categorical field that every data set has
-TAKEN = "bias"  # a parameter beside those of the fields, see `tarq_jax.models.layers.FeatureEncoder`
+TAKEN = "bias"  # name of a parameter that is not a field's, see `tarq_jax.models.layers.FeatureEncoder`
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One column.
+    """One field of the data: a column.
 
     Sides: `user` and `item` fields are looked up in a table by user or item; `context` fields
-    belong to a request; `event` fields belong to a history event (a rating, say) and are unknown
+    belong to a request; `event` fields belong to a history event (such as a rating) and are unknown
     for candidates.
 
     Kinds: `categorical` holds int32 ids in [0, size), where 0 means padding or unknown;
     `numeric` holds one float32 (size 1); `vector` holds `size` float32.
 
     Raises:
-      ValueError: the side or kind is unknown, or the size does not go with the kind.
+      ValueError: the side or kind is unknown, or the size is invalid for the kind.
     """
 
     name: str
@@ -60,13 +60,14 @@ class Schema:
     """The fields of a data set. Hashable, so that models can hold it as a static attribute.
 
     Raises:
-      ValueError: two fields have one name, or there is no categorical field `item_id` of items.
+      ValueError: two fields have the same name, a field is named `bias`, or there is no categorical field
+        `item_id` on the item side.
     """
 
     fields: tuple[Field, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "fields", tuple(self.fields))  # a list could not be hashed
+        object.__setattr__(self, "fields", tuple(self.fields))  # a list is not hashable
         names = [field.name for field in self.fields]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -84,7 +85,7 @@ class Schema:
 
     @property
     def num_items(self) -> int:
-        """Size of the item vocabulary, with the reserved id 0."""
+        """Size of the item vocabulary, including the reserved id 0."""
         return next(field.size for field in self.fields if field.name == ITEM_ID)
 
     def to_json(self) -> str:
@@ -98,14 +99,14 @@ class Schema:
 
 
 def check_column(field: Field, values: np.ndarray, where: str) -> None:
-    """Raises ValueError, naming the field and the first bad value, unless `values` [M, ...] fit `field`."""
+    """Raises ValueError unless `values` [M, ...] fit `field`; names the field and the first bad value."""
     if values.shape[1:] != field.shape:
         raise ValueError(f"{where}: field {field.name!r} has shape {values.shape}, "
                          f"expected [M, *{field.shape}]")
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{where}: field {field.name!r} is of type {values.dtype}, expected numbers")
     if field.kind == "categorical":
-        bad = ~((values >= 0) & (values < field.size))  # NaN is neither
+        bad = ~((values >= 0) & (values < field.size))  # NaN fails both comparisons
         if values.dtype.kind == "f":
             bad |= values != np.floor(values)
         expected = f"an id in [0, {field.size})"

@@ -1,8 +1,9 @@
-"""How a function sees the whole batch where each device runs it on a shard of its own.
+"""How a function that runs on one shard per device computes results over the full batch.
 
-Under `jit`, over a mesh or not, arrays are those of the whole batch: the axis is None, and everything
-here is the identity. Under `pmap` it is the name of the mapped axis. Requests are dealt to the n shards
-like cards, request r to row r // n of shard r % n, so that any share of the batch is spread evenly.
+Under `jit`, with or without a mesh, arrays hold the full batch: the axis name is None, and `total` and
+`gather` are the identity. Under `pmap` the axis name is that of the mapped axis. Requests are dealt to the
+n shards like cards: request r becomes row r // n of shard r % n, so that the first requests of the batch are
+spread evenly over the shards.
 """
 
 from typing import TypeVar
@@ -15,27 +16,27 @@ AxisName = str | None
 
 
 def total(tree: Tree, axis_name: AxisName = None) -> Tree:
-    """The sum over shards of every leaf; the same bits on all of them."""
+    """The sum of every leaf over the shards; bitwise equal on all of them."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def gather(tree: Tree, axis_name: AxisName = None) -> Tree:
-    """Leaves of all shards in the order of the whole batch: [B / n, ...] to [B, ...]."""
+    """Leaves of all shards in the order of the full batch: [B / n, ...] to [B, ...]."""
     if axis_name is None:
         return tree
     return undeal(jax.lax.all_gather(tree, axis_name))
 
 
 def first(share: float, rows: int, axis_name: AxisName = None) -> jax.Array:
-    """Which of a shard's first rows are among the first `share` of the whole batch's requests, at least one.
+    """Which of a shard's first rows are among the first `share` of the full batch's requests.
 
     Args:
-      share: of the requests, in (0, 1].
-      rows: of this shard.
-      axis_name: of the shards.
+      share: share of the requests of the full batch, in (0, 1]; it selects at least one request.
+      rows: number of rows of this shard.
+      axis_name: name of the axis of shards; None without shards.
 
     Returns:
-      [A] bool, with the same A on every shard; all True where the batch is whole.
+      [A] bool, with the same A on every shard; all True without shards.
 
     Example:
       >>> first(0.5, 6).tolist()

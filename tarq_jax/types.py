@@ -6,8 +6,8 @@ Axis legend, used in every shape comment:
     L level            K codeword of a level         D width
     H head             E = D / H, width of a head    M any flat set of items
 
-All containers are frozen pytrees: `replace` returns a new one. Masks are boolean, True where an
-entry is real. Features are dictionaries from field name to array, see `tarq_jax.schema`.
+All containers are frozen pytrees: `replace` returns a new one. Masks are boolean, True for real
+entries. Features are dictionaries from field name to array, see `tarq_jax.schema`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ import jax
 from flax import struct
 
 Features = Mapping[str, chex.Array]
-# Something a level: one array [L, K, ...], or L arrays [K_l, ...] where levels differ in size.
+# Values per level: one array [L, K, ...], or L arrays [K_l, ...] if levels differ in size.
 Levels = jax.Array | Sequence[jax.Array]
 
 
@@ -25,8 +25,8 @@ class Batch(struct.PyTreeNode):
     """Requests, each with one history and up to G candidates.
 
     `history` holds the item-side and event-side fields of past events, `candidates` the item-side
-    fields. Padding is id 0 (or 0.0) wherever the mask is False, and carries zero weight. Leaves are
-    NumPy arrays as the pipeline makes them, JAX arrays on devices.
+    fields. Entries whose mask is False are padding: id 0 (or 0.0), with zero weight. Leaves are NumPy
+    arrays when they come from the pipeline, and JAX arrays on devices.
     """
 
     user_id: chex.Array  # [B] int32, groups metrics by user; not a feature
@@ -37,15 +37,15 @@ class Batch(struct.PyTreeNode):
     candidates: Features  # [B, G, ...] item-side fields
     candidate_mask: chex.Array  # [B, G] bool
     labels: chex.Array  # [B, G] float32 in {0, 1}
-    weights: chex.Array  # [B, G] float32, importance of a candidate's label, 0 on padding
+    weights: chex.Array  # [B, G] float32, weight of a candidate's label; 0 for padding
 
 
 class Codebook(struct.PyTreeNode):
     """Codewords of a residual quantizer with their running statistics.
 
-    Leaves are arrays [L, K, ...], or tuples of L arrays [K_l, ...] where levels differ in size. Kept
-    apart from the network's parameters, so that every change to it is an explicit function
-    `codebook -> codebook` in `tarq_jax.quantization`.
+    Leaves are arrays [L, K, ...], or tuples of L arrays [K_l, ...] if levels differ in size. The
+    codebook is kept apart from the network's parameters, so that every change to it is an explicit
+    function `codebook -> codebook` in `tarq_jax.quantization`.
     """
 
     codewords: Levels  # [L, K, D] float32
@@ -55,16 +55,16 @@ class Codebook(struct.PyTreeNode):
 
 
 class QuantizerOutput(struct.PyTreeNode):
-    """What residual quantization says of a set of latents with leading axes `...`."""
+    """The result of residual quantization of latents with leading axes `...`."""
 
     codes: jax.Array  # [..., L] int32
-    quantized: jax.Array  # [..., D], sum over levels of the chosen codewords
-    residuals: jax.Array  # [..., L, D], what each level was given to quantize (r_1 = latent)
-    chosen: jax.Array  # [..., L, D], the codeword that each level chose
+    quantized: jax.Array  # [..., D], sum of the chosen codewords over levels
+    residuals: jax.Array  # [..., L, D], the input of each level (r_1 = latent)
+    chosen: jax.Array  # [..., L, D], the codeword chosen at each level
 
 
 class Expansion(struct.PyTreeNode):
-    """Attention over a user's history around each codeword, to first order, see `tarq_jax.expansion`."""
+    """First-order expansion of attention over a user's history at each codeword; see `tarq_jax.expansion`."""
 
     means: jax.Array  # [B, H, K, E], attention output at the codeword
     jacobians: jax.Array  # [B, H, K, E, E], derivative of the output (first E) by the query (second E)

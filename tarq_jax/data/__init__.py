@@ -1,6 +1,6 @@
 """Data sets for pre-ranking: schema, sources, block records and the input pipeline.
 
-Used like this::
+Example::
 
     dataset = load("synthetic", data_dir="/tmp/data", train_requests=1000)
     for batch in train_batches(dataset, "train", batch_size=64, history_length=50, num_candidates=16, seed=0):
@@ -34,21 +34,22 @@ BUILDERS: Mapping[str, AnySource] = {source.name: source for source in (
 
 def load(name: str, *, data_dir: str | Path, stream: bool = False, prepared: str = "",
          **options: Any) -> Dataset:
-    """Reads a data set, which is prepared first where this was not done yet.
+    """Reads a data set, and prepares it first if that has not been done.
 
     Args:
-      name: a key of `BUILDERS`, or MODULE:FUNCTION, which makes a `Dataset` of its options every time.
-      data_dir: where prepared data sets are kept; safe to share and to delete.
-      stream: requests stay on disk and are read as batches are made, for data that memory does not hold.
-      prepared: a prepared directory to read instead, as `load_prepared` does; options then count for nothing.
-      **options: options of that data set, see e.g. `SyntheticOptions`.
+      name: a key of `BUILDERS`, or MODULE:FUNCTION, a function that makes a `Dataset` from its options on
+        each call.
+      data_dir: directory of prepared data sets; safe to share and to delete.
+      stream: leave requests on disk and read them as batches are made, for data larger than memory.
+      prepared: a prepared directory to read instead, as `load_prepared` does; `name` and options are ignored.
+      **options: options of that data set, for example those of `SyntheticOptions`.
 
     Returns:
-      The data set, in memory, or all but its requests.
+      The data set in memory; with `stream`, its requests stay on disk.
 
     Raises:
-      ValueError: for an unknown name or option, an option out of range, or too many malformed rows.
-      FileNotFoundError: where the source files are missing.
+      ValueError: the name or an option is unknown, an option is out of range, or too many rows are malformed.
+      FileNotFoundError: the source files are missing.
     """
     if ":" in name and not prepared:
         return _load_own(name, stream, options)
@@ -68,29 +69,30 @@ def _load_own(name: str, stream: bool, options: Mapping[str, Any]) -> Dataset:
 
 
 def prepare(name: str, *, data_dir: str | Path, beam_arguments: Sequence[str] = (), **options: Any) -> Path:
-    """Prepares a data set, unless this was done, and gives the directory that `load_prepared` reads.
+    """Prepares a data set if necessary, and returns the directory that `load_prepared` reads.
 
     Args:
       name: a key of `BUILDERS`.
-      data_dir: where prepared data sets are kept; for a runner on other machines one that they all see.
-      beam_arguments: of the runner, for a source that Apache Beam prepares; none runs it in this process.
+      data_dir: directory of prepared data sets; if Beam runs on other machines, one that all of them see.
+      beam_arguments: arguments of the runner, for a source that Apache Beam prepares; without any, it runs in
+        this process.
       **options: options of that data set.
 
     Raises:
-      ValueError: as `load`, or Beam is needed and not installed.
-      FileNotFoundError: where the source files are missing.
+      ValueError: as for `load`, or Beam is needed and not installed.
+      FileNotFoundError: the source files are missing.
     """
     if name not in BUILDERS:
         raise ValueError(f"data set is {name!r}, expected one of {sorted(BUILDERS)}; MODULE:FUNCTION of your "
                          "own needs no preparation")
     values = make_options(BUILDERS[name], options)
-    from tarq_jax.data import builders  # only here: importing tfds takes seconds
+    from tarq_jax.data import builders  # imported here because it takes seconds
 
     return builders.prepare(name, data_dir, values, beam_arguments)
 
 
 def load_prepared(directory: str | Path, *, stream: bool = False) -> Dataset:
-    """Reads a prepared directory, `data_dir/tarq_<name>/<fingerprint>/<version>`, without its source."""
+    """Reads a prepared directory, `data_dir/tarq_<name>/<fingerprint>/<version>`; needs no source files."""
     from tarq_jax.data import builders
 
     return builders.read(directory, stream=stream)

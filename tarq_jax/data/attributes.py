@@ -19,7 +19,7 @@ def _read(path: Path) -> dict[int, list]:
 
 
 def _counts(lists: dict[int, list], item_ids: np.ndarray) -> sparse.csr_matrix:
-    """[items, attributes] how often each item has each attribute; items without a list have none."""
+    """[items, attributes]: how often each item has each attribute; zeros for items without a list."""
     per_item = [[str(value) for value in lists.get(int(item), ())] for item in item_ids]
     rows = np.repeat(np.arange(len(item_ids)), [len(values) for values in per_item])
     names, columns = np.unique([value for values in per_item for value in values], return_inverse=True)
@@ -27,9 +27,10 @@ def _counts(lists: dict[int, list], item_ids: np.ndarray) -> sparse.csr_matrix:
 
 
 def svd_features(counts: sparse.csr_matrix, dims: int) -> np.ndarray:
-    """`U S` of a truncated SVD, by falling singular value, scaled to a mean square of 1 over all entries.
+    """`U S` of a truncated SVD, largest singular value first, scaled to a mean square of 1 over all entries.
 
-    Deterministic: fixed start vector, and the entry of largest magnitude of each right vector is positive.
+    The result is deterministic: the start vector is fixed, and signs are chosen so that the entry of largest
+    magnitude in each right singular vector is positive.
 
     Args:
       counts: [M, A] float64.
@@ -45,7 +46,7 @@ def svd_features(counts: sparse.csr_matrix, dims: int) -> np.ndarray:
     if small <= dims + 1:
         left, values, right = np.linalg.svd(counts.toarray(), full_matrices=False)
     else:
-        from scipy.sparse import linalg  # only here: importing it takes a quarter of a second
+        from scipy.sparse import linalg  # imported here because it takes a quarter of a second
 
         left, values, right = linalg.svds(counts, k=dims, v0=np.ones(small) / np.sqrt(small))
     order = np.argsort(-values, kind="stable")[:dims]
@@ -59,8 +60,8 @@ def attribute_features(path: Path, item_ids: np.ndarray, dims: int) -> np.ndarra
     """`svd_features` of the attribute lists in a JSON file.
 
     Args:
-      path: JSON object, item id -> list of attribute ids; a repeated attribute counts as often.
-      item_ids: [V - 1] original ids of the items, that of item i at i - 1.
+      path: JSON object, item id -> list of attribute ids; repeated attributes are counted.
+      item_ids: [V - 1] original ids of the items; item i is at position i - 1.
       dims: number of features.
 
     Returns:

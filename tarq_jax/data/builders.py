@@ -1,4 +1,4 @@
-"""tfds builders: store a `Dataset` as block records, and read it back. The only module that imports tfds."""
+"""tfds builders: store a `Dataset` as block records and read it back. The only module that imports tfds."""
 
 import contextlib
 import dataclasses
@@ -29,24 +29,25 @@ from tarq_jax.data.rows import RowReport, check_report, merge_reports
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.schema import Schema, Side
 
-# Extra splits, and the side of the schema that each holds.
+# Splits that hold a table, and the side of the schema that each holds.
 TABLES: dict[str, Side] = {"items": "item", "users": "user"}
-LOCAL = ("--runner=FnApiRunner",)  # what DirectRunner runs where it finds nothing to download
+LOCAL = ("--runner=FnApiRunner",)  # the runner that DirectRunner uses if it can download none
 
 
-# tfds has no types, so mypy does not know of this keyword.
+# tfds has no type annotations, so mypy does not know this keyword.
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """What builders share; subclasses only name their source.
+    """What all builders share; a subclass only names its source.
 
-    The name of the configuration holds a fingerprint of options and files, so that a change of either is
-    prepared anew. Schema, info and fingerprint go into the metadata: a prepared directory describes itself.
+    The configuration is named by a fingerprint of options and files, so that a change of either is prepared
+    as a new data set. Schema, info and fingerprint are in the metadata: a prepared directory describes
+    itself.
     """
 
     SOURCE: AnySource
-    code_path = None  # no checksums lie beside the code; tfds looks with a package it does not require
+    code_path = None  # no checksum files beside the code; tfds would look for them with an optional package
 
     def __init__(self, *, data_dir: str | Path, options: Any):
-        """A builder of the data set with these options, to be kept under `data_dir`."""
+        """A builder for the data set with these options, stored under `data_dir`."""
         self.options = options
         config = tfds.core.BuilderConfig(name=fingerprint(self.SOURCE, options),
                                          description=json.dumps(dataclasses.asdict(options)))
@@ -57,7 +58,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
                     for name, (dtype, shape) in records.column_fields(schema).items()}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
                                      description=self.SOURCE.description,
-                                     disable_shuffling=True,  # the n-th record is block n
+                                     disable_shuffling=True,  # keeps record n = block n
                                      metadata=tfds.core.MetadataDict(
                                          metadata, fingerprint=self.builder_config.name))
 
@@ -66,7 +67,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
 
 class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
-    """Stores what `SOURCE.generate` makes of the options."""
+    """Stores the data set that `SOURCE.generate` makes from the options."""
 
     SOURCE: Source
 
@@ -98,10 +99,10 @@ class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg
 
 
 class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
-    """Has the pipeline of `SOURCE` prepared by a Beam runner.
+    """Runs the pipeline of `SOURCE` on a Beam runner.
 
-    What only the pipeline finds out, such as sizes of vocabularies, comes by files beside the records, which
-    workers can write anyhow, and ends up in the metadata.
+    The pipeline writes the facts that only it can find, such as sizes of vocabularies, to files beside the
+    records, where workers can write in any case. The builder then moves them into the metadata.
     """
 
     SOURCE: PipelineSource
@@ -186,25 +187,25 @@ _BUILDERS: dict[str, type[_Builder]] = {cls.SOURCE.name: cls for cls in (
 
 
 def _is_prepared(directory: Path) -> bool:
-    """tfds renames a directory into place only when it is complete; interrupted ones keep another name."""
+    """tfds renames a directory to its final name only when it is complete."""
     return (directory / "dataset_info.json").is_file()
 
 
 def prepare(name: str, data_dir: str | Path, options: Any, beam_arguments: Sequence[str] = ()) -> Path:
-    """The directory of the prepared data set, which is generated first unless it is there.
+    """Prepares a data set unless its directory exists already, and returns the directory.
 
     Args:
       name: a key of `tarq_jax.data.BUILDERS`.
-      data_dir: where prepared data sets are kept.
+      data_dir: directory of prepared data sets.
       options: options of that source.
-      beam_arguments: of the runner, such as `--runner=DataflowRunner`, for a source that a pipeline prepares;
-        none runs it in this process.
+      beam_arguments: arguments of the runner, such as `--runner=DataflowRunner`, for a source that a pipeline
+        prepares; without any, it runs in this process.
 
     Returns:
       `data_dir/tarq_<name>/<fingerprint>/<version>`.
 
     Raises:
-      ValueError: too many malformed rows, or a pipeline is needed and Beam is not installed.
+      ValueError: too many rows are malformed, or a pipeline is needed and Beam is not installed.
     """
     cls = _BUILDERS[name]
     root = epath.Path(data_dir).expanduser().resolve()
@@ -215,7 +216,7 @@ def prepare(name: str, data_dir: str | Path, options: Any, beam_arguments: Seque
         try:
             _generate(cls, root, options, download)
         except OSError:
-            if not _is_prepared(directory):  # else another process was faster
+            if not _is_prepared(directory):  # otherwise another process has prepared it meanwhile
                 raise
     return Path(directory)
 
@@ -241,15 +242,15 @@ def _generate(cls: type[_Builder], data_dir: Path, options: Any, download: Any) 
 
 
 def read(directory: str | Path, *, stream: bool = False) -> Dataset:
-    """Reads a prepared directory, which needs neither its source nor its options; checks every id.
+    """Reads a prepared directory and checks every id; source files and options are not needed.
 
     Args:
-      directory: as `prepare` returns it.
-      stream: requests stay on disk; their ids are checked as they are read.
+      directory: directory that `prepare` returned.
+      stream: leave requests on disk; their ids are checked as they are read.
 
     Raises:
-      FileNotFoundError: nothing is prepared there.
-      ValueError: an id does not fit, or a file is damaged.
+      FileNotFoundError: the directory holds no prepared data set.
+      ValueError: an id is out of range, or files are damaged.
     """
     directory = Path(directory)
     if not _is_prepared(directory):
@@ -276,10 +277,10 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
 
 @contextlib.contextmanager
 def _readable(directory: Path) -> Iterator[None]:
-    """What TFDS, JSON or ArrayRecord make of damaged files is a ValueError that names the folder."""
+    """Turns whatever TFDS, JSON or ArrayRecord raise for damaged files into a ValueError with the folder."""
     try:
         yield
-    except (MemoryError, OSError):  # the data are whole, and an OSError has its path
+    except (MemoryError, OSError):  # the files are not damaged; an OSError names its path
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

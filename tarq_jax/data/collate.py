@@ -1,4 +1,4 @@
-"""Requests gathered into padded batches, with the features of their items and users: pure NumPy gathers."""
+"""Gathers requests, with the features of their items and users, into padded batches; NumPy only."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from tarq_jax.types import Batch
 
 
 class _Windows(NamedTuple):
-    """Where the entries of each padded row lie in a flat column."""
+    """Positions in a flat column of the entries of each padded row."""
 
-    positions: np.ndarray  # [B, N] int64; anything where the mask is False
+    positions: np.ndarray  # [B, N] int64; arbitrary where the mask is False
     mask: np.ndarray  # [B, N] bool
 
 
 def _windows(offsets: np.ndarray, rows: np.ndarray, real: np.ndarray, width: int) -> _Windows:
-    """The last `width` entries of the ragged `rows` [B], left-aligned; none where `real` [B] is False."""
+    """The last `width` entries of the ragged rows `rows` [B], left-aligned; none if `real` [B] is False."""
     stops = offsets[rows + 1]
     lengths = np.where(real, np.minimum(stops - offsets[rows], width), 0)
     steps = np.arange(width)
@@ -37,7 +37,7 @@ def _gather(column: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.ndarr
 
 def lookup(fields: tuple[Field, ...], table: Mapping[str, np.ndarray],
             ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Fields of the given rows of a table."""
+    """The given fields in the given rows of a table."""
     return {field.name: table[field.name].take(ids, axis=0) for field in fields}
 
 
@@ -45,8 +45,8 @@ def collate(dataset: Dataset, split_requests: Requests, indices: np.ndarray, his
             num_candidates: int) -> Batch:
     """Gathers requests and the features of their user, history and candidates into one padded batch.
 
-    Real entries come first in each row; a history longer than `history_length` keeps its most recent
-    events. Index -1 is a padding request: everything masked, user 0, weights 0.
+    Real entries come first in each row. A history longer than `history_length` keeps its most recent
+    events. Index -1 gives a padding request: fully masked, with user 0 and weights 0.
 
     Args:
       dataset: tables and schema.

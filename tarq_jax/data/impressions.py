@@ -1,17 +1,17 @@
-"""Logs of impressions with named columns, of any system; and how the paper's own data are read.
+"""Logs of impressions with named columns, from any system; also the way to read the paper's own data.
 
-The data set published with arXiv 2509.16931 (zyody/TARQ_dataset on Hugging Face) could not be looked at
-when this was written: its columns and encoding are not known here, and nothing below claims to be its form.
-What is supported is a form that it, and most logs, can be brought to by renaming columns: text files with a
-header,
+The data set published with arXiv 2509.16931 (zyody/TARQ_dataset on Hugging Face) was not accessible when
+this module was written, so its columns and encoding are unknown here, and nothing below claims to be its
+form. The module supports a form into which that data set, like most logs, can be brought by renaming columns:
+text files with a header,
 
-- impressions: user, time (seconds), item, label (0 or 1), and any further columns as features. Rows of one
-  user, time and context are a request.
+- impressions: user, time (seconds), item, label (0 or 1), and any further columns as features. Rows with the
+  same user, time and context form a request.
 - behaviors, optional: user, time, item, and further columns as features of history events. Without them,
   the impressions with label 1 are the history.
 
-Options name the columns. All features are categorical, taken as text; an empty one is unknown. Those of
-items get a row for each value; those of users, requests and events are hashed into `feature_buckets`.
+Options name the columns. All features are categorical and read as text; an empty feature is unknown. Item
+features get one row per value; user, request and event features are hashed into `feature_buckets`.
 """
 
 import csv
@@ -32,9 +32,9 @@ from tarq_jax.schema import ITEM_ID, Field, Schema
 
 @dataclasses.dataclass(frozen=True)
 class ImpressionsOptions(LogOptions):
-    """Where the data lies, and what its columns are called; several names are separated by commas."""
+    """Paths of the data and names of its columns; several names are separated by commas."""
 
-    behaviors: str = path_option(default="")  # file or pattern; "" takes clicked impressions as the history
+    behaviors: str = path_option(default="")  # file or pattern; "": clicked impressions are the history
     delimiter: str = ","
     user_column: str = "user_id"
     time_column: str = "timestamp"
@@ -55,12 +55,12 @@ class ImpressionsOptions(LogOptions):
 
 
 def names(text: str) -> list[str]:
-    """The names in an option."""
+    """The names in an option, which separates them by commas."""
     return [name for name in text.split(",") if name]
 
 
 def make_schema(options: ImpressionsOptions) -> Schema:
-    """The fields: item features have vocabularies, all others buckets."""
+    """The fields: item features have vocabularies; all other features are hashed into buckets."""
     fields = [Field(name, "item", "categorical") for name in (ITEM_ID, *names(options.item_features))]
     size = 1 + options.feature_buckets
     fields += [Field(name, "user", "categorical", size) for name in names(options.user_features)]
@@ -70,10 +70,10 @@ def make_schema(options: ImpressionsOptions) -> Schema:
 
 
 def read_header(pattern: str, option: str, delimiter: str, needed: list[str]) -> dict[str, int]:
-    """Where each column lies, from the first lines of all files, which have to be the same.
+    """The position of each column by name, from the header of the files, which must be the same in all.
 
     Raises:
-      ValueError: one of `needed` is not there, or a file has another first line; an empty one may have none.
+      ValueError: a column in `needed` is missing, or the headers differ; an empty file needs no header.
     """
     path, *others = matching_files(pattern, option, "text with a header").values()
     columns = _columns(path, delimiter)
@@ -103,7 +103,7 @@ def _files(options: ImpressionsOptions):
 
 
 def _parts(root: Any, options: ImpressionsOptions) -> Any:
-    from tarq_jax.data.beam import impressions  # only here: Beam is an extra
+    from tarq_jax.data.beam import impressions  # imported here because Beam is an extra
 
     return impressions.parts(root, options)
 

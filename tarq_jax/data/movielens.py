@@ -1,8 +1,8 @@
-"""MovieLens in any of the forms in which it is found, as requests that never look into the future.
+"""MovieLens, in any of the forms it is distributed in, as requests that never look into the future.
 
 A rating of 4 or more is a click. Each user's events, in order of time, are cut into train, validation and
-test; consecutive events of one part are the candidates of a request; its history is what the user had
-rated strictly before the first of them.
+test. Consecutive events of one part are the candidates of a request; its history is what the user rated
+strictly before the first of them.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ DISLIKED, CLICKED = 1, 2  # values of the event field `feedback`
 
 @dataclasses.dataclass(frozen=True)
 class MovielensOptions:
-    """Where the data lies and how it becomes requests."""
+    """The path of the data, and how requests are made from it."""
 
     source: str = path_option()  # folder with the files of one form
     history_length: int = 50
     num_candidates: int = 16
     test_fraction: float = 0.2  # the last events of each user, rounded down
-    validation_fraction: float = 0.1  # those before; a user with too few events only trains
-    max_bad_fraction: float = 0.01  # of the rows of a file
+    validation_fraction: float = 0.1  # the events before those; users with few events only train
+    max_bad_fraction: float = 0.01  # malformed rows allowed in a file, as a fraction
 
     def __post_init__(self):
         require_at_least(self, history_length=1, num_candidates=1)
@@ -40,7 +40,7 @@ class MovielensOptions:
 
 
 class Events(NamedTuple):
-    """Ratings sorted by user and time, as in their file where the time is equal."""
+    """Ratings sorted by user and time; those of equal time keep the order of their file."""
 
     user: np.ndarray  # [E] int32 row in the user table
     item: np.ndarray  # [E] int32 item id
@@ -74,7 +74,7 @@ def request_windows(user: np.ndarray, time: np.ndarray, options: MovielensOption
     new_time = new_user | (np.diff(time, prepend=time[:1]) != 0)
     counts = np.diff(np.append(index[new_user], len(user)))
     user_start, count = np.repeat(index[new_user], counts), np.repeat(counts, counts)
-    tie_start = np.maximum.accumulate(np.where(new_time, index, 0))  # first event of the same user and time
+    tie_start = np.maximum.accumulate(np.where(new_time, index, 0))  # first event of this user and time
     test = user_start + count - (count * options.test_fraction + 1e-9).astype(np.int64)
     validation = test - (count * options.validation_fraction + 1e-9).astype(np.int64)
     part = (index >= validation).astype(np.int8) + (index >= test)
@@ -96,7 +96,7 @@ def _requests(events: Events, windows: Windows, part: int) -> Requests:
 
 
 def _events(form: Form, item_ids: np.ndarray, profile_ids: np.ndarray, max_bad_fraction: float):
-    """The sorted events, the original user ids (that of row r at r - 1), and the report of rows."""
+    """The sorted events, the original user ids (row r is at r - 1), and the report of malformed rows."""
     ratings, report = read_ratings(form, item_ids, max_bad_fraction)
     if not len(ratings.user):
         raise ValueError(f"{form.ratings}: {report.read} rows and no rating, expected at least one")
@@ -109,7 +109,7 @@ def _events(form: Form, item_ids: np.ndarray, profile_ids: np.ndarray, max_bad_f
 
 
 def _user_table(user_ids: np.ndarray, profile_ids: np.ndarray, profiles: Columns) -> Columns:
-    """Rows for all users: 0 is unknown, users without a profile keep zeros in its fields."""
+    """Rows for all users: row 0 is the unknown user; fields of users without a profile are zero."""
     table = {"user_id": np.arange(len(user_ids) + 1, dtype=np.int32)}
     rows = 1 + np.searchsorted(user_ids, profile_ids)
     for name, values in profiles.items():
@@ -119,7 +119,7 @@ def _user_table(user_ids: np.ndarray, profile_ids: np.ndarray, profiles: Columns
 
 
 def _item_table(items: Columns) -> Columns:
-    """Item columns with the padding row 0 in front."""
+    """Item columns, with the padding row 0 added in front."""
     table = {ITEM_ID: np.arange(len(items["year"]) + 1, dtype=np.int32)}
     return table | {name: np.concatenate([np.zeros_like(values[:1]), values])
                     for name, values in items.items()}
@@ -141,11 +141,11 @@ def _schema(items: Columns, users: Columns, sizes: dict[str, int]) -> Schema:
 
 
 def generate(options: MovielensOptions) -> Dataset:
-    """Reads the folder and makes requests of it.
+    """Reads the folder and makes a data set of requests.
 
-    Items are those of the item file and users those of the ratings and the user file, both numbered from 1
-    in the order of their original ids. Its `info` holds the form, the names of genres, and `rows`, the
-    report of malformed rows in all files (see `rows.RowReport`).
+    Items are those of the item file; users are those of the ratings and the user file. Both are numbered from
+    1 in the order of their original ids. The data set's `info` holds the form, the names of genres, the
+    number of events, and `rows`, the report of malformed rows in all files (see `rows.RowReport`).
     """
     form = find_form(options.source)
     item_ids, items, genres, item_report = read_items(form, options.max_bad_fraction)

@@ -1,4 +1,4 @@
-"""The forms in which MovieLens is found, and how each of their files is read into columns."""
+"""The forms in which MovieLens is distributed, and how their files are read into columns."""
 
 import re
 from collections.abc import Callable
@@ -24,9 +24,9 @@ from tarq_jax.data.rows import (
 
 GENRES_100K = ("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary",
                "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi",
-               "Thriller", "War", "Western")  # the flags of u.item, in their order
+               "Thriller", "War", "Western")  # the order of the flags in u.item
 NO_GENRE = {"", "unknown", "(no genres listed)"}
-OLDEST = 150  # years, of a user
+OLDEST = 150  # years; a greater age of a user is malformed
 
 
 class Item(NamedTuple):
@@ -47,7 +47,7 @@ class User(NamedTuple):
 
 
 class Form(NamedTuple):
-    """Files of one form, found in a folder, and how their rows are read."""
+    """The files of one form in a folder, and how their rows are read."""
 
     name: str
     ratings: Path
@@ -55,8 +55,8 @@ class Form(NamedTuple):
     users: Path | None
     delimiter: str
     header: bool
-    lowest: float  # of the scale, which ends at 5
-    columns: tuple[str, ...]  # of the ratings
+    lowest: float  # lowest rating of the scale; the highest is 5
+    columns: tuple[str, ...]  # columns of the ratings file
     item: Callable[[str], Item]
     user: Callable[[str], User] | None
     encoding: str
@@ -72,7 +72,7 @@ class Ratings(NamedTuple):
 
 
 def _id(text: str) -> int:
-    if not 0 <= (found := parse_number(text, int)) < 2 ** 53:  # ratings are read as float64
+    if not 0 <= (found := parse_number(text, int)) < 2 ** 53:  # ids of ratings are read as float64
         raise BadRow("id out of range")
     return found
 
@@ -84,7 +84,7 @@ def _user(identifier: str, age: str, gender: str, occupation: str) -> User:
 
 
 def _item(identifier: str, title: str, genres: list[str], year: str | None = None) -> Item:
-    """An item; its year ends the title in brackets unless given."""
+    """An item; unless `year` is given, it is read from brackets at the end of the title."""
     found = re.search(r"\((\d{4})[^)]*\)\s*$", title) if year is None else re.fullmatch(r"(\d{4})", year)
     kept = tuple(genre for genre in genres if genre not in NO_GENRE)
     return Item(_id(identifier), int(found[1]) if found else 0, kept)
@@ -119,7 +119,7 @@ def _user_1m(text: str) -> User:
 
 
 def _header(path: Path, required: dict[str, tuple[str, ...]]) -> tuple[list[int], int]:
-    """Positions of the required columns, each under any of its names, in a `name:type` header; its length."""
+    """Positions of the required columns, each with several names, in a `name:type` header; and its length."""
     with path.open(encoding="utf-8") as file:
         names = [part.split(":")[0] for part in file.readline().rstrip("\r\n").split("\t")]
     positions = []
@@ -132,7 +132,7 @@ def _header(path: Path, required: dict[str, tuple[str, ...]]) -> tuple[list[int]
 
 
 def _atomic_item(path: Path) -> Callable[[str], Item]:
-    """Parser of an `.item` file."""
+    """A parser for the rows of an `.item` file."""
     positions, width = _header(path, {
         "item_id": ("item_id",), "title": ("movie_title", "title"), "year": ("release_year", "year"),
         "genres": ("class", "genre", "genres")})
@@ -146,7 +146,7 @@ def _atomic_item(path: Path) -> Callable[[str], Item]:
 
 
 def _atomic_user(path: Path) -> Callable[[str], User]:
-    """Parser of a `.user` file."""
+    """A parser for the rows of a `.user` file."""
     positions, width = _header(path, {name: (name,) for name in ("user_id", "age", "gender", "occupation")})
 
     def parse(text: str) -> User:
@@ -161,7 +161,7 @@ COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 
 
 def _atomic(folder: Path, stem: str) -> Form:
-    """The form of `.inter`, `.item` and `.user` files with `name:type` headers."""
+    """The form for `.inter`, `.item` and `.user` files with `name:type` headers."""
     ratings, items, users = (folder / f"{stem}{suffix}" for suffix in (".inter", ".item", ".user"))
     positions, width = _header(ratings, {name: (name,) for name in COLUMNS})
     columns = [f"column_{index}" for index in range(width)]
@@ -173,7 +173,7 @@ def _atomic(folder: Path, stem: str) -> Form:
 
 
 def _forms(folder: Path) -> dict[str, tuple[tuple[str, ...], Callable[[], Form]]]:
-    """For each form: the files that it needs, and how to describe it."""
+    """For each form: the files that it needs, and a function that makes the `Form`."""
     stem = next((path.stem for path in sorted(folder.glob("*.inter"))), "*")
     return {
         "ml-100k": (("u.data", "u.item", "u.user"), lambda: Form(
@@ -190,10 +190,10 @@ def _forms(folder: Path) -> dict[str, tuple[tuple[str, ...], Callable[[], Form]]
 
 
 def find_form(source: str) -> Form:
-    """The form of the data in a folder, told by the files in it.
+    """The form of the data in a folder, recognised by the files in it.
 
     Raises:
-      FileNotFoundError: the folder or one of its files is missing; says which files are expected.
+      FileNotFoundError: the folder or one of its files is missing; the message says which are expected.
     """
     folder = Path(source).expanduser()
     forms = _forms(folder)
@@ -210,7 +210,7 @@ def find_form(source: str) -> Form:
 
 
 def _unique(rows: list) -> list:
-    """Rows sorted by id, the first of those with an equal id."""
+    """Rows sorted by id; of rows with the same id, only the first is kept."""
     return [row for _, row in sorted({row.id: row for row in reversed(rows)}.items())]
 
 
@@ -219,7 +219,7 @@ def read_items(form: Form, max_bad_fraction: float) -> tuple[np.ndarray, Columns
 
     Returns:
       Original ids [V - 1], sorted; columns `year` [V - 1] float32 (decades since 1990, 0 if unknown) and
-      `genres` [V - 1, genres] float32 in {0, 1}, unless no item has one; names of genres; report of rows.
+      `genres` [V - 1, genres] float32 in {0, 1}, absent if no item has a genre; names of genres; report.
     """
     rows, report = read_rows(form.items, form.item, max_bad_fraction=max_bad_fraction, encoding=form.encoding,
                              header=form.header)
@@ -234,11 +234,11 @@ def read_items(form: Form, max_bad_fraction: float) -> tuple[np.ndarray, Columns
 
 
 def read_users(form: Form, max_bad_fraction: float) -> tuple[np.ndarray, Columns, dict[str, int], RowReport]:
-    """Reads the user file, where the form has one.
+    """Reads the user file, if the form has one.
 
     Returns:
       Original ids [U], sorted; columns `age` float32 ((years - 35) / 15), `gender` and `occupation` int32
-      (from 1, in the order of their names), none without a user file; sizes of the latter two; report.
+      (from 1, in the order of their names), no columns without a user file; sizes of the latter two; report.
     """
     if form.users is None or form.user is None:
         return np.zeros(0, np.int64), {}, {}, RowReport()
@@ -254,7 +254,7 @@ def read_users(form: Form, max_bad_fraction: float) -> tuple[np.ndarray, Columns
 
 
 def _chunk_ratings(form: Form, item_ids: np.ndarray, chunk: NumberChunk) -> tuple[Ratings, RowReport]:
-    """The usable ratings of a chunk."""
+    """The valid ratings of a chunk, and the report of malformed rows."""
     user, item, rating, time = (chunk.values[:, form.columns.index(name)] for name in COLUMNS)
     row = np.searchsorted(item_ids, item)
     on_scale = (rating >= form.lowest) & (rating <= 5) & (np.rint(2 * rating) == 2 * rating)
@@ -269,7 +269,7 @@ def _chunk_ratings(form: Form, item_ids: np.ndarray, chunk: NumberChunk) -> tupl
 
 
 def read_ratings(form: Form, item_ids: np.ndarray, max_bad_fraction: float) -> tuple[Ratings, RowReport]:
-    """Reads the ratings in chunks, without an object per row; `item_ids` are the sorted known ids."""
+    """Reads the ratings in chunks, without an object per row; `item_ids` are all known ids, sorted."""
     parts, reports = [], []
     for chunk in number_chunks(form.ratings, form.delimiter, len(form.columns), header=form.header):
         part, report = _chunk_ratings(form, item_ids, chunk)

@@ -1,4 +1,4 @@
-"""What every data source shares: its options, their validation, and the files that it reads."""
+"""What all data sources share: options, their validation, files to read, and the fingerprint."""
 
 import dataclasses
 import hashlib
@@ -10,32 +10,32 @@ from typing import Any
 from tarq_jax.data.records import Dataset
 from tarq_jax.schema import Schema
 
-FIRST_VERSION = "1.0.0"  # of a source; fingerprints of it do not tell it
-FORMAT = 2  # of prepared directories; raise it whenever the same data are stored in another way
+FIRST_VERSION = "1.0.0"  # first version of a source; fingerprints include only later versions
+FORMAT = 2  # of prepared directories; raise it if the same data are stored in another way
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A kind of data set that is made in memory: how its options become a `Dataset`."""
+    """A kind of data set that is made in memory: a function from its options to a `Dataset`."""
 
     name: str
     options: type  # frozen dataclass of options; its __post_init__ validates them
     generate: Callable[[Any], Dataset]  # options -> Dataset, deterministic in options and files
-    files: Callable[[Any], Mapping[str, Path]]  # options -> files read, by role
-    version: str = FIRST_VERSION  # raise it whenever the same options give other data
+    files: Callable[[Any], Mapping[str, Path]]  # options -> files that are read, by role
+    version: str = FIRST_VERSION  # raise it if the same options give other data than before
     description: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSource:
-    """A kind of data set that Apache Beam prepares, however large it is."""
+    """A kind of data set that Apache Beam prepares; its size is not limited by memory."""
 
     name: str
-    options: type  # a kind of `LogOptions`
-    schema: Callable[[Any], Schema]  # options -> fields, vocabularies of size 1
+    options: type  # a subclass of `LogOptions`
+    schema: Callable[[Any], Schema]  # options -> fields; sizes that the pipeline will find are 1
     parts: Callable[[Any, Any], Any]  # (beam.Pipeline, options) -> beam.forms.Parts
-    files: Callable[[Any], Mapping[str, Path]]  # options -> files read, by role
-    version: str = FIRST_VERSION  # raise it whenever the same options give other data
+    files: Callable[[Any], Mapping[str, Path]]  # options -> files that are read, by role
+    version: str = FIRST_VERSION  # raise it if the same options give other data than before
     description: str = ""
 
 
@@ -43,18 +43,18 @@ AnySource = Source | PipelineSource
 
 
 def path_option(**keywords: Any) -> Any:
-    """A dataclass field for a path: it says where data is found, not what it is."""
+    """A dataclass field for a path; it says where the data is, so fingerprints leave it out."""
     return dataclasses.field(metadata={"path": True}, **keywords)
 
 
 def require(valid: bool, option: str, value: Any, expected: str) -> None:
-    """Raises ValueError that names the option, its value and what was expected, unless `valid`."""
+    """Raises ValueError unless `valid`; names the option, its value and what was expected."""
     if not valid:
         raise ValueError(f"option {option!r} is {value!r}, expected {expected}")
 
 
 def require_at_least(options: Any, **minimum: int) -> None:
-    """`require` for integer options with a smallest value: `require_at_least(options, seed=0)`."""
+    """`require` for integer options with a minimum, for example `require_at_least(options, seed=0)`."""
     for name, smallest in minimum.items():
         value = getattr(options, name)
         is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -70,19 +70,19 @@ def require_fraction(options: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LogOptions:
-    """Options of every source that a pipeline makes of a log of events."""
+    """Options of every source that a pipeline prepares from a log of events."""
 
-    source: str = path_option()  # file, or pattern of files; a folder where there are several kinds of file
+    source: str = path_option()  # file or pattern of files; a folder if there are several kinds of files
     history_length: int = 50
-    validation_start: int = 0  # seconds; a request from then on is no longer training
-    test_start: int = 0  # seconds; from then on it is no longer validation either
-    min_history: int = 1  # events before a request, which is left out with fewer
-    num_negatives: int = 0  # a request, drawn by popularity in training
-    item_buckets: int = 0  # items are hashed into; 0 gives each its own row
+    validation_start: int = 0  # seconds; requests before it are training
+    test_start: int = 0  # seconds; requests from then on are test, those before it validation
+    min_history: int = 1  # requests with fewer events before them are left out
+    num_negatives: int = 0  # negatives per request, drawn by popularity in training
+    item_buckets: int = 0  # buckets that items are hashed into; 0 gives each item its own row
     min_count: int = 1  # an item with fewer occurrences is unknown
-    max_user_events: int = 10_000  # the last ones of a user are kept
+    max_user_events: int = 10_000  # how many of a user's last events are kept
     seed: int = 0
-    max_bad_fraction: float = 0.01  # of the rows of each kind of file
+    max_bad_fraction: float = 0.01  # malformed rows allowed per kind of file, as a fraction
 
     def __post_init__(self):
         require_at_least(self, history_length=1, min_history=0, num_negatives=0, item_buckets=0, min_count=1,
@@ -91,7 +91,7 @@ class LogOptions:
 
 
 def make_options(source: AnySource, values: Mapping[str, Any]) -> Any:
-    """The options of `source` with the given values; ValueError for a name that it does not have."""
+    """The options of `source` with these values; ValueError if a name is unknown or a value is missing."""
     known = [field.name for field in dataclasses.fields(source.options)]
     for name in values:
         if name not in known:
@@ -105,7 +105,7 @@ def make_options(source: AnySource, values: Mapping[str, Any]) -> Any:
 
 
 def require_file(path: str | Path, option: str, expected: str) -> Path:
-    """`path` if it is a file; otherwise FileNotFoundError: what was expected, and how to set it."""
+    """`path` if it is a file; else FileNotFoundError with what was expected and how to set it."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected {expected}; set it by --config.data.{option}=FILE")
@@ -113,7 +113,7 @@ def require_file(path: str | Path, option: str, expected: str) -> Path:
 
 
 def matching_files(pattern: str, option: str, expected: str) -> dict[str, Path]:
-    """The files of a path or glob, local or not, by name; FileNotFoundError where there are none."""
+    """The files of a path or glob, local or remote, by name; FileNotFoundError if there are none."""
     from etils import epath
 
     path = epath.Path(pattern).expanduser()
@@ -125,10 +125,10 @@ def matching_files(pattern: str, option: str, expected: str) -> dict[str, Path]:
 
 
 def fingerprint(source: AnySource, options: Any) -> str:
-    """A name for one preparation: changes with the source's version, the options and the bytes of the files.
+    """A name for prepared data: a hash of the source's version, the options and the contents of the files.
 
-    Paths themselves do not count, so that a moved folder is not prepared again. Of files that a pipeline
-    reads, which may be huge, the size and the two ends count.
+    Paths are not part of it, so a moved folder is not prepared again. For files that a pipeline reads, which
+    may be huge, only the size and the two ends are hashed.
     """
     mark: Callable[[Path], Any] = _file_hash if isinstance(source, Source) else _file_ends
     files = {role: mark(path) for role, path in sorted(source.files(options).items())}

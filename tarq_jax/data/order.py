@@ -1,11 +1,11 @@
 """Which requests make up the batch of each step: a pure function of the seed, the step and the hosts.
 
-An epoch goes through all blocks in a random order, a window of them at a time; the requests of a window
-are shuffled and cut into batches, and fewer than a batch are left out (other ones in each epoch). In memory
-a split is one block, so its window is the epoch: the order is that of a permutation of all requests.
+An epoch goes through all blocks in a random order, one window of blocks at a time. The requests of a window
+are shuffled and cut into batches; the rest, less than a batch, is left out (other requests in each epoch).
+A split in memory is one block, so its window is the epoch and its order a permutation of all requests.
 
-Several hosts either take their rows of every batch, which then does not depend on how many they are, or,
-where there are many blocks, read blocks of their own (see `deals_blocks`).
+With several hosts there are two ways. Either each host takes its rows of every batch, and batches do not
+depend on the number of hosts; or, if there are many blocks, each host reads its own (see `deals_blocks`).
 """
 
 import bisect
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW = 32  # blocks that are shuffled together
-MIN_BLOCKS = 16  # a host that has so many blocks of its own leaves out few requests to keep step with others
+MIN_BLOCKS = 16  # per host: with so many, few requests are left out to give all hosts equally many steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,37 +32,38 @@ ONE_HOST = Shard()
 
 
 class Position(NamedTuple):
-    """Where a batch lies."""
+    """The place of a batch in the order."""
 
     epoch: int
     window: int
-    batch: int  # within the window
+    batch: int  # index within the window
 
 
 def deals_blocks(num_blocks: int, shard: Shard, buckets: tuple[int, ...]) -> bool:
-    """Whether each host reads blocks of its own: every `count`-th one.
+    """Whether each host reads its own blocks, every `count`-th one, instead of all blocks.
 
-    With buckets the hosts have to agree on the length of each batch's histories, which only one who reads
-    all of the batch can tell; reading is cheap beside gathering, and each host gathers its own rows only.
+    Not with buckets: the hosts must then agree on the length of each batch's histories, which a host knows
+    only if it reads the full batch. Reading is cheap compared with gathering, and each host gathers only its
+    own rows.
     """
     return shard.count > 1 and not buckets and num_blocks >= MIN_BLOCKS * shard.count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Order:
-    """The order of one host."""
+    """The order of batches on one host."""
 
     sizes: tuple[int, ...]  # requests of each block
-    batch_size: int  # of all hosts together
+    batch_size: int  # requests per batch, of all hosts together
     seed: int
     shard: Shard = ONE_HOST
-    dealt: bool = False  # this host reads blocks of its own
+    dealt: bool = False  # each host reads its own blocks
     window: int = WINDOW
-    _starts: list[int] = dataclasses.field(default_factory=lambda: [0])  # first step of epochs found so far
+    _starts: list[int] = dataclasses.field(default_factory=lambda: [0])  # first step of known epochs
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        """Refuses batches that an epoch might have none of.
+        """Refuses a batch size with which an epoch might have no batch.
 
         Raises:
           ValueError: the windows of an epoch may all be smaller than a batch.
@@ -74,7 +75,7 @@ class Order:
 
     @property
     def rows(self) -> slice:
-        """The rows of a drawn batch that are this host's."""
+        """The rows of a drawn batch that belong to this host."""
         if self.dealt:
             return slice(None)
         rows = self.batch_size // self.shard.count
@@ -82,12 +83,12 @@ class Order:
 
     @property
     def drawn(self) -> int:
-        """Requests in a batch as this host draws it."""
+        """Number of requests in a batch as this host draws it."""
         return self.batch_size // self.shard.count if self.dealt else self.batch_size
 
 
 def windows(order: Order, epoch: int, host: int | None = None) -> list[np.ndarray]:
-    """The blocks of each window of an epoch, for this host or, where blocks are dealt, another one."""
+    """The blocks of each window of an epoch, for this host or, if hosts read their own blocks, `host`."""
     host = (order.shard.index if host is None else host) if order.dealt else 0
     own = _own(order, host)
     shuffled = np.random.default_rng([order.seed, epoch, 0, host, 1]).permutation(own)
@@ -100,12 +101,12 @@ def _own(order: Order, host: int) -> np.ndarray:
 
 
 def _hosts(order: Order) -> range:
-    """Those that have an order of their own."""
+    """The hosts that have an order of their own."""
     return range(order.shard.count if order.dealt else 1)
 
 
 def _largest_batch(order: Order) -> int:
-    """Of all hosts together; whatever the shuffling, one window holds at least the mean of its epoch."""
+    """Largest safe batch of all hosts: however blocks are shuffled, some window holds at least the mean."""
     def mean(host: int) -> int:
         own = _own(order, host)
         return -(-int(np.asarray(order.sizes)[own].sum()) // -(-len(own) // order.window))
@@ -115,7 +116,7 @@ def _largest_batch(order: Order) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _ends(order: Order, epoch: int) -> np.ndarray:
-    """Batches of this host up to the end of each window of an epoch."""
+    """The number of batches of this host up to the end of each window of an epoch."""
     return _batches(order, epoch, order.shard.index)
 
 
@@ -125,12 +126,12 @@ def _batches(order: Order, epoch: int, host: int) -> np.ndarray:
 
 
 def _steps(order: Order, epoch: int) -> int:
-    """Steps that all hosts have in an epoch."""
+    """The number of steps in an epoch, limited by the host with the fewest batches."""
     return min(int(_batches(order, epoch, host)[-1]) for host in _hosts(order))
 
 
 def locate(order: Order, step: int) -> Position:
-    """Where the batch of a step lies."""
+    """The place of the batch of a step."""
     with order._lock:
         while order._starts[-1] <= step:
             order._starts.append(order._starts[-1] + _steps(order, len(order._starts) - 1))
@@ -144,17 +145,17 @@ def locate(order: Order, step: int) -> Position:
 def draw(order: Order, epoch: int, window: int, lengths: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
     """The requests of every batch of a window.
 
-    Requests of one bucket come together, so that at most one batch in a window for each further bucket mixes
-    two, and the batches come in a random order. Bucketing batch by batch would save little: among 64 requests
-    one nearly always is long. What is left out at the end of a window is drawn before, so that long histories
-    are not left out more often.
+    Requests of the same bucket are placed together, so only batches at the border of two buckets mix them;
+    then the batches are put in a random order. Choosing a bucket per shuffled batch instead would save
+    little, because one of 64 requests is nearly always long. The requests that a window leaves out are chosen
+    before the grouping, so that long histories are not left out more often.
 
     Args:
       order: seed and sizes.
-      epoch: counted from 0.
-      window: of the epoch.
+      epoch: epoch, counted from 0.
+      window: window of the epoch, counted from 0.
       lengths: [R] events in the history of each request of the window.
-      buckets: rising bounds of lengths; none leaves the order alone.
+      buckets: rising bounds of lengths; if empty, requests are not grouped.
 
     Returns:
       [batches, order.drawn] indices of requests in the window.
@@ -171,7 +172,7 @@ def draw(order: Order, epoch: int, window: int, lengths: np.ndarray, buckets: tu
 
 
 def spanned(offsets: np.ndarray, start: int, stop: int) -> tuple[int, ...]:
-    """The blocks that hold the requests `start` to `stop` of a split, given `offsets_of` its sizes."""
+    """The blocks that hold the requests `start` to `stop` of a split; `offsets` is `offsets_of(sizes)`."""
     first, last = np.searchsorted(offsets, (start, stop - 1), side="right") - 1
     return tuple(range(first, last + 1))
 

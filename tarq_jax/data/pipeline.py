@@ -1,4 +1,4 @@
-"""From a data set, in memory or on disk, to batches: any step's at once, so that resuming is exact."""
+"""Makes batches from a data set in memory or on disk; any step's directly, so that resuming is exact."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from tarq_jax.types import Batch
 
 
 class Shapes(TypedDict):
-    """What the batches of a run are padded to."""
+    """The sizes that the batches of a run are padded to."""
 
     history_length: int  # N
     num_candidates: int  # G
@@ -42,10 +42,10 @@ def _check_shard(shard: Shard, batch_size: int) -> None:
 
 
 def padded_lengths(buckets: Sequence[int], history_length: int) -> tuple[int, ...]:
-    """The lengths that histories of a batch may be padded to: the buckets below N, and N.
+    """The lengths that the histories of a batch may be padded to: the buckets below N, and N.
 
     Raises:
-      ValueError: buckets are not positive and rising.
+      ValueError: the buckets are not positive and rising.
     """
     if any(second <= first for first, second in zip((0, *buckets), buckets, strict=False)):
         raise ValueError(f"buckets is {tuple(buckets)}, expected rising positive lengths")
@@ -53,7 +53,7 @@ def padded_lengths(buckets: Sequence[int], history_length: int) -> tuple[int, ..
 
 
 class _Window(NamedTuple):
-    """What is kept in memory of one window of an epoch."""
+    """The part of one window of an epoch that is kept in memory."""
 
     requests: Requests
     batches: np.ndarray  # [batches, order.drawn] indices of requests
@@ -61,12 +61,12 @@ class _Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-    """The batch of any step, by `batches[step]`; safe to call from several threads."""
+    """The batch of any step, as `batches[step]`; safe to use from several threads."""
 
     dataset: Dataset
     split: Split
     order: Order
-    lengths: tuple[int, ...]  # that histories are padded to
+    lengths: tuple[int, ...]  # lengths that histories may be padded to
     num_candidates: int
     _windows: dict[tuple[int, int], _Window] = dataclasses.field(default_factory=dict)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
@@ -80,7 +80,7 @@ class TrainBatches:
         return collate(self.dataset, requests, drawn[self.order.rows], int(length), self.num_candidates)
 
     def _window(self, epoch: int, window: int) -> _Window:
-        """The requests of a window and their batches; the last two stay, as threads may be in both."""
+        """The requests of a window and their batches; two windows are cached, as threads may need both."""
         key = epoch, window
         if (found := self._windows.get(key)) is not None:
             return found
@@ -98,31 +98,32 @@ class TrainBatches:
 def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_length: int, num_candidates: int,
                   seed: int, start_step: int = 0, buckets: Sequence[int] = (), shard: Shard = ONE_HOST,
                   readers: int = 0, window: int = WINDOW) -> Iterator[Batch]:
-    """Batches without end; that of step s is a pure function of (seed, s, hosts), so resuming is exact.
+    """Endless batches; that of step s is a pure function of (seed, s, hosts), so that resuming is exact.
 
-    See `tarq_jax.data.order` for the order. Grain reads ahead and in several threads; its own shuffling is
-    not used, as present runs are defined by NumPy's permutations.
+    See `tarq_jax.data.order` for the order. With `readers`, Grain reads ahead in several threads. Grain's own
+    shuffling is not used: NumPy's permutations define the order, which existing runs depend on.
 
     Args:
       dataset: the data.
       split: name of the split.
-      batch_size: B, requests a batch, of all hosts together.
+      batch_size: B, requests per batch, over all hosts.
       history_length: N.
       num_candidates: G.
-      seed: of the order, at least 0.
-      start_step: first step to give.
-      buckets: rising lengths below N. Requests are grouped by them, and histories of a batch are padded to
-        the smallest that holds all of it, or N: as many shapes as there are buckets, and one.
-      shard: which of how many hosts this is; it gets B / count requests a batch.
-      readers: threads that make batches, in order, each up to one batch ahead; 0 makes them when asked for.
-      window: blocks shuffled together, where the split is on disk.
+      seed: seed of the order, at least 0.
+      start_step: the step of the first batch.
+      buckets: rising lengths below N. Requests are grouped by them, and the histories of a batch are padded
+        to the smallest bucket that holds all of them, or to N. So there is one shape per bucket, plus one.
+      shard: the index of this host and the number of hosts; this host gets B / count requests per batch.
+      readers: threads that make batches, in order, each up to one batch ahead; with 0, a batch is made when
+        it is requested.
+      window: number of blocks that are shuffled together, for a split on disk.
 
     Returns:
       An iterator over `Batch` with NumPy leaves.
 
     Raises:
-      ValueError: the split is unknown, it or a window of it has fewer requests than a batch, hosts do not
-        divide the batch, or buckets do not rise.
+      ValueError: the split is unknown, the split or every window of an epoch may have fewer requests than a
+        batch, the number of hosts does not divide the batch, or the buckets do not rise.
     """
     requests = _split(dataset, split)
     _check_sizes(batch_size=batch_size, history_length=history_length, num_candidates=num_candidates,
@@ -141,7 +142,7 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
 
 
 def _in_threads(batches: TrainBatches, start_step: int, readers: int) -> Iterator[Batch]:
-    import grain  # only here: it imports JAX
+    import grain  # imported here because it imports JAX
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batches.__getitem__)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=readers,
@@ -149,7 +150,7 @@ def _in_threads(batches: TrainBatches, start_step: int, readers: int) -> Iterato
 
 
 def _padded_ranges(start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-    """`start` to `stop` in arrays of `size`, the last one filled up with -1."""
+    """The numbers from `start` to `stop` in arrays of `size`, the last one filled up with -1."""
     for first in range(start, stop, size):
         index = np.arange(first, first + size)
         yield np.where(index < stop, index, -1)
@@ -157,21 +158,21 @@ def _padded_ranges(start: int, stop: int, size: int) -> Iterator[np.ndarray]:
 
 def eval_batches(dataset: Dataset, split: str, *, batch_size: int, history_length: int, num_candidates: int,
                  shard: Shard = ONE_HOST) -> Iterator[Batch]:
-    """All requests of a split once and in order, the last batch filled up with fully masked requests.
+    """All requests of a split, once and in order; fully masked requests fill up the last batch.
 
     Args:
       dataset: the data.
       split: name of the split.
-      batch_size: B, requests a batch, of all hosts together.
+      batch_size: B, requests per batch, over all hosts.
       history_length: N.
       num_candidates: G.
-      shard: which of how many hosts this is; it gets its B / count rows of every batch.
+      shard: the index of this host and the number of hosts; this host gets its B / count rows of every batch.
 
     Returns:
       An iterator over `Batch` with NumPy leaves; empty for an empty split.
 
     Raises:
-      ValueError: the split is unknown, or hosts do not divide the batch.
+      ValueError: the split is unknown, or the number of hosts does not divide the batch.
     """
     requests = _split(dataset, split)
     _check_sizes(batch_size=batch_size, history_length=history_length, num_candidates=num_candidates)
@@ -183,9 +184,9 @@ def eval_batches(dataset: Dataset, split: str, *, batch_size: int, history_lengt
 
 
 def _in_order(split: Split, batch_size: int) -> Iterator[tuple[Requests, np.ndarray]]:
-    """The blocks that each batch touches, and its requests in them, or -1."""
+    """For each batch, the blocks that it touches, and the positions of its requests in them, or -1."""
     offsets = offsets_of(np.array(split.sizes))
-    read = functools.lru_cache(maxsize=1)(split.read)  # a block holds several batches
+    read = functools.lru_cache(maxsize=1)(split.read)  # consecutive batches read the same block
     for indices in _padded_ranges(0, len(split), batch_size):
         blocks = spanned(offsets, int(indices[0]), int(indices.max()) + 1)
         yield read(blocks), np.where(indices < 0, -1, indices - offsets[blocks[0]])
@@ -196,11 +197,11 @@ def item_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[dict[str, 
 
     Args:
       dataset: the data.
-      batch_size: M, items a batch.
+      batch_size: M, items per batch.
 
     Returns:
-      An iterator over (features, mask): name -> [M, ...] and [M] bool, False where the last batch is filled
-      up with item 0.
+      An iterator over (features, mask): name -> [M, ...], and [M] bool, which is False where item 0 fills up
+      the last batch.
     """
     _check_sizes(batch_size=batch_size)
     fields = dataset.schema.side("item")

@@ -1,4 +1,4 @@
-"""Background transfer: elements are made and moved to the device while the step before them runs."""
+"""Background transfer: makes elements and moves them to the device while earlier steps run."""
 
 import queue
 import threading
@@ -10,14 +10,14 @@ def prefetch(iterator: Iterable[Any], size: int,
              transfer: Callable[[Any], Any] = lambda element: element) -> Generator[Any, None, None]:
     """Keeps `size` transferred elements ready, made by a background thread.
 
-    The thread starts with the first element asked for and ends with the iterator, or as soon as this one
-    is closed or garbage-collected. What the iterator or `transfer` raises is raised at the consumer, in its
-    place in the order.
+    The thread starts when the first element is requested. It ends with the iterator, or as soon as the
+    generator is closed or garbage-collected. An exception of the iterator or of `transfer` is raised in the
+    consumer, after the elements before it.
 
     Args:
-      iterator: what to draw from.
-      size: elements kept ahead, at least 1.
-      transfer: applied to each element in the thread, e.g. `jax.device_put`.
+      iterator: the source of elements.
+      size: number of elements kept ready, at least 1.
+      transfer: function applied to each element in the thread, e.g. `jax.device_put`.
 
     Returns:
       A generator of `transfer(element)`.
@@ -43,14 +43,14 @@ def _consume(iterator: Iterable[Any], buffer: queue.Queue,
             yield element
     finally:
         stop.set()
-        while not buffer.empty():  # frees a producer that waits for room
+        while not buffer.empty():  # unblocks a producer that waits for room
             buffer.get_nowait()
         thread.join()
 
 
 def _produce(iterator: Iterable[Any], buffer: queue.Queue, transfer: Callable[[Any], Any],
              stop: threading.Event) -> None:
-    """Puts (element, None) for each element, (None, error) if one fails, then None; quits when stopped."""
+    """Puts (element, None) per element and None at the end, or (None, error); returns when stopped."""
     try:
         for element in iterator:
             if stop.is_set():
@@ -59,5 +59,5 @@ def _produce(iterator: Iterable[Any], buffer: queue.Queue, transfer: Callable[[A
             if stop.is_set():
                 return
         buffer.put(None)
-    except BaseException as error:  # whatever it is, the consumer must see it
+    except BaseException as error:  # the consumer must see every error
         buffer.put((None, error))

@@ -1,8 +1,8 @@
 """Block records: requests in ragged columns, and their encoding in blocks for storage.
 
-A record holds a block of up to `BLOCK` requests as flat columns with the length of each request, so
-that reading it is a handful of NumPy views. In memory, a whole split is one `Requests`, one block; on disk it
-is `tarq_jax.data.stored.StoredRequests`. Both are a `Split`.
+A record holds one block of up to `BLOCK` requests as flat columns, with the length of each request, so that
+reading it takes only a few NumPy views. In memory, a split is one `Requests`, a single block; on disk it is
+`tarq_jax.data.stored.StoredRequests`. Both are a `Split`.
 
 Shapes: R requests, E events in all histories, C candidates of all requests.
 """
@@ -16,8 +16,8 @@ import numpy as np
 
 from tarq_jax.schema import ITEM_ID, Field, Schema, Side, check_column, check_columns
 
-BLOCK = 512  # requests a record
-TABLE_BLOCK = 8192  # table rows a record
+BLOCK = 512  # requests per record
+TABLE_BLOCK = 8192  # table rows per record
 
 Columns = dict[str, np.ndarray]
 
@@ -41,17 +41,17 @@ class Requests:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Requests of each block: in memory all are one."""
+        """Number of requests of each block; in memory there is one block."""
         return (len(self),)
 
     @property
     def longest_history(self) -> int:
-        """Events in the longest history."""
+        """Number of events in the longest history."""
         return int(np.diff(self.history_offsets).max(initial=0))
 
     @property
     def most_candidates(self) -> int:
-        """Candidates of the request that has most."""
+        """The largest number of candidates of a request."""
         return int(np.diff(self.candidate_offsets).max(initial=0))
 
     def read(self, blocks: Sequence[int]) -> "Requests":
@@ -65,15 +65,15 @@ class Split(Protocol):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Requests of each block."""
+        """Number of requests of each block."""
 
     @property
     def longest_history(self) -> int:
-        """Events in the longest history."""
+        """Number of events in the longest history."""
 
     @property
     def most_candidates(self) -> int:
-        """Candidates of the request that has most."""
+        """The largest number of candidates of a request."""
 
     def __len__(self) -> int: ...
 
@@ -83,23 +83,23 @@ class Split(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Everything that a model is trained and judged on: tables in memory, requests there or on disk."""
+    """All data that a model is trained and evaluated on: tables in memory, requests in memory or on disk."""
 
     schema: Schema
     items: Mapping[str, np.ndarray]  # name -> [V, ...]; row 0 is padding, all zeros
-    users: Mapping[str, np.ndarray]  # name -> [U, ...]; row 0 is an unknown user; {} without user fields
+    users: Mapping[str, np.ndarray]  # name -> [U, ...]; row 0 is the unknown user; {} without user fields
     splits: Mapping[str, Split]
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # facts about the data, JSON
-    fingerprint: str = ""  # of the options and files that it was prepared from; empty where it was not
+    fingerprint: str = ""  # hash of options and files, or of the arrays (`hash_of`); "" if there is none
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """Where each of the ragged rows begins, and the end of the last: [R] -> [R + 1] int64."""
+    """The start of each ragged row, and the end of the last one: [R] -> [R + 1] int64."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def ragged_index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Positions of the windows `[start, start + length)`, one after the other.
+    """Positions of the windows `[start, start + length)`, concatenated.
 
     Args:
       starts: [R] first position of each window.
@@ -116,21 +116,21 @@ def make_requests(user: np.ndarray, history: np.ndarray, history_lengths: np.nda
                   candidate_lengths: np.ndarray, labels: np.ndarray, *, weights: np.ndarray | None = None,
                   context: Mapping[str, np.ndarray] | None = None,
                   event: Mapping[str, np.ndarray] | None = None) -> Requests:
-    """`Requests` from flat columns and lengths, in the stored types.
+    """`Requests` from flat columns and lengths, converted to the stored types.
 
     Args:
-      user: [R] rows of the table of users; 0 is one who is unknown.
-      history: [events of all requests] item ids, those of a request the oldest first.
-      history_lengths: [R] how many of them each request has.
+      user: [R] rows of the user table; 0 is the unknown user.
+      history: [events of all requests] item ids, the oldest of each request first.
+      history_lengths: [R] number of events of each request.
       candidates: [candidates of all requests] item ids.
-      candidate_lengths: [R] likewise.
+      candidate_lengths: [R] number of candidates of each request.
       labels: [candidates of all requests], 0 or 1.
-      weights: of candidates in losses and metrics, at least 0; 1 unless given.
-      context: [R, ...] by field of a request.
-      event: [events of all requests, ...] by field of an event.
+      weights: [candidates of all requests], at least 0, weights in losses and metrics; 1 if None.
+      context: name of a context field -> [R, ...].
+      event: name of an event field -> [events of all requests, ...].
 
     Raises:
-      ValueError: users or items are not integers that 32 bits hold; names the first.
+      ValueError: users or items are not integers of 32 bits; names the first bad value.
     """
     labels = np.ascontiguousarray(labels, np.float32)
     return Requests(
@@ -146,7 +146,7 @@ def make_requests(user: np.ndarray, history: np.ndarray, history_lengths: np.nda
 
 
 def _ids(name: str, values: np.ndarray) -> np.ndarray:
-    """As int32, which would wrap what it cannot hold around to another id."""
+    """Ids as int32; checked first, because a larger id would wrap around to another one."""
     values, limits = np.asarray(values), np.iinfo(np.int32)
     if values.size and values.dtype.kind not in "iu":
         raise ValueError(f"{name} is of type {values.dtype}, expected integers")
@@ -167,7 +167,7 @@ def column_fields(schema: Schema) -> dict[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 def full_block(schema: Schema, index: int, columns: Columns) -> Columns:
-    """A full record: the given columns, all others empty."""
+    """A full record: the given columns, and all other columns empty."""
     empty = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in column_fields(schema).items()}
     return empty | {"block": np.array([index], np.int32)} | columns
 
@@ -195,14 +195,14 @@ def request_block(schema: Schema, index: int, requests: Requests) -> Columns:
 
 
 def request_blocks(schema: Schema, requests: Requests, block_size: int = BLOCK) -> Iterator[Columns]:
-    """Splits requests into records; an empty split gives one record without requests."""
+    """Splits requests into records; an empty split becomes one record without requests."""
     for index, start in enumerate(range(0, max(len(requests), 1), block_size)):
         stop = min(start + block_size, len(requests))
         yield full_block(schema, index, _request_columns(schema, requests, start, stop))
 
 
 def describe_blocks(requests: Requests, block_size: int = BLOCK) -> dict[str, Any]:
-    """What `StoredRequests` has to know of the blocks of `request_blocks`, as plain objects."""
+    """What `StoredRequests` needs to know about the blocks of `request_blocks`, as plain objects."""
     starts = range(0, max(len(requests), 1), block_size)
     return {"sizes": [min(block_size, len(requests) - start) for start in starts],
             "longest_history": requests.longest_history, "most_candidates": requests.most_candidates}
@@ -210,7 +210,7 @@ def describe_blocks(requests: Requests, block_size: int = BLOCK) -> dict[str, An
 
 def table_blocks(schema: Schema, side: Side, table: Mapping[str, np.ndarray],
                  block_size: int = TABLE_BLOCK) -> Iterator[Columns]:
-    """Splits the item or user table into records; a table without fields gives one empty record."""
+    """Splits the item or user table into records; a table without fields becomes one empty record."""
     fields = schema.side(side)
     rows = len(table[fields[0].name]) if fields else 0
     for index, start in enumerate(range(0, max(rows, 1), block_size)):
@@ -225,7 +225,7 @@ def _concatenate(blocks: list[Columns], name: str, schema: Schema) -> np.ndarray
 
 
 def _ordered(blocks: Iterable[Columns]) -> list[Columns]:
-    """Blocks in the order in which they were generated, whatever order storage gave them."""
+    """Blocks in the order in which they were generated, whatever their order in storage."""
     return sorted(blocks, key=lambda block: int(np.ravel(block["block"])[0]))
 
 
@@ -249,7 +249,7 @@ def table_from_blocks(schema: Schema, side: Side, blocks: Iterable[Columns]) -> 
 def check_dataset(dataset: Dataset) -> None:
     """Raises ValueError unless all columns fit the schema: ids in range, numbers finite, item row 0 zero.
 
-    An item's id is the number of its row.
+    It also checks that every item's id is the number of its row.
     """
     schema = dataset.schema
     check_columns(schema.side("item"), dict(dataset.items), "items")
@@ -265,12 +265,12 @@ def check_dataset(dataset: Dataset) -> None:
         raise ValueError(f"items: field {ITEM_ID!r} is {ids[wrong[0]]} in row {wrong[0]}, expected the "
                          "number of the row, by which histories and candidates name an item")
     for split, requests in dataset.splits.items():
-        if isinstance(requests, Requests):  # stored ones are checked when they are read
+        if isinstance(requests, Requests):  # stored requests are checked when they are read
             check_requests(schema, num_users(dataset.users), requests, f"split {split!r}")
 
 
 def typed(dataset: Dataset) -> Dataset:
-    """The data set with every column in the type of its field, as a prepared one has it."""
+    """The data set with every column in the type of its field, as in a prepared data set."""
     def of(table, *sides):
         fields = {field.name: field.dtype for field in dataset.schema.side(*sides)}
         return {name: np.asarray(column, fields.get(name)) for name, column in table.items()}
@@ -283,7 +283,7 @@ def typed(dataset: Dataset) -> Dataset:
 
 
 def hash_of(dataset: Dataset) -> str:
-    """16 hexadecimal digits that tell data sets in memory apart, by all of their arrays."""
+    """A hash of 16 hexadecimal digits over the schema and all arrays of a data set in memory."""
     tables = {"items": dataset.items, "users": dataset.users} | {
         split: {field.name: getattr(requests, field.name) for field in dataclasses.fields(requests)}
         for split, requests in dataset.splits.items() if isinstance(requests, Requests)}
@@ -295,7 +295,7 @@ def hash_of(dataset: Dataset) -> str:
 
 
 def _arrays(values: Any, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Every array of nested mappings, with its path."""
+    """Every array in nested mappings, with its path."""
     if isinstance(values, Mapping):
         for key, inner in values.items():
             yield from _arrays(inner, f"{name}/{key}")
@@ -304,12 +304,12 @@ def _arrays(values: Any, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
 
 
 def num_users(users: Mapping[str, np.ndarray]) -> int:
-    """Rows of the user table; without fields there is none, and any id will do."""
+    """Rows of the user table; without user fields there is no table, and every id is valid."""
     return min((len(column) for column in users.values()), default=np.iinfo(np.int32).max)
 
 
 def check_requests(schema: Schema, num_users: int, requests: Requests, where: str) -> None:
-    """Raises ValueError unless columns have their lengths, ids are in range, numbers finite, labels 0, 1."""
+    """Raises ValueError unless lengths agree, ids are in range, numbers are finite and labels are 0 or 1."""
     _check_lengths(requests, where)
     for name, ids in (("history", requests.history), ("candidates", requests.candidates)):
         check_column(Field(name, "item", "categorical", schema.num_items), ids, where)
@@ -327,7 +327,7 @@ def check_requests(schema: Schema, num_users: int, requests: Requests, where: st
 
 
 def _check_lengths(requests: Requests, where: str) -> None:
-    """That each request owns a window of its columns, one after the other, and no column has more or less."""
+    """Raises ValueError unless the requests' windows tile history and candidates, and other lengths agree."""
     for name, offsets, column in (("history", requests.history_offsets, requests.history),
                                   ("candidates", requests.candidate_offsets, requests.candidates)):
         lengths = np.diff(offsets)

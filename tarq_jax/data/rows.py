@@ -1,4 +1,4 @@
-"""Text rows: parsed in chunks, the malformed ones counted by reason and sampled, too many refused."""
+"""Parses rows of text; malformed rows are counted by reason and sampled, and too many are an error."""
 
 import csv
 import dataclasses
@@ -19,16 +19,16 @@ T = TypeVar("T")
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; its message is the reason, by which such rows are counted."""
+    """A row that cannot be used; its message is the reason under which it is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowReport:
-    """How many rows were read and how many of them were malformed, why, and the first few."""
+    """How many rows were read, how many were malformed by reason, and the first malformed ones."""
 
     read: int = 0
     reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    samples: tuple[Mapping[str, Any], ...] = ()  # file, line (from 1; 0 unknown), reason, text
+    samples: tuple[Mapping[str, Any], ...] = ()  # file, line (from 1; 0 if unknown), reason, text
 
     @property
     def bad(self) -> int:
@@ -51,7 +51,7 @@ def _sample(path: Path, line: int, reason: str, text: str) -> dict[str, Any]:
 
 
 def merge_reports(reports: Iterable[RowReport]) -> RowReport:
-    """The report of all rows together, with the first samples."""
+    """One report for the rows of all reports, with the first samples."""
     reports = list(reports)
     reasons = sum((Counter(report.reasons) for report in reports), Counter())
     samples = [sample for report in reports for sample in report.samples]
@@ -63,7 +63,7 @@ def _place(sample: Mapping[str, Any]) -> str:
 
 
 def check_report(report: RowReport, path: Path, max_bad_fraction: float) -> None:
-    """Raises ValueError if more than the allowed fraction of rows is malformed, warns if any is."""
+    """Raises ValueError if more than the allowed fraction of rows is malformed; warns if any row is."""
     if not report.bad:
         return
     samples = "; ".join(f"{_place(s)}: {s['text']!r} ({s['reason']})" for s in report.samples)
@@ -80,8 +80,8 @@ def parse_rows(lines: Iterable[str], parse: Callable[[str], T], path: Path,
 
     Args:
       lines: the rows.
-      parse: gives the value of a row or raises `BadRow`; never sees an empty row.
-      path: named in samples.
+      parse: returns the value of a row or raises `BadRow`; is never called with an empty row.
+      path: path of the file, named in samples.
       first_line: line number of the first row.
 
     Returns:
@@ -117,12 +117,12 @@ def read_rows(path: Path, parse: Callable[[str], T], *, max_bad_fraction: float,
 
 
 def split_row(text: str, delimiter: str, columns: int) -> list[str]:
-    """The columns of a row; `BadRow` unless there are as many as expected."""
+    """The columns of a row; `BadRow` unless there are `columns` of them."""
     return _counted(text.split(delimiter), columns)
 
 
 def split_csv(text: str, delimiter: str, columns: int) -> list[str]:
-    """As `split_row`, of columns that may be quoted."""
+    """Like `split_row`, but columns may be quoted."""
     try:
         return _counted(next(csv.reader([text], delimiter=delimiter)), columns)
     except csv.Error:
@@ -136,9 +136,9 @@ def _counted(parts: list[str], columns: int) -> list[str]:
 
 
 def parse_number(text: str, kind: Callable[[str], T]) -> T:
-    """A number from text, `kind` being int or float; `BadRow` if it is none."""
+    """A number from text, by `kind`, int or float; `BadRow` if the text is no number."""
     try:
-        if "_" in text or not text.isascii():  # Python reads 1_0 as 10, and the digits of any script
+        if "_" in text or not text.isascii():  # Python would accept 1_0 as 10, and digits of any script
             raise ValueError
         return kind(text)
     except ValueError:
@@ -149,20 +149,20 @@ class NumberChunk(NamedTuple):
     """Consecutive rows of numbers from a file."""
 
     values: np.ndarray  # [M, columns] float64, the rows that could be parsed
-    positions: np.ndarray  # [M] which row of the text each of them is
+    positions: np.ndarray  # [M] the position of each of these rows in the text
     text: bytes
     first_line: int  # line number of the text's first row
     report: RowReport  # rows that could not be parsed
 
 
 def number_chunks(path: Path, delimiter: str, columns: int, *, header: bool = False) -> Iterator[NumberChunk]:
-    """Reads a big file of numbers in chunks: at once where all rows are well-formed, else row by row."""
+    """Reads a big file of numbers in chunks; parses a chunk row by row only if a row in it is malformed."""
     line = 2 if header else 1
     with path.open("rb") as file:
         if header:
             file.readline()
         while text := file.read(CHUNK_BYTES):
-            text += file.readline()  # up to the end of a row
+            text += file.readline()  # complete the last row
             num_rows = text.count(b"\n") + (not text.endswith(b"\n"))
             values = _parse_block(text, delimiter, columns, num_rows)
             if values is None:
@@ -173,7 +173,7 @@ def number_chunks(path: Path, delimiter: str, columns: int, *, header: bool = Fa
 
 
 def _parse_block(text: bytes, delimiter: str, columns: int, num_rows: int) -> np.ndarray | None:
-    """Numbers [num_rows, columns], or None if any row is malformed (loadtxt skips empty rows: counted)."""
+    """Numbers [num_rows, columns]; None if a row is malformed or empty (loadtxt would skip empty rows)."""
     if not text.strip():
         return None
     if len(delimiter) > 1:
@@ -197,12 +197,12 @@ def _parse_block_by_row(text: bytes, delimiter: str, columns: int, path: Path, l
 
 def reject_rows(chunk: NumberChunk, path: Path,
                 reasons: Sequence[tuple[str, np.ndarray]]) -> tuple[np.ndarray, RowReport]:
-    """Rejects well-formed rows for what they say.
+    """Rejects rows that are well-formed but have invalid values.
 
     Args:
       chunk: the rows.
-      path: named in samples.
-      reasons: (reason, [M] bool: rows to reject); the first that applies to a row counts.
+      path: path of the file, named in samples.
+      reasons: (reason, [M] bool: rows to reject); a row is counted under the first reason that applies.
 
     Returns:
       [M] bool, the rows to keep, and the chunk's report with the rejected rows added.

@@ -1,8 +1,8 @@
 """Sequences of items as leave-last-out requests: which item came next, among negatives drawn by popularity.
 
-The last item of each user is the test target, the one before it that of validation, and targets 2 to T - 2
-train. A history is what strictly precedes the target. Users with fewer than 3 items give no request and
-count for nothing but the item vocabulary.
+In a sequence of T items, the last item is the test target, the one before it is the validation target, and
+items 2 to T - 2 are training targets. The history is what strictly precedes the target. Users with fewer than
+3 items give no requests; their items only count in the item vocabulary.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from tarq_jax.data.rows import BadRow, RowReport, parse_number, read_rows
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
 PARTS = ("train", "validation", "test")
-MIN_ITEMS = 3  # of a user who gives requests
-ROUNDS = 32  # of redrawing rejected negatives, before the remaining rows are drawn exactly
+MIN_ITEMS = 3  # fewest items of a user for whom requests are made
+ROUNDS = 32  # attempts to redraw rejected negatives; rows that still have some are then drawn exactly
 
 
 @dataclasses.dataclass(frozen=True)
 class SequencesOptions:
-    """Where the data lies and how it becomes requests."""
+    """Paths of the data, and how requests are made from it."""
 
-    source: str = path_option()  # file with a line a user: `user item item ...` in order of time
+    source: str = path_option()  # file with one line per user: `user item item ...` in order of time
     attributes: str = path_option(default="")  # JSON object, item id -> list of attribute ids; "" for none
     history_length: int = 50
     num_negatives: int = 15
     attribute_dims: int = 24
     seed: int = 0
-    max_bad_fraction: float = 0.01  # of the rows of the file
+    max_bad_fraction: float = 0.01  # malformed rows allowed in the file, as a fraction
 
     def __post_init__(self):
         require_at_least(self, history_length=1, num_negatives=1, attribute_dims=1, seed=0)
@@ -47,11 +47,11 @@ class SequencesOptions:
 
 
 class Sequences(NamedTuple):
-    """Sequences of all users; user u, in the order of the file, owns items[offsets[u]:offsets[u + 1]]."""
+    """Sequences of all users, in the order of the file; user u owns items[offsets[u]:offsets[u + 1]]."""
 
     items: np.ndarray  # [E] int64 item ids from 1, in the order of the original ids
     offsets: np.ndarray  # [U + 1] int64
-    original_ids: np.ndarray  # [V - 1] int64, that of item i at i - 1
+    original_ids: np.ndarray  # [V - 1] int64; item i is at position i - 1
 
 
 class Targets(NamedTuple):
@@ -59,12 +59,12 @@ class Targets(NamedTuple):
 
     event: np.ndarray  # [R] index into `Sequences.items`
     user: np.ndarray  # [R] index of the user, from 0
-    position: np.ndarray  # [R] number of events of the user before it
+    position: np.ndarray  # [R] number of events of the user before the target
     part: np.ndarray  # [R] index into `PARTS`
 
 
 def read_sequences(source: str, max_bad_fraction: float) -> tuple[Sequences, RowReport]:
-    """Reads the file; a row without items, with a bad id or of a user seen before is malformed."""
+    """Reads the file; a row is malformed if it has no items, has a bad id, or repeats a user."""
     path = require_file(source, "source", "text with a line `user item item ...` a user")
     users = set()
 
@@ -86,11 +86,11 @@ def read_sequences(source: str, max_bad_fraction: float) -> tuple[Sequences, Row
 
 
 def find_targets(offsets: np.ndarray) -> tuple[Targets, np.ndarray]:
-    """All targets, and [E] bool: the events known in training (all but the last two of their user)."""
+    """All targets; and [E] bool, the events known in training: all but the last two of each user."""
     lengths = np.diff(offsets)
     user = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(user)) - offsets[user]
-    left = lengths[user] - 1 - position  # events of the user that follow
+    left = lengths[user] - 1 - position  # number of later events of the user
     valid = lengths[user] >= MIN_ITEMS
     event = np.flatnonzero(valid & (position >= 1))
     part = 2 - np.minimum(left[event], 2)
@@ -98,7 +98,7 @@ def find_targets(offsets: np.ndarray) -> tuple[Targets, np.ndarray]:
 
 
 def _rejected(drawn: np.ndarray, keys: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """[R, n] bool: negatives that the user has seen (their key is among the sorted `seen`) or drawn twice."""
+    """[R, n] bool: negatives that the user has seen (their key is in the sorted `seen`) or drawn twice."""
     order = np.argsort(drawn, axis=1, kind="stable")
     ordered = np.take_along_axis(drawn, order, axis=1)
     twice = np.zeros(drawn.shape, bool)
@@ -109,7 +109,7 @@ def _rejected(drawn: np.ndarray, keys: np.ndarray, seen: np.ndarray) -> np.ndarr
 
 def _draw_exactly(rng: np.random.Generator, popularity: np.ndarray, seen_items: np.ndarray,
                   num: int) -> np.ndarray:
-    """`num` distinct unseen items one after the other by popularity (Gumbel top-k)."""
+    """`num` distinct unseen items, drawn by popularity without replacement (Gumbel top-k)."""
     weights = popularity.astype(np.float64)
     weights[seen_items] = 0
     allowed = np.flatnonzero(weights)
@@ -122,20 +122,20 @@ def _draw_exactly(rng: np.random.Generator, popularity: np.ndarray, seen_items: 
 
 def sample_negatives(rng: np.random.Generator, popularity: np.ndarray, users: np.ndarray, seen: np.ndarray,
                      num_negatives: int) -> np.ndarray:
-    """Draws distinct negatives by popularity, none in the user's sequence.
+    """Draws distinct negatives by popularity, none from the user's own sequence.
 
     Args:
       rng: source of randomness.
       popularity: [V] training counts; items of count 0 are never drawn.
       users: [R] user of each request.
-      seen: sorted keys `user * V + item` of all events.
+      seen: sorted keys `user * V + item` of all events of all users.
       num_negatives: n.
 
     Returns:
       [R, n] int64 item ids.
 
     Raises:
-      ValueError: a user leaves fewer than n items to draw.
+      ValueError: for some user, fewer than n items can be drawn.
     """
     cumulative, num_items = np.cumsum(popularity), len(popularity)
     drawn = np.zeros((len(users), num_negatives), np.int64)
@@ -163,7 +163,7 @@ def _seen(sequences: Sequences, num_items: int) -> np.ndarray:
 
 def _requests(rng: np.random.Generator, sequences: Sequences, targets: Targets, popularity: np.ndarray,
               seen: np.ndarray, options: SequencesOptions) -> Requests:
-    """Requests of the given targets, each target at a random place among its negatives."""
+    """Requests for the given targets, each target at a random position among its negatives."""
     num = len(targets.event)
     negatives = sample_negatives(rng, popularity, targets.user, seen, options.num_negatives)
     candidates = np.concatenate([sequences.items[targets.event, None], negatives], axis=1)
@@ -177,10 +177,10 @@ def _requests(rng: np.random.Generator, sequences: Sequences, targets: Targets, 
 
 
 def generate(options: SequencesOptions) -> Dataset:
-    """Reads the files and makes requests of them; deterministic in options and files.
+    """Reads the files and makes a data set of requests; deterministic in options and files.
 
-    Users and items are numbered from 1: users in the order of the file, items in that of their original
-    ids. Its `info` holds `rows`, the report of malformed rows (see `rows.RowReport`), and counts.
+    Users and items are numbered from 1: users in the order of the file, items in the order of their original
+    ids. The data set's `info` holds `rows`, the report of malformed rows (see `rows.RowReport`), and counts.
     """
     sequences, report = read_sequences(options.source, options.max_bad_fraction)
     targets, known = find_targets(sequences.offsets)

@@ -12,19 +12,19 @@ from tarq_jax.schema import Schema
 
 @dataclasses.dataclass(frozen=True)
 class StoredRequests:
-    """A split as `tarq_jax.data.records.Split`, whose records are decoded when they are read.
+    """A `tarq_jax.data.records.Split` on disk, whose records are decoded when they are read.
 
-    A record is some hundreds of requests in flat columns, so that decoding it is a view of its bytes for each
-    column; ids are checked against the schema, as those of data in memory are.
+    A record holds some hundreds of requests in flat columns, so decoding it takes one view of its bytes per
+    column. Ids are checked against the schema, as for data in memory.
     """
 
     schema: Schema
-    source: Sequence[Mapping[str, np.ndarray]]  # of records in the order of their block numbers; picklable
+    source: Sequence[Mapping[str, np.ndarray]]  # records in the order of their block numbers; can be pickled
     sizes: tuple[int, ...]  # requests of each record
     longest_history: int
     most_candidates: int
     num_users: int  # rows of the user table
-    name: str = ""  # of the split, for errors
+    name: str = ""  # name of the split, for errors
 
     def __post_init__(self):
         if len(self.source) != len(self.sizes):

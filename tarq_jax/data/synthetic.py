@@ -1,8 +1,8 @@
-"""Synthetic requests whose click probability is a softmax attention over the history, so known exactly.
+"""Synthetic requests whose click probability is known: it follows from softmax attention over the history.
 
 The task (ours): items in clusters on a sphere, users with a few interests, and a click
 logit `5.5 (sum_n a_n s_n - 0.62) + popularity`, where s_n is the cosine of candidate and n-th history
-item and `a = softmax(sharpness * s)`. Models see an item only as an id and noisy random projections.
+item and `a = softmax(sharpness * s)`. Models see an item only as its id and noisy random projections.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from tarq_jax.data.options import Source, require, require_at_least
 from tarq_jax.data.records import Dataset, Requests, make_requests
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
-DIMENSIONS = 12  # of the hidden item vectors
-PROJECTIONS = 24  # features shown to models
+DIMENSIONS = 12  # dimensions of the hidden item vectors
+PROJECTIONS = 24  # number of features shown to models
 CHUNK_SCORES = 2_000_000  # candidate-history pairs scored at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticOptions:
-    """Sizes of the task; the defaults are those of the results that the README quotes."""
+    """Sizes of the task; the results in the README use the defaults."""
 
     num_items: int = 4000  # real items; ids are 1 to num_items
     num_clusters: int = 60
@@ -46,7 +46,7 @@ class SyntheticOptions:
 
 
 class World(NamedTuple):
-    """The hidden truth about items; row 0 of each array is padding."""
+    """The hidden properties of items; row 0 of `vectors`, `popularity` and `features` is padding."""
 
     vectors: np.ndarray  # [V, 12] float32, unit length
     popularity: np.ndarray  # [V] float32
@@ -60,7 +60,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def make_world(options: SyntheticOptions) -> World:
-    """Draws the items: centre + normal noise of 0.45*1.6/sqrt(12) a coordinate, renormalised."""
+    """Draws the items: centre + normal noise of 0.45*1.6/sqrt(12) per coordinate, renormalised."""
     rng = np.random.default_rng([options.seed, 0])
     num = options.num_items
     centres = _unit(rng.standard_normal((options.num_clusters, DIMENSIONS)))
@@ -96,7 +96,7 @@ def click_logits(world: World, history: np.ndarray, candidates: np.ndarray, shar
 
 
 def _interests(rng: np.random.Generator, requests: int, options: SyntheticOptions):
-    """Distinct clusters [R, max_interests] of each user and cumulative Dirichlet(1.5) weights of them."""
+    """Distinct clusters [R, max_interests] of each user, and their cumulative Dirichlet(1.5) weights."""
     clusters = rng.random((requests, options.num_clusters)).argsort(1)[:, :options.max_interests]
     count = rng.integers(options.min_interests, options.max_interests + 1, requests)
     shares = rng.gamma(1.5, size=clusters.shape) * (np.arange(options.max_interests) < count[:, None])
@@ -105,7 +105,7 @@ def _interests(rng: np.random.Generator, requests: int, options: SyntheticOption
 
 def _items_of_interest(rng: np.random.Generator, world: World, clusters: np.ndarray, cumulative: np.ndarray,
                        per_request: int) -> np.ndarray:
-    """Item ids [R, per_request]: a cluster by its weight, then any item of it."""
+    """Item ids [R, per_request]: draws a cluster by its weight, then any of its items."""
     draws = rng.random((len(clusters), per_request))
     which = (draws[:, :, None] >= cumulative[:, None, :-1]).sum(-1)
     chosen = np.take_along_axis(clusters, which, axis=1)
@@ -114,7 +114,7 @@ def _items_of_interest(rng: np.random.Generator, world: World, clusters: np.ndar
 
 
 def _draw_chunk(rng: np.random.Generator, world: World, options: SyntheticOptions, requests: int):
-    """Histories [R, N], candidates [R, G] (half from the user's clusters, half from any), true logits."""
+    """Histories [R, N], candidates [R, G] (half from the user's clusters, half from all), true logits."""
     clusters, cumulative = _interests(rng, requests, options)
     history = _items_of_interest(rng, world, clusters, cumulative, options.history_length)
     own = _items_of_interest(rng, world, clusters, cumulative, options.num_candidates // 2)
@@ -125,13 +125,13 @@ def _draw_chunk(rng: np.random.Generator, world: World, options: SyntheticOption
 
 def draw_requests(rng: np.random.Generator, world: World, options: SyntheticOptions, requests: int,
                   first_user: int = 1) -> tuple[Requests, np.ndarray]:
-    """Draws requests of fresh users.
+    """Draws requests, each of a new user.
 
     Args:
       rng: source of randomness.
       world: the items.
       options: sizes.
-      requests: R, how many.
+      requests: R, number of requests.
       first_user: id of the first user.
 
     Returns:
@@ -161,10 +161,10 @@ def binary_auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def generate(options: SyntheticOptions) -> Dataset:
-    """The data set; deterministic in the options.
+    """Makes the data set; deterministic in the options.
 
-    Its `info` holds `bayes_auc` (test) and `bayes_auc_validation`, the AUC of the true probability: no
-    model can do better but by luck; None where a split lacks one of the labels.
+    Its `info` holds `bayes_auc` (test) and `bayes_auc_validation`, the AUC of the true probability, which a
+    model can exceed only by luck; None if a split lacks one of the labels.
     """
     world = make_world(options)
     sizes = {"train": options.train_requests, "validation": options.validation_requests,

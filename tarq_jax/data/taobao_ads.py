@@ -1,15 +1,15 @@
 """Taobao display ads (Ali_Display_Ad_Click): will the user click this ad?
 
-A folder of four files with headers, as published:
+The source is a folder with the four files as published, with headers:
 `raw_sample.csv` (user, time_stamp, adgroup_id, pid, nonclk, clk), the ads shown in 8 days;
-`ad_feature.csv` (adgroup_id, cate_id, campaign_id, customer, brand, price), brand may be NULL;
+`ad_feature.csv` (adgroup_id, cate_id, campaign_id, customer, brand, price); brand may be NULL;
 `user_profile.csv` (userid and eight attributes, some of which may be empty; the last name ends in a space);
-`behavior_log.csv` (user, time_stamp, btag, cate, brand), what users did in 22 days, btag being ipv (pv in the
+`behavior_log.csv` (user, time_stamp, btag, cate, brand), what users did in 22 days; btag is ipv (pv in the
 file itself), cart, fav or buy.
 
-Behaviors have a category and a brand but no ad. So the item table holds ads and, beside them, each pair of
-category and brand as an item of its own: histories are made of pairs, and share the embeddings of their
-category and brand with the ads.
+A behavior has a category and a brand but no ad. So the item table holds the ads and, besides, each pair of
+category and brand as an item of its own. Histories consist of pairs, and share the embeddings of category and
+brand with the ads.
 """
 
 import dataclasses
@@ -20,27 +20,27 @@ from tarq_jax.data.options import LogOptions, PipelineSource, matching_files
 from tarq_jax.data.taobao_userbehavior import BEHAVIORS, DAY
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
-FIRST = 1_494_000_000  # 2017-05-06, 00:00 in China: ads are shown from here on
-HISTORY_DAYS = 15  # of behaviors before
+FIRST = 1_494_000_000  # 2017-05-06, 00:00 in China, when the first ads are shown
+HISTORY_DAYS = 15  # days of behaviors before the first ads
 FILES = {"shown": "raw_sample.csv", "ads": "ad_feature.csv", "profiles": "user_profile.csv",
          "behaviors": "behavior_log.csv"}
 PROFILE = {"cms_segid": 97, "cms_group_id": 13, "final_gender_code": 3, "age_level": 7, "pvalue_level": 4,
-           "shopping_level": 4, "occupation": 2, "new_user_class_level": 5}  # how many values, from 0
+           "shopping_level": 4, "occupation": 2, "new_user_class_level": 5}  # number of values, from 0
 PLACES = {"430548_1007": 1, "430539_1007": 2}  # values of the context field `pid`; any other is 0
 
 
 @dataclasses.dataclass(frozen=True)
 class AdsOptions(LogOptions):
-    """Where the data lies and how it becomes requests: the seventh day validates, the eighth tests."""
+    """How requests are made: the seventh day of ads is validation, the eighth is test."""
 
     validation_start: int = FIRST + 6 * DAY
     test_start: int = FIRST + 7 * DAY
-    first_time: int = FIRST - HISTORY_DAYS * DAY  # seconds; earlier behaviors and ads are malformed
-    last_time: int = FIRST + 8 * DAY  # from then on, too
+    first_time: int = FIRST - HISTORY_DAYS * DAY  # seconds; earlier rows are malformed
+    last_time: int = FIRST + 8 * DAY  # seconds; rows from then on are malformed
 
 
 def make_schema(options: AdsOptions) -> Schema:
-    """The fields; `price` is (log(1 + yuan) - 5) / 2, attributes are their value and 1, 0 where empty."""
+    """The fields; `price` is (log(1 + yuan) - 5) / 2, an attribute is its value plus 1, or 0 if empty."""
     del options
     item = [Field(name, "item", "categorical") for name in (ITEM_ID, "cate", "brand", "campaign", "customer")]
     user = [Field(name, "user", "categorical", 1 + values) for name, values in PROFILE.items()]
@@ -58,7 +58,7 @@ def _files(options: AdsOptions):
 
 
 def _parts(root: Any, options: AdsOptions) -> Any:
-    from tarq_jax.data.beam import ads  # only here: Beam is an extra
+    from tarq_jax.data.beam import ads  # imported here because Beam is an extra
 
     return ads.parts(root, options)
 

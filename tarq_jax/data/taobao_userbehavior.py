@@ -1,9 +1,9 @@
 """Taobao UserBehavior: which item does a user open next, among negatives drawn by popularity?
 
-`UserBehavior.csv` has no header and a row an event: user_id, item_id, category_id, behavior_type (pv, buy,
-cart or fav), timestamp; 100 million rows of 9 days. Rows outside these days, some hundredths of a percent,
-are malformed. Every event of a kind in `targets` is a positive; those of one user at one second are one
-request.
+`UserBehavior.csv` has no header and one row per event: user_id, item_id, category_id, behavior_type (pv, buy,
+cart or fav), timestamp; 100 million rows from 9 days. Rows outside these days, a few hundredths of a percent,
+are malformed. Every event of a kind in `targets` is a positive; positives of the same user in the same second
+form one request.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ BEHAVIORS = {"pv": 1, "ipv": 1, "cart": 2, "fav": 3, "buy": 4}  # values of the 
 
 @dataclasses.dataclass(frozen=True)
 class UserBehaviorOptions(LogOptions):
-    """Where the data lies and how it becomes requests: the eighth day validates, the ninth tests."""
+    """How requests are made: the eighth day is validation, the ninth is test."""
 
     validation_start: int = FIRST + 7 * DAY
     test_start: int = FIRST + 8 * DAY
     num_negatives: int = 15
     targets: str = "pv"  # kinds of events that are predicted, such as "pv,buy"
     first_time: int = FIRST  # seconds; earlier events are malformed
-    last_time: int = FIRST + 9 * DAY  # from then on, too
+    last_time: int = FIRST + 9 * DAY  # seconds; events from then on are malformed
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,7 +48,7 @@ def _files(options: UserBehaviorOptions):
 
 
 def _parts(root: Any, options: UserBehaviorOptions) -> Any:
-    from tarq_jax.data.beam import userbehavior  # only here: Beam is an extra
+    from tarq_jax.data.beam import userbehavior  # imported here because Beam is an extra
 
     return userbehavior.parts(root, options)
 

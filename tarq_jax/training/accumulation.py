@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch in micro-batches, one after the other, with the gradients of the whole."""
+"""Gradient accumulation: computes the gradients of a full batch from micro-batches, one after the other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +14,17 @@ from tarq_jax.types import Batch
 def accumulate_gradients(
     loss: Callable[[Any, Batch], tuple[jax.Array, LossOutput]], variables: Any, batch: Batch, num: int
 ) -> tuple[LossOutput, Any]:
-    """What a loss says of a batch, and its gradient by the variables, with the memory of a micro-batch.
+    """A loss's output for a batch and its gradient by the variables, in the memory of a micro-batch.
 
     Args:
-      loss: (variables, micro-batch) -> (loss, LossOutput), both adding up to those of the batch.
+      loss: (variables, micro-batch) -> (loss, LossOutput). The losses and metrics of the micro-batches must
+        add up to those of the full batch.
       variables: pytree.
-      batch: of a number of requests that `num` divides.
-      num: micro-batches; 1 looks at the batch at once.
+      batch: the full batch; `num` must divide its number of requests.
+      num: number of micro-batches; 1 computes the batch in one piece.
 
     Returns:
-      LossOutput of the whole batch, its quantizer's output in the order of the batch, and the gradient.
+      LossOutput of the full batch, with the quantizer's output in the order of the batch; and the gradient.
     """
     gradients_of = jax.grad(loss, has_aux=True)
     if num == 1:

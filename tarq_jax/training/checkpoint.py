@@ -1,7 +1,7 @@
-"""Checkpoints by Orbax: training state, with the configuration and schema that gave it a meaning.
+"""Orbax checkpoints: the training state, with the configuration and schema that it belongs to.
 
-Saving happens in the background and atomically. A checkpoint holds parameters, optimizer, codebooks with
-their statistics, the random key and the step, from which the position in the data follows.
+Saving is atomic and runs in the background. A checkpoint holds parameters, optimizer state, codebooks with
+their statistics, the random key and the step. The position in the data follows from the step.
 """
 
 import functools
@@ -22,8 +22,8 @@ from tarq_jax.training import distributed
 from tarq_jax.training.meter import NOTHING_COUNTED
 from tarq_jax.training.state import TrainState
 
-# Settings that may differ between the run that saved a checkpoint and the one that goes on from it. Where its
-# data lie is one: whether they are still the same, their fingerprint tells, see `provenance.check_data`.
+# Settings that may differ between the run that saved a checkpoint and the run that resumes from it. They
+# include the paths of the data: the fingerprint shows whether the data changed, see `provenance.check_data`.
 FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
                   "checkpoints_kept", "best_metric", "recall_k", "save_scores", "prefetch", "data.readers",
                   "accumulate", "model.remat", "model.attention_block", "optimizer.max_gradient_norm",
@@ -32,16 +32,16 @@ FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_s
 
 
 def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:
-    """Opens `workdir/checkpoints`; close it to wait for what is being written.
+    """Opens `workdir/checkpoints`; closing the manager waits for checkpoints that are being written.
 
     Args:
-      workdir: of the run.
-      kept: newest checkpoints that are kept.
-      best_metric: a key of `tarq_jax.config.BEST`, by which the best checkpoint is kept besides; none
-        if empty.
+      workdir: directory of the run.
+      kept: how many of the newest checkpoints are kept.
+      best_metric: a key of `tarq_jax.config.BEST`; the best checkpoint by it is kept as well. If empty, only
+        the newest are kept.
 
     Raises:
-      ValueError: the path has a "[", which Orbax takes for a pattern: what it saves there cannot be read.
+      ValueError: the path has a "[". Orbax takes it for a pattern and cannot read what it saves there.
     """
     if "[" in (path := str(Path(workdir).resolve())):
         raise ValueError(f"workdir is {path!r}, expected a path without '['")
@@ -51,30 +51,31 @@ def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.Check
         policies.append(preservation_policy.BestN(
             n=1, get_metric_fn=goodness, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
-        create=True, best_fn=goodness if best_metric else None,  # without it Orbax drops the metrics
+        create=True, best_fn=goodness if best_metric else None,  # without `best_fn` Orbax drops the metrics
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies))
     return ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
 
 
 class Restored(NamedTuple):
-    """What a checkpoint gives back."""
+    """The result of restoring a checkpoint."""
 
     state: TrainState
-    counted: Sequence[float]  # of `Meter`, over the steps that led there
-    damaged: Sequence[str] = ()  # newer checkpoints that could not be read, a sentence each
+    counted: Sequence[float]  # `Meter.counted` over the steps up to the checkpoint
+    damaged: Sequence[str] = ()  # one sentence per newer checkpoint that could not be read
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
          schema: Schema, counted: Sequence[float], metrics: Mapping[str, float] | None = None) -> None:
-    """Writes the state under its step, in the background and atomically; a step saved before stays.
+    """Writes the state under its step, atomically and in the background; does nothing if the step is saved.
 
     Args:
-      checkpoints: of `manager`.
-      state: to save.
-      config: of the run.
-      schema: of the run's data.
-      counted: of `Meter`.
-      metrics: of the validation split, where the state was evaluated; the best checkpoint is told by it.
+      checkpoints: manager from `manager`.
+      state: state to save.
+      config: configuration of the run.
+      schema: schema of the run's data.
+      counted: `Meter.counted`.
+      metrics: metrics on the validation split, by which the best checkpoint is found; None if the state was
+        not evaluated.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
@@ -86,23 +87,24 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_colle
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
                    schema: Schema) -> Restored:
-    """The newest saved state that can be read, or `state` itself where nothing was saved.
+    """The newest saved state that can be read, or `state` itself if nothing was saved.
 
-    Checkpoints that are damaged are moved to `damaged/` beside `checkpoints/`, once an older one was read.
+    If the newest checkpoints are damaged and an older one can be read, the damaged ones are moved to
+    `damaged/` beside `checkpoints/`.
 
     Args:
-      checkpoints: of `manager`.
-      state: what a fresh run starts from; gives shapes, types and shardings, which may be of another
-        mesh than those that were saved.
-      config: of this run.
-      schema: of this run's data.
+      checkpoints: manager from `manager`.
+      state: state of a fresh run. The restored state has its shapes, types and shardings; its mesh may differ
+        from the mesh of the saved state.
+      config: configuration of this run.
+      schema: schema of this run's data.
 
     Returns:
-      A state like `state`, what was counted on the way to it, and what was found damaged.
+      A state like `state`, what was counted on the way to it, and which checkpoints are damaged.
 
     Raises:
-      ValueError: the checkpoint was made with another configuration or schema, and names what differs; it
-        is of a later step than this run's last; or none of several can be read.
+      ValueError: the checkpoint was made with another configuration or schema (names what differs), its step
+        is later than the last step of this run, or checkpoints exist but none can be read.
     """
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
@@ -111,7 +113,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
             if (difference := _difference(meta, config, schema)) is None:
                 restored = Restored(restore_step(checkpoints, step, state), meta["counted"],
                                     list(damaged.values()))
-        except Exception as error:  # whatever Orbax, JSON or the file system make of damaged files
+        except Exception as error:  # anything that Orbax, JSON or the file system raise for damaged files
             reason = " ".join(str(error).split())[:200]
             damaged[step] = f"Checkpoint {step} is damaged ({type(error).__name__}: {reason})."
             continue
@@ -136,12 +138,12 @@ def restore_step(checkpoints: ocp.CheckpointManager, step: int, state: TrainStat
 
 
 def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What was saved beside the state of a step: `config`, `schema`, `counted`."""
+    """The data saved beside the state of a step: `config`, `schema`, `counted`."""
     return checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
-    """`read_meta` of the newest checkpoint where it can be read; None where there is none."""
+    """`read_meta` of the newest checkpoint for which it can be read; None if there is none."""
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
             return read_meta(checkpoints, step)
@@ -151,11 +153,11 @@ def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
 
 
 def check(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, *, resume: bool = True) -> bool:
-    """Whether there is something to go on from.
+    """Whether there is a checkpoint to resume from.
 
     Raises:
-      ValueError: there is, but `resume` is not set; or it was saved with another configuration or schema,
-        and names what differs.
+      ValueError: there is one but `resume` is False, or it was saved with another configuration or schema
+        (names what differs).
     """
     newest, meta = _newest(workdir)
     if newest is not None and not resume:
@@ -167,10 +169,10 @@ def check(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, *, r
 
 
 def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError if what is saved there is of a run of another length.
+    """Raises ValueError if the checkpoint in `workdir` is from a run of another length.
 
-    It could be gone on with, but that ends elsewhere than a run of this length: the learning rate's schedule
-    and the data that codewords start from depend on it.
+    Resuming would work but give a different result than a run started with this length: the learning-rate
+    schedule and the initialisation of the codebook depend on `config.steps`.
     """
     check_settings(workdir, config, lambda name: name == "steps")
 
@@ -183,7 +185,7 @@ def check_settings(workdir: Path, config: ml_collections.ConfigDict, held: Calla
 
 
 def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:
-    """The newest step that is saved, and `newest_meta`; nothing is made where there is nothing."""
+    """The newest saved step and `newest_meta`; None if there is none, without making a directory."""
     if not (workdir / "checkpoints").is_dir():
         return None, None
     with manager(workdir) as checkpoints:
@@ -191,7 +193,7 @@ def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:
 
 
 def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | None:
-    """The step whose validation metrics were best, the earliest of equals; None where none were saved."""
+    """The step with the best validation metric, the earliest of equals; None if none was evaluated."""
     measured = {step: checkpoints.metrics(step) for step in sorted(checkpoints.all_steps())}
     found = {step: _goodness(best_metric, metrics) for step, metrics in measured.items() if metrics}
     found = {step: good for step, good in found.items() if good > -math.inf}
@@ -199,13 +201,13 @@ def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | Non
 
 
 def _goodness(best_metric: str, metrics: Mapping[str, float]) -> float:
-    """What is largest where the metric is best; minus infinity where it is NaN."""
+    """The metric with its sign, so that larger is better; minus infinity for NaN."""
     good = BEST[best_metric] * metrics[best_metric]
     return -math.inf if math.isnan(good) else good
 
 
 def _move_away(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
-    """Makes room for the steps to be saved again, and keeps what is left of them."""
+    """Moves damaged checkpoints to `damaged/`, so that their steps can be saved again."""
     folder = checkpoints.directory.parent / "damaged"
     for step in damaged if distributed.is_first() else ():
         target = folder / str(step)
@@ -218,7 +220,7 @@ def _move_away(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -
 
 
 def _difference(meta: dict[str, Any], config: ml_collections.ConfigDict, schema: Schema) -> str | None:
-    """How a checkpoint's run differs from this one, in words; None where it does not."""
+    """How the run of a checkpoint differs from this run, in words; None if it does not."""
     if meta["schema"] != schema.to_json():
         return (f"saved with schema {meta['schema']}, but the data has {schema.to_json()}; use another "
                 f"--workdir")
@@ -230,8 +232,8 @@ def _first_difference(
 ) -> str | None:
     """The first setting that is `held` and has another value, in words.
 
-    A setting that the saved run did not have yet counts as its default. Lists and tuples are alike, as in
-    JSON.
+    A setting that is newer than the saved run counts as its default. Lists and tuples are equal, because JSON
+    has only lists.
     """
     before, now = (
         {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -1,4 +1,4 @@
-"""Converting a trained run: its items' queries, calibration on its training data, evaluation, fine-tuning."""
+"""Conversion of a trained run: queries of its items, calibration on its data, evaluation, fine-tuning."""
 
 import functools
 import itertools
@@ -20,12 +20,12 @@ from tarq_jax.training.evaluate import Row, evaluate
 from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predictions
 from tarq_jax.types import Batch, QuantizerOutput
 
-ITEM_BATCH = 4096  # items whose queries are projected at a time
-CALIBRATION_BATCH = 8  # requests that all items attend over at a time
+ITEM_BATCH = 4096  # items per batch when queries are projected
+CALIBRATION_BATCH = 8  # requests per batch that all items attend over
 
 
 class TrainedModel(NamedTuple):
-    """What is converted: a model in parts, with its data."""
+    """The model to convert, in parts, with its data."""
 
     parts: AttentionParts
     params: Any
@@ -34,7 +34,7 @@ class TrainedModel(NamedTuple):
 
 
 def trained_model(parts: AttentionParts, params: Any, dataset: data.Dataset) -> TrainedModel:
-    """Projects the queries of all items once; row 0, padding, is zero."""
+    """A `TrainedModel` with the projected queries of all items; row 0, padding, is zero."""
     compute = jax.jit(parts.item_queries)
     found = [np.swapaxes(compute(params, features), 0, 1)[mask]
              for features, mask in data.item_batches(dataset, ITEM_BATCH)]
@@ -49,7 +49,7 @@ def candidate_counts(dataset: data.Dataset, split: str = "train") -> np.ndarray:
 
 
 def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterator[KeysValues]:
-    """Keys, values and masks of as many training requests or a few more, `CALIBRATION_BATCH` at a time."""
+    """Keys, values and masks of about `requests` training requests, `CALIBRATION_BATCH` at a time."""
     compute = jax.jit(model.parts.keys_values)
     size = min(CALIBRATION_BATCH, requests)
     batches = data.train_batches(
@@ -59,7 +59,7 @@ def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterato
 
 
 def check_codewords(model: TrainedModel, num_codewords: int) -> None:
-    """Raises ValueError where the model has fewer items than codewords are asked for."""
+    """Raises ValueError if more codewords are requested than the model has items."""
     if num_codewords > (items := len(model.queries) - 1):
         raise ValueError(f"{num_codewords} codewords are asked for, expected at most {items}, one an item")
 
@@ -68,15 +68,15 @@ def fit_index(
     model: TrainedModel, *, num_codewords: int, order: int, correction: str = "fitted", requests: int = 512,
     seed: int = 0,
 ) -> ItemIndex:
-    """An index of the model's items, of order 0, or of order 1 with corrections kept as they are.
+    """An index of the model's items: of order 0, or of order 1 with exact (not quantized) corrections.
 
     Args:
-      model: to be converted.
+      model: model to convert.
       num_codewords: K of level 1.
       order: 0 or 1.
-      correction: how an item's correction is found, a key of `tarq_jax.conversion.CORRECTIONS`.
-      requests: of the training data, that fitted corrections see.
-      seed: of k-means and of the order of the data.
+      correction: how the correction of an item is found, a key of `tarq_jax.conversion.CORRECTIONS`.
+      requests: number of training requests that fitted corrections use.
+      seed: seed of k-means and of the order of the data.
 
     Raises:
       ValueError: there are fewer items than codewords.
@@ -92,12 +92,12 @@ def fit_index(
 
 
 def quantize_corrections(index: ItemIndex, *, num_levels: int, seed: int = 0) -> ItemIndex:
-    """An index with exact corrections, with these in further levels of 256 codewords: a byte an item each.
+    """Quantizes the exact corrections of an index in levels of at most 256 codewords, one byte per item each.
 
     Args:
-      index: of `fit_index`, of order 1.
-      num_levels: of corrections.
-      seed: of k-means.
+      index: index of order 1 from `fit_index`.
+      num_levels: number of levels for the corrections.
+      seed: seed of k-means.
     """
     rng = jax.random.fold_in(jax.random.key(seed), 1)
     return conversion.with_quantized_corrections(
@@ -107,7 +107,7 @@ def quantize_corrections(index: ItemIndex, *, num_levels: int, seed: int = 0) ->
 def exact_and_approximate(
     model: TrainedModel, index: ItemIndex, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention output of a batch's candidates, [B, H, G, E] twice: the model's own, and the index's."""
+    """Attention output of a batch's candidates, [B, H, G, E] twice: exact, and by the index."""
     items, mask = batch.candidates[ITEM_ID], batch.history_mask
     keys, values = model.parts.keys_values(model.params, batch)
     queries = jnp.swapaxes(model.queries[items], 1, 2)
@@ -119,18 +119,18 @@ def evaluate_index(
     model: TrainedModel, index: ItemIndex, tuned: Any = None, *, recall_k: int, split: str = "test",
     batch_size: int = 128,
 ) -> list[Row]:
-    """Rows of the converted model and of the exact one, on the same requests.
+    """Rows for the converted model and for the exact one, on the same requests.
 
     Args:
-      model: that was converted.
-      index: of its items.
-      tuned: parameters of the head after `fine_tune`; those of the model if None.
+      model: the model that was converted.
+      index: index of its items.
+      tuned: parameters from `fine_tune`; those of the model if None.
       recall_k: see `tarq_jax.training.evaluate`.
-      split: of the data.
-      batch_size: requests at a time.
+      split: name of the split.
+      batch_size: requests per batch.
 
     Returns:
-      Two rows; the health in the first is that of level 1, in the space of queries.
+      Two rows; the codebook health in the first is that of level 1, in the space of queries.
     """
 
     @jax.jit
@@ -160,25 +160,25 @@ def fine_tune(
     learning_rate: float = 1e-3, level_rate: float = 2e-2, seed: int = 0,
     progress: Callable[[int], None] = lambda step: None,
 ) -> tuple[Any, ItemIndex]:
-    """Trains codewords, corrections and head for a few hundred steps; codes, keys and values stay.
+    """Trains codewords, corrections and head for a few hundred steps; codes, keys and values stay fixed.
 
     Distils the exact model's probabilities on each request's candidates and on random items. Labels
-    are not used: the model has seen them, and a head fitted to them again fits them too well.
+    are not used: the model was trained on them, and a head that is fitted to them again overfits.
 
     Args:
-      model: that was converted.
-      index: of its items.
-      steps: of Adam, under a cosine schedule.
-      batch_size: requests a step, or all that there are.
-      num_random: items drawn for each request, beside its candidates.
-      learning_rate: of the head.
-      level_rate: of the levels, relative to the size of their entries.
-      seed: of the order of the data and of the random items.
-      progress: called with the step now and then.
+      model: the model that was converted.
+      index: index of its items.
+      steps: steps of Adam, under a cosine schedule.
+      batch_size: requests per step; at most the number of training requests is used.
+      num_random: random items per request, added to its candidates.
+      learning_rate: learning rate of the head.
+      level_rate: learning rate of the levels, relative to the root mean square of their entries.
+      seed: seed of the order of the data and of the random items.
+      progress: called with the step every 50 steps and after the last one.
 
     Returns:
-      Parameters of the head (the whole tree, of which only what the head reads has changed), and the
-      index with new levels.
+      The model's tree of parameters, in which only those of the head have changed, and the index with new
+      levels.
 
     Raises:
       FloatingPointError: the loss is not finite; names the step.
@@ -223,7 +223,7 @@ def fine_tune(
 def with_random_candidates(
     rng: np.random.Generator, batch: Batch, dataset: data.Dataset, num_random: int
 ) -> Batch:
-    """The batch with further candidates of weight 1, drawn evenly from all items; their labels are 0."""
+    """The batch with further candidates, drawn uniformly from all items, with weight 1 and label 0."""
     ids = rng.integers(1, dataset.schema.num_items, (len(batch.user_id), num_random))
     drawn = {field.name: dataset.items[field.name][ids] for field in dataset.schema.side("item")}
     further = {"candidate_mask": np.ones(ids.shape, bool), "labels": np.zeros(ids.shape, np.float32),

@@ -1,8 +1,7 @@
-"""Many hosts: joining the cluster that a launcher started this process in, and what its processes share.
+"""Several hosts: how a process joins the cluster that a launcher started, and how the processes coordinate.
 
 Each process runs the same program. Parameters and batches are global arrays; a process reads its own part of
-each batch (`data_shard`). Processes other than the first print nothing. The working directory has to be one
-that all hosts see.
+each batch (`data_shard`). Only the first process prints. All hosts must see the same working directory.
 """
 
 import os
@@ -18,11 +17,11 @@ from tarq_jax import cli, data
 
 
 class Launcher(NamedTuple):
-    """How a process knows that it is one of several.
+    """How a process recognises a launcher and that it is one of several processes.
 
     Attributes:
-      started: the environment -> whether this launcher started several processes.
-      arguments: the environment -> arguments of `jax.distributed.initialize`; none where JAX finds them.
+      started: environment -> whether this launcher started several processes.
+      arguments: environment -> arguments for `jax.distributed.initialize`; none if JAX finds them itself.
     """
 
     started: Callable[[Mapping[str, str]], bool]
@@ -60,13 +59,13 @@ LAUNCHERS: Mapping[str, Launcher] = {
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Joins the other processes, if a launcher started any; to be called before JAX is used.
+    """Joins the other processes, if a launcher started any; call it before JAX is used.
 
     Args:
-      environment: variables of this process.
+      environment: environment variables of this process.
 
     Returns:
-      The key of `LAUNCHERS`; None for a process on its own.
+      The launcher, a key of `LAUNCHERS`; None for a single process.
 
     Raises:
       ValueError: a variable is missing or out of range.
@@ -75,12 +74,12 @@ def initialize(environment: Mapping[str, str] = os.environ) -> str | None:
     if found is not None:
         jax.distributed.initialize(**LAUNCHERS[found].arguments(environment))
         if not is_first():
-            sys.stdout = open(os.devnull, "w")  # for as long as the process lives
+            sys.stdout = open(os.devnull, "w")  # until the process ends
     return found
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what there is to be only one of."""
+    """Whether this is the first process, which alone writes shared files."""
     return jax.process_index() == 0
 
 
@@ -90,17 +89,18 @@ def data_shard() -> data.Shard:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every process has called it; `what` names the place in the program."""
+    """Returns when every process has called it; `what` names the place in the program."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 class Interruption(NamedTuple):
-    """What a run asks about signals.
+    """What a run can ask about signals.
 
     Attributes:
-      due: step -> whether to save and leave, the same on all processes; to be called at every step.
-      now: whether to leave what lasts long at once; never of several processes, which would have to agree.
+      due: step -> whether to save and stop, the same on all processes; must be called at every step.
+      now: whether to abort a long operation, such as evaluation, immediately. Always False with several
+        processes, as they would have to agree first.
     """
 
     due: Callable[[int], bool]
@@ -109,10 +109,10 @@ class Interruption(NamedTuple):
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Within it a signal ends no process.
+    """Context in which signals do not end the process but are reported by the `Interruption`.
 
-    Processes on their own see SIGINT and SIGTERM. Of several, any may get SIGTERM, as schedulers send it;
-    they agree on the step to stop at.
+    A single process reacts to SIGINT and SIGTERM. With several processes, a scheduler may send SIGTERM to any
+    of them; then all agree on the step at which they stop.
     """
     if jax.process_count() > 1:
         yield Interruption(multihost_utils.reached_preemption_sync_point)

@@ -13,26 +13,26 @@ from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predicti
 from tarq_jax.types import Batch
 
 Row = dict[str, Any]
-COLUMNS = frozenset({"labels", "users", "weights"})  # of a file of scores, beside the predictors'
-SCORES = "test_scores.npz"  # of a run whose configuration asks for it, see `write_scores`
+COLUMNS = frozenset({"labels", "users", "weights"})  # of a file of scores, besides one per predictor
+SCORES = "test_scores.npz"  # written if `config.save_scores` is set, see `write_scores`
 
 
 def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], *,
              codewords: np.ndarray | None, recall_k: int, scores: Path | None = None) -> list[Row]:
     """Scores every batch and computes all metrics over the real candidates.
 
-    Of a batch its labels, logits and sums are kept, not its histories or vectors.
+    Only labels, masks, weights, users, logits and sums of a batch are kept, not its histories or vectors.
 
     Args:
-      predict: compiled, batch -> predictions.
-      batches: with NumPy leaves, as of `tarq_jax.data.eval_batches`.
-      codewords: [L, K, D], where the model quantizes.
-      recall_k: k of recall@k of the student's order against the teacher's.
-      scores: file for the score of every candidate, see `write_scores`.
+      predict: compiled function, batch -> predictions.
+      batches: batches with NumPy leaves, as from `tarq_jax.data.eval_batches`.
+      codewords: [L, K, D], if the model quantizes.
+      recall_k: k of recall@k, the student's ranking against the teacher's.
+      scores: file for the score of every candidate, see `write_scores`; None writes none.
 
     Returns:
-      A row a predictor: `model`, `auc`, `gauc`, `log_loss`, `calibration`; the student's has the
-      codebook's health and its closeness to the teacher besides.
+      One row per predictor: `model`, `auc`, `gauc`, `log_loss`, `calibration`. The student's row also has the
+      health of the codebook and the student's closeness to the teacher.
 
     Raises:
       ValueError: there is no batch, a score is not finite, or the model quantizes but `codewords` is None.
@@ -62,7 +62,7 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
 
 
 class _Asked(NamedTuple):
-    """What is kept of a batch, [B, G] each."""
+    """The parts of a batch that are kept, [B, G] each."""
 
     labels: np.ndarray
     mask: np.ndarray
@@ -71,7 +71,7 @@ class _Asked(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What is kept of the diagnostics, whose vectors of a whole split may not fit into memory."""
+    """Sums of the diagnostics, which are kept because the vectors of a full split may not fit into memory."""
 
     counts: np.ndarray
     unexplained: np.ndarray
@@ -104,7 +104,7 @@ def _closeness(logits: dict[str, np.ndarray], sums: _Sums, mask: np.ndarray, rec
 
 
 def _health(sums: _Sums, codewords: np.ndarray) -> Row:
-    """Level by level, counted from 1; `utilisation` is the lowest of all, `quantization_error` the last."""
+    """Health by level, counted from 1; `utilisation` is the lowest, `quantization_error` that of the last."""
     health = metrics.codebook_health(codewords, sums.counts, sums.unexplained)
     levels = range(1, len(codewords) + 1)
     summary = {
@@ -115,12 +115,12 @@ def _health(sums: _Sums, codewords: np.ndarray) -> Row:
 
 
 def write_scores(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Keeps what paired tests of two runs on the same split need, atomically.
+    """Writes, atomically, the scores that paired tests of two runs on the same split need.
 
     Args:
-      path: of the file, as NumPy's `npz`.
-      columns: `labels`, `users`, `weights` and the logits of each predictor under its name, [C] each over the
-        real candidates in the order of the split.
+      path: path of the file, in NumPy's `npz` format.
+      columns: `labels`, `users`, `weights`, and the logits of each predictor under its name; [C] each, over
+        the real candidates in the order of the split.
     """
     with replacing(path) as written, written.open("wb") as file:
-        np.savez_compressed(file, **columns)  # type: ignore[arg-type]  # names are not known to it
+        np.savez_compressed(file, **columns)  # type: ignore[arg-type]  # mypy cannot check the names

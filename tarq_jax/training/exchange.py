@@ -1,8 +1,9 @@
-"""Rows sent between devices by owner: each asks each for its own ids, and no device sees a whole batch.
+"""Exchange of table rows between devices: each device requests its ids from the devices that own them.
 
-What a device sends does not grow with the number of devices, as it would if all ids were gathered. For
-shapes that are fixed, each asks each for at most `capacity` different ids a round; rounds go on until all
-are served. Ids spread evenly, as hashes do, need one round. Functions here run within `shard_map`.
+The amount that a device sends does not grow with the number of devices, as it would if all ids were gathered.
+Shapes must be static, so per round each device requests at most `capacity` distinct ids from every other
+device; rounds repeat until all ids are served. Ids that are spread evenly, like hashes, need one round.
+Functions here run within `shard_map`.
 
 Axis letters: n ids of a device, P devices that exchange, C the capacity.
 """
@@ -15,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-SLACK = 2.0  # capacity over the share of an owner, were all ids different and spread evenly
+SLACK = 2.0  # capacity / ids per owner if all ids are distinct and spread evenly
 
 
 def capacity(num_ids: int, devices: int) -> int:
-    """C: different ids that a device asks another one for in a round.
+    """C: how many distinct ids a device can request from another one per round.
 
     Example:
       >>> capacity(num_ids=1000, devices=8)
@@ -29,33 +30,33 @@ def capacity(num_ids: int, devices: int) -> int:
 
 
 class Way(NamedTuple):
-    """Who exchanges."""
+    """The devices that exchange."""
 
-    axes: tuple[str, ...]  # of the mesh, along which P devices exchange
+    axes: tuple[str, ...]  # axes of the mesh along which P devices exchange
     devices: int  # P
-    everyone: tuple[str, ...]  # axes of all devices, which take as many rounds as each other
+    everyone: tuple[str, ...]  # axes of all devices, which must run the same number of rounds
 
 
 class Plan(NamedTuple):
-    """What a device asks for: its different ids, in the order of their owners."""
+    """The requests of a device: its distinct ids, sorted by owner."""
 
-    ids: jax.Array  # [n], each once; then anything
-    owners: jax.Array  # [n] rising, in [0, P); P for what nobody is asked for
-    turn: jax.Array  # [n] place among those of the same owner
-    place: jax.Array  # [n], of each id as it was given: where it is here
+    ids: jax.Array  # [n], each distinct id once; the rest is arbitrary
+    owners: jax.Array  # [n] rising, in [0, P); P for ids that are not requested
+    turn: jax.Array  # [n] position among the ids of the same owner
+    place: jax.Array  # [n], for each given id: its position in `ids`
 
     def slots(self, turn: jax.Array, devices: int, size: int) -> jax.Array:
-        """[n]: where each is in the P x C entries of a round; P x C for those that have another round."""
+        """[n]: slot of each id in the P x C entries of round `turn`; P x C for ids of other rounds."""
         now = (self.turn // size == turn) & (self.owners < devices)
         return jnp.where(now, self.owners * size + self.turn % size, devices * size)
 
     def asked(self, slots: jax.Array, num_slots: int) -> jax.Array:
-        """[num_slots]: the ids in these slots, -1 in empty ones."""
+        """[num_slots]: the ids in the slots, -1 in empty slots."""
         return jnp.full(num_slots, -1, self.ids.dtype).at[slots].set(self.ids, mode="drop")
 
 
 def plan(ids: jax.Array, owners: jax.Array, devices: int) -> Plan:
-    """Ids given [n] and who owns them [n], P where nobody is to be asked."""
+    """Plans the requests for `ids` [n] with `owners` [n]; an id with owner P is not requested."""
     num = len(ids)
     given = jnp.arange(num)
     by_owner, by_id, given = lax.sort((owners, ids, given), num_keys=2)
@@ -70,17 +71,17 @@ def plan(ids: jax.Array, owners: jax.Array, devices: int) -> Plan:
 def fetch(
     planned: Plan, rows_of: Callable[[jax.Array], jax.Array], width: int, dtype: jnp.dtype, way: Way
 ) -> jax.Array:
-    """The rows of the ids of a plan, from their owners.
+    """Fetches the rows for the ids of a plan from their owners.
 
     Args:
-      planned: of this device.
-      rows_of: ids [m] to rows [m, D] that this device owns; -1 is no id.
+      planned: plan of this device.
+      rows_of: ids [m] -> rows [m, D] of the part that this device owns; id -1 marks an empty slot.
       width: D.
-      dtype: of rows.
-      way: of the exchange.
+      dtype: type of the rows.
+      way: the devices that exchange.
 
     Returns:
-      [n, D] in the order in which ids were given; zero for those that nobody was asked for.
+      [n, D] in the order in which the ids were given; zero for ids that were not requested.
     """
     num = len(planned.ids)
     size = capacity(num, way.devices)
@@ -98,17 +99,18 @@ def send(
     planned: Plan, values: jax.Array, take: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     taken: jax.Array, way: Way,
 ) -> jax.Array:
-    """Values of ids, summed where an id is given more than once, to the owners of these ids.
+    """Sends values to the owners of their ids; values of an id that is given more than once are summed first.
 
     Args:
-      planned: of this device.
-      values: [n, D], in the order in which ids were given.
-      take: (taken, ids [m], values [m, D]) -> taken, as this device takes what it is sent; -1 is no id.
-      taken: what there is before.
-      way: of the exchange.
+      planned: plan of this device.
+      values: [n, D], in the order in which the ids were given.
+      take: (taken, ids [m], values [m, D]) -> taken; accumulates what this device receives in a round. Id -1
+        marks an empty slot.
+      taken: initial value of the accumulator.
+      way: the devices that exchange.
 
     Returns:
-      What `take` made of it in the last round.
+      The accumulator after the last round.
     """
     num, width = values.shape
     size = capacity(num, way.devices)
@@ -128,5 +130,5 @@ def _rounds(planned: Plan, size: int, way: Way) -> jax.Array:
 
 
 def _exchange(array: jax.Array, way: Way) -> jax.Array:
-    """[P x C, ...], the C of device p in the p-th part, to what the others had for this one."""
+    """[P x C, ...]: sends the p-th C entries to device p; returns what the devices sent to this one."""
     return lax.all_to_all(array, way.axes, split_axis=0, concat_axis=0, tiled=True)

@@ -1,8 +1,8 @@
-"""What stops a run: the first step that is not finite or whose gradient explodes, with culprit and batch.
+"""Stops a run at the first step that is not finite or whose gradient explodes, and keeps its batch.
 
-`Watch` keeps the metrics of every step on device and looks at them when something is logged or saved, so
-that no step waits for the host and none goes unseen. A batch is a pure function of seed and step: it is made
-once more to be saved. `python -m tarq_jax.experiments.replay --run=DIR` goes through the step again.
+`Watch` keeps the metrics of every step on device and checks them when something is logged or saved, so no
+step waits for the host and every step is checked. A batch is a pure function of seed and step, so it can be
+made again to be saved. `python -m tarq_jax.experiments.replay --run=DIR` repeats the step.
 """
 
 import errno
@@ -19,15 +19,15 @@ import numpy as np
 from tarq_jax.reporting import replacing
 from tarq_jax.types import Batch
 
-LONGEST = 256  # steps whose metrics wait on device
+LONGEST = 256  # steps whose metrics may wait on device
 REPLAY = "python -m tarq_jax.experiments.replay --run"
 
 
 class StepFailed(FloatingPointError):
-    """A step that must not be built upon; `step` counts from 1."""
+    """A step after which the run must not continue; `step` counts from 1."""
 
     def __init__(self, step: int, culprit: str):
-        """Names the step and what is wrong with it."""
+        """The message names the step and what is wrong with it."""
         super().__init__(f"step {step}: {culprit}")
         self.step = step
 
@@ -39,15 +39,15 @@ def paths_of(tree: Any) -> list[str]:
 
 
 def culprit(metrics: Mapping[str, np.ndarray], paths: Sequence[str], limit: float = 0.0) -> str | None:
-    """What is wrong with a step, where it shows first: its losses, its gradient, its new parameters.
+    """What is wrong with a step: its losses, its gradient or its new parameters.
 
     Args:
-      metrics: of `train_step`, on the host.
-      paths: of the leaves that its norms are of.
-      limit: of the gradient's norm; 0 for none.
+      metrics: metrics of `train_step`, on the host.
+      paths: paths of the leaves that its norms belong to.
+      limit: limit for the norm of the gradient; 0 for none.
 
     Returns:
-      One line, or None if all is well.
+      One line, or None if the step is good.
     """
     bad = {name: float(value) for name, value in sorted(metrics.items())
            if np.ndim(value) == 0 and not np.isfinite(value)}
@@ -65,25 +65,25 @@ def culprit(metrics: Mapping[str, np.ndarray], paths: Sequence[str], limit: floa
 
 
 class Watch:
-    """Sees to it that every step is looked at, though seldom."""
+    """Checks the metrics of every step, but fetches them only from time to time."""
 
     def __init__(self, paths: Sequence[str], limit: float):
-        """Of the leaves at `paths`, with `limit` for the gradient's norm; see `culprit`."""
+        """Arguments are those of `culprit`: paths of the leaves, and the limit for the gradient's norm."""
         self._paths, self._limit = paths, limit
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self._scalars: dict[str, float] = {}
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes note of what `train_step` said of a step."""
+        """Remembers the metrics that `train_step` returned for a step."""
         self._pending.append((step, metrics))
         if len(self._pending) >= LONGEST:
             self.check()
 
     def check(self) -> dict[str, float]:
-        """The scalars of the last step.
+        """Checks all steps since the last call, and returns the scalars of the last step.
 
         Raises:
-          StepFailed: for the first of the steps since the last call that is wrong.
+          StepFailed: for the first of these steps that failed.
         """
         pending, self._pending = jax.device_get(self._pending), []
         for step, metrics in pending:
@@ -97,11 +97,11 @@ class Watch:
 def batch_kept(
     workdir: Path, config: ml_collections.ConfigDict, batch_of: Callable[[int], Batch]
 ) -> Iterator[None]:
-    """Within it, the batch of a step that fails is saved, and the error says where and how to replay it.
+    """Context that saves the batch of a failed step; the error says where it is and how to replay it.
 
     Args:
-      workdir: of the run; the batch goes to `failed_step_<step>.npz`.
-      config: of the run.
+      workdir: directory of the run; the batch is saved there as `failed_step_<step>.npz`.
+      config: configuration of the run.
       batch_of: step, counted from 1 -> its batch with NumPy leaves.
     """
     try:
@@ -113,7 +113,7 @@ def batch_kept(
         try:
             path = save_batch(workdir, failed.step, batch, config)
             kept = f"the batch is in {path}, replay it with {REPLAY}={workdir}"
-        except OSError as error:  # of which the failure must not be lost
+        except OSError as error:  # must not hide the failure of the step
             kept = f"the batch could not be saved in {workdir} ({error})"
         failed.args = (f"{failed}{holds}. Nothing was saved from here on; {kept}. Lower "
                        "config.optimizer.learning_rate, or set config.optimizer.clip_norm",)
@@ -122,7 +122,7 @@ def batch_kept(
 
 @contextmanager
 def full_disk_told(workdir: Path) -> Iterator[None]:
-    """Within it, the error of a full disk names the run, and that what was saved before is kept."""
+    """Context in which the error for a full disk names the run and says that earlier saves are kept."""
     try:
         yield
     except OSError as error:
@@ -133,7 +133,7 @@ def full_disk_told(workdir: Path) -> Iterator[None]:
 
 
 class FailedStep(NamedTuple):
-    """What is kept of a step that failed."""
+    """The data saved for a failed step."""
 
     step: int  # counted from 1
     batch: Batch  # with NumPy leaves
@@ -141,7 +141,7 @@ class FailedStep(NamedTuple):
 
 
 def save_batch(workdir: Path, step: int, batch: Batch, config: ml_collections.ConfigDict) -> Path:
-    """Writes `failed_step_<step>.npz`, with the number of the process in its name where there are many."""
+    """Writes `failed_step_<step>.npz`; with several processes, the name also has the process number."""
     process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
     path = Path(workdir) / f"failed_step_{step}{process}.npz"
     arrays: dict[str, Any] = {f"batch/{name}": values for name, values in _columns(batch).items()}
@@ -151,7 +151,7 @@ def save_batch(workdir: Path, step: int, batch: Batch, config: ml_collections.Co
 
 
 def load_batch(path: Path) -> FailedStep:
-    """Reads what `save_batch` wrote."""
+    """Reads a file that `save_batch` wrote."""
     with np.load(path) as file:
         fields: dict[str, Any] = {name: {} for name in ("user", "context", "history", "candidates")}
         for name in file.files:

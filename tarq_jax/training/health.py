@@ -1,11 +1,11 @@
-"""Health of the codebook as training goes, cheap enough for every step."""
+"""Health of the codebook during training, cheap enough for every step."""
 
 import jax
 import jax.numpy as jnp
 
 from tarq_jax.types import Codebook, QuantizerOutput
 
-DEAD = 0.01  # of an even share of a level's running count
+DEAD = 0.01  # fraction of an even share of a level's running count
 
 
 def codebook_metrics(codebook: Codebook, output: QuantizerOutput, where: jax.Array) -> dict[str, jax.Array]:
@@ -13,14 +13,14 @@ def codebook_metrics(codebook: Codebook, output: QuantizerOutput, where: jax.Arr
 
     Args:
       codebook: with running counts.
-      output: of an encoder on this step's latents, with leading axes `...`.
-      where: [...] bool, latents that count.
+      output: result of quantizing this step's latents, with leading axes `...`.
+      where: [...] bool, True for latents that count.
 
     Returns:
-      `codebook/utilisation_l`, share of codewords that the step used; of the running counts
-      `codebook/perplexity_l`, codewords in even use that would carry as much, and `codebook/dead_l`,
-      codewords with under `DEAD` of an even share; `codebook/quantization_error_l`, share of the
-      latents' energy that levels 1 to l leave.
+      `codebook/utilisation_l`: share of codewords that the step used. `codebook/perplexity_l`: perplexity of
+      the running counts, the number of codewords in even use with the same entropy. `codebook/dead_l`: number
+      of codewords whose running count is below `DEAD` of an even share. `codebook/quantization_error_l`:
+      share of the latents' energy that remains after levels 1 to l.
     """
     metrics: dict[str, jax.Array] = {}
     real = where[..., None].astype(output.residuals.dtype)

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its text: what moves between devices, and how many bytes.
+"""Collectives of a compiled program, read from its text: which data moves between devices, and how much.
 
     collectives(jax.jit(step).lower(state, batch).compile().as_text())
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
          "ragged-all-to-all", "collective-broadcast")
-BITS = {"pred": 8, "token": 0, "opaque": 0}  # of types that do not name theirs
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # of types whose name does not contain the number of bits
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{\s*$")
 _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?)\s({'|'.join(KINDS)})(-start)?\(")
@@ -27,14 +27,14 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 
 
 class Array(NamedTuple):
-    """An array that a collective takes or gives."""
+    """An operand or result of a collective."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Its size; types that are not a whole number of bytes are rounded up."""
+        """Size of the array in bytes, rounded up."""
         named = re.findall(r"\d+", self.dtype)
         bits = BITS[self.dtype] if self.dtype in BITS else int(named[0])
         return -(-math.prod(self.shape) * bits // 8)
@@ -43,14 +43,14 @@ class Array(NamedTuple):
 class Collective(NamedTuple):
     """One collective instruction, as one device sees it."""
 
-    kind: str  # of `KINDS`
+    kind: str  # one of `KINDS`
     arrays: tuple[Array, ...]  # results
     group: int  # devices that take part
-    times: int  # that it runs a call, loops of known length multiplied out, each branch counted
+    times: int  # runs per call; loops of known length are multiplied out, every branch counts
 
     @property
     def moved(self) -> int:
-        """Bytes that a device sends in one call, by the ring algorithm.
+        """Bytes that a device sends per call, with the ring algorithm.
 
         With n devices and a result of b bytes: all-gather and all-to-all (n - 1) / n b, reduce-scatter
         (n - 1) b, all-reduce 2 (n - 1) / n b, a permutation b.
@@ -63,7 +63,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective of an HLO module, `compiled.as_text()`, that runs, in the order of the text."""
+    """Every collective that runs in an HLO module, `compiled.as_text()`, in the order of the text."""
     bodies = _computations(text)
     times = _times(bodies)
     devices = math.prod(map(int, _DEVICES.findall(text.partition("\n")[0])))
@@ -78,7 +78,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def bytes_by_kind(found: Sequence[Collective]) -> dict[str, int]:
-    """Bytes that a device sends in one call by kind of collective; kinds that do not occur are left out."""
+    """Bytes that a device sends per call, by kind of collective; kinds that do not occur are left out."""
     total: dict[str, int] = defaultdict(int)
     for collective in found:
         total[collective.kind] += collective.moved
@@ -86,7 +86,7 @@ def bytes_by_kind(found: Sequence[Collective]) -> dict[str, int]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """Lines of every computation by its name; that of the entry is empty."""
+    """Lines of every computation by name; the name of the entry computation is empty."""
     bodies: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -100,7 +100,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
-    """How often every computation runs; a loop whose length is not known counts as one round."""
+    """How often every computation runs per call; a loop of unknown length counts as one round."""
     times: dict[str, int] = defaultdict(int)
 
     def visit(name: str, runs: int) -> None:
@@ -121,7 +121,7 @@ def _called(line: str) -> Iterator[str]:
 
 
 def _results(text: str, *, asynchronous: bool, kind: str) -> tuple[Array, ...]:
-    """Arrays in the type of an instruction; the start of an asynchronous one names its operands before."""
+    """Result arrays in the type of an instruction; asynchronous starts list their operands first."""
     arrays = tuple(Array(dtype, tuple(map(int, filter(None, dims.split(",")))))
                    for dtype, dims in _ARRAY.findall(text))
     if asynchronous and kind == "collective-permute":
@@ -130,7 +130,7 @@ def _results(text: str, *, asynchronous: bool, kind: str) -> tuple[Array, ...]:
 
 
 def _group_size(line: str) -> int:
-    """Devices in a group, as listed, by number, or as axes of a mesh; 0 where the groups are not given."""
+    """Devices in a group, given as a list, as a size, or as axes of a mesh; 0 if groups are not given."""
     if listed := _LISTED_GROUP.search(line):
         return len(listed[1].split(","))
     if mesh := _MESH_GROUPS.search(line):

@@ -1,12 +1,12 @@
-"""Look-ups in embedding tables whose rows are split over a mesh: ids and rows travel, tables never do.
+"""Look-ups in embedding tables whose rows are split over a mesh: only ids and rows move, never tables.
 
-Each device holds a block of rows. Few devices that split a batch between them and a table too show each
-other all their ids; each gathers the rows that it owns, zeros elsewhere; a reduce-scatter adds these up and
-brings every row to the device that asked. Many ask owners alone, see `tarq_jax.training.exchange`. Gradients
-go the other way, and each device adds up those of its own rows, so that they are split as the table is.
+Each device holds a block of rows. With few devices, each gathers the ids of all, looks up the rows that it
+owns (zeros for the rest), and a reduce-scatter returns each row to the device that asked for it. With many
+devices, each sends ids only to the devices that own them (`tarq_jax.training.exchange`). Gradients go the
+opposite way, and each device sums those of its own rows, so gradients are split like the table.
 
-On GPU, scatter-add adds in any order: set `XLA_FLAGS=--xla_gpu_deterministic_ops=true` where replicas
-of a block have to agree to the bit. CPU and TPU add in order.
+On GPU, scatter-add adds in any order: set `XLA_FLAGS=--xla_gpu_deterministic_ops=true` if replicas of a block
+must be bitwise equal. CPU and TPU add in order.
 """
 
 import functools
@@ -24,12 +24,12 @@ Axes = tuple[str, ...]
 
 
 def num_devices(mesh: Mesh, axes: Axes) -> int:
-    """Devices along some axes of a mesh."""
+    """Number of devices along some axes of a mesh."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 class Placement(NamedTuple):
-    """Where a table and the ids to look up in it lie."""
+    """How a table and the ids to look up in it are split over a mesh."""
 
     mesh: Mesh
     table: Axes  # axes of the mesh that split the rows of the table
@@ -37,26 +37,26 @@ class Placement(NamedTuple):
 
     @property
     def shared(self) -> Axes:
-        """Axes over which both are split."""
+        """Axes that split both the table and the batch."""
         return tuple(axis for axis in self.table if axis in self.batch)
 
     @property
     def copies(self) -> Axes:
-        """Axes that split the batch, along which a block of the table is repeated."""
+        """Axes that split only the batch; along them, devices hold copies of the same block of the table."""
         return tuple(axis for axis in self.batch if axis not in self.table)
 
     def exchanges(self, num_ids: int) -> bool:
-        """Whether owners are asked for a device's ids: that has to halve what is sent, at least."""
+        """Whether ids are sent only to their owners: if that at least halves what is sent."""
         devices = self.size(self.shared)
         return 2 * exchange.capacity(num_ids, devices) <= num_ids
 
     def size(self, axes: Axes) -> int:
-        """Devices along some axes."""
+        """Number of devices along some axes."""
         return num_devices(self.mesh, axes)
 
 
 def place(mesh: Mesh, table: Axes, batch: Axes, num_ids: int) -> Placement:
-    """The placement without axes of one device; ids that do not divide evenly are not split."""
+    """The placement, without axes of size 1; a batch that does not divide evenly is not split."""
     table, batch = (tuple(axis for axis in axes if mesh.shape[axis] > 1) for axes in (table, batch))
     placement = Placement(mesh, table, batch)
     return placement if num_ids % placement.size(batch) == 0 else placement._replace(batch=())
@@ -64,15 +64,15 @@ def place(mesh: Mesh, table: Axes, batch: Axes, num_ids: int) -> Placement:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def sharded_rows(table: jax.Array, ids: jax.Array, placement: Placement) -> jax.Array:
-    """Rows of a table that is split over a mesh; under `jit` over that mesh.
+    """Looks up rows of a table that is split over a mesh; call it under `jit` over that mesh.
 
     Args:
-      table: [V, D], with rows split over the axes `placement.table`; their devices have to divide V.
+      table: [V, D], with rows split over the axes `placement.table`; their number of devices must divide V.
       ids: [B, ...] in [0, V), split over `placement.batch`.
-      placement: of `place`.
+      placement: placement from `place`.
 
     Returns:
-      [B, ..., D], split as the ids are.
+      [B, ..., D], split like the ids.
     """
     rows = PartitionSpec(placement.table or None), PartitionSpec(placement.batch or None)
     look_up = functools.partial(_look_up, placement=placement)
@@ -85,7 +85,7 @@ def _forward(table, ids, placement):
 
 
 def _backward(placement, kept, gradients):
-    """Of the table [V, D], split as it is; ids have none."""
+    """The gradient of the table [V, D], split like the table; ids have none."""
     ids, (num_rows, _) = kept[0], kept[1].shape
     split = PartitionSpec(placement.batch or None)
     scatter = jax.shard_map(
@@ -99,7 +99,7 @@ sharded_rows.defvjp(_forward, _backward)
 
 
 def _look_up(table: jax.Array, ids: jax.Array, *, placement: Placement) -> jax.Array:
-    """On one device: its block [V / n, D] and its ids; returns the rows of these ids."""
+    """Runs on one device, with its block [V / n, D] and its ids; returns the rows for these ids."""
     shared, width = placement.shared, table.shape[-1]
 
     def rows_of(ids: jax.Array) -> jax.Array:
@@ -118,10 +118,10 @@ def _look_up(table: jax.Array, ids: jax.Array, *, placement: Placement) -> jax.A
 
 
 def _scatter(ids: jax.Array, gradients: jax.Array, *, block: int, placement: Placement) -> jax.Array:
-    """On one device: the gradient of its block [block, D], from its ids [n...] and gradients [n..., D].
+    """Runs on one device: the gradient of its block [block, D], from its ids [n...] and gradients [n..., D].
 
-    Gradients of looked-up rows are gathered over the copies of a block, or blocks are summed over them,
-    whichever moves less.
+    Over the copies of a block, either the gradients of looked-up rows are gathered or the gradients of the
+    block are summed, whichever moves less data.
     """
     ids, gradients = ids.reshape(-1), gradients.reshape(-1, gradients.shape[-1])
     width, devices = gradients.shape[-1], placement.size(placement.shared)
@@ -133,7 +133,7 @@ def _scatter(ids: jax.Array, gradients: jax.Array, *, block: int, placement: Pla
     def take(total: jax.Array, ids: jax.Array, gradients: jax.Array) -> jax.Array:
         ids, gradients = _all_gather(ids, gathered), _all_gather(gradients, gathered)
         rows, owned = _own(ids, block, placement.table)
-        return total.at[jnp.where(owned, rows, block)].add(gradients, mode="drop")  # `block`: beyond the end
+        return total.at[jnp.where(owned, rows, block)].add(gradients, mode="drop")  # `block` is out of range
 
     total = jnp.zeros((block, width), gradients.dtype)
     if exchanged:
@@ -145,7 +145,7 @@ def _scatter(ids: jax.Array, gradients: jax.Array, *, block: int, placement: Pla
 
 
 def _plan(ids: jax.Array, block: int, placement: Placement) -> tuple[exchange.Plan, exchange.Way]:
-    """Ids by the device that owns them, of those that this one exchanges with."""
+    """The exchange plan for the ids of this device, with the owner of each id."""
     shared, ids = placement.shared, ids.reshape(-1)
     owner, mine, places = jnp.zeros_like(ids), jnp.ones(ids.shape, bool), ids // block
     stride = 1
@@ -154,14 +154,14 @@ def _plan(ids: jax.Array, block: int, placement: Placement) -> tuple[exchange.Pl
         places, place = places // size, places % size
         if axis in shared:
             owner, stride = owner + stride * place, stride * size
-        else:  # devices along it have the same ids: each asks for those of its own part
+        else:  # devices along it have the same ids: each requests those in its own part
             mine &= place == lax.axis_index(axis)
     way = exchange.Way(shared, placement.size(shared), placement.mesh.axis_names)
     return exchange.plan(ids, jnp.where(mine, owner, way.devices), way.devices), way
 
 
 def _own(ids: jax.Array, block: int, axes: Axes) -> tuple[jax.Array, jax.Array]:
-    """Rows of the ids within this device's block, and which ids it owns; row 0 for all others."""
+    """Rows of the ids within this device's block, and which ids it owns; row 0 for ids it does not own."""
     rows = ids - block * (lax.axis_index(axes) if axes else 0)
     owned = (rows >= 0) & (rows < block)
     return jnp.where(owned, rows, 0), owned

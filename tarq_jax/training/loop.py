@@ -1,4 +1,4 @@
-"""The training loop: data, state, steps, checkpoints, evaluation, in that order."""
+"""The training loop: data, state, steps, checkpoints and evaluation, in this order."""
 
 import contextlib
 import copy
@@ -26,23 +26,23 @@ from tarq_jax.types import Batch
 
 
 class Result(NamedTuple):
-    """What a finished run leaves to its caller; the same is on disk in its workdir."""
+    """The result of a finished run, which is also on disk in its workdir."""
 
-    rows: list[Row]  # one a predictor, on the test split
+    rows: list[Row]  # one per predictor, on the test split
     state: TrainState
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True) -> list[Row]:
-    """Trains the baselines of the configuration, then its model, and makes one table of all.
+    """Trains the baselines of the configuration, then its model, and makes one table of all results.
 
     Args:
-      config: validated.
-      workdir: where the model's checkpoints, metrics and `results.json` go; baselines get
+      config: validated configuration.
+      workdir: directory for the model's checkpoints, metrics and `results.json`; each baseline uses
         `workdir/baselines/<name>`.
-      resume: go on from what is saved there; if not, a workdir that holds checkpoints is refused.
+      resume: whether to resume from saved checkpoints; if False, a workdir that holds checkpoints is refused.
 
     Returns:
-      Rows of the table, with `gap_recovered` where both ends of the gap were trained.
+      Rows of the table, with `gap_recovered` if two-tower and target attention were both trained.
     """
     console = Console()
     dataset = load_data(config)
@@ -50,7 +50,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True
     baselines = [name for name in config.baselines if name != config.model.name]
     runs = {name: workdir / "baselines" / name for name in baselines} | {config.model.name: workdir}
     configs = {name: with_model(config, name) for name in runs}
-    for name, folder in runs.items():  # before any is trained: what is wrong with the last is told at once
+    for name, folder in runs.items():  # check all before training any, so that errors show early
         setup.make_objective(configs[name], dataset, sharding.make_tables(configs[name]))
         check_saved(configs[name], dataset, folder, resume=resume)
     rows: list[Row] = []
@@ -64,7 +64,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True
 def check_saved(
     config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, *, resume: bool = True
 ) -> None:
-    """Raises ValueError if a run with this configuration and data cannot go on from what is saved there."""
+    """Raises ValueError if a run with this configuration and data cannot resume from what `workdir` holds."""
     if checkpoint.check(workdir, config, dataset.schema, resume=resume):
         provenance.check_data(workdir, dataset)
         provenance.check_code(workdir, config)
@@ -78,13 +78,13 @@ def with_model(config: ml_collections.ConfigDict, name: str) -> ml_collections.C
 
 
 def named(model: str, rows: list[Row]) -> list[Row]:
-    """Rows of a model in a table of several: a model of one's own may call its predictors as others do."""
+    """Rows of a model for a table of several; predictors of an own model are prefixed with its name."""
     return [row | {"model": f"{model}, {row['model']}"} if ":" in model and row["model"] != model else row
             for row in rows]
 
 
 def add_gap_recovered(rows: list[Row]) -> list[Row]:
-    """Adds each row's share of the gap between two-tower and target attention, if both are there."""
+    """Adds `gap_recovered` to each row, if there are rows for two-tower and target attention."""
     auc = {row["model"]: row["auc"] for row in rows}
     if not {"two_tower", "target_attention"} <= auc.keys():
         return rows
@@ -93,12 +93,12 @@ def add_gap_recovered(rows: list[Row]) -> list[Row]:
 
 
 def load_data(config: ml_collections.ConfigDict) -> data.Dataset:
-    """The data set of a configuration."""
+    """Loads the data set of a configuration."""
     return data.load(config.data.name, data_dir=config.data.data_dir, **data_options(config))
 
 
 def describe_data(dataset: data.Dataset, console: Console) -> None:
-    """Says what was loaded: sizes, the Bayes AUC where it is known, rows that could not be read."""
+    """Prints what was loaded: sizes, and the data set's `info`, such as Bayes AUC and malformed rows."""
     sizes = ", ".join(f"{len(requests):,} {split}" for split, requests in dataset.splits.items())
     console.print(f"data: {dataset.schema.num_items - 1:,} items; requests: {sizes}")
     for key, value in dataset.info.items():
@@ -109,24 +109,24 @@ def train(
     config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, console: Console, *,
     resume: bool = True,
 ) -> Result:
-    """Trains one model from its newest checkpoint on, and evaluates it on the test split.
+    """Trains one model, from its newest checkpoint if there is one, and evaluates it on the test split.
 
-    The batch and the random numbers of a step depend on the seed and the step alone, so that a run
-    that was interrupted ends in the same state as one that was not.
+    The batch and the random numbers of a step depend only on the seed and the step, so an interrupted and
+    resumed run ends in the same state as one without interruption.
 
     Args:
-      config: validated.
-      dataset: to train and test on.
-      workdir: for checkpoints and metrics.
-      console: where progress goes.
+      config: validated configuration.
+      dataset: data to train and test on.
+      workdir: directory for checkpoints and metrics.
+      console: console that shows progress.
       resume: see `run`.
 
     Raises:
       FloatingPointError: a step is not finite, or its gradient exceeds the limit; names the step and the
-        culprit. Its batch is kept, see `tarq_jax.training.failure`; no state is saved from then on.
-      Interrupted: after SIGINT or SIGTERM, once the state is saved.
-      ValueError: a setting or the data do not fit the checkpoint, or each other; or there is a checkpoint,
-        and `resume` is not set.
+        culprit. The batch is kept, see `tarq_jax.training.failure`; no further state is saved.
+      Interrupted: after SIGINT or SIGTERM, when the state has been saved.
+      ValueError: settings or data do not fit the checkpoint or each other, or there is a checkpoint but
+        `resume` is False.
     """
     check_saved(config, dataset, workdir, resume=resume)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
@@ -204,7 +204,7 @@ def train(
 def best_state(
     checkpoints: ocp.CheckpointManager, best_metric: str, state: TrainState, console: Console
 ) -> TrainState:
-    """The state that was best on the validation split; the last one where none was evaluated."""
+    """The state that was best on the validation split; `state`, the last one, if none was evaluated."""
     checkpoints.wait_until_finished()
     step = checkpoint.best_step(checkpoints, best_metric)
     if step is None:
@@ -214,7 +214,7 @@ def best_state(
 
 
 def scores_file(config: ml_collections.ConfigDict, workdir: Path) -> Path | None:
-    """Where the scores of the test split go, if the configuration asks for them; by the first process."""
+    """Path for the scores of the test split; None if not configured, or in other processes than the first."""
     return workdir / SCORES if config.save_scores and distributed.is_first() else None
 
 
@@ -229,10 +229,10 @@ def test(
 ) -> list[Row]:
     """Evaluates the state on a split; its batches are split over the mesh that the state is on, if any.
 
-    The score of every candidate goes to the file `scores`, if there is one.
+    If `scores` is given, the score of every candidate is written to that file.
 
     Raises:
-      Interrupted: `leave` says so before a batch.
+      Interrupted: `leave`, which is called before every batch, returned True.
     """
     codewords = state.codewords
     predict = jax.jit(objective.predict, out_shardings=state.step.sharding)  # a copy on every device
@@ -253,7 +253,7 @@ def _until(leave: Callable[[], bool], batches: Iterator[Batch], split: str) -> I
 
 
 def transfer(batch: Batch, put: Callable[[Batch], Batch]) -> tuple[Batch, int]:
-    """A batch put on the devices, and how many real candidates it holds, as many on all hosts as here."""
+    """The batch on the devices, and its number of real candidates, assuming equally many on all hosts."""
     return put(batch), int(batch.candidate_mask.sum()) * jax.process_count()
 
 
@@ -271,6 +271,6 @@ def _note(scalars: dict[str, float]) -> str:
 
 
 def flat_scalars(rows: list[Row], split: str) -> dict[str, float]:
-    """What predictors reach on a split, under one name a predictor and metric."""
+    """All metrics of all predictors on a split as a flat dictionary."""
     return {f"{split}/{row['model']}/{key}": value
             for row in rows for key, value in row.items() if key != "model"}

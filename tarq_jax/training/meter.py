@@ -1,4 +1,4 @@
-"""Measures training speed: candidate examples a second, and the share of time spent waiting for data."""
+"""Measures training speed: candidate examples per second, and the share of time spent waiting for data."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,30 +10,30 @@ NOTHING_COUNTED = (0.0, 0.0, 0.0)
 
 
 class Meter:
-    """Counts candidates against time; compilation and whatever happens while paused do not count.
+    """Counts candidates and time; time for compilation and time while paused are not counted.
 
-    JAX returns before the device is done, so each reading waits for the last step counted.
+    JAX returns before the device is done, so each reading waits for the last counted step.
     """
 
     def __init__(self, counted: Sequence[float] = NOTHING_COUNTED):
         """Starts paused: the first step, which compiles, is not counted.
 
         Args:
-          counted: what the meter of an earlier part of the run had `counted`.
+          counted: `counted` of the meter of an earlier part of the run.
         """
         self._pending: dict[str, jax.Array] | None = None  # metrics of the last step, to wait for
-        self._since: float | None = None  # when counting went on; None while paused
+        self._since: float | None = None  # start of the time not yet added; None while paused
         self._candidates, self._seconds, self._waited = counted
-        self._read = tuple(counted)  # the same at the last reading
+        self._read = tuple(counted)  # these three at the last reading
 
     @property
     def counted(self) -> tuple[float, float, float]:
-        """Candidates, seconds, and seconds of these that went by waiting for data."""
+        """Candidates, seconds, and how many of these seconds were spent waiting for data."""
         self._settle()
         return self._candidates, self._seconds, self._waited
 
     def count(self, candidates: int, step_metrics: dict[str, jax.Array]) -> None:
-        """Adds one step, or starts counting with it after a pause."""
+        """Adds one step; after a pause, starts counting when the step is done."""
         self._pending = step_metrics
         if self._since is None:
             jax.block_until_ready(step_metrics)
@@ -62,7 +62,7 @@ class Meter:
         return rates
 
     def total(self) -> dict[str, float]:
-        """Speed over all that was counted, and the time it took."""
+        """Speed over everything that was counted, and the total time."""
         return _rates(*self.counted) | {"train_seconds": self._seconds}
 
     def _settle(self) -> None:

@@ -1,4 +1,4 @@
-"""Which module the settings of `config.model` describe: a table by name."""
+"""The module that the settings in `config.model` describe; a table by name."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -25,9 +25,9 @@ from tarq_jax.models.approximate_attention import ApproximateAttention, by_categ
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.schema import Schema
 
-Supervised = TwoTower | TargetAttention | ApproximateAttention | Cold | IntTower  # train on labels alone
+Supervised = TwoTower | TargetAttention | ApproximateAttention | Cold | IntTower  # trained on labels alone
 Model = Supervised | Tarq
-Common = dict[str, Any]  # what all modules take
+Common = dict[str, Any]  # attributes that all modules have
 
 TARQ_OF_ORDER = {0: Tarq, 1: FirstOrderTarq}
 ASSIGN = {
@@ -35,12 +35,12 @@ ASSIGN = {
     "cosine": quantization.nearest_by_cosine,
     "balanced": quantization.balanced,
 }
-SERVED_ASSIGN = ASSIGN | {"balanced": quantization.nearest}  # a code must not depend on the batch
+SERVED_ASSIGN = ASSIGN | {"balanced": quantization.nearest}  # a served code must not depend on the batch
 PASS_THROUGH = {"straight_through": quantization.straight_through, "rotation": quantization.rotate}
 
 
 def make_module(model: ml_collections.ConfigDict, schema: Schema, tables: Tables = ONE_DEVICE) -> Model:
-    """The module that `config.model` describes, as it trains.
+    """The module that `config.model` describes, in the form that is trained.
 
     Raises:
       ValueError: the model needs a field that the data does not have.
@@ -49,14 +49,14 @@ def make_module(model: ml_collections.ConfigDict, schema: Schema, tables: Tables
 
 
 def common(model: ml_collections.ConfigDict, schema: Schema, tables: Tables = ONE_DEVICE) -> Common:
-    """What all modules take, of `config.model`, as a model of your own may: `MyModel(**common(...))`."""
+    """The attributes of all modules from `config.model`; a model of your own can use them too."""
     return {
         "schema": schema, "width": model.width, "num_heads": model.num_heads, "hidden": tuple(model.hidden),
         "compute": Compute(jnp.dtype(model.dtype), model.remat, model.attention_block), "tables": tables}
 
 
 def of_tarq(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What `Tarq` and `FirstOrderTarq` take besides."""
+    """The further attributes of `Tarq` and `FirstOrderTarq`."""
     return {
         "num_levels": model.num_levels, "head": model.head, "decoded": model.decoded,
         "aligned_share": model.aligned_share, "student_gradient": model.student_gradient,
@@ -65,15 +65,15 @@ def of_tarq(model: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def as_served(module: Tarq, model: ml_collections.ConfigDict) -> Tarq:
-    """The module with the assignment of codes that predictions use, see `SERVED_ASSIGN`."""
+    """The module with the code assignment that predictions use, see `SERVED_ASSIGN`."""
     return module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
 
 
 def _two_tower_large(model: ml_collections.ConfigDict, common: Common) -> TwoTower:
-    """The two-tower with what TARQ adds but its codebooks.
+    """The two-tower with everything that TARQ adds except its codebooks.
 
-    A second history encoder and attention, and hidden layers four times as wide in place of TARQ's further
-    networks.
+    It has a second history encoder and attention, and hidden layers four times as wide, which replace TARQ's
+    further networks.
     """
     return TwoTower(**common | {"hidden": tuple(4 * size for size in model.hidden)}, num_encoders=2)
 

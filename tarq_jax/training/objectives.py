@@ -1,4 +1,4 @@
-"""What each model is trained on: `Objective` bundles a module's init, loss and predictions."""
+"""The objective of each model: `Objective` bundles a module's initialisation, loss and predictions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -20,14 +20,14 @@ Tree = TypeVar("Tree")
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns beside its value."""
+    """The output of a loss besides its value."""
 
     metrics: dict[str, jax.Array]  # scalars that add up over micro-batches and shards
-    quantizer: QuantizerOutput | None  # for the codebook's update
+    quantizer: QuantizerOutput | None  # input of the codebook's update
 
 
 class Diagnostics(NamedTuple):
-    """What the health of a codebook is judged by."""
+    """The arrays from which the health of a codebook is computed."""
 
     latents: jax.Array  # [B, G, D]
     quantizer: QuantizerOutput
@@ -36,30 +36,31 @@ class Diagnostics(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What evaluation looks at."""
+    """The predictions of a model, for evaluation."""
 
-    logits: dict[str, jax.Array]  # predictor -> [B, G]; the first in alphabetical order is the model's own
+    logits: dict[str, jax.Array]  # predictor -> [B, G]; the alphabetically first is the model itself
     diagnostics: Diagnostics | None  # None for models that do not quantize
 
 
 class Objective(NamedTuple):
-    """A model as the training step sees it: three pure functions.
+    """A model as the training step sees it: pure functions.
 
     Attributes:
       init: (rng, batch, codewords) -> params.
       loss: (params, codewords, batch, active, whole) -> (loss [], LossOutput). `active` [] bool says
-        whether the codebook is in use yet. `whole` is the batch of which `batch` is a micro-batch (see
-        `tarq_jax.training.accumulation`), or the same: means are by its weights, so that the losses, the
-        metrics and the gradients of its micro-batches add up to its own. Where a batch is split by
-        `tarq_jax.shards`, those of a shard are its parts, which add up likewise.
+        whether the codebook is in use yet. `whole` is the full batch; `batch` is a micro-batch of it (see
+        `tarq_jax.training.accumulation`) or the full batch itself. Means are divided by the weights of
+        `whole`, so losses, metrics and gradients of the micro-batches add up to those of the full batch. If a
+        batch is split by `tarq_jax.shards`, those of the shards add up in the same way.
       predict: (params, codewords, batch) -> Predictions.
-      latents: (params, batch) -> what is quantized, [B, G, D]; None without a codebook.
-      attention: (params, codewords, batch) -> by head or level, what student and teacher attend to;
-        None without a codebook.
-      fit: (rng, latents [M, D]) -> the codebook to start from; None for k-means, level by level.
-      module: as it predicts, for serving and conversion; None where they are to refuse the model.
-      to_method: (params as NumPy arrays, codewords) -> `tarq_jax.serving.method.Method`, what serves it; None
-        for the library's method for the module.
+      latents: (params, batch) -> the latents to quantize, [B, G, D]; None without a codebook.
+      attention: (params, codewords, batch) -> attention weights of student and teacher by name of a head or
+        level; None without a codebook.
+      fit: (rng, latents [M, D]) -> the initial codebook; None for k-means, level by level.
+      module: the module in the form that predicts, for serving and conversion; None if they must refuse the
+        model.
+      to_method: (params as NumPy arrays, codewords) -> the `tarq_jax.serving.method.Method` that serves the
+        model; None for the library's own method for the module.
     """
 
     init: Callable[..., Any]
@@ -72,13 +73,13 @@ class Objective(NamedTuple):
     to_method: Callable[..., Any] | None = None
 
 
-# What `build` is: (config.model, config.loss_weights, schema, tables, axis_name) -> Objective
+# A function like `build`: (config.model, config.loss_weights, schema, tables, axis_name) -> Objective
 MakeObjective = Callable[
     [ml_collections.ConfigDict, Mapping[str, float], Schema, Tables, shards.AxisName], Objective]
 
 
 def in_float32(output: Tree) -> Tree:
-    """A model's output as losses and metrics read it, whatever type its networks compute in."""
+    """A model's output in float32, for losses and metrics, whatever type its networks compute in."""
     def convert(leaf):
         return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
@@ -86,7 +87,7 @@ def in_float32(output: Tree) -> Tree:
 
 
 def supervised(module: Supervised, name: str, axis_name: shards.AxisName = None) -> Objective:
-    """Binary cross-entropy on the module's logits; its predictor is called `name`."""
+    """The objective with binary cross-entropy on the module's logits; its predictor is called `name`."""
     forward = nn.apply(type(module).__call__, module)
 
     def init(rng, batch, codewords):
@@ -110,10 +111,11 @@ def mean_of_batch(
     values: jax.Array, batch: Batch, whole: Batch | None = None, axis_name: shards.AxisName = None,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean [] of the values [A, G] of a batch's first A requests, or the share of it of this part of a batch.
+    """Weighted mean [] of `values` [A, G] over the first A requests of a batch.
 
-    A micro-batch takes every S-th request of the whole, so that the first A of each of the S are the
-    first S A of the whole. `where` [A] says which requests count; all if None.
+    For a micro-batch or a shard: its contribution to the mean of the full batch. Each of S micro-batches has
+    every S-th request of `whole`, so the first A requests of all S micro-batches are the first S A requests
+    of `whole`. `where` [A] says which requests count; all if None.
     """
     whole = batch if whole is None else whole
     parts = len(whole.weights) // len(batch.weights)
@@ -127,7 +129,7 @@ def tarq_losses(
     output: TarqOutput, codewords: jax.Array, batch: Batch, whole: Batch | None = None,
     axis_name: shards.AxisName = None,
 ) -> dict[str, jax.Array]:
-    """Every loss of docs/mathematics.md by name, [] each, unweighted; see `mean_of_batch`."""
+    """Every loss of docs/mathematics.md by name, [] each, not yet weighted; see `mean_of_batch`."""
     quantizer, teacher = output.quantizer, output.teacher
     aligned, levels = output.personalized.shape[:2]
     per_candidate = {
@@ -151,25 +153,25 @@ def tarq_losses(
             for name, value in per_candidate.items()}
 
 
-STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of the predictors of TARQ
-WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # the losses that train before the codebook is in use
+STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of TARQ's predictors
+WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # losses that train before the codebook is in use
 
 
 def tarq(
     module: Tarq, loss_weights: Mapping[str, float], served: Tarq | None = None,
     axis_name: shards.AxisName = None,
 ) -> Objective:
-    """The weighted sum of `tarq_losses`; predictors `STUDENT` and `TEACHER`.
+    """The objective with the weighted sum of `tarq_losses`; its predictors are `STUDENT` and `TEACHER`.
 
     Args:
-      module: what trains.
-      loss_weights: of every loss.
-      served: what predicts with the same parameters; `module` if None. Differs where training
-        assigns codes by batch.
-      axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
+      module: the module to train.
+      loss_weights: the weight of every loss.
+      served: the module that predicts, with the same parameters; `module` if None. It differs if training
+        assigns codes depending on the batch.
+      axis_name: name of the axis of shards that the loss is computed on, see `tarq_jax.shards`.
 
     Raises:
-      ValueError: at the first loss, if `loss_weights` names a loss that does not exist, or misses one.
+      ValueError: when the loss is first computed, if `loss_weights` names an unknown loss or misses one.
     """
     served = module if served is None else served
     sharded = module.clone(axis_name=axis_name)
@@ -177,7 +179,7 @@ def tarq(
 
     def init(rng, batch, codewords):
         variables = module.init(rng, batch, codewords)
-        alone = module.make_teacher().init(rng, batch)  # so that it starts as the model of the same seed does
+        alone = module.make_teacher().init(rng, batch)  # starts like target attention trained alone
         return {**variables, "params": {**variables["params"], "teacher": alone["params"]}}
 
     def loss(params, codewords, batch, active, whole=None):
@@ -211,17 +213,17 @@ def build(
     model: ml_collections.ConfigDict, loss_weights: Mapping[str, float], schema: Schema,
     tables: Tables = ONE_DEVICE, axis_name: shards.AxisName = None,
 ) -> Objective:
-    """The objective that `config.model` describes: one of the library's, or what MODULE:FUNCTION makes of it.
+    """The objective that `config.model` describes: one of the library's, or the result of MODULE:FUNCTION.
 
     Args:
       model: `config.model`.
       loss_weights: `config.loss_weights`.
-      schema: of the data.
+      schema: schema of the data.
       tables: how embedding tables are kept and looked up.
-      axis_name: of the shards that the loss is computed on, see `tarq_jax.shards`.
+      axis_name: name of the axis of shards that the loss is computed on, see `tarq_jax.shards`.
 
     Raises:
-      ValueError: the model needs a field that the data does not have, or its function is not there.
+      ValueError: the model needs a field that the data does not have, or its function is missing.
     """
     if ":" in model.name:
         return own.call(

@@ -1,8 +1,8 @@
-"""Optimizers: AdamW for the network, and for embedding tables one that suits them.
+"""Optimizers: AdamW for the network; embedding tables can have an optimizer that suits them better.
 
-A step looks few rows of a large table up. Row-wise Adagrad keeps one number a row; lazy Adam changes
-moments and parameters of rows that the step touched, and lets all others be. A row counts as touched
-where its gradient is not zero.
+A step looks up only a few rows of a large table. Row-wise Adagrad keeps one number per row. Lazy Adam
+changes moments and parameters only in rows that the step touched. A row counts as touched if its gradient
+is not zero.
 """
 
 from collections.abc import Callable
@@ -19,24 +19,24 @@ TABLE, NETWORK = "table", "network"  # labels of parameters
 class RowAdagradState(NamedTuple):
     """State of `scale_by_row_adagrad`."""
 
-    squares: Any  # [V] a table, sum over steps of the mean squared gradient of the row
+    squares: Any  # [V] per table, sum over steps of the mean squared gradient of a row
 
 
 class LazyAdamState(NamedTuple):
     """State of `scale_by_lazy_adam`."""
 
-    touched: Any  # [V] int32 a table, steps that touched the row
-    mu: Any  # [V, D], first moments
-    nu: Any  # [V, D], second moments
+    touched: Any  # [V] int32 per table, number of steps that touched a row
+    mu: Any  # [V, D] per table, first moments
+    nu: Any  # [V, D] per table, second moments
 
 
 def scale_by_row_adagrad(eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adagrad with one accumulator a row: `s += mean_d g_d^2`, update `g / (sqrt(s) + eps)`.
+    """Adagrad with one accumulator per row: `s += mean_d g_d^2`, update `g / (sqrt(s) + eps)`.
 
-    (Duchi et al. 2011; by row as in DLRM, arXiv 1906.00091.) All parameters are tables [V, D].
+    From Duchi et al. 2011; row-wise as in DLRM, arXiv 1906.00091. All parameters must be tables [V, D].
 
     Args:
-      eps: added to the root.
+      eps: constant added to the root.
     """
 
     def init(params):
@@ -52,15 +52,15 @@ def scale_by_row_adagrad(eps: float = 1e-8) -> optax.GradientTransformation:
 
 
 def scale_by_lazy_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam (Kingma and Ba 2015) on touched rows; the moments of all others stay, and their update is 0.
+    """Adam (Kingma and Ba 2015) on touched rows only; other rows keep their moments, and their update is 0.
 
-    The bias of a row's moments is corrected by the number of steps that touched it, so that the first
-    update of a row is as long as that of any other. All parameters are tables [V, D].
+    The bias correction of a row uses the number of steps that touched the row, so its first update has the
+    same length however late it comes. All parameters must be tables [V, D].
 
     Args:
       b1: decay of the first moments.
       b2: decay of the second moments.
-      eps: added to the root.
+      eps: constant added to the root.
     """
 
     def init(params):
@@ -89,7 +89,7 @@ def scale_by_lazy_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
 
 
 def decay_touched(weight_decay: float) -> optax.GradientTransformation:
-    """Adds `weight_decay` times the parameters to updates, in rows whose update is not zero."""
+    """Adds `weight_decay` times the parameters to the updates, only in rows whose update is not zero."""
 
     def update(updates, state, params):
         decayed = jax.tree.map(
@@ -100,7 +100,7 @@ def decay_touched(weight_decay: float) -> optax.GradientTransformation:
 
 
 def is_touched(rows: jax.Array) -> jax.Array:
-    """[V, D] to [V] bool: rows with a value that is not zero."""
+    """[V, D] to [V] bool: rows that have a value other than zero."""
     return jnp.any(rows != 0, axis=-1)
 
 
@@ -111,9 +111,9 @@ OF_TABLES: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW under a cosine schedule with linear warm-up, gradients clipped by norm where asked for.
+    """AdamW with a cosine schedule and linear warm-up; gradients are clipped by norm if configured.
 
-    Tables have the optimizer that `config.optimizer.table` names, under the same schedule.
+    Tables use the optimizer that `config.optimizer.table` names, with the same schedule.
     """
     settings = config.optimizer
     schedule = optax.warmup_cosine_decay_schedule(
@@ -122,7 +122,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         decay_steps=max(config.steps, settings.warmup_steps + 1),
     )
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    decayed = {"params": True, "codewords": False}  # of `trainable`
+    decayed = {"params": True, "codewords": False}  # keys of `trainable`
     network = optax.adamw(schedule, weight_decay=settings.weight_decay, mask=decayed)
     if settings.table == "adamw":
         return optax.chain(clip, network)
@@ -133,6 +133,6 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def labels(variables: Any) -> Any:
-    """`TABLE` for every embedding table of `trainable`, `NETWORK` for all else."""
+    """`TABLE` for every embedding table in `trainable`, `NETWORK` for all other parameters."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: TABLE if getattr(path[-1], "key", None) == "embedding" else NETWORK, variables)

@@ -1,4 +1,4 @@
-"""The two ways to run the one step on many devices: `jit` over a mesh, and `pmap`."""
+"""Two ways to run the same training step on several devices: `jit` over a mesh, and `pmap`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,18 +12,18 @@ from tarq_jax.training.state import TrainState
 from tarq_jax.types import Batch
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-CompiledStep = jax.stages.Wrapped  # of a step: callable as it is, with `lower`
-AXIS = "shards"  # of pmap
+CompiledStep = jax.stages.Wrapped  # a compiled step: callable like the step, and has `lower`
+AXIS = "shards"  # name of the axis of pmap
 
 
 class Way(NamedTuple):
-    """One of them.
+    """A way to run a step on several devices.
 
     Attributes:
-      axis_name: that objective and step are built for.
-      put: (batch on the host, mesh) -> the batch on devices, as the step takes it.
+      axis_name: axis name that the objective and the step must be built for.
+      put: (batch on the host, mesh) -> the batch on devices, in the form that the step needs.
       compile: (step, mesh, shardings of the state) -> compiled step, which reuses the memory of its state.
-        States go in and come out as arrays over the mesh either way.
+        In both ways, input and output states are arrays over the mesh.
     """
 
     axis_name: shards.AxisName
@@ -36,13 +36,13 @@ def _jit(step: Step, mesh: Mesh, state: Any) -> CompiledStep:
 
 
 def _pmap(step: Step, mesh: Mesh, state: Any) -> CompiledStep:
-    del state  # the same on every device
+    del state  # all devices hold the same state
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0,
                     devices=mesh.devices.ravel().tolist())
 
 
 def _dealt(batch: Batch, mesh: Mesh) -> Batch:
-    """A shard a device, [n, B / n, ...]."""
+    """The batch with one shard per device, [n, B / n, ...]."""
     split = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     return jax.device_put(shards.deal(batch, mesh.size), split)
 

@@ -1,4 +1,4 @@
-"""Where numbers come from: settings, data, code, packages and device of a run, kept beside its results."""
+"""The origin of a run's numbers: settings, data, code, packages and device, kept beside its results."""
 
 import functools
 import importlib.metadata
@@ -22,15 +22,15 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str, Any]:
-    """What has to be the same for the same numbers to come out, as JSON.
+    """Everything that must be equal for a run to give the same numbers, as JSON.
 
-    On one kind of device they come out to the bit where its sums are: on GPU, set XLA's flag
-    `--xla_gpu_deterministic_ops=true`.
+    On the same kind of device, numbers are then bitwise equal if the device's sums are deterministic; on GPU,
+    set XLA's flag `--xla_gpu_deterministic_ops=true` for this.
 
     Returns:
-      `config`, all settings; `data`, the fingerprint of the prepared data; `revision` of the code, see
-      `revision`; `packages`, their versions; `device`, kind and number; `own`, a hash of the file of each
-      function that the configuration names; `python`.
+      `config`, all settings; `data`, the fingerprint of the data; `revision` of the code, see `revision`;
+      `packages`, their versions; `device`, number and kind; `own`, a hash of the file of each function that
+      the configuration names; `python`, its version.
     """
     return {
         "config": json.loads(config.to_json()), "data": dataset.fingerprint, "revision": revision(),
@@ -40,27 +40,27 @@ def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str,
 
 
 def device() -> str:
-    """How many devices of which kind."""
+    """Number and kind of the devices."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 @functools.cache
 def versions() -> Mapping[str, str | None]:
-    """The installed version of each of `PACKAGES`; None where it is not known."""
+    """The installed version of each of `PACKAGES`; None if unknown."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        except importlib.metadata.PackageNotFoundError:  # for example a checkout that is not installed
             found[name] = None
     return found
 
 
 @functools.cache
 def revision(package: Path = PACKAGE) -> str | None:
-    """The git revision that a package is imported from, ending in `-changed` where its files differ from it.
+    """The git revision that a package is imported from, ending in `-changed` if its files differ from it.
 
-    None where the package is not under git's control: installed, or a copy.
+    None if the package is not under git's control, because it is installed or a copy.
     """
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
@@ -71,13 +71,13 @@ def revision(package: Path = PACKAGE) -> str | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, no repository, or a file that it does not know
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, or an untracked file
         return None
     return done.stdout.strip()
 
 
 def record(workdir: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
-    """Adds to the list in `workdir/provenance.json`, one entry each time that something has changed."""
+    """Appends an entry to the list in `workdir/provenance.json` if it differs from the last entry."""
     entries = read(workdir)
     entry = provenance(config, dataset)
     if entries[-1:] != [entry]:
@@ -86,7 +86,7 @@ def record(workdir: Path, config: ml_collections.ConfigDict, dataset: Dataset) -
 
 
 def check_code(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError if the file of an own MODULE:FUNCTION has changed since the run was last trained."""
+    """Raises ValueError if the file of an own MODULE:FUNCTION changed since the run was last trained."""
     entries, found = read(workdir), own_code(config)
     for name, before in (entries[-1]["own"] if entries else {}).items():
         if name in found and found[name] != before:
@@ -95,7 +95,7 @@ def check_code(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def check_data(workdir: Path, dataset: Dataset) -> None:
-    """Raises ValueError if the run kept there was trained on other data; data without a name are not told."""
+    """Raises ValueError if the run was trained on other data; data without a fingerprint is not checked."""
     entries = read(workdir)
     before = entries[-1]["data"] if entries else ""
     if before and dataset.fingerprint and before != dataset.fingerprint:
@@ -104,7 +104,7 @@ def check_data(workdir: Path, dataset: Dataset) -> None:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """What `record` wrote, oldest first; empty where it did not, or was damaged."""
+    """The entries that `record` wrote, oldest first; empty if the file is missing or damaged."""
     try:
         return json.loads((workdir / FILE).read_text())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""A finished run, brought back from its working directory alone: for what comes after training."""
+"""Restores a finished run from its working directory alone, for use after training."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,20 +14,20 @@ from tarq_jax.training.state import TrainState
 
 
 class Run(NamedTuple):
-    """What training left behind, ready to be used."""
+    """A trained run, ready to be used."""
 
     config: ml_collections.ConfigDict
     dataset: data.Dataset
     objective: Objective
-    state: TrainState  # of the newest checkpoint, or of the best where the run kept that
+    state: TrainState  # of the best checkpoint if the run kept it, else of the newest
 
 
 def load_run(workdir: Path) -> Run:
-    """The run kept in `workdir`, with its data prepared as it was for training.
+    """Loads the run in `workdir`, with its data prepared as for training.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: what was saved does not fit this version's settings, or the data has changed since.
+      ValueError: the saved settings are invalid in this version, or the data has changed since.
     """
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
@@ -49,7 +49,7 @@ def load_run(workdir: Path) -> Run:
 
 
 def saved_config(checkpoints: ocp.CheckpointManager) -> ml_collections.ConfigDict:
-    """The configuration that the newest checkpoint was made with, over the defaults."""
+    """The configuration of the newest checkpoint; settings that it lacks have their defaults."""
     saved = checkpoint.newest_meta(checkpoints)
     if saved is None:
         raise FileNotFoundError(f"{checkpoints.directory} is empty, expected a checkpoint of a training run")
@@ -57,7 +57,7 @@ def saved_config(checkpoints: ocp.CheckpointManager) -> ml_collections.ConfigDic
 
 
 def config_of(settings: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The configuration of settings that were saved, over the defaults."""
+    """The configuration with saved settings; settings that they lack have their defaults."""
     config = default_config()
     with config.unlocked():
         config.data = ml_collections.ConfigDict(config.data.to_dict() | settings["data"])

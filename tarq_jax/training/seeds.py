@@ -1,8 +1,9 @@
-"""Seeds as a batch axis: one compiled program trains all seeds of an experiment, by `over_seeds` of its step.
+"""Seeds as a batch axis: one compiled program, made by `over_seeds`, trains all seeds of an experiment.
 
-A seed's numbers are those of `tarq_jax.training.loop.train` to rounding, and so is what it leaves behind: a
-folder with checkpoints, metrics and `results.json`, with which `train` could go on as well. Every seed has
-its own initialisation, order of the data and k-means. Devices share the seeds and exchange nothing.
+Each seed gives the numbers of `tarq_jax.training.loop.train` up to rounding. It also leaves the same files, a
+folder with checkpoints, metrics and `results.json`, from which `loop.train` could resume as well. Every seed
+has its own initialisation, order of the data and k-means. The seeds are divided among the devices, which
+exchange nothing.
 """
 
 import contextlib
@@ -36,18 +37,18 @@ SEEDS = "seeds"  # the mesh axis
 
 
 def layout(shared: Any, of_seeds: Any) -> Any:
-    """Something for every part of a state: the step is the same for all seeds, all else a seed's own."""
+    """A value per part of a state: `shared` for the step, which all seeds share, `of_seeds` for the rest."""
     return TrainState(shared, of_seeds, of_seeds, of_seeds, of_seeds)
 
 
-SHARED, EACH = PartitionSpec(), PartitionSpec(SEEDS)  # of a device: the whole, or its seeds
+SHARED, EACH = PartitionSpec(), PartitionSpec(SEEDS)  # a device holds all of an array, or its seeds
 STACKED, SPECS = layout(None, 0), layout(SHARED, EACH)
 
 
 class Member(NamedTuple):
-    """One of the runs that are trained together."""
+    """One of the runs that are trained together, with its own seed."""
 
-    config: ml_collections.ConfigDict  # with its seed
+    config: ml_collections.ConfigDict  # with the seed of this run
     workdir: Path
     checkpoints: ocp.CheckpointManager
     writer: MetricsWriter
@@ -55,32 +56,32 @@ class Member(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What they share."""
+    """The parts that all members share."""
 
     objective: Objective
     mesh: Mesh  # over `SEEDS`
-    step: parallel.CompiledStep  # of stacked states and batches
+    step: parallel.CompiledStep  # takes stacked states and batches
 
 
 def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Mapping[int, Path],
           console: Console) -> dict[int, list[Row]]:
-    """Trains one model with every seed, from its newest checkpoint on, and evaluates it on the test split.
+    """Trains one model with every seed, from the newest checkpoints, and evaluates it on the test split.
 
-    Seeds whose checkpoints are of the same step go on together.
+    Seeds whose newest checkpoints have the same step are trained together.
 
     Args:
-      config: validated; `config.mesh` is not used, and `config.seed` replaced.
-      dataset: of all seeds.
-      workdirs: seed -> where its run is kept.
-      console: where progress goes.
+      config: validated configuration; `config.mesh` is not used, and `config.seed` is replaced.
+      dataset: data for all seeds.
+      workdirs: seed -> directory of its run.
+      console: console that shows progress.
 
     Returns:
-      Seed -> rows as of `loop.train`; `train_seconds` is the seed's share of what all took.
+      Seed -> rows as from `loop.train`; `train_seconds` is the total time divided by the number of seeds.
 
     Raises:
-      FloatingPointError: as of `loop.train`, and names the seed; no batch is kept.
-      Interrupted: after SIGINT or SIGTERM, once all states are saved.
-      ValueError: a setting does not fit the data or a checkpoint, or cannot be had with several seeds.
+      FloatingPointError: as for `loop.train`, and names the seed; no batch is kept.
+      Interrupted: after SIGINT or SIGTERM, when all states have been saved.
+      ValueError: a setting does not fit the data or a checkpoint, or is not possible with several seeds.
     """
     _check(config)
     objective = setup.make_objective(config, dataset, sharding.make_tables(config))
@@ -141,7 +142,7 @@ def _open(stack: contextlib.ExitStack, config: ml_collections.ConfigDict, workdi
 
 
 def make_mesh(num_seeds: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """As many devices as divide the seeds."""
+    """A mesh over the largest number of devices that divides the number of seeds."""
     devices = jax.devices() if devices is None else devices
     used = max(n for n in range(1, len(devices) + 1) if num_seeds % n == 0)
     return jax.make_mesh((used,), (SEEDS,), axis_types=(AxisType.Auto,), devices=devices[:used])
@@ -149,9 +150,9 @@ def make_mesh(num_seeds: int, devices: Sequence[jax.Device] | None = None) -> Me
 
 def compile_step(config: ml_collections.ConfigDict, objective: Objective,
                  optimizer: optax.GradientTransformation, mesh: Mesh) -> parallel.CompiledStep:
-    """`train_step` of states and batches with an axis of seeds in front; metrics come with it too.
+    """`train_step` for states and batches with a leading axis of seeds; metrics have this axis too.
 
-    The step number is one for all, so that what happens every so many steps stays a branch.
+    All seeds share one step number, so that periodic work, such as revival, stays a branch of the program.
     """
     step = over_seeds(setup.make_step(config, objective, optimizer),
                       in_turn=mesh.devices.flat[0].platform == "cpu")
@@ -160,12 +161,12 @@ def compile_step(config: ml_collections.ConfigDict, objective: Objective,
 
 
 def over_seeds(step: parallel.Step, in_turn: bool) -> parallel.Step:
-    """A step of one state and batch as one of many, which have an axis of seeds in front.
+    """Turns a step for one state and batch into one for several, with a leading axis of seeds.
 
     Args:
-      step: of one.
-      in_turn: a loop of one seed after the other, so that the core's caches hold one seed's work; by `vmap`
-        if not, whose larger products fill an accelerator.
+      step: step for one seed.
+      in_turn: whether to loop over the seeds, so that the caches of a CPU core hold the data of one seed.
+        Otherwise `vmap` is used, whose larger products fill an accelerator.
     """
     if not in_turn:
         return jax.vmap(step, in_axes=(STACKED, 0), out_axes=(STACKED, 0))
@@ -182,14 +183,14 @@ def over_seeds(step: parallel.Step, in_turn: bool) -> parallel.Step:
 
 
 def stack_states(states: Sequence[TrainState], mesh: Mesh) -> TrainState:
-    """States of the same step as one, each device with its share of them."""
+    """Stacks states of the same step into one; each device holds its share of the seeds."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s.replace(step=None) for s in states))
     state = stacked.replace(step=states[0].step)
     return jax.device_put(state, layout(NamedSharding(mesh, SHARED), NamedSharding(mesh, EACH)))
 
 
 def unstack(state: TrainState) -> list[TrainState]:
-    """The states that are in one, on the first device."""
+    """Splits a stacked state into the states of the seeds, on the first device."""
     def of_seed(seed: int) -> TrainState:
         own = jax.tree.map(lambda leaf: leaf[seed], state.replace(step=None))
         return jax.device_put(own.replace(step=state.step), jax.devices()[0])
@@ -201,7 +202,7 @@ def _train(
     parts: Parts, members: Sequence[Member], restored: Sequence[checkpoint.Restored], dataset: data.Dataset,
     console: Console, interruption: distributed.Interruption,
 ) -> list[list[Row]]:
-    """Rows of each of the members, whose states are of the same step."""
+    """Trains members whose states have the same step, and returns the rows of each."""
     config, shapes = members[0].config, setup.batch_shapes(dataset)
     state = stack_states([found.state for found in restored], parts.mesh)
     meter = Meter([sum(counts) for counts in zip(*(found.counted for found in restored), strict=True)])
@@ -256,7 +257,7 @@ def _train(
 
 def _batches(members: Sequence[Member], dataset: data.Dataset, shapes: data.Shapes, start: int
              ) -> Iterator[Batch]:
-    """Batches with an axis of seeds in front, each seed's in its own order; all histories are as long."""
+    """Batches with a leading axis of seeds, each seed in its own order; all histories are padded to N."""
     each = [data.train_batches(dataset, "train", batch_size=member.config.batch_size, seed=member.config.seed,
                                start_step=start, readers=member.config.data.readers, **shapes)
             for member in members]
@@ -265,7 +266,7 @@ def _batches(members: Sequence[Member], dataset: data.Dataset, shapes: data.Shap
 
 def _look(members: Sequence[Member], pending: Sequence[tuple[int, Mapping[str, jax.Array]]]
           ) -> list[dict[str, float]]:
-    """The scalars of each seed's last step; StepFailed if one is wrong, see `Watch`."""
+    """The scalars of each seed's last step; FloatingPointError if a step failed, see `Watch`."""
     fetched = jax.device_get(pending)
     scalars = []
     for i, member in enumerate(members):
@@ -281,7 +282,7 @@ def _look(members: Sequence[Member], pending: Sequence[tuple[int, Mapping[str, j
 
 def initialise_codebooks(parts: Parts, members: Sequence[Member], state: TrainState, dataset: data.Dataset,
                          shapes: data.Shapes) -> TrainState:
-    """As `setup.initialise_codebook`, of every seed on latents of its own."""
+    """`setup.initialise_codebook` for every seed, each on its own latents."""
     config, objective = members[0].config, parts.objective
     if config.codebook.init == "random" or objective.latents is None:
         return state

@@ -1,4 +1,4 @@
-"""What a run begins with: its parts, a fresh state, the compiled step, a codebook once there are latents."""
+"""Setting up a run: its parts, a fresh state, the compiled step, and the initialisation of its codebook."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from tarq_jax.types import Batch, Codebook
 
 
 class Setup(NamedTuple):
-    """What a run begins with."""
+    """The parts that a run starts with."""
 
     way: parallel.Way
     mesh: jax.sharding.Mesh
@@ -34,14 +34,14 @@ class Setup(NamedTuple):
 
 
 def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
-    """The parts of a run, as its configuration describes them, over all devices.
+    """Makes the parts of a run from its configuration, over all devices.
 
     Args:
-      config: of the run.
-      dataset: to train on.
+      config: configuration of the run.
+      dataset: data to train on.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the batch or a table the mesh.
+      ValueError: the mesh does not fit the devices, or the batch or a table does not fit the mesh.
     """
     if config.parallel == "pmap" and jax.process_count() > 1:
         raise ValueError(f"config.parallel is 'pmap', expected 'mesh' with {jax.process_count()} processes")
@@ -59,10 +59,10 @@ def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
 def make_objective(
     config: ml_collections.ConfigDict, dataset: data.Dataset, tables: Tables, axis_name: AxisName = None
 ) -> Objective:
-    """The objective to train; what the settings do not tell of a model of one's own is checked here.
+    """The objective to train; also checks what the settings of a model of your own do not show.
 
     Raises:
-      ValueError: as `objectives.build`; or evaluation would fail once it is due.
+      ValueError: as for `objectives.build`, or evaluation would fail later.
     """
     _check_splits(config, dataset)
     objective = build(config.model, config.loss_weights, dataset.schema, tables, axis_name)
@@ -74,7 +74,7 @@ def make_objective(
 
 
 def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
-    """That there are requests wherever the run will look for some."""
+    """Raises ValueError unless every split that the run uses has requests with candidates."""
     if config.eval_every and "validation" not in dataset.splits:
         raise ValueError(f"config.eval_every is {config.eval_every}, expected 0 with data that has no split "
                          f"'validation' but {sorted(dataset.splits)}")
@@ -99,7 +99,7 @@ def _check_predictors(config: ml_collections.ConfigDict, objective: Objective, d
 
 
 def batch_shapes(dataset: data.Dataset) -> data.Shapes:
-    """N and G: the longest history and the most candidates of any split."""
+    """N and G: the longest history and the largest number of candidates in any split."""
     splits = dataset.splits.values()
     return {"history_length": max(1, *(split.longest_history for split in splits)),
             "num_candidates": max(1, *(split.most_candidates for split in splits))}
@@ -111,7 +111,7 @@ def init_state(
 ) -> TrainState:
     """A fresh state from the seed; its codebook is random until `initialise_codebook`.
 
-    Over a mesh it is made in parts, each on the device where the rules of the configuration want it.
+    With a mesh, each part of the state is created on the device that the rules of the configuration assign.
     """
     batch, init = example(dataset), initialiser(config, objective, optimizer)
     rng, shardings = jax.random.key(config.seed), None
@@ -122,7 +122,7 @@ def init_state(
 
 
 def example(dataset: data.Dataset) -> Batch:
-    """A batch of one request, for its shapes."""
+    """A batch of one request, used for shapes."""
     return next(data.train_batches(dataset, "train", batch_size=1, seed=0, **batch_shapes(dataset)))
 
 
@@ -148,7 +148,7 @@ def initialiser(
 
 
 def count_parameters(state: TrainState) -> int:
-    """Numbers that are trained, codewords among them."""
+    """The number of trained values, including codewords."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
 
 
@@ -162,14 +162,14 @@ def compile_step(
     config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh | None = None, state: TrainState | None = None,
 ) -> parallel.CompiledStep:
-    """`train_step`, compiled the way that `config.parallel` says; the state's memory is reused.
+    """`train_step`, compiled as `config.parallel` says; the memory of the state is reused.
 
     Args:
-      config: of the run.
-      objective: built for the axis of that way.
-      optimizer: over `trainable`.
-      mesh: to run on; the default device if None.
-      state: on that mesh; a new state lies as it does.
+      config: configuration of the run.
+      objective: objective, built for the axis name of that `parallel.Way`.
+      optimizer: optimizer over `trainable`.
+      mesh: mesh to run on; the default device if None.
+      state: a state on that mesh; new states are placed on devices like it.
     """
     step = make_step(config, objective, optimizer)
     if mesh is None:
@@ -181,7 +181,7 @@ def compile_step(
 def make_step(
     config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation
 ) -> parallel.Step:
-    """`train_step` with all that the configuration says of it."""
+    """`train_step` with all its settings from the configuration."""
     settings = config.codebook
     update_codebook = codebook_updates(
         mode=settings.learning, decay=settings.decay, revive_every=settings.revive_every,
@@ -198,7 +198,7 @@ def initialise_codebook(
     config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset,
     shapes: data.Shapes, mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """Fits the codebook to real latents of training candidates; a random one stays as it is."""
+    """Fits the codebook to latents of real training candidates; with `init` "random" it stays as it is."""
     if config.codebook.init == "random" or objective.latents is None:
         return state
     everywhere = sharding.replicated(mesh)
@@ -212,7 +212,7 @@ def draw_latents(
     config: ml_collections.ConfigDict, latents_of: Callable[[Batch], jax.Array], dataset: data.Dataset,
     shapes: data.Shapes,
 ) -> np.ndarray:
-    """[M, D], `config.codebook.init_latents` latents of real candidates in an order that the seed decides."""
+    """[M, D]: M = `config.codebook.init_latents` latents of real candidates; the seed decides which."""
     found: list[np.ndarray] = []
     batches = data.train_batches(
         dataset, "train", batch_size=config.batch_size, seed=config.seed + 1, **shapes
@@ -226,7 +226,7 @@ def draw_latents(
 def codebook_fit(
     config: ml_collections.ConfigDict, objective: Objective
 ) -> Callable[[jax.Array, jax.Array], Codebook]:
-    """(key of a state, latents [M, D]) -> the codebook that the objective fits, as a pure function."""
+    """(key of a state, latents [M, D]) -> the codebook fitted by the objective, as a pure function."""
     fit = objective.fit or functools.partial(
         quantization.kmeans_codebook, num_levels=config.model.num_levels,
         num_codewords=config.model.num_codewords)

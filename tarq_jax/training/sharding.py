@@ -1,7 +1,8 @@
-"""Where arrays live: a mesh of two axes, batches split over all of it, parameters by rules.
+"""Where arrays are placed: a mesh of two axes, batches split over all of it, parameters by rules.
 
-The axis `data` holds copies of what is split over `model`. Each device of the mesh gets a part of every
-batch of its own, whichever axes it is on: an axis that split tables alone would compute all else twice.
+Along the axis `data`, devices hold copies of the parameters that are split over `model`. Batches are split
+over both axes, so that every device has its own part: an axis that only split tables would repeat all other
+computations.
 """
 
 import functools
@@ -20,17 +21,17 @@ from tarq_jax.types import Batch
 Tree = TypeVar("Tree")
 
 DATA, MODEL = "data", "model"
-BATCH = (DATA, MODEL)  # what splits a batch
-TABLE = "embedding"  # the last part of a table's path
+BATCH = (DATA, MODEL)  # the axes that split a batch
+TABLE = "embedding"  # the last part of the path of a table
 
 
 def make_mesh(data: int = 0, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `data` x `model` over the given devices, or all.
 
     Args:
-      data: devices along the axis `data`; 0 for as many as there are.
-      model: devices along the axis `model`.
-      devices: all of this run's if None.
+      data: number of devices along the axis `data`; 0 for all that `model` leaves.
+      model: number of devices along the axis `model`.
+      devices: devices of the mesh; all devices of this run if None.
 
     Raises:
       ValueError: the product is not the number of devices.
@@ -53,31 +54,31 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Splits every array of a batch by request over all devices; of several processes each gives its part."""
+    """Splits a batch by request over all devices; with several processes, each provides its own part."""
     split = NamedSharding(mesh, PartitionSpec(BATCH))
     return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, split), batch)
 
 
 def split_evaluation(batch: Batch, mesh: Mesh) -> Batch:
-    """As `shard_batch`, of a batch that every process holds whole; one that does not divide stays whole."""
+    """Splits a full batch that every process holds; a batch that does not divide evenly is replicated."""
     split = NamedSharding(mesh, PartitionSpec(BATCH if len(batch.weights) % mesh.size == 0 else None))
     return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, split, leaf.__getitem__), batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device of the mesh."""
+    """The sharding that puts a copy on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 class Rule(NamedTuple):
-    """Parameters whose path a pattern is found in, and how they are split."""
+    """How parameters are split whose path matches a pattern."""
 
-    pattern: str  # regular expression; a path reads `params/backbone/item_features/item_id/embedding`
+    pattern: str  # regular expression, for paths like `params/backbone/item_features/item_id/embedding`
     spec: PartitionSpec
 
 
 def parse_rules(table: Sequence[Sequence[Any]]) -> tuple[Rule, ...]:
-    """Rules of `config.mesh.rules`: pairs of a pattern and, axis by axis, None, a mesh axis or several.
+    """Parses `config.mesh.rules`: pairs of a pattern and, for each array axis, None or one or more mesh axes.
 
     Example:
       >>> [rule.spec for rule in parse_rules([["item_id", ["model"]], ["kernel", [None, ["data", "model"]]]])]
@@ -90,25 +91,25 @@ def parse_rules(table: Sequence[Sequence[Any]]) -> tuple[Rule, ...]:
 
 
 def spec_of(path: str, rules: Sequence[Rule]) -> PartitionSpec:
-    """The specification of the first rule that the path of a parameter matches; replicated if none does."""
+    """The specification of the first rule that matches the path of a parameter; replicated if none does."""
     return next((rule.spec for rule in rules if re.search(rule.pattern, path)), PartitionSpec())
 
 
 def state_shardings(state: Tree, mesh: Mesh, rules: Sequence[Rule]) -> Tree:
-    """A sharding for every leaf of a training state; what an optimizer keeps of a parameter lies with it.
+    """A sharding for every leaf of a training state; optimizer state is split like its parameter.
 
     Args:
-      state: arrays or their shapes, see `jax.eval_shape`.
-      mesh: of `make_mesh`.
-      rules: first match wins.
+      state: arrays, or their shapes from `jax.eval_shape`.
+      mesh: mesh from `make_mesh`.
+      rules: rules for parameters; the first match applies.
 
     Raises:
-      ValueError: a rule matches no parameter, has too many axes for one, or splits an axis that its
-        devices do not divide; names rule and parameter.
+      ValueError: a rule matches no parameter, has too many axes for a parameter, or splits an axis whose size
+        is not a multiple of the number of devices; names the rule or the parameter.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     named = [(_parameter_path(path), leaf.shape) for path, leaf in leaves]
-    shapes = {path: shape for path, shape in reversed(named) if path}  # of parameters: they come first
+    shapes = {path: shape for path, shape in reversed(named) if path}  # parameters come first in a state
     for rule in rules:
         if not any(re.search(rule.pattern, path) for path in shapes):
             shown = sorted(shapes, key=lambda path: not path.endswith(f"/{TABLE}"))[:3]
@@ -122,14 +123,14 @@ def state_shardings(state: Tree, mesh: Mesh, rules: Sequence[Rule]) -> Tree:
 
 
 def _parameter_path(path: tuple) -> str:
-    """The path of a parameter, wherever in a state a leaf of it stands; empty for everything else."""
+    """The path of the parameter that a leaf of a state belongs to; empty if it belongs to none."""
     return jax.tree_util.keystr(path, simple=True, separator="/").partition("params/")[2]
 
 
 def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
-    """Raises ValueError unless an array can be split like this."""
+    """Raises ValueError unless an array of this shape can be split by `spec`."""
     is_table = path.endswith(f"/{TABLE}")
-    most = 1 if is_table else len(shape)  # tables are split by rows alone
+    most = 1 if is_table else len(shape)  # tables are split only by rows
     if len(spec) > most:
         raise ValueError(f"config.mesh.rules: {path} {list(shape)} is given {spec}, expected at most {most} "
                          f"{'axis, its rows' if is_table else 'axes'}")
@@ -142,12 +143,12 @@ def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
 
 
 def axes_of(entry: str | Sequence[str] | None) -> Axes:
-    """Mesh axes that an entry of a specification names."""
+    """The mesh axes that an entry of a specification names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def make_tables(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Tables:
-    """Tables as a configuration wants them: split over the mesh, if there is one, where a rule says so."""
+    """The tables of a configuration; with a mesh, those that a rule names are looked up by shards."""
     rules = parse_rules(config.mesh.rules)
     multiple = config.model.table_multiple
     if mesh is None or not rules:

@@ -9,13 +9,13 @@ from tarq_jax.types import Codebook
 
 
 class TrainState(struct.PyTreeNode):
-    """A pytree; the codebook stands beside the parameters, not among them."""
+    """A pytree; the codebook is beside the parameters, not among them."""
 
     step: jax.Array  # [] int32, steps done
     params: Any  # the module's variables
     codebook: Codebook | None  # None for models that do not quantize
-    opt_state: Any  # of the optimizer, over `trainable`
-    rng: jax.Array  # key that every step folds its number into
+    opt_state: Any  # state of the optimizer, over `trainable`
+    rng: jax.Array  # key; every step folds its number into it
 
     @property
     def codewords(self) -> Any:
@@ -24,5 +24,5 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def trainable(self) -> dict[str, Any]:
-        """What the optimizer sees: parameters and codewords, in one tree."""
+        """The tree that the optimizer updates: parameters and codewords."""
         return {"params": self.params, "codewords": self.codewords}

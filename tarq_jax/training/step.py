@@ -14,7 +14,7 @@ from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState
 from tarq_jax.types import Batch, Codebook, Levels, QuantizerOutput
 
-REVIVAL_LATENTS = 65536  # at most that revival draws from: every device gathers them
+REVIVAL_LATENTS = 65536  # most latents that revival draws from: every device gathers them
 # (rng, codebook, quantizer output, where [B, G], step) -> codebook
 CodebookUpdate = Callable[[jax.Array, Codebook, QuantizerOutput, jax.Array, jax.Array], Codebook]
 
@@ -33,20 +33,20 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient step on parameters and codewords, then the codebook's own update.
 
-    The same on a whole batch and, under `pmap`, on a shard of it: sums go over all shards, and all that
-    changes the codebook is gathered first, so that every replica computes the same new state.
+    The step works on a full batch and, under `pmap`, on a shard of it: sums go over all shards, and all
+    inputs of the codebook's update are gathered first, so that every replica computes the same new state.
 
     Args:
-      state: before the step.
+      state: state before the step.
       batch: requests.
-      objective: what to minimise.
-      optimizer: over `trainable`.
-      update_codebook: statistics, EMA and revival, see `codebook_updates`.
-      codewords_by_gradient: False where `update_codebook` sets the codewords whatever the optimizer makes of
-        them: then nothing is differentiated with respect to them, in order 1 a quarter of a step.
-      codebook_start: step from which on the codebook is in use.
-      accumulate: micro-batches that gradients are computed in; the step is the same to rounding.
-      axis_name: of the shards, see `tarq_jax.shards`; the objective has to be built for the same.
+      objective: objective to minimise.
+      optimizer: optimizer over `trainable`.
+      update_codebook: update of statistics, EMA and revival, see `codebook_updates`.
+      codewords_by_gradient: set False if `update_codebook` overwrites the codewords (EMA). Their gradient is
+        then not computed, which saves a quarter of a step in order 1.
+      codebook_start: first step in which the codebook is used.
+      accumulate: number of micro-batches for the gradients; the result is the same up to rounding.
+      axis_name: name of the axis of shards, see `tarq_jax.shards`; the objective must be built for the same.
 
     Returns:
       The state after the step, and metrics on device: scalars, and two vectors in the order of the leaves
@@ -79,12 +79,12 @@ def train_step(
     state = state.replace(
         step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
     )
-    # Not finite as soon as the state is not, which the loss says only a step later.
+    # These norms show at once that the state is not finite; the loss shows it only one step later.
     return state, metrics | norms("parameter", state.trainable)
 
 
 def norms(name: str, tree: Any) -> dict[str, jax.Array]:
-    """`<name>_norms` [P], the Euclidean norm of each leaf, and `<name>_norm` [] of all together."""
+    """`<name>_norms` [P], the Euclidean norm of each leaf, and `<name>_norm` [], that of all together."""
     each = jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree)])
     return {f"{name}_norm": jnp.linalg.norm(each), f"{name}_norms": each}
 
@@ -95,14 +95,14 @@ def codebook_updates(
     """The codebook's update after a gradient step.
 
     Args:
-      mode: `gradient` leaves the codewords to the optimizer and tracks usage only; `ema` sets
-        them to the running mean of what they quantize.
-      decay: of the running statistics.
+      mode: `gradient` leaves the codewords to the optimizer and only tracks usage; `ema` sets them to the
+        running mean of the residuals assigned to them.
+      decay: decay of the running statistics.
       revive_every: steps between revivals of dead codewords; 0 never revives.
-      dead: which codewords to revive, see `quantization.dead_by_count` and `dead_by_age`.
+      dead: function that finds dead codewords, see `quantization.dead_by_count` and `dead_by_age`.
 
     Raises:
-      ValueError: for another mode.
+      ValueError: the mode is another one.
     """
 
     if mode not in ("gradient", "ema"):

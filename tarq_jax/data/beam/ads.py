@@ -1,4 +1,4 @@
-"""Elements of Taobao display ads, see `tarq_jax.data.taobao_ads`."""
+"""Elements of the Taobao display ads data, see `tarq_jax.data.taobao_ads`."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ def _time(text: str, first: int, last: int) -> int:
 
 
 def parse_shown(text: str, first_time: int, last_time: int) -> Shown:
-    """A row of raw_sample.csv."""
+    """Parses a row of raw_sample.csv."""
     user, time, ad, place, not_clicked, clicked = split_row(text, ",", 6)
     if {not_clicked, clicked} != {"0", "1"}:
         raise BadRow("neither clicked nor not clicked")
@@ -33,7 +33,7 @@ def parse_shown(text: str, first_time: int, last_time: int) -> Shown:
 
 
 def parse_ad(text: str) -> list[tuple[str, Value]]:
-    """A row of ad_feature.csv: the item and each of its values."""
+    """Parses a row of ad_feature.csv: one pair (item, value) per value."""
     ad, *columns, price = split_row(text, ",", 6)
     amount = parse_number(price, float)
     if not 0 <= amount < math.inf:
@@ -46,7 +46,7 @@ def parse_ad(text: str) -> list[tuple[str, Value]]:
 
 
 def parse_profile(text: str) -> list[tuple[str, Value]]:
-    """A row of user_profile.csv: the user and each of the attributes."""
+    """Parses a row of user_profile.csv: one pair (user, attribute) per attribute."""
     user, *columns = split_row(text, ",", 1 + len(PROFILE))
     key, values = parse_id(user), []
     for (name, size), column in zip(PROFILE.items(), columns, strict=True):
@@ -60,7 +60,7 @@ def parse_profile(text: str) -> list[tuple[str, Value]]:
 
 
 def parse_behavior(text: str, first_time: int, last_time: int) -> tuple[Event, list[Value]]:
-    """A row of behavior_log.csv: the event, and the category and brand of its pair."""
+    """Parses a row of behavior_log.csv: the event, and the category and brand of its item (a pair)."""
     user, time, kind, category, brand = split_row(text, ",", 5)
     if kind not in BEHAVIORS:
         raise BadRow("unknown behavior")
@@ -77,7 +77,7 @@ def _values_of_pair(row: tuple[Event, list[Value]]) -> Iterator[tuple[str, Value
 
 
 def parts(root: beam.Pipeline, options: AdsOptions) -> Parts:
-    """Ads shown, behaviors, the features of both, and profiles."""
+    """The elements of all four files: ads shown, behaviors, the features of both, and profiles."""
     first, last = options.first_time, options.last_time
     parsers: dict[str, Callable[[str], Any]] = {
         "shown": functools.partial(parse_shown, first_time=first, last_time=last),

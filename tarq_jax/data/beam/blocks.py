@@ -1,4 +1,4 @@
-"""Requests and tables as block records, numbered so that the n-th record of a split is its n-th block."""
+"""Requests and tables as block records, numbered so that the n-th record of a split is block n."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,11 +20,11 @@ def _num_blocks(count: int, size: int) -> int:
 
 
 def request_records(name: str, requests: PCollection, schema: Schema) -> PCollection:
-    """(block number, record) of a split.
+    """The records of a split, as (block number, record).
 
-    The hash of a request decides its block, and its order in there: the result is the same on every runner,
-    and shuffled over the whole split, so that shuffling a few blocks in training is enough. Blocks hold about
-    `records.BLOCK` requests; block 0 is there even when it is empty.
+    The hash of a request decides its block and its place in the block. So the result is the same on every
+    runner, and requests are shuffled over the entire split: in training it is enough to shuffle a few blocks
+    together. Blocks hold about `records.BLOCK` requests; block 0 exists even if the split is empty.
     """
     count = (requests | f"Count {name}" >> beam.combiners.Count.Globally()
              | f"Blocks of {name}" >> beam.Map(_num_blocks, records.BLOCK))
@@ -52,13 +52,13 @@ def _request_record(element: tuple[int, Iterable[Request | None]], schema: Schem
 
 
 def _columns(fields: tuple[Field, ...], rows: list[tuple[int, ...]]) -> records.Columns:
-    """Rows of values, in the order of the fields, by column."""
+    """Turns rows of values, which are in the order of the fields, into columns."""
     return {field.name: np.array([row[place] for row in rows], field.dtype)
             for place, field in enumerate(fields)}
 
 
 def describe(name: str, blocks: PCollection) -> PCollection:
-    """What `StoredRequests` has to know of the blocks of a split: three numbers for each, then one object."""
+    """What `StoredRequests` needs to know about the blocks of a split, as one object."""
     return (blocks | f"Size up {name}" >> beam.Map(_sizes)
             | f"Gather sizes of {name}" >> beam.combiners.ToList()
             | f"Describe {name}" >> beam.Map(_description))
@@ -78,13 +78,13 @@ def _description(sizes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
 
 
 def table_records(side: Side, values: PCollection, size: PCollection, schema: Schema) -> PCollection:
-    """(block number, record) of the item or user table.
+    """The records of the item or user table, as (block number, record).
 
     Args:
-      side: of the fields.
-      values: (row, (field, value)), at most one value of each row and field but for mistakes in the data,
-        of which the greatest counts; what is missing is 0.
-      size: one number, of rows.
+      side: "item" or "user".
+      values: (row, (field, value)). If the data has several values for one row and field, the greatest is
+        used; missing values are 0.
+      size: one number, the number of rows.
       schema: the fields.
     """
     size = size if schema.side(side) else values.pipeline | f"No {side} table" >> beam.Create([0])

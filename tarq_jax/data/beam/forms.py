@@ -1,4 +1,4 @@
-"""What a source gives to the pipeline, and the options that all of them share."""
+"""The elements that a source gives to the pipeline."""
 
 from typing import Any, NamedTuple
 
@@ -6,16 +6,16 @@ from apache_beam.pvalue import PCollection
 
 
 class Event(NamedTuple):
-    """Something that a user did; becomes a history event of what the user is shown later."""
+    """Something that a user did; a history event of the requests of that user after it."""
 
     user: str
     time: int  # seconds
     item: str
-    values: tuple[int, ...] = ()  # of the event fields, in the schema's order
+    values: tuple[int, ...] = ()  # values of the event fields, in the schema's order
 
 
 class Shown(NamedTuple):
-    """A candidate; those of one user, time and context are a request."""
+    """A candidate; candidates with the same user, time and context form a request."""
 
     user: str
     time: int
@@ -27,11 +27,11 @@ class Shown(NamedTuple):
 class Parts(NamedTuple):
     """The elements of a source."""
 
-    events: PCollection  # of Event
-    shown: PCollection  # of Shown
-    items: PCollection  # (item, (field, value)): text of a categorical field, the number of a numeric one
-    users: PCollection  # (user, (field, value)), likewise, but that of a categorical field is its id
-    reports: tuple[PCollection, ...]  # of malformed rows, as `text.read_rows` gives them
+    events: PCollection  # elements are `Event`
+    shown: PCollection  # elements are `Shown`
+    items: PCollection  # (item, (field, value)); a value is text if categorical, else a number
+    users: PCollection  # (user, (field, value)); the value of a categorical field is its id
+    reports: tuple[PCollection, ...]  # about rows read and malformed, from `text.read_rows`
 
 
-Value = tuple[str, Any]  # of a field
+Value = tuple[str, Any]  # (name of a field, its value)

@@ -16,7 +16,7 @@ MAX_TIME = 1 << 53
 
 
 class Row(NamedTuple):
-    """A row of either file by name of its columns."""
+    """A row of either file; `columns` has all its columns by name."""
 
     user: str
     time: int
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 def parse_row(text: str, header: Mapping[str, int], options: ImpressionsOptions) -> Row:
-    """Splits a row, which may quote its columns."""
+    """Splits a row, whose columns may be quoted."""
     columns = split_csv(text, options.delimiter, len(header))
     found = {name: columns[place].strip() for name, place in header.items()}
     if not (found[options.user_column] and found[options.item_column]):
@@ -37,7 +37,7 @@ def parse_row(text: str, header: Mapping[str, int], options: ImpressionsOptions)
 
 
 def parse_impression(text: str, header: Mapping[str, int], options: ImpressionsOptions) -> Row:
-    """`parse_row` with a label."""
+    """`parse_row`, with a check of the label."""
     row = parse_row(text, header, options)
     if row.columns[options.label_column] not in ("0", "1"):
         raise BadRow("label other than 0 or 1")
@@ -45,7 +45,7 @@ def parse_impression(text: str, header: Mapping[str, int], options: ImpressionsO
 
 
 def hash_features(row: Row, features: list[str], buckets: int) -> tuple[int, ...]:
-    """Ids from 1 of hashed features, 0 for empty ones."""
+    """Hashed ids of features, from 1; 0 for empty ones."""
     return tuple(1 + stable_hash(f"{name}={row.columns[name]}") % buckets if row.columns[name] else 0
                  for name in features)
 
@@ -71,7 +71,7 @@ def _user_values(row: Row, options: ImpressionsOptions) -> Iterator[tuple[str, V
 
 
 def parts(root: beam.Pipeline, options: ImpressionsOptions) -> Parts:
-    """Impressions, and behaviors or clicks."""
+    """The elements of the logs: impressions, and behaviors or, without them, clicks."""
     shared = [options.user_column, options.time_column, options.item_column]
     features = names(",".join((options.item_features, options.user_features, options.context_features)))
     header = read_header(options.source, "source", options.delimiter,

@@ -19,14 +19,14 @@ POOL = 1 << 17  # training candidates that negatives are drawn from
 
 
 class Plan(NamedTuple):
-    """What a builder writes."""
+    """The output of the pipeline, which a builder writes."""
 
     splits: dict[str, PCollection]  # (block number, record)
     facts: dict[str, PCollection]  # one JSON object each: sizes of vocabularies, blocks of splits, reports
 
 
 def plan_source(source: PipelineSource, root: beam.Pipeline, options: LogOptions) -> Plan:
-    """The pipeline of a source with these options."""
+    """`plan` for a source and its options."""
     rules = Rules(**{name: getattr(options, name) for name in Rules._fields})
     return plan(source.parts(root, options), source.schema(options), rules,
                 item_buckets=options.item_buckets, min_count=options.min_count,
@@ -39,12 +39,12 @@ def plan(parts: Parts, schema: Schema, rules: Rules, *, item_buckets: int, min_c
 
     Args:
       parts: elements of the source.
-      schema: its fields; the sizes of categorical item fields, `item_id` too, are found by the pipeline and
-        count for nothing here.
-      rules: of making requests.
-      item_buckets: buckets that items are hashed into; 0 gives each its own row.
+      schema: fields of the source. The pipeline finds the sizes of categorical item fields, including
+        `item_id`, itself; those in the schema are ignored.
+      rules: how requests are made.
+      item_buckets: number of buckets that items are hashed into; 0 gives each item its own row.
       min_count: an item with fewer occurrences is unknown.
-      max_user_events: the last events, and the last candidates, of a user that are kept.
+      max_user_events: how many of the last events, and of the last candidates, of a user are kept.
     """
     keys = ((parts.events | "Items of events" >> beam.Map(lambda event: event.item),
              parts.shown | "Items shown" >> beam.Map(lambda shown: shown.item)) | "Items" >> beam.Flatten())
@@ -64,7 +64,7 @@ def plan(parts: Parts, schema: Schema, rules: Rules, *, item_buckets: int, min_c
 
 
 def _requests(parts: Parts, items: Vocabulary, users: Vocabulary, rules: Rules, max_user_events: int):
-    """Joins items, groups by user."""
+    """Replaces items by their rows, groups by user, and makes requests."""
     events = encode("Rows of events", parts.events | "Events by item" >> beam.Map(
         lambda event: (event.item, (event.user, event.time, event.values))), items)
     shown = encode("Rows of candidates", parts.shown | "Candidates by item" >> beam.Map(
@@ -81,7 +81,7 @@ def _requests(parts: Parts, items: Vocabulary, users: Vocabulary, rules: Rules, 
 
 
 def _pool(shown: PCollection, rules: Rules) -> PCollection:
-    """One array of about `POOL` training candidates, drawn by hash: negatives follow their popularity."""
+    """One array of about `POOL` training candidates, drawn by hash, so that negatives follow popularity."""
     if not rules.num_negatives:
         return shown.pipeline | "No negatives" >> beam.Create([np.zeros(0, np.int32)])
     known = shown | "Of training" >> beam.Filter(lambda e: e[1][0] < rules.validation_start and e[1][2])
@@ -97,7 +97,7 @@ def _drawn(element: tuple[str, tuple[Any, ...]], count: int, seed: int) -> bool:
 
 
 def _item_values(values: PCollection, items: Vocabulary, schema: Schema):
-    """(item row, (field, value)) with ids of categorical values, and the size of each such vocabulary."""
+    """(item row, (field, value)), with ids for categorical values; and the sizes of their vocabularies."""
     distinct = values | "Distinct values of items" >> beam.Distinct()
     rows = encode("Rows of items", distinct, items)
     known = rows | "Values of known items" >> beam.Filter(lambda element: element[0] > 0)
@@ -120,5 +120,5 @@ def _item_values(values: PCollection, items: Vocabulary, schema: Schema):
 
 
 def write_fact(fact: Any, path: str) -> None:
-    """Leaves a fact to the builder, in a file beside the records."""
+    """Writes a fact for the builder into a file beside the records."""
     epath.Path(path).write_text(json.dumps(fact))

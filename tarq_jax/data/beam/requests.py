@@ -1,4 +1,4 @@
-"""From the events of a user to requests, whose histories end strictly before them."""
+"""Makes requests from the events of a user; a history ends strictly before its request."""
 
 import bisect
 import itertools
@@ -12,14 +12,14 @@ import numpy as np
 from tarq_jax.data.beam.vocabulary import stable_hash
 
 PARTS = ("train", "validation", "test")
-ROUNDS = 8  # of drawing negatives; what is still missing then stays out
+ROUNDS = 8  # draws per negative, at most; a request may end with fewer negatives
 
 
 class Request(NamedTuple):
-    """One request, by rows of the tables."""
+    """One request; users and items are rows of their tables."""
 
     part: str
-    key: str  # distinct; decides the block
+    key: str  # unique; decides the block
     user: int
     context: tuple[int, ...]
     history: list[tuple[int, tuple[int, ...]]]  # (item, values), oldest first
@@ -27,27 +27,27 @@ class Request(NamedTuple):
 
 
 class KeepLast(beam.CombineFn):
-    """The last `num` elements in their order: a user with very many events never fills the memory.
+    """Keeps the last `num` elements, sorted, so that a user with very many events does not fill the memory.
 
-    Gives (elements, how many were left out). Elements begin with their time; ties are broken by the rest, so
-    that the result does not depend on the runner.
+    The result is (elements, how many were left out). Elements begin with their time. Elements of equal time
+    are sorted by their other entries, so that the result does not depend on the runner.
     """
 
     def __init__(self, num: int):
         self.num = num
 
     def create_accumulator(self) -> tuple[list, int]:
-        """Nothing kept, nothing left out."""
+        """An accumulator with nothing kept and nothing left out."""
         return [], 0
 
     def add_input(self, accumulator: tuple[list, int], element: Any) -> tuple[list, int]:
-        """Adds one; at twice the number, the earlier half goes."""
+        """Adds an element; when twice `num` are kept, the earlier half is dropped."""
         kept, dropped = accumulator
         kept.append(element)
         return self._cut(kept, dropped) if len(kept) >= 2 * self.num else (kept, dropped)
 
     def merge_accumulators(self, accumulators: Iterable[tuple[list, int]]) -> tuple[list, int]:
-        """The last ones of all."""
+        """The last elements of all accumulators."""
         kept: list[Any] = []
         dropped = 0
         for more, left_out in accumulators:
@@ -55,7 +55,7 @@ class KeepLast(beam.CombineFn):
         return kept, dropped
 
     def extract_output(self, accumulator: tuple[list, int]) -> tuple[list, int]:
-        """In order."""
+        """The kept elements, sorted."""
         return self._cut(*accumulator)
 
     def _cut(self, elements: list, dropped: int) -> tuple[list, int]:
@@ -64,12 +64,12 @@ class KeepLast(beam.CombineFn):
 
 
 class Rules(NamedTuple):
-    """How requests are made; small and picklable."""
+    """How requests are made; small, and can be pickled."""
 
     history_length: int
-    validation_start: int  # seconds; requests from then on are no longer training
+    validation_start: int  # seconds; requests from then on are not in training
     test_start: int
-    min_history: int = 0  # a request with fewer events before it is left out
+    min_history: int = 0  # requests with fewer events before them are left out
     num_negatives: int = 0
     seed: int = 0
 
@@ -83,13 +83,13 @@ def make_requests(element: tuple[str, dict[str, Iterable]], pool: np.ndarray,
     """The requests of one user.
 
     Args:
-      element: the user's key, and what is known by name: `user` row, `events` and `shown` as `KeepLast`
-        gives them, of (time, item, values) and (time, context, item, label).
+      element: the user's key and a dictionary: `user` has the user's row; `events` and `shown` have the
+        result of `KeepLast` over (time, item, values) and (time, context, item, label).
       pool: [P] items that negatives are drawn from.
-      rules: lengths, bounds of time, seed.
+      rules: how requests are made.
 
     Yields:
-      Requests in order of time. Events at or after the time of a request are not in its history.
+      Requests in order of time. The history of a request has only events before its time.
     """
     key, found = element
     user = next(iter(found["user"]), 0)
@@ -109,7 +109,7 @@ def make_requests(element: tuple[str, dict[str, Iterable]], pool: np.ndarray,
 
 
 def _kept(found: Iterable[tuple[list, int]]) -> list:
-    """The elements of the one result of `KeepLast`, if there is one; counts what was left out."""
+    """The elements kept by `KeepLast`, if the user has any; a Beam counter counts those left out."""
     kept, dropped = next(iter(found), ([], 0))
     if dropped:
         beam.metrics.Metrics.counter("events", "left out of very long histories").inc(dropped)
@@ -118,7 +118,7 @@ def _kept(found: Iterable[tuple[list, int]]) -> list:
 
 def _with_negatives(name: str, candidates: list[tuple[int, float]], seen: set[int], pool: np.ndarray,
                     rules: Rules) -> list[tuple[int, float]]:
-    """The candidates among negatives, shuffled; depends on the request and the seed alone."""
+    """Candidates and negatives, shuffled together; depends only on the request and the seed."""
     rng = random.Random(stable_hash(f"{rules.seed}/{name}"))
     taken = seen | {item for item, _ in candidates} | {0}
     negatives: list[tuple[int, float]] = []

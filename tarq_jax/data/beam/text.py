@@ -1,4 +1,4 @@
-"""Text files as rows: the malformed ones counted, sampled into a report, and left out."""
+"""Reads text files row by row; malformed rows are left out, counted, and sampled for a report."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ BAD = "bad"
 
 
 class ParseRow(beam.DoFn):
-    """Gives the value of each row; a malformed one goes to the output `BAD` as (reason, text).
+    """Outputs the value of each row; a malformed row goes to the output `BAD` as (reason, text).
 
-    Counters `rows/read` and `rows/bad: REASON` are shown by the runner while the job runs.
+    While the job runs, the runner shows the counters `rows/read` and `rows/bad: REASON`.
     """
 
     def __init__(self, parse: Callable[[str], Any]):
@@ -21,7 +21,7 @@ class ParseRow(beam.DoFn):
         self.read = beam.metrics.Metrics.counter("rows", "read")
 
     def process(self, line: bytes):
-        """The value, or what is wrong."""
+        """Outputs the value of a row, or the reason why it is malformed."""
         self.read.inc()
         text = line.decode("utf-8", "replace").rstrip("\r\n")
         try:
@@ -35,18 +35,18 @@ class ParseRow(beam.DoFn):
 
 def read_rows(root: beam.Pipeline, pattern: str, parse: Callable[[str], Any], *, role: str,
               header: bool = False) -> tuple[beam.PCollection, beam.PCollection]:
-    """Reads all files of a pattern, wherever Beam finds them.
+    """Reads all files that match a pattern, on any file system that Beam supports.
 
     Args:
       root: the pipeline.
       pattern: a path or glob.
-      parse: gives the value of a row or raises `BadRow`; never sees an empty row.
-      role: names the files in the report.
-      header: the first line of each file is no row.
+      parse: returns the value of a row or raises `BadRow`; is never called with an empty row.
+      role: name for the files in the report.
+      header: whether the first line of each file is a header.
 
     Returns:
-      The values of good rows, and one report as `rows.RowReport.to_json` gives it; Beam does not tell the
-      numbers of lines, so samples are the first ones by reason and text.
+      The values of good rows, and one report in the form that `rows.RowReport.from_json` reads. Beam does not
+      provide line numbers, so the samples are the first ones when sorted by reason and text.
     """
     lines = root | f"Read {role}" >> beam.io.ReadFromText(
         pattern, coder=beam.coders.BytesCoder(), skip_header_lines=int(header))

@@ -11,7 +11,7 @@ from tarq_jax.data.taobao_userbehavior import BEHAVIORS, UserBehaviorOptions
 
 
 def parse_id(text: str) -> str:
-    """A positive whole number, as text without leading zeros; `BadRow` otherwise."""
+    """A positive integer, as text without leading zeros; `BadRow` for anything else."""
     number = parse_number(text, int)
     if not 0 < number < 1 << 62:
         raise BadRow("id out of range")
@@ -19,7 +19,7 @@ def parse_id(text: str) -> str:
 
 
 def parse_row(text: str, first_time: int, last_time: int) -> tuple[Event, str]:
-    """An event and the category of its item."""
+    """Parses a row: an event, and the category of its item."""
     user, item, category, behavior, time = split_row(text, ",", 5)
     if behavior not in BEHAVIORS:
         raise BadRow("unknown behavior")
@@ -31,7 +31,7 @@ def parse_row(text: str, first_time: int, last_time: int) -> tuple[Event, str]:
 
 
 def parts(root: beam.Pipeline, options: UserBehaviorOptions) -> Parts:
-    """Events, positives and categories."""
+    """The elements of the file: events, positives and categories."""
     parse = functools.partial(parse_row, first_time=options.first_time, last_time=options.last_time)
     rows, report = read_rows(root, options.source, parse, role="events")
     targets = frozenset(BEHAVIORS[kind] for kind in options.targets.split(","))

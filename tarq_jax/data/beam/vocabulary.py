@@ -1,4 +1,4 @@
-"""Vocabularies: from keys, which are text, to dense rows from 1; row 0 is padding or unknown."""
+"""Vocabularies: map text keys to rows numbered from 1; row 0 is padding or an unknown key."""
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton, PCollection
 
-SHARES = 1024  # shares of a vocabulary, each numbered by one worker
+SHARES = 1024  # parts of a vocabulary, each numbered by one worker
 
 
 def stable_hash(text: str) -> int:
-    """64 bits that are the same in every process, unlike `hash`."""
+    """A hash of 64 bits that is the same in every process, unlike `hash`."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class Vocabulary(NamedTuple):
-    """Rows by key, ranked or hashed."""
+    """A mapping from keys to rows, by `ranked` or `hashed`."""
 
-    size: PCollection  # one number: of rows, with row 0
-    table: PCollection | None  # (key, row) of every known key; None where keys are hashed
-    buckets: int = 0  # that keys are hashed into
+    size: PCollection  # one number: rows, including row 0
+    table: PCollection | None  # (key, row) of every known key; None if keys are hashed
+    buckets: int = 0  # number of buckets that keys are hashed into
 
 
 def _share(key: str) -> int:
@@ -36,8 +36,8 @@ def _rank(element: tuple[int, Iterable[str]], sizes: dict[int, int]) -> Iterator
 def ranked(name: str, keys: PCollection, min_count: int = 1) -> Vocabulary:
     """Numbers the distinct keys that occur often enough; the same on every runner.
 
-    Keys are counted, dealt into `SHARES` by their hash, and numbered in each share in their order, after
-    all keys of the shares before: no worker sees more than a share.
+    Keys are counted and dealt into `SHARES` shares by their hash. In each share they are sorted and numbered,
+    starting after all keys of the previous shares. So no worker sees more than one share.
     """
     shared = (keys | f"Count {name}" >> beam.combiners.Count.PerElement()
               | f"Frequent {name}" >> beam.Filter(lambda counted: counted[1] >= min_count)
@@ -52,12 +52,12 @@ def ranked(name: str, keys: PCollection, min_count: int = 1) -> Vocabulary:
 
 
 def hashed(name: str, root: beam.Pipeline, buckets: int) -> Vocabulary:
-    """Rows 1 to `buckets` by hash: nothing to count or to join, but keys may share a row."""
+    """Rows 1 to `buckets` by hash: needs no counting and no join, but keys may share a row."""
     return Vocabulary(root | f"Size of {name}" >> beam.Create([1 + buckets]), None, buckets)
 
 
 def make_vocabulary(name: str, keys: PCollection, buckets: int, min_count: int = 1) -> Vocabulary:
-    """`hashed` into so many buckets, or `ranked` where that is 0."""
+    """`hashed` into `buckets` buckets, or `ranked` if that is 0."""
     return hashed(name, keys.pipeline, buckets) if buckets else ranked(name, keys, min_count)
 
 
@@ -66,14 +66,14 @@ def _hash_key(element: tuple[str, Any], buckets: int) -> tuple[int, Any]:
 
 
 def _join(element: tuple[str, Iterable[tuple[bool, Any]]]) -> Iterator[tuple[int, Any]]:
-    """Goes twice over the values, which runners stream, and keeps none: a key may be very frequent."""
+    """Iterates twice over the values, which runners stream, and stores none: a key may be very frequent."""
     values = element[1]
     row = next((value for known, value in values if known), 0)
     return ((row, value) for known, value in values if not known)
 
 
 def encode(label: str, keyed: PCollection, vocabulary: Vocabulary) -> PCollection:
-    """(key, value) -> (row, value), row 0 for an unknown key."""
+    """(key, value) -> (row, value), with row 0 for an unknown key."""
     if vocabulary.table is None:
         return keyed | label >> beam.Map(_hash_key, vocabulary.buckets)
     known = vocabulary.table | f"{label}: known" >> beam.Map(lambda entry: (entry[0], (True, entry[1])))
