@@ -1,7 +1,7 @@
-"""Target attention at the price of pre-ranking, by residual quantization (TARQ, arXiv 2509.16931).
+"""Target attention at a cost that suits pre-ranking, by residual quantization (TARQ, arXiv 2509.16931).
 
-The names below are the library's core; each is imported when it is first used, so that importing
-the package itself costs nothing. Models, data and training are in the subpackages.
+The names below are the library's core. Each is imported when it is first used, so that importing
+the package itself is cheap. Models, data and training are in the subpackages.
 """
 
 import importlib

@@ -1,9 +1,10 @@
 """Attention that is not a softmax over the whole history: linear, by hash, searched, and DIN's.
 
-Pure functions in place of `tarq_jax.attention.multi_head_attention`, with its conventions: heads before
-positions, an empty history yields zero, masked positions never show. Hashes compare vectors of one space,
-such as embeddings of items: signs have no derivative, so that projections before them would never be trained.
-Their planes come from a fixed seed. Shapes that do not fit are an AssertionError of chex.
+Pure functions to replace `tarq_jax.attention.multi_head_attention`, with its conventions: the axis of heads
+comes before positions, an empty history gives zero, and masked positions have no effect. Hashes compare
+vectors of one space, such as embeddings of items; signs have no derivative, so that projections before them
+would never be trained. The hash planes come from a fixed seed. Shapes that do not fit raise chex's
+AssertionError.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 
 from tarq_jax.attention import attention_weights
 
-EPSILON = 1e-6  # beside the denominator of linear attention
+EPSILON = 1e-6  # added to the denominator of linear attention
 
 
 def linear_attention(
@@ -23,8 +24,8 @@ def linear_attention(
 ) -> jax.Array:
     """`o = f(q) sum_n f(k_n) v_n^T / (f(q) sum_n f(k_n))`, `f(x) = elu(x) + 1`.
 
-    Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 5 to 7. Both sums are made once a request: a candidate
-    costs E x E multiplications a head, whatever the history.
+    Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 5 to 7. Both sums are computed once per request; each
+    candidate then costs E x E multiplications per head, however long the history is.
 
     Args:
       queries: [B, H, G, E].
@@ -50,12 +51,12 @@ def positive_features(x: jax.Array) -> jax.Array:
 
 
 def hash_planes(width: int, rounds: int, bits: int, seed: int = 0) -> np.ndarray:
-    """Normals of random planes through the origin: [D, R, T] for R rounds of T bits."""
+    """Normal vectors of random planes through the origin: [D, R, T] for R rounds of T bits."""
     return np.random.default_rng(seed).normal(size=(width, rounds, bits)).astype(np.float32)
 
 
 def signatures(vectors: jax.Array, planes: chex.Array) -> jax.Array:
-    """On which side of each plane vectors lie: SimHash (Charikar 2002).
+    """The side of each plane on which each vector is: SimHash (Charikar 2002).
 
     Two vectors at an angle a agree on a bit with probability `1 - a / pi`.
 
@@ -84,22 +85,22 @@ def sides(vectors: jax.Array, planes: chex.Array) -> jax.Array:
 def collision_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, planes: chex.Array
 ) -> jax.Array:
-    """Weighs positions by the rounds in which their whole signature is the candidate's.
+    """Weights positions by the number of rounds in which their whole signature equals the candidate's.
 
-    `o = sum_n c_n v_n / sum_n c_n` with c_n collisions in R rounds: in expectation `R (1 - a_n / pi)^T`, a_n
-    being the angle between candidate and position. SDIM (Cao et al. 2022, arXiv 2205.10249); that weights
-    sum to one, as those of a softmax do, is ours. A request fills 2^T buckets a round once; a candidate looks
-    up R of them, written as a product with one-hot codes as in `tarq_jax.attention.look_up`.
+    `o = sum_n c_n v_n / sum_n c_n` with c_n collisions in R rounds: in expectation `R (1 - a_n / pi)^T`,
+    where a_n is the angle between candidate and position. SDIM (Cao et al. 2022, arXiv 2205.10249); the
+    normalisation of the weights to a sum of one is ours. Per request, the 2^T buckets of each round are
+    filled once; each candidate looks up R of them, written as a product with one-hot codes.
 
     Args:
-      queries: [B, G, D], hashed.
-      keys: [B, N, D], hashed.
+      queries: [B, G, D], vectors to hash.
+      keys: [B, N, D], vectors to hash.
       values: [B, H, N, E].
       mask: [B, N] bool.
       planes: [D, R, T], see `hash_planes`.
 
     Returns:
-      [B, H, G, E]; zero also where nothing collides. Gradients reach the values alone.
+      [B, H, G, E]; zero for a candidate without collisions. Only the values get gradients.
     """
     _check_shared(queries, keys, values, mask)
     filled = jnp.where(mask[..., None], _buckets(keys, planes), 0.0)
@@ -117,7 +118,7 @@ def _buckets(vectors: jax.Array, planes: chex.Array) -> jax.Array:
 
 
 def hash_similarity(queries: jax.Array, keys: jax.Array, planes: chex.Array) -> jax.Array:
-    """Bits on which candidates and positions agree, R x T less the Hamming distance.
+    """Number of bits on which candidates and positions agree: R x T minus the Hamming distance.
 
     ETA (Chen et al. 2021, arXiv 2108.04468).
 
@@ -131,12 +132,12 @@ def hash_similarity(queries: jax.Array, keys: jax.Array, planes: chex.Array) -> 
     """
     chex.assert_shape(keys, (queries.shape[0], None, queries.shape[-1]))
     ones = [jnp.where(sides(x, planes), 1.0, -1.0) for x in (queries, keys)]
-    products = jnp.einsum("bgt,bnt->bgn", *ones)  # of whole numbers: exact
+    products = jnp.einsum("bgt,bnt->bgn", *ones)  # exact, as all terms are integers
     return (ones[0].shape[-1] + products.astype(jnp.int32)) // 2
 
 
 def category_similarity(queries: chex.Array, keys: chex.Array) -> jax.Array:
-    """0 where candidate and position are of one category, -1 elsewhere and for the unknown category 0.
+    """0 where candidate and position have the same category; -1 elsewhere and for the unknown category 0.
 
     The hard search of SIM (Pi et al. 2020, arXiv 2006.05639).
 
@@ -158,12 +159,12 @@ def category_similarity(queries: chex.Array, keys: chex.Array) -> jax.Array:
 
 
 def select(similarity: jax.Array, mask: chex.Array, num_selected: int) -> jax.Array:
-    """The most similar positions of each candidate; of equals the newest, which come last.
+    """The most similar positions of each candidate; among equally similar ones the newest, which come last.
 
     Args:
-      similarity: [B, G, N] int, below 2^24; a negative one is never selected.
+      similarity: [B, G, N] int, below 2^24; a position of negative similarity is never selected.
       mask: [B, N] bool.
-      num_selected: how many at most.
+      num_selected: maximal number of selected positions per candidate.
 
     Returns:
       [B, G, N] bool.
@@ -178,7 +179,8 @@ def select(similarity: jax.Array, mask: chex.Array, num_selected: int) -> jax.Ar
     if not positions or num_selected < 1:
         return jnp.zeros(similarity.shape, bool)
     similarity = jnp.where(mask[:, None], similarity, -1).astype(jnp.float32)
-    # The first of equals, so newest first. On CPU XLA sorts all, unless of floats, and not sliced afterwards.
+    # `top_k` returns the first of equal entries, so reverse to prefer the newest. On CPU, XLA uses a fast
+    # top-k only for floats whose result is not sliced; otherwise it sorts everything.
     found, where = jax.lax.top_k(similarity[..., ::-1], min(num_selected, positions))
     least = jnp.min(found, axis=-1, keepdims=True)
     oldest = positions - 1 - jnp.max(jnp.where(found == least, where, 0), axis=-1, keepdims=True)
@@ -189,9 +191,10 @@ def select(similarity: jax.Array, mask: chex.Array, num_selected: int) -> jax.Ar
 def searched_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, selected: chex.Array
 ) -> jax.Array:
-    """Target attention of every candidate over positions of its own.
+    """Target attention of every candidate over its own selected positions.
 
-    Written as a mask on attention over all positions: it saves nothing here, what is served would gather.
+    It is computed by masking attention over all positions, which saves no time; a server would gather the
+    selected positions.
 
     Args:
       queries: [B, H, G, E].
@@ -200,7 +203,7 @@ def searched_attention(
       selected: [B, G, N] bool, see `select`.
 
     Returns:
-      [B, H, G, E]; zero where nothing is selected.
+      [B, H, G, E]; zero for a candidate without selected positions.
     """
     _check_heads(queries, keys, values)
     chex.assert_shape(selected, (keys.shape[0], queries.shape[2], keys.shape[2]))
@@ -213,14 +216,15 @@ def activation_unit_attention(
 ) -> jax.Array:
     """`o = sum_n unit([q, k_n, q * k_n, q - k_n]) v_n`: weights may be negative and need not sum to one.
 
-    DIN (Zhou et al. 2018, arXiv 1706.06978), eq. 3: the strength of an interest is kept.
+    DIN (Zhou et al. 2018, arXiv 1706.06978), eq. 3. Without normalisation the output keeps the strength of an
+    interest.
 
     Args:
       queries: [B, G, D].
       keys: [B, N, D].
       values: [B, H, N, E].
       mask: [B, N] bool.
-      unit: [B, G, N, 4D] to weights [B, G, N], those of every head.
+      unit: function from [B, G, N, 4D] to weights [B, G, N], which all heads use.
 
     Returns:
       [B, H, G, E].
@@ -233,14 +237,14 @@ def activation_unit_attention(
 
 
 def _check_heads(queries: jax.Array, keys: jax.Array, values: jax.Array) -> None:
-    """Queries, keys and values are of one width, head by head."""
+    """Checks that queries, keys and values have the same heads and the same width."""
     chex.assert_rank(keys, 4)
     chex.assert_equal_shape([keys, values])
     chex.assert_shape(queries, (*keys.shape[:2], None, keys.shape[-1]))
 
 
 def _check_shared(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array) -> None:
-    """Queries and keys have no heads, the values do."""
+    """Checks shapes where queries and keys have no heads but the values do."""
     batch, positions, width = keys.shape
     chex.assert_shape([queries, values, mask], [
         (batch, None, width), (batch, None, positions, None), (batch, positions)])

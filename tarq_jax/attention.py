@@ -1,11 +1,11 @@
 """Attention over a user's history: multi-head, target attention, personalised codebooks, look-up.
 
-Pure functions on projected queries, keys and values; the projections are parameters and live in
-`tarq_jax.models.layers`. Heads lie before positions, `[B, H, N, E]`, so that each product is one
-batched matrix multiplication. An empty history attends to nothing and yields zero, and what masked
-positions hold never shows, so long as it is finite. Softmax is in float32 whatever the inputs. Long
-histories attend in bounded memory where a `block` is given, see `tarq_jax.blockwise`. Shapes that do not
-fit are an AssertionError of chex.
+Pure functions on projected queries, keys and values; the projections are parameters and are in
+`tarq_jax.models.layers`. The axis of heads comes before positions, `[B, H, N, E]`, so that each product is
+one batched matrix multiplication. Attention over an empty history is zero. The values at masked positions
+have no effect if they are finite. Softmax is computed in float32 for inputs of any type. Attention over
+long histories takes bounded memory if a `block` is given, see `tarq_jax.blockwise`. Shapes that do not
+fit raise chex's AssertionError.
 """
 
 import functools
@@ -30,7 +30,7 @@ def attention_weights(queries: jax.Array, keys: jax.Array, mask: chex.Array) -> 
       mask: bool, broadcastable to [..., Q, N].
 
     Returns:
-      [..., Q, N] float32; each row sums to one, or is all zero where no position is unmasked.
+      [..., Q, N] float32; each row sums to one, or is all zero if every position is masked.
     """
     chex.assert_equal_shape_suffix([queries, keys], 1)
     return _masked_softmax(scaled_products(queries, keys), mask)
@@ -38,10 +38,10 @@ def attention_weights(queries: jax.Array, keys: jax.Array, mask: chex.Array) -> 
 
 @jax.custom_jvp
 def _masked_softmax(logits: jax.Array, mask: chex.Array) -> jax.Array:
-    """Softmax over the last axis where `mask`, all zero where nothing is unmasked.
+    """Softmax over the last axis where `mask` is True; all zero where the whole row is masked.
 
-    The derivative is given by hand, `dp = p (ds - <p, ds>)`: it reuses the weights and saves two
-    passes over them, a fifth of the time of attention and its gradient on CPU.
+    The derivative is written by hand, `dp = p (ds - <p, ds>)`: it reuses the weights and saves two
+    passes over them, which on CPU is a fifth of the time of attention with its gradient.
     """
     logits = jnp.where(mask, logits, MASKED)
     exponentials = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
@@ -67,13 +67,13 @@ def attention_sums(
       keys: [..., N, E].
       values: [..., N, E].
       mask: bool, broadcastable to [..., 1, N].
-      block: queries, and positions, looked at together where there are more of either: memory then does
-        not grow with Q x N, nor by what `summed` makes of all positions. 0 looks at all at once; None
-        chooses, see `tarq_jax.blockwise.best_block`.
-      summed: (keys, values) -> pytree of [..., N, any], position by position; the values alone by default.
+      block: maximal number of queries and of positions that are processed together. With more of either,
+        attention runs block by block, and memory grows neither with Q x N nor with the output of `summed`
+        for all positions. 0 processes all together; None chooses, see `tarq_jax.blockwise.best_block`.
+      summed: (keys, values) -> pytree of [..., N, any], position by position; by default the values.
 
     Returns:
-      Pytree like that of `summed`, [..., Q, any] each; zero where no position is unmasked.
+      Pytree like that of `summed`, [..., Q, any] each; zero if every position is masked.
 
     Raises:
       ValueError: `block` is negative.
@@ -93,9 +93,9 @@ def multi_head_attention(
 ) -> jax.Array:
     """Every query attends over its request's history, head by head.
 
-    With candidates as queries this is target attention (DIN, arXiv 1706.06978, in its
-    dot-product form); with history positions as queries it is self-attention. Axes between B and
-    H, such as levels, are batch axes like B.
+    With candidates as queries this is target attention (DIN, arXiv 1706.06978, in dot-product
+    form); with history positions as queries it is self-attention. Axes between B and H, such as
+    levels, are batch axes like B.
 
     Args:
       queries: [B, ..., H, Q, E].
@@ -109,8 +109,8 @@ def multi_head_attention(
       [B, ..., H, Q, E]; zero for an empty history.
 
     Raises:
-      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
-      ValueError: `block` is negative, or `implementation` unknown.
+      NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
+      ValueError: `block` is negative, or `implementation` is unknown.
     """
     chex.assert_equal_shape([keys, values])
     chex.assert_equal_rank([queries, keys])
@@ -134,7 +134,7 @@ def personalized_codebook(
     """Every codeword of every level attends over each user's history (TARQ; `A_l` of docs/mathematics.md).
 
     Args:
-      queries: [L, H, K, E], projected codewords; the same for all requests.
+      queries: [L, H, K, E], projected codewords, the same for all requests.
       keys: [B, L, H, N, E].
       values: [B, L, H, N, E].
       mask: [B, N] bool.
@@ -142,7 +142,7 @@ def personalized_codebook(
       implementation: see `tarq_jax.kernels`.
 
     Returns:
-      [B, L, H, K, E], once a request, whatever the number of candidates.
+      [B, L, H, K, E]; computed once per request, for any number of candidates.
 
     Raises:
       NotImplementedError, ValueError: as `multi_head_attention`.
@@ -157,19 +157,19 @@ def look_up(
 ) -> jax.Array:
     """Sums each candidate's entries of its request's personalised codebook: `o = sum_l A_l[c_l]`.
 
-    A gather a level, which XLA fuses with the sum: neither the entries [B, G, L, D] nor one-hot codes are
-    formed. On CPU it runs at the speed of memory, some forty times faster than either.
+    One gather per level, which XLA fuses with the sum, so that neither the entries [B, G, L, D] nor one-hot
+    codes are materialised. On CPU it runs at the speed of memory, about forty times faster than with either.
 
     Args:
       personalized: [B, L, K, D].
-      codes: [B, G, L] int, below K; larger ones are taken for K - 1.
+      codes: [B, G, L] int, below K; larger codes are clipped to K - 1.
       implementation: see `tarq_jax.kernels`.
 
     Returns:
       [B, G, D].
 
     Raises:
-      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
       ValueError: `implementation` is unknown.
 
     Example:

@@ -1,10 +1,11 @@
-"""Softmax attention in bounded memory: a block of queries over a block of the history at a time.
+"""Softmax attention in bounded memory: one block of queries over one block of the history at a time.
 
-The softmax is formed online (Milakov and Gimelshein 2018; Rabe and Staats 2021, arXiv 2112.05682): what
-was summed so far is rescaled whenever a larger logit comes along. Its derivative recomputes the weights of
-a block from the log-sum-exp of its row (Dao et al. 2022, arXiv 2205.14135) and is given as a
-Jacobian-vector product, so that forward mode, reverse mode and one over the other all stay within a block:
-order-1 look-ups differentiate in training what training differentiates again.
+The softmax is computed online (Milakov and Gimelshein 2018; Rabe and Staats 2021, arXiv 2112.05682): the
+sums so far are rescaled whenever a larger logit appears. The derivative recomputes the weights of
+a block from the log-sum-exp of its row (Dao et al. 2022, arXiv 2205.14135). It is written as a
+Jacobian-vector product, so that forward mode, reverse mode and their compositions all work block by block.
+Training order-1 look-ups needs this: their forward pass contains a derivative, which the training gradient
+differentiates again.
 """
 
 import functools
@@ -15,23 +16,23 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-MASKED = -1e30  # in place of masked logits: their weight underflows to exactly 0
+MASKED = -1e30  # replaces masked logits, so that their weight underflows to exactly 0
 
-LOGITS = 2**20  # more do not stay in the cache of a CPU
+LOGITS = 2**20  # number of logits beyond which they do not stay in the cache of a CPU
 
 Summed = Callable[[jax.Array, jax.Array], Any]  # keys, values [..., N, E] -> pytree of [..., N, any]
 
 
 def best_block(rows: int, columns: int, block: int) -> int:
-    """`block` on a CPU, for a matrix of logits that its cache does not hold, and 0, which is all, otherwise.
+    """`block` on a CPU whose cache cannot hold a [rows, columns] matrix of logits; otherwise 0, no blocks.
 
-    There blocks take a half to a fifth of the time: `python -m benchmarks --workload=paper,long,many`.
+    In that case blocks take a half to a fifth of the time: `python -m benchmarks --workload=paper,long,many`.
     """
     return block if rows * columns > LOGITS and jax.default_backend() == "cpu" else 0
 
 
 def refuse_negative(block: int | None) -> None:
-    """Raises ValueError for a block that is negative; None and 0 have a meaning to who is given them."""
+    """Raises ValueError if `block` is negative. None and 0 are allowed; callers define what they mean."""
     if block is not None and block < 0:
         raise ValueError(f"block is {block}, expected at least 0")
 
@@ -52,12 +53,12 @@ def blockwise_sums(
       keys: [..., N, E].
       values: [..., N, E].
       mask: bool, broadcastable to [..., 1, N].
-      block: queries, and positions of the history, looked at together.
-      summed: position by position, what the weights multiply.
+      block: maximal number of queries, and of positions of the history, processed together.
+      summed: (keys, values) -> pytree of [..., N, any] that the weights multiply, position by position.
 
     Returns:
-      Pytree like that of `summed`, [..., Q, any] each, of the type of its leaves; zero where no position
-      is unmasked.
+      Pytree like that of `summed`, [..., Q, any] each, with the types of its leaves; zero if every position
+      is masked.
     """
     leading = jnp.broadcast_shapes(keys.shape[:-2], values.shape[:-2], mask.shape[:-2])
     keys, values = (jnp.broadcast_to(x, (*leading, *x.shape[-2:])) for x in (keys, values))
@@ -68,7 +69,7 @@ def blockwise_sums(
 
 
 def split_blocks(array: jax.Array, block: int, axis: int) -> jax.Array:
-    """Blocks of even size along an axis, in front, the last one padded with zeros: [S, ..., size, ...]."""
+    """Splits an axis into equal blocks, the last padded with zeros; blocks first: [S, ..., size, ...]."""
     length = array.shape[axis]
     num = max(1, -(-length // block))
     size = -(-length // num)
@@ -80,7 +81,7 @@ def split_blocks(array: jax.Array, block: int, axis: int) -> jax.Array:
 
 
 def _join(parts: jax.Array, length: int) -> jax.Array:
-    """[T, ..., size, E] to [..., length, E], the inverse of `_split`."""
+    """[T, ..., size, E] to [..., length, E]: undoes `split_blocks` along the axis -2."""
     parts = jnp.moveaxis(parts, 0, -3)
     return parts.reshape(*parts.shape[:-3], -1, parts.shape[-1])[..., :length, :]
 
@@ -89,9 +90,10 @@ def _join(parts: jax.Array, length: int) -> jax.Array:
 def _attend(
     summed: Summed, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> tuple[Any, jax.Array]:
-    """Means by attention weight, and the log-sum-exp [T, ..., q, 1] of the logits.
+    """Means weighted by attention, and the log-sum-exp [T, ..., q, 1] of the logits.
 
-    Queries come in blocks [T, ..., q, E], keys, values and mask in blocks [S, ..., n, E].
+    Queries are in blocks [T, ..., q, E], keys and values in blocks [S, ..., n, E], the mask in blocks
+    [S, ..., n].
     """
     like = jax.eval_shape(summed, keys[0], values[0])
 
@@ -110,7 +112,7 @@ def _attend(
 
 
 def _add_block(summed, queries, carry, history):
-    """Online softmax: largest logit, total and sums so far, and those with one more block."""
+    """One step of the online softmax: updates largest logit, total and sums with one more block."""
     largest, total, sums = carry
     keys, values, mask = history
     logits = jnp.where(mask, scaled_products(queries, keys), MASKED)
@@ -122,16 +124,17 @@ def _add_block(summed, queries, carry, history):
 
 
 def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Sums [..., Q, any] in float32 of the values [..., N, any] by weights [..., Q, N]."""
+    """Weighted sums [..., Q, any], in float32, of values [..., N, any] by weights [..., Q, N]."""
     return jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-# The body of a scan shares nothing with what runs outside, so that nothing there has to be prevented.
+# XLA cannot merge the body of a scan with code outside it, so common-subexpression elimination need not be
+# prevented there.
 _recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def _attend_jvp(summed, primals, tangents):
-    """`d mean = sum_n a_n (ds_n v_n + dv_n) - mean dlse`, with `dlse = sum_n a_n ds_n`, s the logits."""
+    """`d mean = sum_n a_n (ds_n v_n + dv_n) - mean dlse`, with `dlse = sum_n a_n ds_n` and logits s."""
     queries, keys, values, mask = primals
     moved = [None if isinstance(tangent, SymbolicZero) else tangent for tangent in tangents[:3]]
     means, log_totals = _attend(summed, *primals)
@@ -149,7 +152,7 @@ def _attend_jvp(summed, primals, tangents):
 
 
 def _add_change(summed, queries, moved_queries, log_total, carry, history):
-    """Sums of `a_n (ds_n v_n + dv_n)` and of `a_n ds_n` so far, and those with one more block."""
+    """Adds one more block to the sums of `a_n (ds_n v_n + dv_n)` and of `a_n ds_n`."""
     keys, values, mask, *moved = history
     at = queries, keys, values
     along = tuple(jnp.zeros_like(x) if dx is None else dx

@@ -1,8 +1,9 @@
-"""From a trained target-attention model to TARQ, with nothing retrained (ours).
+"""From a trained target-attention model to TARQ, without retraining (ours).
 
-The projected queries of the items are quantized: `quantize_queries` gives an index of order 0, one code
-an item. `with_corrections` adds what order 1 multiplies its Jacobian with, exactly or quantized in
-further levels. Everything else (keys, values, head) stays the model's own.
+The projected queries of the items are quantized: `quantize_queries` gives an index of order 0, with one code
+per item. Order 1 multiplies its Jacobian with a correction per item: `with_corrections` adds exact
+corrections, `with_quantized_corrections` adds them quantized in further levels. Everything else (keys,
+values, head) is the model's own.
 """
 
 import functools
@@ -23,18 +24,18 @@ KeysValues = tuple[jax.Array, jax.Array, chex.Array]  # keys, values [B, H, N, E
 
 
 class ItemIndex(struct.PyTreeNode):
-    """Items as codes; of order 0 with one level, of order 1 with more."""
+    """Items as codes: an index of one level is of order 0, one of more levels is of order 1."""
 
-    levels: tuple[jax.Array, ...]  # L times [K_l, H, E]: level 1 of queries, further ones of corrections
+    levels: tuple[jax.Array, ...]  # L times [K_l, H, E]: level 1 for queries, further levels for corrections
     codes: jax.Array  # [V, L] int32
 
     @property
     def exact(self) -> bool:
-        """Whether level 2 holds each item's own correction, as of `with_corrections`, and no codewords."""
+        """Whether level 2 holds each item's own correction, as `with_corrections` adds it, not codewords."""
         return len(self.levels) == 2 and np.array_equal(self.codes[:, 1], np.arange(len(self.levels[1])))
 
     def chosen(self, items: chex.Array) -> list[jax.Array]:
-        """Each level's codeword of the given items: int [...] to L times [..., H, E]."""
+        """The codewords of the given items, level by level: int [...] to L times [..., H, E]."""
         codes = self.codes[items]
         return [level[codes[..., index]] for index, level in enumerate(self.levels)]
 
@@ -42,19 +43,19 @@ class ItemIndex(struct.PyTreeNode):
 def quantize_queries(
     rng: jax.Array, queries: jax.Array, *, num_codewords: int, weights: chex.Array | None = None
 ) -> ItemIndex:
-    """Codes of order 0: k-means on the items' queries, all heads together.
+    """An index of order 0: k-means on the items' queries, with all heads together.
 
     Args:
-      rng: key.
+      rng: key for k-means.
       queries: [V, H, E], projected queries of all items.
       num_codewords: K, at most V.
-      weights: [V], how often an item is a candidate; even if None.
+      weights: [V], how often each item is a candidate; None weighs all items equally.
 
     Returns:
       An index of one level.
 
     Raises:
-      ValueError: with fewer items than codewords.
+      ValueError: there are fewer items than codewords.
     """
     chex.assert_rank(queries, 3)
     flat = queries.reshape(len(queries), -1)
@@ -65,7 +66,7 @@ def quantize_queries(
 
 
 def plain_corrections(index: ItemIndex, queries: jax.Array, calibration: Iterable[KeysValues]) -> jax.Array:
-    """The tangent: the residual `q - c` itself, [V, H, E]."""
+    """The residual `q - c` itself, [V, H, E]: the look-up is then the tangent at the codeword."""
     del calibration
     return queries - index.levels[0][index.codes[:, 0]]
 
@@ -73,7 +74,7 @@ def plain_corrections(index: ItemIndex, queries: jax.Array, calibration: Iterabl
 def damped_corrections(
     index: ItemIndex, queries: jax.Array, calibration: Iterable[KeysValues], *, reach: float = 2.0
 ) -> jax.Array:
-    """Residuals, the longer ones shortened; the radius is `reach` times their 90th percentile."""
+    """Residuals with long ones shortened; the radius is `reach` times the 90th percentile of the lengths."""
     residuals = plain_corrections(index, queries, calibration)
     return residuals * damping(residuals, radius=damping_radius(residuals, reach=reach))
 
@@ -81,7 +82,7 @@ def damped_corrections(
 def fitted_corrections(
     index: ItemIndex, queries: jax.Array, calibration: Iterable[KeysValues], *, ridge: float = 0.01
 ) -> jax.Array:
-    """Least squares over calibration requests, see `tarq_jax.corrections`.
+    """Corrections by least squares over calibration requests, see `tarq_jax.corrections`.
 
     Raises:
       ValueError: there is no calibration request.
@@ -106,7 +107,7 @@ CORRECTIONS = {"plain": plain_corrections, "damped": damped_corrections, "fitted
 
 
 def with_corrections(index: ItemIndex, corrections: jax.Array) -> ItemIndex:
-    """An index of order 1 that keeps every item's correction [V, H, E] as it is."""
+    """An index of order 1 that stores every item's exact correction [V, H, E]."""
     own = jnp.arange(len(corrections), dtype=jnp.int32)
     return ItemIndex(
         levels=(index.levels[0], jnp.asarray(corrections)), codes=jnp.stack([index.codes[:, 0], own], axis=1)
@@ -116,7 +117,7 @@ def with_corrections(index: ItemIndex, corrections: jax.Array) -> ItemIndex:
 def with_quantized_corrections(
     rng: jax.Array, index: ItemIndex, corrections: jax.Array, *, num_levels: int, num_codewords: int = 256
 ) -> ItemIndex:
-    """An index of order 1 of `1 + num_levels` codes an item: corrections [V, H, E] residual-quantized."""
+    """An index of order 1 with `1 + num_levels` codes per item; corrections [V, H, E] are quantized."""
     flat = corrections.reshape(len(corrections), -1)
     fit = jax.jit(functools.partial(
         quantization.kmeans_codebook, num_levels=num_levels, num_codewords=num_codewords))
@@ -131,10 +132,10 @@ def with_quantized_corrections(
 def attend(
     index: ItemIndex, items: chex.Array, keys: jax.Array, values: jax.Array, mask: chex.Array
 ) -> jax.Array:
-    """Attention output of the given items as the index approximates it.
+    """Attention output of the given items, as approximated by the index.
 
     Args:
-      index: of order 0 or 1.
+      index: index of order 0 or 1.
       items: [B, G] int.
       keys: [B, H, N, E].
       values: [B, H, N, E].
@@ -155,6 +156,6 @@ def attend(
 
 
 def relative_error(index: ItemIndex, corrections: jax.Array) -> float:
-    """Norm of what the further levels leave of the corrections [V, H, E], relative to the corrections."""
+    """Norm of the quantization error of the corrections [V, H, E], relative to their own norm."""
     found = jnp.sum(jnp.stack(index.chosen(np.arange(len(corrections)))[1:]), axis=0)
     return float(jnp.linalg.norm(found - corrections) / jnp.linalg.norm(corrections))

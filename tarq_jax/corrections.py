@@ -1,11 +1,11 @@
-"""What the Jacobian of an order-1 codebook multiplies: the residual of an item's query, or better (ours).
+"""Corrections, which an order-1 codebook multiplies by its Jacobian: improved residuals of queries (ours).
 
-The tangent `J_c (q - c)` overshoots where the query lies far from its codeword, the more so the sharper
-the attention is. Two remedies, both free at serving time, as an item's correction is computed offline:
-`damping` shortens long residuals; `fit_corrections` replaces each by the least-squares solution over
+The tangent `J_c (q - c)` overshoots if the query is far from its codeword, and more so if the attention is
+sharp. There are two remedies; both are free at serving time, as an item's correction is computed offline.
+`damping` shortens long residuals; `fit_corrections` replaces each residual by the least-squares solution over
 calibration histories, the secant that fits them best.
 
-Axis letters are those of `tarq_jax.types`; M items, in P blocks of S that share a codeword.
+Axis letters are those of `tarq_jax.types`. There are M items, in P blocks of S that share a codeword.
 """
 
 import chex
@@ -19,14 +19,14 @@ from tarq_jax.expansion import Blocks, expand
 def damping(residuals: jax.Array, *, radius: float | jax.Array) -> jax.Array:
     """Factor that shortens long residuals: `1 / (1 + (|r| / radius)^2)`.
 
-    Residuals much shorter than `radius` keep their length; none comes out longer than `radius / 2`.
+    Residuals much shorter than `radius` keep their length; no damped residual is longer than `radius / 2`.
 
     Args:
       residuals: [..., E], one head each.
-      radius: in the units of the query, broadcastable to [..., 1]; infinity damps nothing.
+      radius: length in the units of the query, broadcastable to [..., 1]; infinity damps nothing.
 
     Returns:
-      [..., 1], to multiply the residuals, or the levels that they are the sum of, with.
+      [..., 1], to multiply with the residuals, or with each of the levels whose sum they are.
 
     Example:
       >>> damping(jnp.array([[3.0, 4.0]]), radius=5.0).tolist()
@@ -36,9 +36,9 @@ def damping(residuals: jax.Array, *, radius: float | jax.Array) -> jax.Array:
 
 
 def damping_radius(residuals: jax.Array, *, reach: float = 2.0) -> jax.Array:
-    """Radius a head for `damping`: `reach` times the 90th percentile of the lengths, [M, H, E] to [H, 1]."""
+    """Radii per head for `damping`: `reach` times the 90th percentile of lengths, [M, H, E] to [H, 1]."""
     lengths = jnp.linalg.norm(residuals, axis=-1)
-    smallest = jnp.sqrt(jnp.finfo(lengths.dtype).tiny)  # whose square is not zero
+    smallest = jnp.sqrt(jnp.finfo(lengths.dtype).tiny)  # its square is not zero
     return reach * jnp.quantile(lengths, 0.9, axis=0)[:, None] + smallest
 
 
@@ -48,12 +48,12 @@ def correction_statistics(
 ) -> tuple[jax.Array, jax.Array]:
     """Normal equations of every item's correction, summed over the given requests.
 
-    For an item with query q and codeword c, over requests b: `sum_b J_bc^T J_bc` and
-    `sum_b J_bc^T (o_b(q) - m_bc)`. Add them up over calibration batches.
+    For an item with query q and codeword c, summed over requests b: `sum_b J_bc^T J_bc` and
+    `sum_b J_bc^T (o_b(q) - m_bc)`. Add the results up over calibration batches.
 
     Args:
-      codewords: [H, K, E], of level 1.
-      blocks: of `group_by_code`, over the items' codes of level 1.
+      codewords: [H, K, E], codewords of level 1.
+      blocks: from `group_by_code`, for the items' codes of level 1.
       queries: [H, P, S, E], projected queries of the items, in the order of `blocks.items`.
       keys: [B, H, N, E].
       values: [B, H, N, E].
@@ -79,18 +79,19 @@ def fit_corrections(
 ) -> jax.Array:
     """Corrections that minimise the squared error of the attention output over the calibration requests.
 
-    `argmin_x sum_b |o_b(q) - m_bc - J_bc x|^2 + ridge * t |x - r|^2`, t the mean eigenvalue of the
-    normal matrix; directions in which the requests say little stay as the residual r has them. Where a
-    codeword's attention is saturated in all of them its Jacobians vanish, and the x that fits them best
-    is without bounds: it is shortened to `reach` residuals, or another request would be thrown far off.
+    `argmin_x sum_b |o_b(q) - m_bc - J_bc x|^2 + ridge * t |x - r|^2`, with t the mean eigenvalue of the
+    normal matrix. In directions that the requests hardly determine, x stays equal to the residual r. If a
+    codeword's attention is saturated in all requests, its Jacobians vanish, and the best x has no bound. It
+    is therefore shortened to `reach` times the length of r; otherwise the error for another request could be
+    large.
 
     Args:
-      normal: [H, K, E, E], of `correction_statistics`, summed.
+      normal: [H, K, E, E], from `correction_statistics`, summed over batches.
       moments: [H, P, S, E], likewise.
-      blocks: of `group_by_code`.
+      blocks: from `group_by_code`.
       residuals: [H, P, S, E], `q - c`.
-      ridge: relative to the normal matrix.
-      reach: longest correction, in lengths of its residual.
+      ridge: strength of the ridge, relative to the normal matrix.
+      reach: maximal length of a correction, relative to the length of its residual.
 
     Returns:
       [H, P, S, E].
@@ -98,7 +99,7 @@ def fit_corrections(
     chex.assert_equal_shape([moments, residuals])
     width = residuals.shape[-1]
     size = jnp.trace(normal, axis1=-2, axis2=-1) / width
-    size = jnp.where(size > 0, size, 1.0)  # nothing was seen: the residual stays
+    size = jnp.where(size > 0, size, 1.0)  # without data the residual stays
     inverse = jnp.linalg.inv(normal / size[..., None, None] + ridge * jnp.eye(width))
     pulled = moments / size[:, blocks.codes, None, None] + ridge * residuals
     fitted = jnp.einsum("hpfg,hpsg->hpsf", inverse[:, blocks.codes], pulled)

@@ -1,15 +1,15 @@
 """Order-1 personalised codebooks: attention around a codeword, to first order in the query (ours).
 
-Attention output is a smooth function of its query. Expanded around a codeword c,
+The attention output is a smooth function of its query. Expanded around a codeword c,
 `o(q) ~ m_c + J_c (q - c)`, with `a = softmax(<c, k_n> / sqrt(E))` over the history,
 
     m_c = sum_n a_n v_n,    J_c = (sum_n a_n v_n k_n^T - m_c mk_c^T) / sqrt(E),    mk_c = sum_n a_n k_n
 
-head by head. A candidate costs a product of [E, E] a head, whatever the length of the
-history; where its query is a codeword the result is exact. The residual `q - c` is quantized in turn by the
-levels of a codebook that follow the first, so that an item stays L codes.
+head by head. A candidate costs one matrix-vector product with [E, E] per head, however long the
+history is. If its query is a codeword, the result is exact. The residual `q - c` is itself quantized, by the
+levels of the codebook after the first, so that an item is still L codes.
 
-Shapes that do not fit are an AssertionError of chex; an empty history expands to zero.
+Shapes that do not fit raise chex's AssertionError; the expansion over an empty history is zero.
 """
 
 import functools
@@ -30,22 +30,22 @@ def expand(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array, *, block: int | None = None,
     implementation: Implementation = None,
 ) -> Expansion:
-    """Expands every codeword over each user's history; once a request, whatever the number of candidates.
+    """Expands attention around every codeword; once per request, for any number of candidates.
 
     Args:
       queries: [H, K, E], projected codewords, the same for all requests.
       keys: [B, H, N, E].
       values: [B, H, N, E].
       mask: [B, N] bool.
-      block: codewords and positions at a time, for long histories, see `attention_sums`.
+      block: maximal number of codewords and of positions processed together, see `attention_sums`.
       implementation: see `tarq_jax.kernels`.
 
     Returns:
       Expansion with means [B, H, K, E] and jacobians [B, H, K, E, E].
 
     Raises:
-      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
-      ValueError: `block` is negative, or `implementation` unknown.
+      NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
+      ValueError: `block` is negative, or `implementation` is unknown.
 
     Example:
       >>> keys = values = jnp.array([[[[0.0], [2.0]]]])
@@ -81,12 +81,12 @@ def look_up_expansion(
 ) -> jax.Array:
     """`m_c + J_c (q - c)` for every candidate.
 
-    A gather a column of the Jacobians, which XLA fuses with product and sum: the candidates' own [G, E, E]
-    are never formed.
+    One gather per column of the Jacobians, which XLA fuses with product and sum, so that the candidates' own
+    Jacobians [G, E, E] are never materialised.
 
     Args:
-      expansion: of `expand`.
-      codes: [B, G] int, of the first level; those of K and more are taken for K - 1.
+      expansion: from `expand`.
+      codes: [B, G] int, codes of the first level; larger codes than K - 1 are clipped to it.
       residuals: [B, H, G, E], `q - c`, quantized or exact.
       implementation: see `tarq_jax.kernels`.
 
@@ -94,7 +94,7 @@ def look_up_expansion(
       [B, H, G, E], attention output head by head.
 
     Raises:
-      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
+      NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
       ValueError: `implementation` is unknown.
     """
     requests, heads, _, width = expansion.means.shape
@@ -106,7 +106,7 @@ def look_up_expansion(
 
 
 def _gathered(means, jacobians, codes, residuals):
-    """With the Jacobian of each candidate: the slower, but its gradient is the faster."""
+    """Gathers the Jacobian of each candidate: slower than `_by_columns`, but with a faster gradient."""
     codes = codes[:, None, :, None]
     take = functools.partial(jnp.take_along_axis, axis=2, mode="clip")
     own = take(jacobians, codes[..., None])
@@ -114,25 +114,25 @@ def _gathered(means, jacobians, codes, residuals):
 
 
 def _by_columns(means, jacobians, codes, residuals):
-    take = jax.vmap(functools.partial(jnp.take, axis=1, mode="clip"))  # over requests, of [H, K, E]
+    take = jax.vmap(functools.partial(jnp.take, axis=1, mode="clip"))  # over requests, from [H, K, E]
     columns = (take(jacobians[..., f], codes) * residuals[..., f, None] for f in range(residuals.shape[-1]))
     return functools.reduce(jnp.add, columns, take(means, codes))
 
 
 class Blocks(NamedTuple):
-    """Items grouped by first code into blocks of S that share one; the last of a group is padded."""
+    """Items grouped by first code into blocks of S with the same code; each group's last block is padded."""
 
     items: np.ndarray  # [P, S] int32, index of the item; 0 on padding
-    codes: np.ndarray  # [P] int32, the code that a block shares
-    positions: np.ndarray  # [M] int32, where each item lies in the flattened blocks
+    codes: np.ndarray  # [P] int32, the code that the items of a block share
+    positions: np.ndarray  # [M] int32, position of each item in the flattened blocks
 
 
 def group_by_code(codes: chex.Array, *, block: int = 32) -> Blocks:
-    """The order of an index in which `look_up_blocks` reads it; made once, on the host.
+    """Groups the items of an index as `look_up_blocks` reads them; computed once, on the host.
 
     Args:
-      codes: [M] int, of the first level.
-      block: S.
+      codes: [M] int, codes of the first level.
+      block: S, number of items per block.
 
     Raises:
       ValueError: `block` is below 1.
@@ -163,12 +163,12 @@ def look_up_blocks(expansion: Expansion, blocks: Blocks, residuals: jax.Array) -
     """As `look_up_expansion`, for one set of items that all requests score: a batched matrix product.
 
     Args:
-      expansion: of `expand`.
-      blocks: of `group_by_code`.
-      residuals: [H, P, S, E], of the items in the order of `blocks.items`.
+      expansion: from `expand`.
+      blocks: from `group_by_code`.
+      residuals: [H, P, S, E], residuals of the items in the order of `blocks.items`.
 
     Returns:
-      [B, H, P, S, E]; `reshape` and take `blocks.positions` for the order of the items.
+      [B, H, P, S, E]; for the original order of the items, flatten P and S and take `blocks.positions`.
     """
     chex.assert_rank([expansion.means, residuals], 4)
     chex.assert_shape(residuals, (expansion.means.shape[1], *blocks.items.shape, expansion.means.shape[-1]))
@@ -180,17 +180,17 @@ def look_up_blocks(expansion: Expansion, blocks: Blocks, residuals: jax.Array) -
 def first_order(
     attend: Callable[[jax.Array], jax.Array], centres: jax.Array, residuals: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What the look-up gives, without forming a Jacobian: for training, where candidates are few.
+    """The terms of the look-up, computed without a Jacobian: for training, where candidates are few.
 
-    `J_c r` is the derivative of attention at c in the direction r, for several r at a time.
+    `J_c r` is the derivative of attention at c in the direction r; several r are computed together.
 
     Args:
-      attend: queries [B, H, G, E] to whatever is expanded.
+      attend: the function to expand, of queries [B, H, G, E].
       centres: [B, H, G, E], the codeword of each candidate.
       residuals: [R, B, H, G, E].
 
     Returns:
-      `attend(centres)`, and its changes along the residuals with R in front.
+      `attend(centres)`, and its changes along the residuals, with R as first axis.
 
     Example:
       >>> value, changes = first_order(jnp.square, jnp.array([3.0]), jnp.array([[1.0], [2.0]]))

@@ -1,7 +1,7 @@
-"""The losses of TARQ, each a pure function that returns one value a candidate.
+"""The losses of TARQ, each a pure function that returns one value per candidate.
 
-Reduce with `weighted_mean`. Sources: TARQ (arXiv 2509.16931) and docs/mathematics.md. Shapes that do not
-fit are an AssertionError of chex; nothing is broadcast.
+Reduce them with `weighted_mean`. Sources: TARQ (arXiv 2509.16931) and docs/mathematics.md. Shapes that do not
+fit raise chex's AssertionError; nothing is broadcast.
 """
 
 import functools
@@ -23,17 +23,18 @@ def weighted_mean(
 ) -> jax.Array:
     """`sum(w x) / sum(w)`: the mean of `values` by non-negative `weights`; 0 if no weight is positive.
 
-    Values of zero weight are left out whatever they are; a NaN of positive weight shows.
+    Values of zero weight are left out, even if they are NaN; a NaN of positive weight makes the result NaN.
 
     Args:
       values: any shape.
-      weights: of the same shape.
-      of: weights of a whole that these values are a part of, any shape: what its parts give then adds up
-        to the mean of the whole. None where these are all.
-      axis_name: of the shards of a batch, see `tarq_jax.shards`.
+      weights: the same shape.
+      of: weights of the full batch, of any shape, if `values` are only a part of it. Dividing by their sum
+        makes the results of all parts add up to the mean over the full batch. None if `values` are the full
+        batch.
+      axis_name: axis of the shards of a batch, see `tarq_jax.shards`.
 
     Returns:
-      []; a shard's part of the mean over all, which the sum over shards is.
+      []; this shard's contribution. Summed over shards, the contributions are the mean over the full batch.
 
     Example:
       >>> float(weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0])))
@@ -54,7 +55,7 @@ def binary_cross_entropy(logits: jax.Array, labels: chex.Array) -> jax.Array:
 def distillation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
     """`binary_cross_entropy(student, sg(sigmoid(teacher)))`, elementwise (Hinton et al. 2015).
 
-    Smallest, with the teacher's entropy, where student and teacher agree.
+    It is smallest where student and teacher agree; there it equals the teacher's entropy.
     """
     return binary_cross_entropy(student_logits, jax.lax.stop_gradient(jax.nn.sigmoid(teacher_logits)))
 
@@ -71,16 +72,16 @@ def output_reconstruction(student_output: jax.Array, teacher_output: jax.Array) 
 
 
 def commitment(latents: jax.Array, quantized: jax.Array) -> jax.Array:
-    """`|z - sg(z_q)|^2`: keeps latents near their codewords (van den Oord et al. 2017), [..., D] to [...]."""
+    """`|z - sg(z_q)|^2` keeps latents near their codewords (van den Oord et al. 2017), [..., D] to [...]."""
     return squared_error(latents, quantized)
 
 
 def codebook_loss(chosen: jax.Array, residuals: jax.Array) -> jax.Array:
-    """`sum_l |C_l[c_l] - sg(r_l)|^2`: draws each chosen codeword to its residual.
+    """`sum_l |C_l[c_l] - sg(r_l)|^2`: pulls each chosen codeword towards its residual.
 
     Args:
-      chosen: [..., L, D], the codewords that were chosen.
-      residuals: [..., L, D], what they were chosen for.
+      chosen: [..., L, D], the chosen codewords.
+      residuals: [..., L, D], the residuals for which they were chosen.
 
     Returns:
       [...].
@@ -99,7 +100,7 @@ def codebook_alignment(
     block: int | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """Makes the order of codewords by latent agree with their order by attention output.
+    """Makes the ranking of codewords by latent agree with their ranking by attention output.
 
     Level by level, with `v_1 = z` and `w_1 = sg(o_ta)`: `P = softmax_k(-|v_l - C_l[k]|^2)`,
     `Q = softmax_k(-|w_l - A_l[k]|^2)`; adds `KL(P||Q) + KL(Q||P)`, which is
@@ -108,22 +109,22 @@ def codebook_alignment(
 
     Args:
       latents: [B, G, D], `z`.
-      teacher_outputs: [B, G, D], `o_ta`; takes no gradient.
+      teacher_outputs: [B, G, D], `o_ta`; gets no gradient.
       codewords: [L, K, D], `C`.
       personalized: [B, L, K, D], `A`.
       chosen: [B, G, L, D], `C_l[c_l]`.
       attended: [B, G, L, D], `A_l[c_l]`.
-      block: candidates of a request looked at together: memory then grows with B x block x K instead of
-        B x G x K, and what the gradient needs is computed again. 0 looks at all at once; None chooses, see
-        `tarq_jax.blockwise.best_block`.
+      block: number of candidates of a request processed together. Memory then grows with B x block x K
+        instead of B x G x K, and the backward pass recomputes what it needs. 0 processes all together; None
+        chooses, see `tarq_jax.blockwise.best_block`.
       implementation: see `tarq_jax.kernels`.
 
     Returns:
-      [B, G], at least 0; 0 where both orders agree at every level.
+      [B, G], at least 0; 0 if both distributions agree at every level.
 
     Raises:
-      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
-      ValueError: `block` is negative, or `implementation` unknown.
+      NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
+      ValueError: `block` is negative, or `implementation` is unknown.
     """
     chex.assert_rank([latents, codewords], 3)
     requests, candidates, width = latents.shape

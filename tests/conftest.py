@@ -6,9 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = 8
 
-# Before anything imports JAX: a mesh to test on, and programs that are compiled fast, since most run but
-# a few times, and once for all tests and the commands that they start. A training step takes a quarter of
-# the time to compile without XLA's emitters of fusions.
+# This has to run before anything imports JAX. It gives a mesh to test on. It makes compilation fast, as most
+# programs run only a few times, and caches programs for all tests and the commands that they start. Without
+# XLA's fusion emitters, a training step compiles in a quarter of the time.
 XLA_FLAGS = {"xla_force_host_platform_device_count": DEVICES, "xla_backend_optimization_level": 0,
              "xla_cpu_use_fusion_emitters": "false"}
 for name, value in XLA_FLAGS.items():
@@ -61,15 +61,15 @@ def _run(*arguments: object, path: tuple[object, ...] = (), devices: int = 1,
 def command() -> Command:
     """Runs Python with the given arguments in the repository: `command("train.py", "--workdir=x")`.
 
-    `path` names folders to import from before all others; `devices` is how many the command sees;
-    `environment` holds further variables.
+    `path` names folders to import from before all others; `devices` is the number of devices that the
+    command sees; `environment` holds further variables.
     """
     return _run
 
 
 @pytest.fixture
 def start_command() -> Iterator[Callable[..., subprocess.Popen]]:
-    """As `command` on one device, but returns while it runs; what still runs in the end is killed."""
+    """As `command` on one device, but returns while the process runs; at the end it kills what still runs."""
     started = []
 
     def start(*arguments: object) -> subprocess.Popen:
@@ -86,7 +86,7 @@ def start_command() -> Iterator[Callable[..., subprocess.Popen]]:
 
 @pytest.fixture(scope="session")
 def wrong_call(tmp_path_factory) -> Callable[..., str]:
-    """Runs a wrong call, which has to end with code 2 and one line, before JAX is imported: that line."""
+    """Runs a wrong call, which must exit with code 2 and one line before JAX is imported; returns it."""
     folder = tmp_path_factory.mktemp("without_jax")
     (folder / "jax.py").write_text("raise ImportError('JAX was imported')")
 
@@ -108,26 +108,26 @@ def tiny_dataset() -> Dataset:
 
 @pytest.fixture
 def tiny_config() -> ml_collections.ConfigDict:
-    """The configuration of `tiny`, to be changed at will."""
+    """The configuration of `tiny`, which a test may change."""
     return tiny.make_config()
 
 
 @pytest.fixture(scope="session")
 def silent() -> Console:
-    """A console that nobody sees."""
+    """A console whose output is discarded."""
     return Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")
 def one_device() -> Iterator[None]:
-    """Trains on one device of the eight, for modules where a mesh only costs time."""
+    """Trains on one of the eight devices, for modules where a mesh only costs time."""
     with tiny.one_device():
         yield
 
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory, silent) -> Callable[[str], Path]:
-    """`smoke_run("tarq")`: the folder of a run of that model, `configs/synthetic.py:smoke`, trained once."""
+    """`smoke_run("tarq")` trains that model once with `configs/synthetic.py:smoke` and returns its folder."""
     from configs import synthetic
     from tarq_jax.training import loop
 
@@ -145,13 +145,13 @@ def smoke_run(tmp_path_factory, silent) -> Callable[[str], Path]:
     return run
 
 
-MAPS = Path("/proc/self/maps")  # of Linux, which ends a process that has more of them than this twice over
+MAPS = Path("/proc/self/maps")  # Linux ends a process that has more than about twice MOST_MAPS memory maps
 MOST_MAPS = 25_000
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs_in_memory() -> Iterator[None]:
-    """Drops compiled programs after a module if there are many: each takes several of the system's maps."""
+    """Drops compiled programs after a module if there are many, as each takes several memory maps."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         import gc
@@ -164,7 +164,7 @@ def few_programs_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled_once() -> Iterator[None]:
-    """Runs of equal settings share objectives and compiled steps: tracing is most of a tiny run's time."""
+    """Runs with equal settings share objectives and compiled steps, as tracing dominates tiny runs."""
     from tarq_jax.training import seeds, setup
 
     build, compile_step, compile_seeds = setup.build, setup.compile_step, seeds.compile_step

@@ -1,8 +1,8 @@
-"""Arrays that tests draw."""
+"""Random arrays for tests."""
 
 import numpy as np
 
 
 def normal(seed, *shape):
-    """Standard normal float32, the same for the same seed."""
+    """Standard normal float32; the same for the same seed."""
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

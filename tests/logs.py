@@ -1,4 +1,4 @@
-"""Small files in the forms of the logs that Beam prepares."""
+"""Small files in the formats of the logs that Beam prepares."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,14 +13,14 @@ PROFILE_HEADER = "userid,cms_segid,cms_group_id,final_gender_code,age_level,pval
 
 
 def write(path: Path, lines: Iterable[object]) -> Path:
-    """A text file."""
+    """Writes a text file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
 
 
 def userbehavior_rows(seed: int = 0, users: int = 20, events: int = 25) -> list[tuple]:
-    """(user, item, category, behavior, time), shuffled; some at the same second."""
+    """(user, item, category, behavior, time), shuffled; some rows have the same second."""
     rng = np.random.default_rng(seed)
     first = taobao_userbehavior.FIRST
     kinds = ["pv", "pv", "buy", "cart", "fav"]
@@ -31,13 +31,13 @@ def userbehavior_rows(seed: int = 0, users: int = 20, events: int = 25) -> list[
 
 
 def write_userbehavior(folder: Path) -> dict[str, str]:
-    """Options of a data set in the form of UserBehavior.csv."""
+    """Writes a file in the form of UserBehavior.csv; returns the options of its data set."""
     rows = [",".join(map(str, row)) for row in userbehavior_rows()]
     return {"source": str(write(folder / "UserBehavior.csv", rows))}
 
 
 def ads_rows(seed: int = 0) -> dict[str, list[tuple]]:
-    """Rows of the four files."""
+    """Rows of each of the four files."""
     rng, first = np.random.default_rng(seed), taobao_ads.FIRST
 
     def times(start: int, stop: int, num: int) -> list[int]:
@@ -67,7 +67,7 @@ ADS_HEADERS = {"shown": "user,time_stamp,adgroup_id,pid,nonclk,clk",
 
 
 def write_ads(folder: Path, rows: dict[str, list[tuple]] | None = None) -> dict[str, str]:
-    """Options of a data set in the form of the four files."""
+    """Writes files in the form of the four ads files; returns the options of their data set."""
     for role, lines in (rows or ads_rows()).items():
         write(folder / taobao_ads.FILES[role],
               [ADS_HEADERS[role], *(",".join(map(str, line)) for line in lines)])
@@ -75,7 +75,7 @@ def write_ads(folder: Path, rows: dict[str, list[tuple]] | None = None) -> dict[
 
 
 def write_impressions(folder: Path) -> dict[str, str | int]:
-    """Options of a data set in two kinds of files with named columns."""
+    """Writes two kinds of files with named columns; returns the options of their data set."""
     rng = np.random.default_rng(0)
     shown = [f"u{rng.integers(1, 9)},{DAY + 60 * rng.integers(0, 600)},i{rng.integers(1, 20)},{place % 2},"
              f"c{rng.integers(1, 4)},{rng.choice(['f', 'm', ''])},home" for place in range(200)]

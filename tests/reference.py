@@ -1,10 +1,10 @@
-"""NumPy copies of the core's layers, written for clarity: what the tests hold the library against."""
+"""NumPy copies of the core layers, written for clarity, as references for the tests."""
 
 import numpy as np
 
 
 def attention(queries, keys, values, mask):
-    """Softmax attention over the unmasked positions alone, one query and one head at a time, float64.
+    """Softmax attention over the unmasked positions only, one query and one head at a time, in float64.
 
     queries [B, ..., Q, E], keys and values [B, ..., N, E], mask [B, N]: [B, ..., Q, E].
     """
@@ -20,7 +20,7 @@ def attention(queries, keys, values, mask):
 
 
 def encode_features(params, fields, columns):
-    """`FeatureEncoder`: rows of tables and linear maps, added up."""
+    """`FeatureEncoder`: the sum of table rows and linear maps."""
     encoded = params["bias"].astype(np.float64)
     for field in fields:
         if field.kind == "categorical":

@@ -15,14 +15,14 @@ from tarq_jax.serving import methods
 from tarq_jax.types import Batch
 
 ITEMS = workloads.SCHEMA.num_items  # row 0 is padding
-LENGTHS = (4, 0, 6, 1)  # of the requests' histories
-CONVERTED = ("converted_0", "converted_1", "converted_levels")  # of order 0, 1, and 1 with codes alone
-FURTHER = 2  # levels of the last
+LENGTHS = (4, 0, 6, 1)  # lengths of the requests' histories
+CONVERTED = ("converted_0", "converted_1", "converted_levels")  # order 0; 1; 1, quantized
+FURTHER = 2  # levels of corrections of the last one
 METHODS = (*workloads.SERVED, "order_1_dot", *CONVERTED)
 
 
 class World(NamedTuple):
-    """What is served, and the requests as dictionaries and as a batch whose candidates are all items."""
+    """What is served; requests as dictionaries; and a batch of them whose candidates are all items."""
 
     dataset: Dataset
     requests: list[dict[str, Any]]
@@ -31,7 +31,7 @@ class World(NamedTuple):
 
 @functools.cache
 def world() -> World:
-    """Four requests; one has no history."""
+    """Four requests, one of which has no history."""
     rng = np.random.default_rng(0)
     items = workloads.features(rng, ("item",), np.arange(ITEMS) > 0)
     items["item_id"] = np.arange(ITEMS, dtype=np.int32)
@@ -59,7 +59,7 @@ def world() -> World:
 
 @functools.cache
 def trained(name: str) -> workloads.Compiled:
-    """The model that a method is of."""
+    """The model that the method of this name serves."""
     if name == "order_1_dot":
         module = FirstOrderTarq(**workloads.SIZES, num_levels=workloads.LEVELS, head="dot")
         arguments = (workloads.make_codewords(), True)
@@ -70,7 +70,7 @@ def trained(name: str) -> workloads.Compiled:
 
 @functools.cache
 def item_index(name: str) -> conversion.ItemIndex:
-    """The index of the converted target-attention model; corrections are those of one batch of histories."""
+    """The index of the converted target-attention model; corrections are fitted to one batch of histories."""
     model = trained("target_attention")
     parts = target_attention_parts(model.module)
     queries = item_queries()
@@ -101,7 +101,7 @@ def method_of(name: str) -> methods.Method:
 
 
 def trained_anew(method: methods.Method) -> methods.Method:
-    """The same with other weights."""
+    """The same method with other weights."""
     def other(weights):
         return jax.tree.map(lambda leaf: leaf * 1.1 if leaf.dtype.kind == "f" else leaf, weights)
 
@@ -111,7 +111,7 @@ def trained_anew(method: methods.Method) -> methods.Method:
 
 @functools.cache
 def expected(name: str) -> np.ndarray:
-    """The logits [B, V - 1] that the training code has of all items for each request."""
+    """The training code's logits [B, V - 1] of all items for each request."""
     model, batch = trained(name), world().batch
     if name not in CONVERTED:
         return model.logits(batch)["model"]

@@ -16,13 +16,13 @@ from tarq_jax.serving.http.running import Server
 from tarq_jax.serving.http.service import Service
 
 TOKEN = "a-token"
-PATIENT = Options(  # refuses nothing for its time on a busy machine
+PATIENT = Options(  # refuses no request for its time, even on a busy machine
     limits=Limits(history=8, candidates=40, top_k=20, seconds=30.0), budget=30.0, batch_sizes=(1, 3),
     candidate_sizes=(512,))
 
 
 class Asked(NamedTuple):
-    """What came back."""
+    """The response of a service."""
 
     status: int
     headers: dict[str, str]
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A service."""
+    """A running service."""
 
     url: str
     server: Server
@@ -47,7 +47,7 @@ class Running(NamedTuple):
         return Client(self.url, **options)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Asked:
-        """One exchange; a body that is neither bytes nor an iterator of them is sent as JSON."""
+        """Sends one request; a dict or list is sent as JSON, bytes and iterators of bytes unchanged."""
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=60)
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
@@ -58,12 +58,12 @@ class Running(NamedTuple):
                          answer.read())
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of a metric now."""
+        """The current value of a metric."""
         return self.server.app.state.metrics.registry.get_sample_value(name, labels) or 0.0
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """Keeps the thread that computes from computing."""
+        """Blocks the thread that computes scores."""
         go_on = threading.Event()
         self.service.executor.submit(go_on.wait)
         try:
@@ -74,7 +74,7 @@ class Running(NamedTuple):
 
 @contextlib.contextmanager
 def running(artefact: Path, options: Options = PATIENT) -> Iterator[Running]:
-    """A service of an artefact, once it is warm or has given up."""
+    """A service of an artefact, after warm-up or after it has given up."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(artefact, options, log_requests=True)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -90,7 +90,7 @@ def running(artefact: Path, options: Options = PATIENT) -> Iterator[Running]:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> None:
-    """Returns once the condition holds."""
+    """Waits until the condition holds."""
     for _ in range(round(100 * seconds)):
         if condition():
             return

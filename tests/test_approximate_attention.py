@@ -17,18 +17,18 @@ ROUNDS, BITS = 7, 2
 
 MASK = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0]], bool)
 HEADS = normal(0, B, H, G, E), normal(1, B, H, N, E), normal(2, B, H, N, E)  # queries, keys, values
-VECTORS = normal(3, B, G, D), normal(4, B, N, D)  # that are hashed
+VECTORS = normal(3, B, G, D), normal(4, B, N, D)  # vectors to hash
 PLANES = approximate.hash_planes(D, ROUNDS, BITS)
 UNIT = normal(5, 4 * E)
 
 
 def unit(pairs):
-    """An activation unit without hidden layers: its weights are linear in the four parts."""
+    """An activation unit without hidden layers: its weights are linear in the four parts of its input."""
     return pairs @ UNIT
 
 
 def by_unit(queries, keys, values, mask):
-    """The queries and keys of the first head are those of all."""
+    """Uses the first head's queries and keys for all heads."""
     return approximate.activation_unit_attention(queries[:, 0], keys[:, 0], values, mask, unit)
 
 
@@ -51,7 +51,7 @@ ATTENTIONS = {
 
 @pytest.fixture(scope="module", params=ATTENTIONS)
 def attention(request):
-    """The attention, and its output with the gradients of its inputs, compiled once."""
+    """The attention, and a function for its output and the gradients of its inputs, compiled once."""
     attend = ATTENTIONS[request.param]
 
     @jax.jit
@@ -80,7 +80,7 @@ def test_shape_and_empty_history(attention):
 
 @pytest.mark.parametrize("size", [1e3, 1e15])
 def test_masked_positions_do_not_show(attention, size):
-    """Finite values of any size there change neither the output nor a gradient."""
+    """Finite values of any size at masked positions change neither the output nor a gradient."""
     _, _, both = attention
     masked, sign = ~MASK[:, None, :, None], np.sign(normal(6, B, H, N, E))
     queries, keys, values = HEADS
@@ -91,7 +91,7 @@ def test_masked_positions_do_not_show(attention, size):
 
 
 def test_positions_come_in_any_order_and_number(attention):
-    """Equal to attention over the real positions alone, also in bfloat16, where it is close."""
+    """It equals attention over only the real positions; in bfloat16 it is close."""
     _, attend, both = attention
     real = MASK[2]
     queries, keys, values = (array[2:] for array in HEADS)
@@ -133,7 +133,7 @@ def test_linear_attention_equals_a_plain_loop():
 
 @pytest.mark.parametrize("size", [-1e4, 1e4])
 def test_linear_attention_of_extreme_inputs(size):
-    """Features that underflow to zero leave no gradient that is not finite."""
+    """Features that underflow to zero give no gradient that is not finite."""
     queries, keys, values = HEADS
     gradients = jax.grad(lambda *arrays: approximate.linear_attention(*arrays, MASK).sum(), argnums=(0, 1, 2))
     for gradient in gradients(queries + size, keys + size, values):
@@ -144,7 +144,7 @@ def test_linear_attention_of_extreme_inputs(size):
 
 
 def angles(queries, keys):
-    """Between every candidate and position, [B, G, N]."""
+    """Angles between every candidate and every position, [B, G, N]."""
     products = np.einsum("bgd,bnd->bgn", queries, keys)
     lengths = np.linalg.norm(queries, axis=-1)[:, :, None] * np.linalg.norm(keys, axis=-1)[:, None]
     return np.arccos(products / lengths)
@@ -178,7 +178,7 @@ def test_collision_attention_equals_a_plain_loop():
 
 
 def test_collision_attention_converges_to_its_expectation():
-    """Weights `(1 - angle / pi)^T`; the error falls as the root of the number of rounds."""
+    """The weights are `(1 - angle / pi)^T`; the error falls with the square root of the number of rounds."""
     weights = (1 - angles(*VECTORS) / np.pi) ** BITS * MASK[:, None]
     totals = np.maximum(weights.sum(axis=-1), 1e-9)[:, None, :, None]
     expected = np.einsum("bgn,bhne->bhge", weights, HEADS[2]) / totals
@@ -243,7 +243,7 @@ def test_similar_positions_are_told_apart_up_to_2_to_the_24():
 
 
 def test_nothing_is_sorted_to_select():
-    """XLA has a top-k of floats on CPU, a tenth of the time of its sort of integers."""
+    """On CPU, XLA has a top-k for floats that takes a tenth of the time of its sort of integers."""
     shapes = jax.ShapeDtypeStruct((B, G, 100), jnp.int32), jax.ShapeDtypeStruct((B, 100), bool)
     compiled = jax.jit(approximate.select, static_argnums=2).lower(*shapes, 16).compile().as_text()
     assert "TopK" in compiled and "sort(" not in compiled
@@ -264,7 +264,7 @@ def test_search_by_category_attends_within_it():
     found = np.asarray(approximate.searched_attention(*HEADS, selected))
     np.testing.assert_array_equal(np.flatnonzero(selected[0, 0]), [2, 4])
     np.testing.assert_array_equal(np.flatnonzero(selected[2, 1]), [1])
-    assert not selected[:, 2:].any() and not found[:, :, 2:].any()  # neither known elsewhere, nor at all
+    assert not selected[:, 2:].any() and not found[:, :, 2:].any()  # a category that no event has, and none
     mask = np.isin(np.arange(N), [2, 4])[None]
     expected = reference.attention(queries[:1, :, :1], keys[:1], values[:1], mask)
     np.testing.assert_allclose(found[:1, :, :1], expected, rtol=1e-4, atol=1e-5)
@@ -274,7 +274,7 @@ def test_search_by_category_attends_within_it():
 
 
 def test_activation_unit_by_hand():
-    """Two positions: weights sum what the unit reads, and are not normalised."""
+    """Two positions: the weights are sums of the unit's inputs, and are not normalised."""
     query, keys, values = (np.array(rows, np.float32)[None] for rows in (
         [[2, 1]], [[1, 3], [0, 5]], [[1, 10], [2, 20]]))
     seen = []

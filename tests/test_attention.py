@@ -23,7 +23,7 @@ def inputs():
     return normal(0, B, H, Q, E), normal(1, B, H, N, E), normal(2, B, H, N, E), mask
 
 
-# compiled once here: the library leaves that to its callers
+# compiled once here, as the library leaves that to its callers
 attend = jax.jit(attention.multi_head_attention)
 masked_softmax = jax.jit(attention._masked_softmax)
 
@@ -44,7 +44,7 @@ def test_equals_naive_attention(inputs):
 def test_jit_and_vmap_equal_eager(inputs):
     expected = attention.multi_head_attention(*inputs)
     np.testing.assert_allclose(attend(*inputs), expected, rtol=1e-5, atol=1e-6)
-    # over heads; over requests multi_head_attention is a vmap already
+    # over heads; over requests multi_head_attention already is a vmap
     batched = jax.vmap(attention.multi_head_attention, in_axes=(1, 1, 1, None), out_axes=1)(*inputs)
     np.testing.assert_allclose(batched, expected, rtol=1e-5, atol=1e-6)
 
@@ -74,7 +74,7 @@ def test_masked_equals_truncated(inputs):
 
 
 def test_levels_are_batch_axes(inputs):
-    """Axes between B and H attend like the same inputs level by level."""
+    """Inputs with a level axis between B and H give the same results as level by level."""
     queries, keys, values = normal(3, B, L, H, Q, E), normal(4, B, L, H, N, E), normal(5, B, L, H, N, E)
     mask = inputs[-1]
     expected = np.stack([attend(queries[:, i], keys[:, i], values[:, i], mask) for i in range(L)], axis=1)
@@ -99,7 +99,7 @@ def test_masked_positions_do_not_leak(inputs, size):
     sign = np.sign(normal(6, *keys.shape))
     poisoned = (queries, np.where(masked, size * sign, keys), np.where(masked, -size * sign, values), mask)
     np.testing.assert_array_equal(attend(*poisoned), attend(*inputs))
-    if size < 1e38:  # beyond, what the zero weights multiply in the gradient overflows
+    if size < 1e38:  # for larger values the gradient overflows, as zero weights multiply them
         for changed, expected in zip(gradients(*poisoned), gradients(*inputs), strict=True):
             np.testing.assert_allclose(changed, expected, rtol=1e-5, atol=1e-6)
 
@@ -132,7 +132,7 @@ def test_weights_of_equal_extreme_logits_are_even():
 
 
 def plain_softmax(logits, mask):
-    """The same without a derivative of its own."""
+    """The same softmax without a custom derivative."""
     exponentials = jnp.where(mask, jnp.exp(jnp.where(mask, logits, 0.0)), 0.0)
     total = exponentials.sum(axis=-1, keepdims=True)
     return exponentials / jnp.where(total > 0, total, 1.0)
@@ -140,7 +140,7 @@ def plain_softmax(logits, mask):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Logits [4, 7] and a mask that leaves all, some, one and none of a row's positions."""
+    """Logits [4, 7] and a mask that allows all, some, one and none of a row's positions."""
     mask = np.ones((4, 7), bool)
     mask[1, [0, 3, 4]], mask[2, 1:], mask[3] = False, False, False
     return 2.0 * normal(7, 4, 7), mask
@@ -161,7 +161,7 @@ def test_derivatives_equal_those_of_plain_softmax(rows):
         return value, forward, jax.grad(loss)(logits), curvature
 
     expected = derivatives(plain_softmax, logits)
-    # a keyword would bypass custom_jvp's positional rule
+    # pass arguments by position, as a keyword would bypass custom_jvp's rule
     actual = derivatives(lambda x, mask: attention._masked_softmax(x, mask), logits)
     for one, other in zip(actual, expected, strict=True):
         assert np.any(other)

@@ -1,4 +1,4 @@
-"""Attention in blocks: the same as all at once for any sizes, with all its derivatives, in bounded memory."""
+"""Attention in blocks equals attention without blocks, with all derivatives, in bounded memory."""
 
 import functools
 
@@ -106,7 +106,7 @@ def test_queries_of_another_width_are_refused(options):
 
 
 def derivatives(block, *inputs):
-    """Gradients of attention, of its change along residuals, and of an expansion, by everything."""
+    """Gradients of attention, of its changes along residuals, and of an expansion, for all inputs."""
     *arrays, mask = inputs
 
     def loss(queries, keys, values, residuals):
@@ -141,7 +141,7 @@ def test_types_are_kept():
     np.testing.assert_allclose(np.asarray(found, np.float32), reference.attention(*make_inputs()), atol=0.05)
 
 
-# Memory, of compiled programs that do not run
+# Memory of compiled programs, which do not run
 
 
 def temporary_bytes(function, *shapes):
@@ -165,7 +165,7 @@ HISTORY = ((1, 2, LONG, 16),) * 2
 
 
 @pytest.mark.parametrize(("function", "shapes"), [
-    (jax.grad(squared_attention, argnums=(0, 1, 2)), ((1, 2, LONG, 16), *HISTORY)),  # 800 MB at once
+    (jax.grad(squared_attention, argnums=(0, 1, 2)), ((1, 2, LONG, 16), *HISTORY)),  # 800 MB without blocks
     (jax.grad(squared_changes, argnums=(0, 1, 2, 3)), ((1, 2, 600, 16), *HISTORY, (2, 1, 2, 600, 16))),
     (functools.partial(expansion.expand, block=BLOCK), ((2, 64, 16), *HISTORY)),
     (functools.partial(attention.personalized_codebook, block=BLOCK),

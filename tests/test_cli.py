@@ -1,4 +1,4 @@
-"""How commands begin and end: exit codes, and one line that says what is wrong."""
+"""How commands start and end: exit codes, and a one-line message about what is wrong."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_wrong_calls_of_train(wrong_call, tmp_path, arguments, named):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_numbers_of_flags_are_finite(wrong_call, tmp_path, value):
-    """Bounds of flags hold for NaN: no comparison is true of it."""
+    """The bounds of flags also refuse NaN, for which every comparison is false."""
     line = wrong_call("-m", "tarq_jax.serving.server", f"--artefact={tmp_path}", f"--delay_ms={value}")
     assert "--delay_ms" in line and value in line
 
@@ -54,7 +54,7 @@ def test_workdir_is_required(wrong_call):
 
 
 def test_a_config_file_with_a_mistake(wrong_call, tmp_path):
-    """A setting that a file itself gets wrong is told like one on the command line."""
+    """A wrong setting in the file is reported like one on the command line."""
     file = tmp_path / "experiment.py"
     file.write_text("from tarq_jax.config import default_config\n\n\ndef get_config(mode=''):\n"
                     "    config = default_config()\n    config.stepz = 3\n    return config\n")

@@ -1,4 +1,4 @@
-"""Every setting is checked, and every message names the setting, its value and what would do."""
+"""Every setting is checked, and every message names the setting, its value and what is expected."""
 
 import math
 from typing import get_args
@@ -70,7 +70,7 @@ def refused(config) -> str:
 
 
 def changed(key, value) -> ml_collections.ConfigDict:
-    """The defaults but for one setting, whatever its type."""
+    """The defaults with one setting changed, whatever its type."""
     config = default_config().unlock()
     group = config
     for part in key.split(".")[:-1]:
@@ -193,7 +193,7 @@ def test_shares_that_micro_batches_can_align(share, batch_size, accumulate):
 
 @pytest.mark.parametrize("name", ["json:loads", "importlib.metadata:version", "__main__:make"])
 def test_a_model_of_ones_own(name):
-    """By a module that Python finds; whether it has the function is seen once it is imported."""
+    """The name is a module that Python finds; whether it has the function is checked when it is imported."""
     validate(changed("model.name", name))
     validate(changed("baselines", ("two_tower", name)))
 
@@ -230,7 +230,7 @@ def test_what_pmap_cannot_do(key, value):
 
 
 def test_names_are_those_of_the_models():
-    """They are repeated in the configuration, which must not import JAX."""
+    """The configuration repeats the names, as it must not import JAX."""
     assert get_args(Head) == HEADS
     assert get_args(Reach) == REACHES
     assert get_args(Decoded) == DECODED

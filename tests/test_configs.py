@@ -1,4 +1,4 @@
-"""Every experiment in `configs/` is valid, says how it is run, and runs, from data to table, when shrunk."""
+"""Every experiment in `configs/` is valid, gives its command, and, shrunk, runs from data to table."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from tarq_jax.data import BUILDERS, PipelineSource
 from tarq_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("ablation",)  # of several experiments, see tests/experiments/test_ablate.py
+STUDIES = ("ablation",)  # studies contain several experiments, see tests/experiments/test_ablate.py
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py")
                if path.stem not in ("__init__", *STUDIES))
 COLUMNS = {"auc", "gauc", "log_loss", "calibration", "parameters", "train_seconds", "examples_per_second"}
@@ -27,7 +27,7 @@ def experiment(request, monkeypatch):
 
 
 def write_movielens(folder: Path) -> dict[str, str]:
-    """A folder in the `.inter/.item/.user` form."""
+    """Writes files in the `.inter/.item/.user` form; returns options of the data."""
     rng = np.random.default_rng(0)
     lines = {
         "inter": ["user_id:token\titem_id:token\trating:float\ttimestamp:float",
@@ -44,7 +44,7 @@ def write_movielens(folder: Path) -> dict[str, str]:
 
 
 def write_sequences(folder: Path) -> dict[str, str]:
-    """A file of sequences and one of attributes."""
+    """Writes a file of sequences and a file of attributes; returns options of the data."""
     rng = np.random.default_rng(0)
     users = [f"{user} {' '.join(map(str, rng.permutation(50)[:9] + 1))}" for user in range(1, 31)]
     (folder / "users.txt").write_text("\n".join(users) + "\n")
@@ -92,7 +92,7 @@ def test_defaults_are_not_shared(experiment):
 
 @pytest.mark.usefixtures("one_device")
 def test_runs_when_shrunk(experiment, tmp_path_factory, tmp_path, silent):
-    """On made-up data in the form of the real; reading the real is for the tests of the data."""
+    """Uses made-up data in the form of the real data; the tests of the data read the real data."""
     config = experiment.get_config("smoke")
     if isinstance(BUILDERS[config.data.name], PipelineSource):
         pytest.importorskip("apache_beam", reason="Apache Beam prepares this: pip install 'tarq_jax[beam]'")
@@ -110,7 +110,7 @@ def test_runs_when_shrunk(experiment, tmp_path_factory, tmp_path, silent):
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("name", ["inttower", "sim"])
 def test_baselines_run_by_name(name, tiny_config, tiny_dataset, tmp_path, silent):
-    """As with `--config.model.name=NAME`; to the loop the others are the same, see test_objectives."""
+    """As with `--config.model.name=NAME`; test_objectives covers the other baselines."""
     tiny_config.model.name, tiny_config.model.category = name, "item_id"
     row, = loop.train(tiny_config, tiny_dataset, tmp_path, silent).rows
     assert row["model"] == name and row.keys() >= COLUMNS and np.isfinite(row["auc"])

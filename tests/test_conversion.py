@@ -1,4 +1,4 @@
-"""Items of a trained model as an index: codes, corrections, and attention by them."""
+"""An index of a trained model's items: codes, corrections, and attention with them."""
 
 import functools
 
@@ -62,7 +62,7 @@ def test_corrections_lower_the_error(name, index, queries, history):
     corrections = conversion.CORRECTIONS[name](index, queries, [history])
     assert corrections.shape == (V, H, E)
     corrected = conversion.with_corrections(index, corrections)
-    lower = 1.0 if name == "plain" else 0.9  # the tangent overshoots where queries lie far apart
+    lower = 1.0 if name == "plain" else 0.9  # the tangent overshoots if queries are far apart
     assert error(corrected, queries, history) < lower * error(index, queries, history)
 
 

@@ -1,4 +1,4 @@
-"""Corrections of order-1 look-ups: damping, and least squares over calibration requests."""
+"""Corrections for order-1 look-ups: damping, and least squares over calibration requests."""
 
 import functools
 
@@ -16,7 +16,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
 
 @pytest.fixture(scope="module")
 def problem():
-    """Codewords [H, K, E], items in blocks, their queries [H, P, S, E], and a history with an empty one."""
+    """Codewords [H, K, E], items in blocks, their queries [H, P, S, E], histories of which one is empty."""
     codes = np.random.default_rng(0).integers(0, K, M)
     blocks = expansion.group_by_code(codes, block=4)
     codewords, queries = normal(1, H, K, E), 2.0 * normal(2, M, H, E)
@@ -45,7 +45,7 @@ def items(blocks, in_blocks):
 
 
 def errors(problem, in_blocks):
-    """Squared error of the attention output over all requests with the given corrections, [M, H]."""
+    """Squared error of the attention output with the given corrections, over all requests, [M, H]."""
     codewords, blocks, queries, (keys, values, mask) = problem
     expanded = expansion.expand(codewords, keys, values, mask)
     found = expansion.look_up_blocks(expanded, blocks, in_blocks)
@@ -77,7 +77,7 @@ def test_statistics_add_up_over_batches(problem, statistics):
 
 
 def test_fit_equals_least_squares(problem, statistics):
-    """Item by item, by NumPy's solver on the stacked requests."""
+    """NumPy's solver, item by item, on the stacked requests."""
     codewords, blocks, queries, (keys, values, mask) = problem
     residuals = queries - codewords[:, blocks.codes][:, :, None]
     fitted = items(blocks, corrections.fit_corrections(
@@ -110,7 +110,7 @@ def test_strong_ridge_keeps_the_residual(problem, statistics):
 
 
 def test_nothing_to_learn_keeps_the_residual(problem):
-    """Empty histories say nothing: no division by zero, and the residual stays."""
+    """Empty histories give no information: nothing is divided by zero, and the residual stays."""
     codewords, blocks, queries, (keys, values, mask) = problem
     found = corrections.correction_statistics(codewords, blocks, queries, keys, values, np.zeros_like(mask))
     residuals = queries - codewords[:, blocks.codes][:, :, None]
@@ -118,7 +118,7 @@ def test_nothing_to_learn_keeps_the_residual(problem):
 
 
 def test_saturated_attention_leaves_corrections_bounded(problem):
-    """Jacobians all but vanish where one event takes all the weight: the best fit would be endless."""
+    """Where one event has all the weight, Jacobians almost vanish, and the best fit would be unbounded."""
     codewords, blocks, queries, (keys, values, mask) = problem
     loud = 20 * np.sign(codewords.mean(axis=1))[:, None]  # [H, 1, E]
     keys = np.where(np.arange(keys.shape[2])[:, None] == 0, loud, keys)

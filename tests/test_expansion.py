@@ -1,4 +1,4 @@
-"""Order-1 personalised codebooks: a naive reference, exact where they must be, look-ups, gradients."""
+"""Order-1 personalised codebooks: a naive reference, exact cases, look-ups, gradients."""
 
 import functools
 
@@ -17,7 +17,7 @@ B, H, K, N, E, G = 3, 2, 5, 6, 4, 7
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
 
-# compiled once here: the library leaves that to its callers
+# compiled once here, as the library leaves that to its callers
 expand = jax.jit(expansion.expand)
 attend = jax.jit(attention.multi_head_attention)
 look_up = jax.jit(expansion.look_up_expansion)
@@ -42,7 +42,7 @@ def expanded(codewords, history):
 
 
 def candidates(codewords, scale, seed=4):
-    """Codes [B, G], residuals [B, H, G, E] of the given size, and codewords of the codes [B, H, G, E]."""
+    """Codes [B, G], residuals [B, H, G, E] of the given size, and the codes' codewords [B, H, G, E]."""
     codes = np.random.default_rng(seed).integers(0, K, (B, G))
     return codes, scale * normal(seed + 1, B, H, G, E), np.moveaxis(codewords[:, codes], 0, 1)
 
@@ -109,7 +109,7 @@ def test_exact_where_the_query_is_a_codeword(expanded, codewords, history):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6))
 def test_error_falls_with_the_square_of_the_residual(expanded, codewords, history, seed):
-    """Halving the distance to the codeword quarters the error, in the limit."""
+    """In the limit, half the distance to the codeword gives a quarter of the error."""
     codes, residuals, centres = candidates(codewords, 0.2, seed)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64) if x.dtype == np.float32 else x, history)
@@ -134,7 +134,7 @@ def test_beats_order_0(expanded, codewords, history):
 
 
 def test_first_order_equals_the_look_up(expanded, codewords, history):
-    """Training attends with candidates' own codewords, serving looks up: the same, level by level."""
+    """Training attends with candidates' own codewords, serving looks up; both agree, level by level."""
     codes, residuals, centres = candidates(codewords, 0.5)
     parts = np.stack([0.25 * residuals, 0.75 * residuals])
     compute = jax.jit(lambda *args: expansion.first_order(lambda q: attend(q, *history), *args))
@@ -146,7 +146,7 @@ def test_first_order_equals_the_look_up(expanded, codewords, history):
 
 @pytest.mark.parametrize("block", [1, 2, 8])
 def test_blocks_equal_gathering(expanded, codewords, block):
-    codes = np.random.default_rng(7).integers(0, K - 1, 23)  # one codeword that no item has
+    codes = np.random.default_rng(7).integers(0, K - 1, 23)  # no item has the last codeword
     residuals = normal(8, 23, H, E)
     blocks = expansion.group_by_code(codes, block=block)
     in_blocks = np.moveaxis(residuals[blocks.items], 2, 0)

@@ -1,4 +1,4 @@
-"""Losses: closed forms, weights, extremes, which side takes a gradient, alignment against a naive copy."""
+"""Losses: closed forms, weights, extremes, which side gets a gradient, alignment against a naive copy."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_distillation_is_smallest_at_the_teacher():
     (losses.squared_error, 1.0), (losses.commitment, 1.0), (losses.output_reconstruction, 0.5),
 ])
 def test_squared_errors(loss, factor):
-    """Closed form; the first side takes the gradient, the second none."""
+    """Closed form; only the first argument gets a gradient."""
     moved, fixed = normal(0, B, G, D), normal(1, B, G, D)
     upstream = normal(2, B, G)
     value, pull = jax.vjp(loss, moved, fixed)
@@ -144,7 +144,7 @@ def test_shapes_that_differ_are_refused(loss):
 
 
 def naive_alignment(latents, teacher_outputs, codewords, personalized, chosen, attended):
-    """The formula as written: differences [B, G, K, D], both divergences apart."""
+    """The formula as written: differences [B, G, K, D], and both divergences separately."""
     latent, output, total = latents, jax.lax.stop_gradient(teacher_outputs), 0.0
     for level in range(codewords.shape[0]):
         far = jnp.sum((latent[:, :, None] - codewords[level]) ** 2, axis=-1)
@@ -157,7 +157,7 @@ def naive_alignment(latents, teacher_outputs, codewords, personalized, chosen, a
 
 
 def aligned(seed, scale=0.5):
-    """The arguments of `codebook_alignment`, in order; chosen and attended follow random codes."""
+    """The arguments of `codebook_alignment`, in order; `chosen` and `attended` belong to random codes."""
     rng = np.random.default_rng(seed)
     latents, outputs = rng.normal(size=(2, B, G, D))
     codewords, personalized = rng.normal(size=(L, K, D)), rng.normal(size=(B, L, K, D))
@@ -170,7 +170,7 @@ def aligned(seed, scale=0.5):
 
 @pytest.fixture(scope="module")
 def alignment():
-    """Loss [B, G], and its gradients by a random upstream: ours and the naive one, compiled."""
+    """Loss [B, G] and its gradients for a random upstream gradient: ours and the naive one, compiled."""
     upstream = normal(20, B, G)
 
     def with_gradients(loss):
@@ -193,7 +193,7 @@ def test_alignment_equals_naive_formula(alignment, seed):
     for one, other in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
     takes_gradient = [bool(np.any(gradient)) for gradient in gradients]
-    assert takes_gradient == [True, False, True, True, True, True]  # none to the teacher's outputs
+    assert takes_gradient == [True, False, True, True, True, True]  # none for the teacher's outputs
 
 
 @examples
@@ -215,7 +215,7 @@ def test_alignment_is_zero_where_the_orders_agree(alignment):
 
 
 def test_alignment_closed_form():
-    """One level, two codewords at 0 and 1, the latent on the first, the output half-way."""
+    """One level, two codewords at 0 and 1; the latent is at the first, the output half-way."""
     zero = jnp.zeros((1, 1, 1))
     codewords = jnp.array([[[0.0], [1.0]]])
     value = losses.codebook_alignment(zero, zero + 0.5, codewords, codewords[None], zero[None], zero[None])

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, where its C library can be told so."""
+"""Freed memory stays with the process if its C library, glibc, allows such a setting."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_what_was_kept_is_given_back():
     kept, given = done.stdout.split()
     if kept == "False":
         pytest.skip("the C library is not glibc")
-    assert int(kept) < 8 and int(given) >= 56  # MiB less than while 64 were in use
+    assert int(kept) < 8 and int(given) >= 56  # MiB by which memory fell; 64 were in use
 
 
 def test_a_second_buffer_has_the_pages_of_the_first():
@@ -54,4 +54,4 @@ def test_a_second_buffer_has_the_pages_of_the_first():
     kept, faults = done.stdout.split()
     if kept == "False":
         pytest.skip("the C library is not glibc")
-    assert int(faults) < 100  # of the 16,384 pages that it has
+    assert int(faults) < 100  # out of its 16,384 pages

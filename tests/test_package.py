@@ -1,4 +1,4 @@
-"""The package as a user imports it."""
+"""The package as users import it."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def test_every_public_name_is_there_and_documented():
 
 
 def test_the_public_interface():
-    """What goes from this list goes by the policy of CONTRIBUTING.md, with a line in CHANGELOG.md."""
+    """Names are removed from this list only by the policy in CONTRIBUTING.md, with a line in CHANGELOG.md."""
     assert tarq_jax.__all__ == [
         "Batch", "Codebook", "Field", "FirstOrderTarq", "QuantizerOutput", "Schema", "Scorer",
         "TargetAttention", "Tarq", "TwoTower", "beam_encode", "codebook_alignment", "decode",
@@ -37,7 +37,7 @@ def test_import_is_light():
 
 
 def test_imports_point_one_way():
-    """A layer imports only those below it, as CONTRIBUTING has them."""
+    """Each layer imports only the layers below it, as listed in CONTRIBUTING."""
     below = {
         "types": set(),
         "schema": set(),

@@ -1,4 +1,4 @@
-"""What is released: an archive of sources and a wheel that work where there is no repository."""
+"""The release, a source archive and a wheel, works without the repository."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with both, the wheel made from the archive of sources."""
+    """A folder with both; the wheel is made from the source archive."""
     root = tmp_path_factory.mktemp("release")
     (sources := root / "sources").mkdir()
     for name in RELEASED:

@@ -1,4 +1,4 @@
-"""What a run shows and writes: tables, JSON rows, metrics by step."""
+"""What a run shows and writes: tables, JSON rows, metrics per step."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def test_metrics_by_step(tmp_path):
             for step in steps:
                 writer.write(step, {"loss": step / 2, "speed": math.nan})
                 text = (tmp_path / "run" / "metrics.jsonl").read_text()
-                assert text.endswith("\n") and json.loads(text.splitlines()[-1])["step"] == step  # at once
+                assert text.endswith("\n") and json.loads(text.splitlines()[-1])["step"] == step  # flushed
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "loss": step / 2, "speed": None} for step in (1, 2, 3)]
 
@@ -63,7 +63,7 @@ def test_metrics_by_step(tmp_path):
 @pytest.mark.parametrize(("torn", "kept"), [
     ('{"step": 2, "lo', [1]), ("\0\0", [1]), ('{"step": 2, "loss": 1.0}', [1, 2])])
 def test_a_kill_tears_the_last_line_of_metrics(tmp_path, torn, kept):
-    """It is not read, and a run that goes on leaves it out; only the end of the line may be missing, too."""
+    """The torn line is not read, and a resumed run drops it; a line may also lack only its line end."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + torn)
     assert [line["step"] for line in reporting.read_metrics(tmp_path)] == kept
@@ -98,7 +98,7 @@ def test_a_summary_has_the_columns_of_all_seeds():
 
 
 def test_metrics_as_tensorboard_events(tmp_path):
-    from tensorboardX import event_file_writer  # noqa: F401 - what wrote them can be imported
+    from tensorboardX import event_file_writer  # noqa: F401 - checks that the writer can be imported
     from tensorboardX.proto import event_pb2
     from tensorboardX.record_writer import masked_crc32c
 
@@ -106,7 +106,7 @@ def test_metrics_as_tensorboard_events(tmp_path):
         writer.write(7, {"loss": 0.25, "speed": math.nan})
     file, = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     data, found = file.read_bytes(), []
-    while data:  # records: length, its checksum, payload, its checksum
+    while data:  # each record: length, its checksum, payload, its checksum
         length = int.from_bytes(data[:8], "little")
         payload, checksum = data[12:12 + length], data[12 + length:16 + length]
         assert int.from_bytes(checksum, "little") == masked_crc32c(payload)

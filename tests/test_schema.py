@@ -1,4 +1,4 @@
-"""Schema: what is refused, and what a message says."""
+"""Schema: what it refuses, and its messages."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Functions of a batch in shards: together they are the function of the whole batch."""
+"""Functions of a batch in shards: together they equal the function of the whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,12 @@ import pytest
 
 from tarq_jax import losses, shards
 
-N, ROWS = 4, 3  # shards, requests of each
+N, ROWS = 4, 3  # number of shards, and of requests per shard
 WHOLE = np.random.default_rng(0).normal(size=(N * ROWS, 2)).astype(np.float32)
 
 
 def on_shards(function, *arrays):
-    """What each shard returns."""
+    """The result of each shard."""
     run = jax.pmap(function, axis_name="s", devices=jax.devices()[:N])
     return run(*shards.deal(arrays, N))
 

@@ -1,4 +1,4 @@
-"""`python train.py`, as a user calls it."""
+"""`python train.py`, as users call it."""
 
 import json
 import math
@@ -14,7 +14,7 @@ HEALTH = ("utilisation", "perplexity", "dead", "quantization_error", "nearest_di
 STUDENT_COLUMNS = {"utilisation", "quantization_error", "attention_error", "recall_at_4", "rank_correlation",
                    *(f"{name}_{level}" for level in (1, 2, 3) for name in HEALTH)}
 
-# The command itself, which a signal reaches once step 8 is done.
+# Runs the command itself, which gets a signal when step 8 is done.
 INTERRUPTED_AT_8 = """
 import os, runpy, signal, sys
 from tarq_jax import reporting
@@ -34,7 +34,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 @pytest.fixture(scope="module")
 def train(command, tmp_path_factory):
-    """Runs the smoke experiment with further flags; prepared data are shared."""
+    """Runs the smoke experiment with further flags; prepared data is shared."""
     data_dir = tmp_path_factory.mktemp("data")
 
     def run(workdir, *flags, code=("train.py",)):
@@ -46,7 +46,7 @@ def train(command, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(train, tmp_path_factory):
-    """A run from start to end: (process, workdir)."""
+    """A whole run: (process, workdir)."""
     workdir = tmp_path_factory.mktemp("train") / "run"
     return train(workdir, f"--json={workdir.parent / 'rows.json'}"), workdir
 

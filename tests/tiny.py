@@ -1,6 +1,6 @@
-"""The smallest experiment that goes through everything: for tests of the training layer and the commands.
+"""The smallest experiment that covers everything, for tests of the training layer and the commands.
 
-A module of its own, not fixtures alone, because processes that tests start need it too.
+This is a module, not only fixtures, because processes that tests start need it too.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from tarq_jax.training import sharding
 
 
 def make_config() -> ml_collections.ConfigDict:
-    """TARQ; its codebook starts at step 3 of 6, epochs are 5 steps, and revival finds codewords to revive."""
+    """TARQ with 6 steps: the codebook starts at step 3, epochs have 5 steps, revival finds dead codewords."""
     config = smoke(default_config())
     config.steps, config.log_every, config.checkpoint_every, config.eval_batch_size = 6, 1, 2, 16
     config.model.width, config.model.hidden = 4, (4,)
@@ -28,7 +28,7 @@ def make_config() -> ml_collections.ConfigDict:
 
 
 def make_dataset() -> Dataset:
-    """A synthetic data set that a step goes through in milliseconds."""
+    """A synthetic data set with steps of milliseconds."""
     return synthetic.generate(SyntheticOptions(
         num_items=60, num_clusters=8, history_length=5, num_candidates=3, max_interests=5,
         train_requests=40, validation_requests=16, test_requests=24))

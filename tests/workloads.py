@@ -1,6 +1,6 @@
-"""Small workloads that the tests of the core share: a schema of every kind of field, batches, models.
+"""Small workloads that the tests of the core share: a schema with every kind of field, batches, models.
 
-Sizes are all different, so that no two axes can be confused unnoticed.
+All sizes differ, so that a confusion of two axes is noticed.
 """
 
 import functools
@@ -28,7 +28,7 @@ from tarq_jax.models.approximate_attention import by_category, by_hash
 from tarq_jax.schema import Field, Schema
 from tarq_jax.types import Batch, Codebook
 
-DEVICES = 8  # virtual CPU devices that `conftest` asks for
+DEVICES = 8  # virtual CPU devices that `conftest` requests
 REQUESTS, CANDIDATES, POSITIONS, WIDTH, HEADS, LEVELS, CODEWORDS = 8, 5, 6, 12, 3, 2, 7
 HISTORY_LENGTHS = (4, 0, 1, 3, 4, 2, 0, 4)  # at most 4 of the 6 positions; two histories are empty
 NUM_CANDIDATES = (5, 4, 0, 1, 5, 2, 0, 3)  # two requests have no candidate
@@ -67,7 +67,7 @@ MODELS = SERVED | BASELINES
 
 
 def features(rng: np.random.Generator, sides: tuple[str, ...], mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Random values of the fields of `sides` where `mask`, padding elsewhere."""
+    """Random values of the fields of `sides` where `mask` is True, padding elsewhere."""
     columns = {}
     for field in SCHEMA.side(*sides):
         shape = (*mask.shape, *field.shape)
@@ -101,7 +101,7 @@ def make_batch(seed: int = 0) -> Batch:
 
 
 def refill(batch: Batch, seed: int = 1) -> Batch:
-    """The batch with other values where the masks are False."""
+    """The batch with other values where its masks are False."""
     rng = np.random.default_rng(seed)
 
     def fill(columns, sides, mask):
@@ -118,7 +118,7 @@ def refill(batch: Batch, seed: int = 1) -> Batch:
 
 
 def make_codewords(seed: int = 0) -> np.ndarray:
-    """Codewords [L, K, D] of the length of latents, [`LEVELS`, `CODEWORDS`, `WIDTH`]."""
+    """Codewords [L, K, D] of about the length of latents, [`LEVELS`, `CODEWORDS`, `WIDTH`]."""
     return np.random.default_rng(seed).normal(size=(LEVELS, CODEWORDS, WIDTH)).astype(np.float32)
 
 
@@ -135,11 +135,11 @@ def make_codebook(seed: int, levels: int, codewords: int, width: int) -> Codeboo
 
 
 class Compiled(NamedTuple):
-    """A model with parameters, and its forward pass compiled."""
+    """A model with parameters and its compiled forward pass."""
 
     module: nn.Module
-    params: Any  # what `apply` takes, every entry away from its initial value
-    arguments: tuple[Any, ...]  # that follow the batch: the codewords of TARQ
+    params: Any  # as `apply` takes them; every entry differs from its initial value
+    arguments: tuple[Any, ...]  # arguments after the batch: the codewords of TARQ
     forward: Callable[..., Any]  # (params, batch, *arguments) -> output
 
     def __call__(self, batch: Batch) -> Any:
@@ -147,7 +147,7 @@ class Compiled(NamedTuple):
         return self.forward(self.params, batch, *self.arguments)
 
     def logits(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Logits [B, G] by name of the predictor: TARQ has a student and a teacher."""
+        """Logits [B, G] by name of the predictor; TARQ has a student and a teacher."""
         output = self(batch)
         logits = {"model": output.logits}
         if hasattr(output, "teacher"):
@@ -165,7 +165,7 @@ def compiled(name: str) -> Compiled:
 
 
 def make_params(shapes: Any, seed: int = 0) -> Any:
-    """Random parameters of the given shapes, biases and all, that keep activations of order one."""
+    """Random parameters of the given shapes, biases included, that keep activations of order one."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):

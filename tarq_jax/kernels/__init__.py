@@ -1,22 +1,23 @@
-"""Pallas kernels of the core operations, behind their argument `implementation`.
+"""Pallas kernels of the core operations, selected by their argument `implementation`.
 
-`"xla"` is what XLA makes of plain JAX; `"pallas"` a kernel of this package, or a NotImplementedError that
-says why not; None the faster of the two by the table `PREFERRED`, which only measurements may fill
-(`python -m benchmarks`), and XLA where the kernel does not fit. A kernel is compiled by Mosaic on a TPU; on
-a CPU the same kernel is interpreted, slowly, so that tests can compare its numbers. Under a mesh call it
-within `shard_map`, as XLA cannot partition it.
+`"xla"` runs the plain JAX implementation. `"pallas"` runs a kernel of this package, or raises
+NotImplementedError with the reason. None runs the kernel only if the table `PREFERRED` lists it as faster
+and it supports the arguments; otherwise XLA. Only measurements (`python -m benchmarks`) may add entries to
+the table. On a TPU, Mosaic compiles a kernel; on a CPU the same kernel is interpreted, slowly, so that tests
+can compare its numbers. Under a mesh, call a kernel within `shard_map`, as XLA cannot partition it.
 
-Operations with a kernel for TPUs, by their functions:
+Operations with a TPU kernel, and the functions that use them:
 
 - `encode`, `quantization.encode`: all levels in one pass over the latents, one-hot products on the MXU;
-- `attend`, `attention.multi_head_attention`: flash attention; for NVIDIA's Hopper too, in bfloat16;
+- `attend`, `attention.multi_head_attention`: flash attention; also for NVIDIA's Hopper, in bfloat16;
 - `expand`, `expansion.expand`: flash attention, products of values and keys formed in VMEM;
 - `look_up`, `attention.look_up`: one-hot products on the MXU;
 - `look_up_expansion`, `expansion.look_up_expansion`: likewise, with the Jacobians in VMEM;
 - `align`, `losses.codebook_alignment`: both distributions of all levels in VMEM.
 
 `personalized_codebook` is `attend` with codewords as queries. Top-k has no kernel: XLA's own reads the scores
-once. Derivatives are those of the XLA form, computed anew, so that nothing large is kept for them.
+only once. Derivatives are those of the XLA implementation, which is recomputed for them, so that nothing
+large is kept.
 """
 
 import importlib
@@ -27,28 +28,29 @@ import jax
 
 Implementation = Literal["xla", "pallas"] | None
 
-# operation -> module that has its kernel, under its name, and a `refuse_` function of the same arguments that
-# says why it does not take them. Imported when a kernel is wanted: Pallas takes half a second.
+# operation -> module with its kernel, a function of the operation's name, and a function `refuse_NAME` of the
+# same arguments that returns why the kernel does not support them. Modules are imported only when a kernel is
+# requested, as importing Pallas takes half a second.
 MODULES = {"encode": "encode", "attend": "attention", "expand": "attention", "look_up": "look_up",
            "look_up_expansion": "look_up", "align": "align"}
-ON_GPU = ("attend",)  # the operations that have a kernel for NVIDIA
-# (operation, platform) -> "pallas", where it was measured at par or better. None was measured yet.
+ON_GPU = ("attend",)  # the operations that have a kernel for NVIDIA GPUs
+# (operation, platform) -> "pallas", if the kernel was measured to be at least as fast. None measured yet.
 PREFERRED: Mapping[tuple[str, str], str] = {}
 
 
 def pick(
     operation: str, implementation: Implementation, *arguments: Any, refusal: str | None = None
 ) -> Callable[..., Any] | None:
-    """The kernel that an operation is to run as, a function of the arguments; None for XLA.
+    """The kernel to run an operation with, a function of the arguments; None to run it by XLA.
 
     Args:
       operation: one of the names above.
-      implementation: what the caller asked for.
-      arguments: of the kernel.
-      refusal: why no kernel would do, if the caller knows.
+      implementation: the caller's choice.
+      arguments: arguments of the kernel.
+      refusal: why no kernel can be used, if the caller knows a reason.
 
     Raises:
-      NotImplementedError: a kernel was asked for that does not take these arguments.
+      NotImplementedError: a kernel was requested that does not support these arguments.
       ValueError: `implementation` is unknown.
     """
     if implementation not in ("xla", "pallas", None):
@@ -66,7 +68,7 @@ def pick(
 
 
 def with_derivative_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, differentiated in either mode as `plain`, of the same arguments, computed anew."""
+    """`kernel` with the derivatives, in either mode, of `plain`, which is recomputed for them."""
     function = jax.custom_jvp(kernel)
     recomputed = jax.checkpoint(plain)
 

@@ -1,4 +1,4 @@
-"""The codebook alignment loss on a TPU: both distributions over codewords are formed and read in VMEM."""
+"""The codebook alignment loss on a TPU: both distributions over codewords stay in VMEM."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 
 from tarq_jax.kernels import calling
 
-ROWS = 128  # candidates of a block: two distributions of each are held, with their exponentials
+ROWS = 128  # candidates per block; VMEM holds two distributions of each, with their exponentials
 
 
 def refuse_align(
@@ -24,7 +24,7 @@ def align(
     latents: jax.Array, outputs: jax.Array, codewords: jax.Array, personalized: jax.Array,
     chosen: jax.Array, attended: jax.Array,
 ) -> jax.Array:
-    """As `tarq_jax.losses.codebook_alignment`, shapes as there: [B, G]."""
+    """As `tarq_jax.losses.codebook_alignment`, with the same shapes: [B, G]."""
     requests, size, width = latents.shape
     levels = len(codewords)
     block = calling.block_of(size, ROWS)

@@ -1,7 +1,7 @@
-"""Attention sums on a TPU: a block of queries at a time, the history streaming past it.
+"""Attention sums on a TPU: one block of queries at a time, past which the history is streamed.
 
-The softmax is formed online (Milakov and Gimelshein 2018; Dao et al. 2022, arXiv 2205.14135), so that neither
-logits [Q, N] nor what is summed [N, E * E] ever lies in slow memory.
+The softmax is computed online (Milakov and Gimelshein 2018; Dao et al. 2022, arXiv 2205.14135), so that
+neither the logits [Q, N] nor the summands [N, E * E] are ever written to slow memory.
 """
 
 import functools
@@ -60,7 +60,7 @@ def expand(
 
 
 def _moments(keys, values):
-    """As `tarq_jax.expansion` has them; products by constant matrices, as reshaping lanes is slow."""
+    """As in `tarq_jax.expansion`; products are formed by constant matrices, as reshaping lanes is slow."""
     width = keys.shape[-1]
     products = (calling.dot(values.astype(jnp.float32), calling.repeated(width)) *
                 calling.dot(keys.astype(jnp.float32), calling.tiled(width)))
@@ -72,7 +72,7 @@ def _sums(
     mask: jax.Array,
 ) -> tuple[jax.Array, ...]:
     leading, (size, width), length = queries.shape[:-2], queries.shape[-2:], keys.shape[-2]
-    each = math.prod(leading) // len(mask)  # heads, and whatever else attends to the same history
+    each = math.prod(leading) // len(mask)  # heads and other axes that attend to the same history
     rows, columns = calling.block_of(size, calling.ROWS), calling.block_of(length, calling.POSITIONS)
     flat = calling.padded(queries.reshape(-1, size, width), 1, rows)
     history = [calling.padded(array.reshape(-1, length, width), 1, columns) for array in (keys, values)]

@@ -1,7 +1,7 @@
-"""Attention on NVIDIA's Hopper GPUs (Mosaic GPU): a warpgroup takes 64 queries past the whole history.
+"""Attention on NVIDIA's Hopper GPUs (Mosaic GPU): a warpgroup attends with 64 queries to the whole history.
 
-Both products run on the tensor cores, in bfloat16 with sums in float32; keys and values stream through shared
-memory, the next block while one is multiplied. The softmax is formed online, as on a TPU.
+Both products run on the tensor cores, in bfloat16 with sums in float32. Keys and values are streamed through
+shared memory; the next block is loaded while one is multiplied. The softmax is computed online, as on a TPU.
 """
 
 import functools
@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from tarq_jax.blockwise import MASKED
 from tarq_jax.kernels import calling
 
-ROWS, COLUMNS = 64, 64  # queries and positions of a block
-WIDTHS = (16, 32, 64)  # E: 32, 64 or 128 bytes a row, as shared memory is swizzled
+ROWS, COLUMNS = 64, 64  # queries and positions per block
+WIDTHS = (16, 32, 64)  # E: 32, 64 or 128 bytes per row, the widths of swizzled shared memory
 
 
 def refusal(queries: jax.Array, keys: jax.Array, values: jax.Array) -> str | None:
@@ -31,7 +31,10 @@ def refusal(queries: jax.Array, keys: jax.Array, values: jax.Array) -> str | Non
 
 
 def refuse_device() -> str | None:
-    """Why `attend` cannot run on the GPU that is here, which another that is lowered for may differ from."""
+    """Why `attend` cannot run on the GPU of this machine; None if it can.
+
+    This is separate from `refusal`, because code may be lowered for another GPU than this machine's.
+    """
     capability = getattr(jax.local_devices()[0], "compute_capability", None)
     if str(capability).split(".")[0] == "9":
         return None
@@ -41,13 +44,14 @@ def refuse_device() -> str | None:
 def attend(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, *, interpret: Any = None
 ) -> jax.Array:
-    """As `tarq_jax.kernels.attention.attend`; `interpret` as that of `pallas.mosaic_gpu.kernel`."""
+    """As `tarq_jax.kernels.attention.attend`; `interpret` as in `pallas.mosaic_gpu.kernel`."""
     leading, (size, width), length = queries.shape[:-2], queries.shape[-2:], keys.shape[-2]
     each = math.prod(leading) // len(mask)
     flat = calling.padded(queries.reshape(-1, size, width), 1, ROWS)
     keys, values = (calling.padded(array.reshape(-1, length, width), 1, COLUMNS) for array in (keys, values))
     seen = calling.padded(mask.astype(jnp.float32), 1, COLUMNS)
-    laid_out = gpu.layout_cast if interpret is None else lambda array, layout: array  # it has no layouts
+    # The interpreter has no layouts.
+    laid_out = gpu.layout_cast if interpret is None else lambda array, layout: array
     found = gpu.kernel(
         functools.partial(_kernel, each, laid_out), out_type=jax.ShapeDtypeStruct(flat.shape, flat.dtype),
         grid=(len(flat), flat.shape[1] // ROWS), grid_names=("one", "row"),
@@ -60,7 +64,7 @@ def attend(
 
 
 def _swizzled(width):
-    """How all matrices lie in shared memory: the tensor cores want both factors alike."""
+    """The layout of every matrix in shared memory: the tensor cores require the same for both factors."""
     return gpu.TilingTransform((8, width)), gpu.SwizzleTransform(2 * width)
 
 

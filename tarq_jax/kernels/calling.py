@@ -1,4 +1,4 @@
-"""What the TPU kernels share: how they are called, padded and how they multiply."""
+"""What the TPU kernels share: calls, padding, products and checks of arguments."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,22 +8,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-VMEM_BYTES = 8 * 2**20  # of the arguments that a kernel keeps: half of what the smallest TPU has
-ROWS = 256  # candidates, latents or queries of a block
-POSITIONS = 512  # of the history, of a block
+VMEM_BYTES = 8 * 2**20  # limit for the arguments that a kernel keeps in VMEM: half of the smallest TPU's
+ROWS = 256  # candidates, latents or queries per block
+POSITIONS = 512  # history positions per block
 
 
 def call(
     kernel: Callable[..., None], *arguments: jax.Array, grid: tuple[int, ...], sequential: int = 0,
     **options: Any,
 ) -> Any:
-    """`pl.pallas_call`, compiled where a TPU runs it and interpreted where a CPU does.
+    """`pl.pallas_call`, compiled on a TPU and interpreted on a CPU.
 
     Args:
-      kernel: of references.
+      kernel: function of the references to the blocks.
       arguments: arrays.
-      grid: see `pl.pallas_call`, as the other options.
-      sequential: how many of the last axes of the grid depend on the order in which they are run.
+      grid: see `pl.pallas_call`.
+      sequential: number of trailing axes of the grid whose steps have to run in order.
+      options: further options of `pl.pallas_call`.
     """
     free = len(grid) - sequential
     semantics: Any = ("parallel",) * free + ("arbitrary",) * sequential
@@ -34,19 +35,19 @@ def call(
 
 
 def block_of(size: int, most: int, multiple: int = 8) -> int:
-    """The size of blocks of an axis: all of it, rounded up, if it is short, `most` otherwise."""
+    """Block size for an axis: its size rounded up to `multiple`, but not more than `most`."""
     return min(-(-size // multiple) * multiple, most)
 
 
 def padded(array: jax.Array, axis: int, block: int) -> jax.Array:
-    """With zeros up to a multiple of `block` along an axis."""
+    """The array, padded with zeros to a multiple of `block` along an axis."""
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, -array.shape[axis] % block)
     return jnp.pad(array, padding)
 
 
 def dot(left: jax.Array, right: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
-    """Product of two matrices in float32 over the given axes; float32 arguments are multiplied as such."""
+    """Product of two matrices over the given axes, in float32; float32 arguments keep full precision."""
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(left, right, (((axes[0],), (axes[1],)), ((), ())), precision=precision,
                                preferred_element_type=jnp.float32)
@@ -58,17 +59,17 @@ def positions(shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def one_hot(codes: jax.Array, size: int, dtype: Any = jnp.float32) -> jax.Array:
-    """[M, 1] int32 to [M, size]: a row of a matrix is looked up by a product with it."""
+    """[M, 1] int32 to [M, size]: a product with it looks up rows of a matrix."""
     return (positions((codes.shape[0], size), 1) == codes).astype(dtype)
 
 
 def repeated(width: int) -> jax.Array:
-    """[E, E * E]: multiplies [..., E] to each of its entries E times in a row."""
+    """[E, E * E]: a product with [..., E] repeats each of its entries E times in a row."""
     return _pattern(width, jax.lax.div)
 
 
 def tiled(width: int) -> jax.Array:
-    """[E, E * E]: multiplies [..., E] to E copies of it side by side."""
+    """[E, E * E]: a product with [..., E] gives E copies of it side by side."""
     return _pattern(width, jax.lax.rem)
 
 
@@ -78,7 +79,7 @@ def _pattern(width: int, of: Callable[[jax.Array, int], jax.Array]) -> jax.Array
 
 
 def too_large(**arrays: Sequence[jax.Array] | jax.Array) -> str | None:
-    """Says so where the arrays together do not fit beside the blocks of a kernel."""
+    """A message if the arrays together exceed `VMEM_BYTES`, and leave no room for a kernel's blocks."""
     leaves = jax.tree.leaves(arrays)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     names = " and ".join(arrays)
@@ -86,14 +87,14 @@ def too_large(**arrays: Sequence[jax.Array] | jax.Array) -> str | None:
 
 
 def empty(**arrays: jax.Array) -> str | None:
-    """Says so where an array has no entries, of which no block could be made."""
+    """A message if an array has no entries, as no block can be made of it."""
     shapes = " and ".join(str(array.shape) for array in arrays.values())
     none = any(array.size == 0 for array in arrays.values())
     return f"{' and '.join(arrays)} are of shapes {shapes}, expected some of each" if none else None
 
 
 def not_real(*arrays: jax.Array) -> str | None:
-    """Says so where an array is neither float32 nor bfloat16, or not of the type of the first."""
+    """A message unless all arrays are float32 or all are bfloat16."""
     kinds = {array.dtype.name for array in arrays}
     if len(kinds) == 1 and kinds <= {"float32", "bfloat16"}:
         return None

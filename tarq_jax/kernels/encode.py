@@ -20,8 +20,8 @@ def refuse_encode(levels: Sequence[jax.Array], latents: jax.Array) -> str | None
 def encode(levels: Sequence[jax.Array], latents: jax.Array) -> jax.Array:
     """Greedy residual codes by Euclidean distance: L arrays [K_l, D] and [M, D] to int32 [M, L].
 
-    Distances [M, K] and residuals stay in VMEM; what is subtracted is looked up by a product with one-hot
-    codes. Among equals the first codeword wins.
+    Distances [M, K] and residuals stay in VMEM; the codewords to subtract are looked up by a product with
+    one-hot codes. Among equally near codewords the first one wins.
     """
     size, width = latents.shape
     block = calling.block_of(size, calling.ROWS)
@@ -40,7 +40,7 @@ def _kernel(num_levels, latents_ref, *refs):
     residual = latents_ref[...].astype(jnp.float32)
     for index, level in enumerate(levels):
         words = level[...].astype(jnp.float32)
-        # About the first codeword, so that products keep their precision far from the origin.
+        # Relative to the first codeword, so that products keep their precision far from the origin.
         moved = words - words[:1]
         offsets = calling.dot(jnp.ones((1, words.shape[1]), jnp.float32), 0.5 * moved**2, (1, 1))
         scores = calling.dot(residual - words[:1], moved, (1, 1)) - offsets

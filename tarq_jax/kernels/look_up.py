@@ -1,4 +1,4 @@
-"""Look-ups on a TPU as products with one-hot codes: the MXU reads tables from VMEM, no row is gathered."""
+"""Look-ups on a TPU as products with one-hot codes: the MXU reads tables in VMEM, and no row is gathered."""
 
 
 import jax
@@ -15,7 +15,7 @@ def refuse_look_up(personalized: jax.Array, codes: jax.Array) -> str | None:
 
 
 def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:
-    """Sums a candidate's entries over levels: [B, L, K, D] and int [B, G, L] to [B, G, D]."""
+    """Sums each candidate's entries over levels: [B, L, K, D] and int [B, G, L] to [B, G, D]."""
     requests, size, levels = codes.shape
     block = calling.block_of(size, calling.ROWS)
     codes = calling.padded(_within(codes, personalized.shape[2]), 1, block)
@@ -30,7 +30,7 @@ def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def _within(codes: jax.Array, size: int) -> jax.Array:
-    """Those beyond the last row are taken for it, as a gather that clips has them."""
+    """Clips codes to the rows of the table, as a gather that clips does."""
     return jnp.clip(codes.astype(jnp.int32), 0, size - 1)
 
 
@@ -78,7 +78,7 @@ def _expansion_kernel(means_ref, jacobians_ref, codes_ref, residuals_ref, output
     means, jacobians, residuals = means_ref[0, 0], jacobians_ref[0, 0], residuals_ref[0, 0]
     chosen = calling.one_hot(codes_ref[0], len(means), means.dtype)
     width = residuals.shape[1]
-    # J_c r row by row: the residual beside each row of J, products, and sums over the columns of each row.
+    # J_c r: repeat the residual for each row of J, multiply entry by entry, and sum the columns of each row.
     beside = calling.dot(residuals.astype(jnp.float32), calling.tiled(width))
     products = calling.dot(chosen, jacobians) * beside
     change = calling.dot(products, calling.repeated(width), (1, 1))

@@ -1,8 +1,8 @@
-"""Baselines that exchange the attention of target attention alone, see `tarq_jax.approximate_attention`.
+"""Baselines that replace only the attention of target attention, see `tarq_jax.approximate_attention`.
 
-Backbone, history encoder and head are those of target attention, so that what a comparison tells is the cost
-of the attention. SDIM, ETA and SIM read recent events once more, by a network of their own: left out.
-Attention in blocks and its recomputation (see `Compute`) are for the encoders alone.
+Backbone, history encoder and head are those of target attention, so that a comparison shows the effect of the
+attention alone. SDIM, ETA and SIM also read recent events by a separate network, which is left out here.
+Blocks and recomputation of attention (see `Compute`) apply to the encoders only.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from tarq_jax.models.target_attention import AttentionModel
 from tarq_jax.models.two_tower import InteractionOutput, TwoTowerOutput
 from tarq_jax.types import Batch
 
-Similarity = Callable[[Batch, TwoTowerOutput], jax.Array]  # of candidates and positions, [B, G, N] int
+Similarity = Callable[[Batch, TwoTowerOutput], jax.Array]  # each candidate to each position, [B, G, N] int
 
 
 class ApproximateAttention(AttentionModel):
-    """As target attention, with what subclasses make of `attend`."""
+    """Target attention with another attention, which subclasses define in `attend`."""
 
     def __call__(self, batch: Batch) -> InteractionOutput:
         """Scores every candidate of every request."""
@@ -38,14 +38,14 @@ class ApproximateAttention(AttentionModel):
         return InteractionOutput(logits=logits, backbone=backbone)
 
     def attend(self, batch: Batch, backbone: TwoTowerOutput, history: jax.Array) -> jax.Array:
-        """What every candidate attends, [B, H, G, E], over the encoded history H_t [B, N, D]."""
+        """Every candidate's attention output [B, H, G, E] over the encoded history H_t [B, N, D]."""
         raise NotImplementedError
 
 
 class LinearAttention(ApproximateAttention):
     """Linear attention with the feature map elu + 1 (Katharopoulos et al. 2020, arXiv 2006.16236).
 
-    There it is self-attention of a transformer; here candidates are the queries.
+    In the paper it is the self-attention of a transformer; here the candidates are the queries.
     """
 
     def attend(self, batch: Batch, backbone: TwoTowerOutput, history: jax.Array) -> jax.Array:
@@ -57,11 +57,11 @@ class LinearAttention(ApproximateAttention):
 class Sdim(ApproximateAttention):
     """Attention by hash collisions (SDIM, arXiv 2205.10249).
 
-    x_item and X are hashed, of which the paper also sums the latter; here the values of H_t are summed.
+    x_item and X are hashed. The paper also sums X; here the values of H_t are summed.
 
     Attributes:
-      rounds: R, signatures of an item; the paper has 16.
-      bits: T of a signature; the paper has 3.
+      rounds: R, number of signatures per item; 16 in the paper.
+      bits: T, number of bits per signature; 3 in the paper.
     """
 
     rounds: int = 16
@@ -86,15 +86,15 @@ def by_category(batch: Batch, backbone: TwoTowerOutput, *, field: str) -> jax.Ar
 
 
 class HardSearch(ApproximateAttention):
-    """Target attention over the positions of the history that a search selects for the candidate.
+    """Target attention over the positions of the history that a search selects for each candidate.
 
-    ETA (arXiv 2108.04468) searches by hash, SIM (arXiv 2006.05639) by category. Both select from events as
-    they are; here what is selected was encoded with the whole history before. SIM's times between events and
-    the loss on its search are left out.
+    ETA (arXiv 2108.04468) searches by hash, SIM (arXiv 2006.05639) by category. Both attend to the selected
+    events themselves; here the whole history is encoded before positions are selected. SIM's time intervals
+    between events and its loss on the search are left out.
 
     Attributes:
-      similarity: `by_hash` or `by_category`, or another.
-      num_selected: positions at most; of equals the newest.
+      similarity: `by_hash`, `by_category` or another function of this type.
+      num_selected: maximal number of positions; among equally similar ones, the newest are selected.
     """
 
     similarity: Similarity = by_hash
@@ -108,10 +108,10 @@ class HardSearch(ApproximateAttention):
 
 
 class Din(ApproximateAttention):
-    """Weights by a small network instead of a product, not normalised (DIN, arXiv 1706.06978).
+    """Attention weights from a small network instead of a product, not normalised (DIN, arXiv 1706.06978).
 
-    The network compares x_item and X, of which the paper also sums the latter; here the values of H_t are
-    summed. Hidden units are those of the paper but for GELU in place of PReLU or Dice.
+    The network compares x_item and X. The paper also sums X; here the values of H_t are summed. The number of
+    hidden units is the paper's; the activation is GELU instead of PReLU or Dice.
     """
 
     def setup(self):

@@ -12,14 +12,14 @@ GROUPS = 4
 
 
 class Cold(OnTwoTowers):
-    """Backbone logit plus an MLP of feature groups, each weighted by one number.
+    """Backbone logit plus an MLP of feature groups, each scaled by one learned weight.
 
     `g = [v_user, x_item, v_item, v_user * v_item]`, `s = sigmoid(W g + b)`,
     `logit = MLP([s_1 g_1, ..., s_4 g_4]) + backbone logit`.
 
-    After Wang et al. 2020 (arXiv 2007.16122). Its groups are embedded features, of which the weights select
-    those that are worth their cost; here they are what two towers make of the features, and all are kept. It
-    has no inner product beside the MLP.
+    After Wang et al. 2020 (arXiv 2007.16122). The paper's groups are embedded features, and its weights
+    select those that are worth their cost; here the groups come from the two towers, and all are kept. The
+    paper adds no inner product to the MLP.
     """
 
     def setup(self):
@@ -37,6 +37,6 @@ class Cold(OnTwoTowers):
         return InteractionOutput(logits=backbone.logits + added, backbone=backbone)
 
     def weighted(self, *groups: jax.Array) -> jax.Array:
-        """Groups of features [..., D] each, weighted and side by side: [..., 4D]."""
+        """Scales each group of features [..., D] by its weight and concatenates them: [..., 4D]."""
         gates = nn.sigmoid(self.gates(jnp.concatenate(groups, axis=-1)))
         return jnp.concatenate([gates[..., i, None] * group for i, group in enumerate(groups)], axis=-1)

@@ -16,34 +16,34 @@ from tarq_jax.types import Batch, QuantizerOutput
 class FirstOrderTarq(Tarq):
     """As `Tarq`, with projected queries as latents and the teacher's keys and values as history.
 
-    Level 1 is the point of expansion, levels 2 to L quantize the residual that the Jacobian
-    multiplies: `o = W (m_c + d J_c sum_{l>1} C_l[c_l])`, see `tarq_jax.expansion`; d damps long
-    residuals, see `tarq_jax.corrections.damping`. The head, and the radius of d for each attention
-    head, are all that the student has to learn. There is neither encoder nor decoder: what is decoded is the
-    latent itself, and `decoded` does not matter.
+    Level 1 is the point of expansion; levels 2 to L quantize the residual that the Jacobian
+    multiplies: `o = W (m_c + d J_c sum_{l>1} C_l[c_l])`, see `tarq_jax.expansion`. The factor d damps long
+    residuals, see `tarq_jax.corrections.damping`. The student's only parameters are its head and one radius
+    of d per attention head. There is neither encoder nor decoder: the quantized latent is compared with the
+    latent itself, and the attribute `decoded` has no effect.
     """
 
     def _setup_approximation(self):
-        """A radius a head, in the units of its queries; everything else is the teacher's."""
+        """One radius per head, in the units of its queries; all other parameters are the teacher's."""
         if self.num_levels < 2:
             raise ValueError(f"num_levels is {self.num_levels}, expected at least 2 for order 1")
         self.log_radius = self.param("log_radius", nn.initializers.constant(2.0), (self.num_heads, 1, 1))
 
     def latents(self, teacher: TargetAttentionOutput) -> jax.Array:
-        """What is quantized: the teacher's projected queries, [B, G, D]."""
+        """The vectors to quantize: the teacher's projected queries, [B, G, D]."""
         return flat_queries(teacher)
 
     def item_latents(self, items: jax.Array) -> jax.Array:
-        """The latents of items by their embeddings x_item alone, [..., G, D]."""
+        """The latents of items, from their embeddings x_item alone, [..., G, D]."""
         return jnp.swapaxes(self.teacher.query(items), -2, -3).reshape(items.shape)
 
     def attend(
         self, codewords: jax.Array, quantizer: QuantizerOutput, teacher: TargetAttentionOutput,
         mask: chex.Array, num_aligned: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """What each level adds to the output, [B, G, L, D], and `W m_c` [A, 1, K, D] of the first A requests.
+        """Each level's term of the output, [B, G, L, D], and `W m_c` [A, 1, K, D] of the first A requests.
 
-        Further levels have no personalised codebook of their own: what they add depends on the first.
+        Levels after the first have no personalised codebook, because their terms depend on the first code.
         """
         frozen = self.student_gradient != "teacher"
         project = self.teacher.attention.frozen_outputs if frozen else self.teacher.attention.outputs
@@ -61,22 +61,22 @@ class FirstOrderTarq(Tarq):
         return jnp.stack([mean, *changes], axis=2), personalized
 
     def centre_and_residuals(self, quantizer: QuantizerOutput) -> tuple[jax.Array, jax.Array]:
-        """The codeword of level 1, [B, H, G, E], and those of further levels, [L - 1, B, H, G, E]."""
+        """The codeword of level 1, [B, H, G, E], and those of the other levels, [L - 1, B, H, G, E]."""
         heads = (self.num_heads, self.width // self.num_heads)
         chosen = quantizer.chosen.reshape(*quantizer.chosen.shape[:-1], *heads)
         chosen = jnp.moveaxis(chosen, (2, 3), (0, 2))
         return chosen[0], chosen[1:]
 
     def damping(self, residuals: jax.Array) -> jax.Array:
-        """Of [L - 1, B, H, G, E], together: [B, H, G, 1], to multiply what the Jacobian makes of them with.
+        """Factor [B, H, G, 1] by which to damp the Jacobian's products with residuals [L - 1, B, H, G, E].
 
-        That is linear, so that it may as well come first; but then the gradient of the radius would go back
-        through attention.
+        The factor depends on the sum of the residuals. The product is linear, so the residuals could be
+        damped before it; but then the gradient of the radius would go back through the attention.
         """
         return damping(residuals.sum(axis=0), radius=jnp.exp(self.log_radius))
 
     def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
-        """Weights head by head; to first order they still sum to one, but may be negative."""
+        """Attention weights head by head; to first order they still sum to one, but may be negative."""
         teacher = self.teacher(batch)
         quantizer = self.encode_candidates(codewords, self.latents(teacher), batch)
         mask = batch.history_mask[:, None, None]
@@ -89,5 +89,5 @@ class FirstOrderTarq(Tarq):
                 for index in range(self.num_heads)}
 
     def decode(self, passed: jax.Array, teacher: TargetAttentionOutput) -> tuple[jax.Array, jax.Array]:
-        """The quantized latents as they are, beside the latents [B, G, D]."""
+        """The quantized latents unchanged, and the latents as their target, [B, G, D] each."""
         return passed, self.latents(teacher)

@@ -14,7 +14,7 @@ from tarq_jax.types import Batch
 def late_interaction(user: jax.Array, items: jax.Array) -> jax.Array:
     """`sum_u max_m <u, i_m> / sqrt(D)` over the vectors u of a user and i_m of an item.
 
-    MaxSim of ColBERT (Khattab and Zaharia 2020), with the user in place of the query.
+    This is MaxSim of ColBERT (Khattab and Zaharia 2020), with the user in place of the query.
 
     Args:
       user: [B, U, D].
@@ -35,12 +35,12 @@ def late_interaction(user: jax.Array, items: jax.Array) -> jax.Array:
 class IntTower(OnTwoTowers):
     """Backbone logit plus `late_interaction` of vectors from every layer of the user tower with the item's.
 
-    Every layer of the user tower gives M vectors, v_item gives M (the FE-Block of Li et al. 2022,
-    arXiv 2210.09890). Left out: Light-SE, which weighs features before the towers, and CIR, a contrastive
-    loss on v_user and v_item. The paper has no inner product of v_user and v_item beside it.
+    M vectors are computed from every layer of the user tower, and M from v_item (the FE-Block of Li et al.
+    2022, arXiv 2210.09890). Left out: Light-SE, which weighs features before the towers, and CIR, a
+    contrastive loss on v_user and v_item. The paper adds no inner product of v_user and v_item.
 
     Attributes:
-      num_vectors: M, of width D each.
+      num_vectors: M, the number of vectors, each of width D.
     """
 
     num_vectors: int = 4

@@ -17,15 +17,15 @@ from tarq_jax.types import Features
 
 
 class Compute(NamedTuple):
-    """How a model computes what it computes: its memory and its precision, hardly its numbers.
+    """How a model computes: settings of memory and precision that hardly change its results.
 
     Attributes:
-      dtype: of activations inside the networks. Parameters, embeddings, softmax, what is quantized and
-        the logits stay float32.
+      dtype: type of the activations inside the networks. Parameters, embeddings, softmax, quantized latents
+        and logits stay float32.
       remat: recompute history encoders and attention weights in the backward pass instead of keeping them.
-        XLA's scheduler for CPU recomputes them early: memory is saved on accelerators.
-      attention_block: queries and positions that attention looks at together, see
-        `tarq_jax.attention.attention_sums`; 0 for all.
+        This saves memory on accelerators; on CPU, XLA's scheduler recomputes too early to save any.
+      attention_block: number of queries and of positions that attention processes together, see
+        `tarq_jax.attention.attention_sums`; 0 processes all together.
     """
 
     dtype: Any = jnp.float32
@@ -33,7 +33,7 @@ class Compute(NamedTuple):
     attention_block: int = 0
 
     def attend(self, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: chex.Array) -> jax.Array:
-        """`multi_head_attention`, by these settings."""
+        """`multi_head_attention` with these settings."""
         attend = functools.partial(multi_head_attention, block=self.attention_block)
         attend = jax.checkpoint(attend) if self.remat else attend
         return attend(queries.astype(keys.dtype), keys, values, mask)
@@ -41,16 +41,16 @@ class Compute(NamedTuple):
 
 
 class FeatureEncoder(nn.Module):
-    """Embeds the fields of one side: the sum of a linear map of each, `[..., D]`.
+    """Embeds the fields of one side: the sum of one linear map per field, `[..., D]`.
 
-    Categorical fields are embedded, numeric and vector fields multiplied by a matrix. Without
+    Categorical fields are embedded; numeric and vector fields are multiplied by a matrix. Without
     fields the output is the bias alone. Padding (id 0) shares one learned row with ids that are not in
     the vocabulary; masks keep padding out.
 
     Attributes:
-      fields: what to read from the features.
+      fields: the fields to read from the features.
       width: D.
-      tables: how embedding tables are kept and looked up.
+      tables: how embedding tables are stored and looked up.
     """
 
     fields: tuple[Field, ...]
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
     Attributes:
       hidden: widths of the hidden layers.
-      width: of the output.
+      width: width of the output.
       compute: see `Compute`.
     """
 
@@ -92,7 +92,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def layers(self, inputs: jax.Array) -> list[jax.Array]:
-        """What each layer gives, [..., any] to [..., width of the layer]; the last is the output."""
+        """The outputs of all layers, [..., any] to [..., width of the layer] each; the last is the result."""
         outputs = []
         for size in self.hidden:
             inputs = nn.gelu(nn.Dense(size, dtype=self.compute.dtype)(inputs))
@@ -101,14 +101,14 @@ class MLP(nn.Module):
 
 
 def heads_of(width: int, num_heads: int) -> tuple[int, int]:
-    """`(H, E)` of a width D = H E; a ValueError if `num_heads` does not divide it."""
+    """`(H, E)` for a width D = H E; raises ValueError if `num_heads` does not divide the width."""
     if width % num_heads:
         raise ValueError(f"num_heads is {num_heads}, expected a divisor of the width {width}")
     return num_heads, width // num_heads
 
 
 class MultiHeadAttention(nn.Module):
-    """`MHA(query, key and value)` with its parts apart, so that keys and values can be reused.
+    """`MHA(query, key and value)` with its parts as separate methods, so that keys and values can be reused.
 
     Attributes:
       num_heads: H; has to divide `width`.
@@ -152,13 +152,13 @@ class MultiHeadAttention(nn.Module):
         return nn.apply(nn.DenseGeneral.__call__, projection)(variables, jnp.swapaxes(attended, -2, -3))
 
     def __call__(self, query_inputs: jax.Array, history: jax.Array, mask: chex.Array) -> jax.Array:
-        """[B, Q, D] attends over [B, N, D] where mask [B, N]: [B, Q, D]."""
+        """[B, Q, D] attends over the positions of [B, N, D] that mask [B, N] allows: [B, Q, D]."""
         keys, values = self.keys_values(history)
         return self.outputs(self.compute.attend(self.queries(query_inputs), keys, values, mask))
 
 
 class LevelAttention(nn.Module):
-    """`MHA_l` for every level l at once: projections of their own, one batched attention.
+    """`MHA_l` for all levels l: each level has its own projections; the attention is one batched operation.
 
     Attributes:
       num_levels: L.

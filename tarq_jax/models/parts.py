@@ -1,4 +1,4 @@
-"""A target-attention model taken apart: what conversion needs to serve it as TARQ, forks included."""
+"""The parts of a target-attention model, own forks included, that conversion needs to serve it as TARQ."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,16 +16,16 @@ Params = Any
 class AttentionParts(NamedTuple):
     """The protocol of conversion: four pure functions of a trained model's parameters.
 
-    The model may be anything whose logit is `head(context, attention of the item's query over the
+    The model may be any whose logit is `head(context, attention of the item's query over the
     history's keys and values)`, with softmax attention scaled by 1 / sqrt(E) and queries that depend on
-    the item alone. Positions, biases or gates that are added to the keys or the values fit in.
+    the item alone. Its keys or values may include positions, biases or gates.
 
     Attributes:
       item_queries: (params, item features name -> [M, ...]) -> projected queries [H, M, E].
       keys_values: (params, batch) -> keys [B, H, N, E], values [B, H, N, E].
-      context: (params, batch) -> whatever else the head reads; any pytree.
-      head: (params, context, attended [B, H, G, E]) -> logits [B, G]. Fine-tuning trains those of
-        `params` that only the head reads.
+      context: (params, batch) -> everything else that the head reads; any pytree.
+      head: (params, context, attended [B, H, G, E]) -> logits [B, G]. Fine-tuning trains the parameters
+        that only the head reads.
     """
 
     item_queries: Callable[[Params, Features], jax.Array]
@@ -36,7 +36,7 @@ class AttentionParts(NamedTuple):
 
 def target_attention_parts(module: TargetAttention) -> AttentionParts:
     """The parts of this library's target attention, or of a subclass whose attention is still a softmax."""
-    module = module.clone(compute=module.compute._replace(dtype=jnp.float32))  # what is quantized is float32
+    module = module.clone(compute=module.compute._replace(dtype=jnp.float32))  # quantize float32 queries
     kind = type(module)
     forward = nn.apply(kind.__call__, module)
 

@@ -13,7 +13,7 @@ from tarq_jax.types import Batch, Features
 
 
 class TargetAttentionOutput(struct.PyTreeNode):
-    """Logits with what the student learns from."""
+    """Logits, and the arrays that the student learns from."""
 
     logits: jax.Array  # [B, G]
     backbone: TwoTowerOutput
@@ -32,9 +32,9 @@ def interaction_features(attention_output: jax.Array, backbone: TwoTowerOutput) 
 
 
 class AttentionModel(OnTwoTowers):
-    """What models share in which candidates read an encoded history: all but how they attend to it.
+    """Base of the models in which candidates attend to an encoded history; lacks only the attention itself.
 
-    `H_t = X + MHA(X, X, X)`, an output `o` of some attention of the candidate over H_t,
+    `H_t = X + MHA(X, X, X)`; `o` is the output of some attention of the candidate over H_t;
     `logit = MLP([o, x_item, o * x_item, v_user * v_item]) + backbone logit`.
     """
 
@@ -48,7 +48,7 @@ class AttentionModel(OnTwoTowers):
         self.head = MLP(self.hidden, 1, compute)
 
     def make_history_encoder(self) -> nn.Module:
-        """What encodes the history: (X [B, N, D], mask [B, N]) -> H_t [B, N, D]."""
+        """The module that encodes the history: (X [B, N, D], mask [B, N]) -> H_t [B, N, D]."""
         return history_encoder(self.num_heads, self.width, self.compute)
 
     def query(self, candidates: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ class AttentionModel(OnTwoTowers):
         return self.attention.queries(self.query_tower(candidates))
 
     def score(self, attended: jax.Array, backbone: TwoTowerOutput) -> tuple[jax.Array, jax.Array]:
-        """Logits [B, G], and the attention output [B, G, D], from what the heads attended, [B, H, G, E]."""
+        """Logits [B, G] and attention output [B, G, D], from the output of each head, [B, H, G, E]."""
         attention_output = self.attention.outputs(attended)
         added = self.head(interaction_features(attention_output, backbone))[..., 0]
         return backbone.logits + added, attention_output
@@ -65,15 +65,15 @@ class AttentionModel(OnTwoTowers):
 class TargetAttention(AttentionModel):
     """Backbone logit plus an MLP of the candidate's attention over the history (TARQ; docs/mathematics.md).
 
-    As `AttentionModel`, with `q = MLP(x_item)`, `o_ta = MHA(q, H_t, H_t)`.
+    An `AttentionModel` with `q = MLP(x_item)`, `o_ta = MHA(q, H_t, H_t)`.
     """
 
     def item_queries(self, items: Features) -> jax.Array:
-        """Projected queries of items by their features alone: name -> [M, ...] to [H, M, E]."""
+        """Projected queries of items, from their features alone: name -> [M, ...] to [H, M, E]."""
         return self.query(self.backbone.item_features(items, items[ITEM_ID].shape))
 
     def __call__(self, batch: Batch) -> TargetAttentionOutput:
-        """Scores every candidate of every request, at a cost of candidates x history."""
+        """Scores every candidate of every request; the cost grows with candidates x history."""
         backbone = self.backbone(batch)
         history = self.history_encoder(backbone.history, batch.history_mask)
         queries = self.query(backbone.candidates)

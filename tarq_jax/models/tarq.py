@@ -25,29 +25,29 @@ Reach = Literal["student", "backbone", "teacher"]
 
 
 class TarqOutput(struct.PyTreeNode):
-    """The student's logits with all that its losses need."""
+    """The student's logits, and everything that its losses need."""
 
     logits: jax.Array  # [B, G], student
     teacher: TargetAttentionOutput
     latents: jax.Array  # [B, G, D], z
     quantizer: QuantizerOutput
-    personalized: jax.Array  # [A, L, K, D], of the first A requests, those that the codebook is aligned on
-    aligned: jax.Array  # [A] bool, those of them that are: a shard may hold one less than another
+    personalized: jax.Array  # [A, L, K, D], of the first A requests, for the alignment loss
+    aligned: jax.Array  # [A] bool, which of these it uses: some shards have one request less, but the same A
     attended: jax.Array  # [B, G, L, D], A_l[c_l]
     attention_output: jax.Array  # [B, G, D], o
-    reconstruction: jax.Array  # [B, G, D], of the decoder
-    decoder_target: jax.Array  # [B, G, D], what the decoder should have found
+    reconstruction: jax.Array  # [B, G, D], output of the decoder
+    decoder_target: jax.Array  # [B, G, D], what the decoder should reconstruct
 
 
 class AttentionWeights(struct.PyTreeNode):
-    """What a candidate attends to, as the student has it and as the teacher has it."""
+    """Attention weights of each candidate over its history, of the student and of the teacher."""
 
     student: jax.Array  # [B, G, N]
     teacher: jax.Array  # [B, G, N]
 
 
 def flat_queries(teacher: TargetAttentionOutput) -> jax.Array:
-    """The teacher's projected queries with their heads side by side, [B, G, D] float32."""
+    """The teacher's projected queries with their heads concatenated, [B, G, D] float32."""
     flat = jnp.swapaxes(teacher.queries, 1, 2).reshape(teacher.attention_output.shape)
     return flat.astype(jnp.float32)
 
@@ -56,7 +56,7 @@ class Tarq(nn.Module):
     """Teacher and student in one module; the codewords are an argument, not a parameter.
 
     `z = RMSNorm(encoder(sg(x_item)))`, codes `c` by residual quantization, `A_l = MHA_l(C_l, H_t, H_t)`
-    once a request, `o = sum_l A_l[c_l]`, and a head on top (TARQ; docs/mathematics.md, order 0).
+    once per request, `o = sum_l A_l[c_l]`, and a head on top (TARQ; docs/mathematics.md, order 0).
 
     Attributes:
       schema: fields of the data.
@@ -64,25 +64,25 @@ class Tarq(nn.Module):
       num_heads: H.
       hidden: hidden widths of all MLPs.
       num_levels: L.
-      head: `scalar` adds `sum_l g_l(A_l, C_l)[c_l]` to the backbone's logit, L scalar look-ups a
+      head: `scalar` adds `sum_l g_l(A_l, C_l)[c_l]` to the backbone's logit, L scalar look-ups per
         candidate; `dot` adds `<W o, v_item> / sqrt(D)`; `mlp` adds an MLP of
         `[o, x_item, o * x_item, v_user * v_item]`.
-      decoded: what the decoder reconstructs from the quantized latent: the teacher's projected
-        `query`, so that codewords are spent on what attention tells apart (ours), or `item`, the
+      decoded: what the decoder reconstructs from the quantized latent: `query`, the teacher's projected
+        query, so that codewords resolve the differences that matter to attention (ours); or `item`, the
         item embedding (TARQ).
-      aligned_share: share of a batch's requests, the first ones, that get a whole personalised
-        codebook in training. Only the alignment loss needs it; candidates attend with their own
-        codewords, which is the same and cheaper.
-      student_gradient: how far the student's gradients reach. `student`: no further than its own
-        parameters, so that the teacher trains as if alone. `backbone`: into the towers and item
-        embeddings under its head too, but not into the teacher's history encoding, nor the item
-        embedding that is quantized. `teacher`: everywhere, which drags the teacher down.
-      encode: (codewords, latents) -> QuantizerOutput, e.g. with another `assign`. One that has a keyword
-        `where`, as `quantization.encode` does, is told which candidates are real, [B, G] bool.
+      aligned_share: share of a batch's requests, the first ones, for which training computes the whole
+        personalised codebook. Only the alignment loss needs it; candidates attend with their own
+        codewords, which gives the same result and is cheaper.
+      student_gradient: how far the student's gradients reach. `student`: only its own parameters, so that
+        the teacher trains as if alone. `backbone`: also the towers and item embeddings that its head
+        reads, but not the teacher's history encoding nor the item embedding that is quantized.
+        `teacher`: everywhere, which makes the teacher worse.
+      encode: (codewords, latents) -> QuantizerOutput, e.g. with another `assign`. If it has a keyword
+        `where`, as `quantization.encode` does, it is passed the mask of real candidates, [B, G] bool.
       pass_through: (latents, quantized) -> the quantized value with a gradient for the latent,
         `quantization.straight_through` or `quantization.rotate`.
       compute: see `Compute`.
-      tables: how embedding tables are kept and looked up.
+      tables: how embedding tables are stored and looked up.
       axis_name: see `tarq_jax.shards`.
     """
 
@@ -102,7 +102,7 @@ class Tarq(nn.Module):
     axis_name: shards.AxisName = None
 
     def setup(self):
-        """Creates the parts; a ValueError names an option that is unknown or out of range."""
+        """Creates the parts; raises ValueError for an option that is unknown or out of range."""
         if self.head not in get_args(Head):
             raise ValueError(f"head is {self.head!r}, expected one of {get_args(Head)}")
         if self.decoded not in get_args(Decoded):
@@ -129,7 +129,7 @@ class Tarq(nn.Module):
         self.level_attention = LevelAttention(self.num_levels, self.num_heads, self.width, self.compute)
 
     def make_teacher(self) -> TargetAttention:
-        """The teacher as a model of its own."""
+        """The teacher, as a separate model."""
         sizes = self.schema, self.width, self.num_heads, self.hidden
         return TargetAttention(*sizes, self.compute, self.tables, parent=None)
 
@@ -139,11 +139,11 @@ class Tarq(nn.Module):
         Args:
           batch: requests.
           codewords: [L, K, D].
-          quantize: False hands the decoder the latent as it is, to warm the encoder up before
-            there are codewords worth using.
+          quantize: False passes the unquantized latent to the decoder, to warm up the encoder before
+            there are useful codewords.
 
         Raises:
-          ValueError: not as many levels of codewords as `num_levels`.
+          ValueError: the number of levels of codewords is not `num_levels`.
         """
         if len(codewords) != self.num_levels:
             raise ValueError(f"codewords: {len(codewords)} levels, expected num_levels={self.num_levels}")
@@ -173,19 +173,19 @@ class Tarq(nn.Module):
         )
 
     def latents(self, teacher: TargetAttentionOutput) -> jax.Array:
-        """What is quantized: normalised encodings of the item embeddings, [B, G, D]."""
+        """The vectors to quantize: normalised encodings of the item embeddings, [B, G, D]."""
         return self.item_latents(teacher.backbone.candidates)
 
     def item_latents(self, items: jax.Array) -> jax.Array:
-        """The latents of items by their embeddings x_item alone, [..., G, D]."""
+        """The latents of items, from their embeddings x_item alone, [..., G, D]."""
         return self.latent_norm(self.encoder(items))
 
     def candidate_latents(self, batch: Batch) -> jax.Array:
-        """The latents [B, G, D] of a batch's candidates, for fitting a codebook to."""
+        """The latents [B, G, D] of a batch's candidates, for fitting a codebook."""
         return self.latents(self.teacher(batch))
 
     def encode_candidates(self, codewords: jax.Array, latents: jax.Array, batch: Batch) -> QuantizerOutput:
-        """The latents [B, G, D] of candidates, encoded; padding has no say in the codes of others."""
+        """Encodes the latents [B, G, D] of candidates; padding does not affect other codes."""
         return told_where(self.encode, batch.candidate_mask)(codewords, latents)
 
     def attend(
@@ -194,8 +194,8 @@ class Tarq(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Each candidate's entries `A_l[c_l]` [B, G, L, D], and `A_l` [A, L, K, D] of the first A requests.
 
-        The candidates attend with their own codewords. That equals the look-up in the personalised
-        codebook; with fewer candidates than codewords, as in training, it is cheaper.
+        The candidates attend with their own codewords. The result equals the look-up in the personalised
+        codebook, and is cheaper if there are fewer candidates than codewords, as in training.
         """
         keys, values = self.level_attention.keys_values(teacher.history)
         queries = self.level_attention.queries(jnp.swapaxes(quantizer.chosen, 1, 2))
@@ -206,7 +206,7 @@ class Tarq(nn.Module):
         )
 
     def personalize(self, codewords: jax.Array, history: jax.Array, mask: chex.Array) -> jax.Array:
-        """`A_l = MHA_l(C_l, H_t, H_t)`: [L, K, D] and [B, N, D] to [B, L, K, D], once a request."""
+        """`A_l = MHA_l(C_l, H_t, H_t)`: [L, K, D] and [B, N, D] to [B, L, K, D], once per request."""
         return self._personalize(codewords, *self.level_attention.keys_values(history), mask)
 
     def _personalize(
@@ -217,7 +217,7 @@ class Tarq(nn.Module):
         return self.level_attention.outputs(personalized_codebook(queries, keys, values, mask, block=block))
 
     def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
-        """Weights level by level, both sides averaged over heads: the student's heads are its own."""
+        """Weights level by level, averaged over heads, as the student's heads are not the teacher's."""
         teacher = self.teacher(batch)
         mask = batch.history_mask[:, None, None]
         exact = attention_weights(teacher.queries, teacher.keys, mask).mean(axis=1)
@@ -229,12 +229,12 @@ class Tarq(nn.Module):
                 for index in range(self.num_levels)}
 
     def decode(self, passed: jax.Array, teacher: TargetAttentionOutput) -> tuple[jax.Array, jax.Array]:
-        """What the decoder makes of the quantized latents [B, G, D], and what it should find."""
+        """The decoder's output for the quantized latents [B, G, D], and its target."""
         target = teacher.backbone.candidates if self.decoded == "item" else flat_queries(teacher)
         return self.decoder(passed), target
 
     def student_logits(self, backbone: TwoTowerOutput, attended: jax.Array, chosen: jax.Array) -> jax.Array:
-        """What the head makes of `A_l[c_l]` and `C_l[c_l]`, [B, G, L, D] each, on the backbone: [B, G]."""
+        """Backbone logit plus the head's term, from `A_l[c_l]` and `C_l[c_l]` [B, G, L, D] each: [B, G]."""
         if self.head == "scalar":
             added = self.codeword_scores(attended, chosen).sum(axis=-1, dtype=jnp.float32)
         elif self.head == "dot":

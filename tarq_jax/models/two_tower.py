@@ -15,7 +15,7 @@ from tarq_jax.types import Batch
 
 
 class TwoTowerOutput(struct.PyTreeNode):
-    """Logits with what the other models build on."""
+    """Logits, and the vectors that the other models build on."""
 
     logits: jax.Array  # [B, G]
     user: jax.Array  # [B, D], v_user
@@ -25,7 +25,7 @@ class TwoTowerOutput(struct.PyTreeNode):
 
 
 class InteractionOutput(struct.PyTreeNode):
-    """Logits of a model that adds to those of two towers."""
+    """Logits of a model that adds a term to the logits of two towers."""
 
     logits: jax.Array  # [B, G]
     backbone: TwoTowerOutput
@@ -45,9 +45,9 @@ class HistoryEncoder(nn.Module):
 
 
 def history_encoder(num_heads: int, width: int, compute: Compute) -> HistoryEncoder:
-    """A `HistoryEncoder`, which keeps its inputs alone for the backward pass where `compute` says so."""
+    """A `HistoryEncoder`; with `compute.remat`, only its inputs are kept for the backward pass."""
     encoder = nn.remat(HistoryEncoder) if compute.remat else HistoryEncoder
-    return encoder(num_heads, width, compute._replace(remat=False))  # once is enough
+    return encoder(num_heads, width, compute._replace(remat=False))  # attention is recomputed already
 
 
 class TwoTower(nn.Module):
@@ -61,10 +61,10 @@ class TwoTower(nn.Module):
       width: D.
       num_heads: H.
       hidden: hidden widths of both towers.
-      num_encoders: history encoders in the user tower; a second one gives a two-tower the
+      num_encoders: number of history encoders in the user tower. A second one gives a two-tower the
         sequence encoder and attention that target attention adds, without its interaction.
       compute: see `Compute`.
-      tables: how embedding tables are kept and looked up.
+      tables: how embedding tables are stored and looked up.
     """
 
     schema: Schema
@@ -100,14 +100,14 @@ class TwoTower(nn.Module):
         return candidates.astype(self.compute.dtype), history.astype(self.compute.dtype)
 
     def score(self, user: jax.Array, candidates: jax.Array, history: jax.Array) -> TwoTowerOutput:
-        """What v_user [B, D] gives x_item [B, G, D]; the history X [B, N, D] is passed on."""
+        """Scores x_item [B, G, D] against v_user [B, D]; the history X [B, N, D] is passed through."""
         item = self.item_tower(candidates)
         logits = jnp.einsum("bd,bgd->bg", user, item, preferred_element_type=jnp.float32)
         logits = logits / jnp.sqrt(self.width) + self.bias
         return TwoTowerOutput(logits=logits, user=user, item=item, candidates=candidates, history=history)
 
     def with_events(self, batch: Batch, items: jax.Array) -> jax.Array:
-        """Adds what the events say to the embeddings of a history's items: X, [B, N, D]."""
+        """Adds the embedded event fields to the embeddings of a history's items: X, [B, N, D]."""
         if self.event_features is None:
             return items
         return items + self.event_features(batch.history, batch.history_mask.shape)
@@ -117,7 +117,7 @@ class TwoTower(nn.Module):
         return self.user_layers(batch, history)[-1]
 
     def user_layers(self, batch: Batch, history: jax.Array) -> list[jax.Array]:
-        """As `user_vector`, from every layer of the user tower: [B, any] each, v_user last."""
+        """The outputs of every layer of the user tower: [B, any] each, v_user last."""
         parts = [self.user_features({**batch.user, **batch.context}, batch.user_id.shape)]
         for encode, attend in zip(self.history_encoder, self.history_attention, strict=True):
             encoded = encode(history, batch.history_mask)
@@ -126,7 +126,7 @@ class TwoTower(nn.Module):
 
 
 class OnTwoTowers(nn.Module):
-    """What models share that add something to the logit of two towers, their `backbone`.
+    """Base of the models that add a term to the logit of two towers, their `backbone`.
 
     Attributes:
       schema: fields of the data.
@@ -134,7 +134,7 @@ class OnTwoTowers(nn.Module):
       num_heads: H.
       hidden: hidden widths of all MLPs.
       compute: see `Compute`.
-      tables: how embedding tables are kept and looked up.
+      tables: how embedding tables are stored and looked up.
     """
 
     schema: Schema
@@ -145,10 +145,10 @@ class OnTwoTowers(nn.Module):
     tables: Tables = ONE_DEVICE
 
     def setup(self):
-        """Creates the backbone; subclasses add parts of their own."""
+        """Creates the backbone; subclasses add their own parts."""
         self.backbone = self.make_backbone()
 
     def make_backbone(self) -> TwoTower:
-        """The two towers below, as a model of their own."""
+        """The two towers underneath, as a separate model."""
         sizes = self.schema, self.width, self.num_heads, self.hidden
         return TwoTower(*sizes, compute=self.compute, tables=self.tables, parent=None)

@@ -3,10 +3,10 @@
 Encoding is greedy: `r_1 = z`, `c_l = argmin_k |r_l - C_l[k]|^2`, `r_{l+1} = r_l - C_l[c_l]`, and
 `z_q = sum_l C_l[c_l]` (TARQ, arXiv 2509.16931; RQ-VAE, arXiv 2203.01941).
 
-Nothing here changes a codebook behind the caller's back: `update_statistics`, `ema_codewords`,
-`revive` and `fit_codebook` take what they need and return a new `Codebook`. Given statistics
-summed over a mesh (see `assignment_statistics`), replicas stay equal. Shapes that do not fit are an
-AssertionError of chex.
+No function changes a codebook in place: `update_statistics`, `ema_codewords`, `revive` and
+`fit_codebook` take their inputs as arguments and return a new `Codebook`. Replicas stay equal if their
+statistics are summed over the mesh (see `assignment_statistics`). Shapes that do not fit raise chex's
+AssertionError.
 """
 
 from tarq_jax.quantization.encoding import (

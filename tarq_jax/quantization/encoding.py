@@ -1,9 +1,9 @@
 """Residual quantization of latents: assignment, greedy and beam-search encoding, decoding.
 
-Wherever codewords are taken they are `Levels`: one array [L, K, D], or L arrays [K_l, D] where levels
-differ in size. How a level assigns its points is a function `(points [M, D], codewords [K, D]) -> codes
-[M]`: `nearest`, `nearest_by_cosine`, `balanced`. One that looks at all points together, as the last of
-these does, takes a keyword `where` [M] bool besides, the points that are real.
+Codewords are always passed as `Levels`: one array [L, K, D], or L arrays [K_l, D] if levels differ in
+size. A level assigns its points by a function `(points [M, D], codewords [K, D]) -> codes [M]`:
+`nearest`, `nearest_by_cosine` or `balanced`. A function that looks at all points together, as `balanced`
+does, also takes a keyword `where` [M] bool, which marks the real points.
 """
 
 import functools
@@ -20,24 +20,24 @@ from tarq_jax.blockwise import MASKED, refuse_negative
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
-SEARCHED = 4  # entries for each that `_top` is to find, which it searches one by one
+SEARCHED = 4  # `_top` searches a row directly if it has at most this many entries per entry to find
 Assign = Callable[..., jax.Array]  # (points, codewords) -> codes, perhaps with `where`
 Tree = TypeVar("Tree")
 
 
 def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
-    """`-|x - c|^2` up to a constant of each point: `2<x, c> - |c|^2`.
+    """`-|x - c|^2` up to a constant per point: `2<x, c> - |c|^2`.
 
-    The dropped `-|x|^2` changes neither an argmax nor a softmax over the codewords, and without
-    it no `[..., K, D]` difference is ever formed. Both terms grow with the distance from the origin
-    while their difference does not: far out, subtract a common centre first.
+    The dropped term `-|x|^2` changes neither an argmax nor a softmax over the codewords, and this form
+    never computes a `[..., K, D]` difference. Both terms grow with the distance from the origin, but
+    their difference does not: for points far from the origin, subtract a common centre first.
 
     Args:
       points: [..., M, D].
       codewords: [..., K, D], with the same leading axes as `points` or none.
 
     Returns:
-      [..., M, K], larger is nearer.
+      [..., M, K]; a larger value is nearer.
     """
     chex.assert_equal_shape_suffix([points, codewords], 1)
     inner = points @ jnp.swapaxes(codewords, -1, -2)
@@ -45,40 +45,40 @@ def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
 
 
 def argmax(scores: jax.Array, axis: int = -1) -> jax.Array:
-    """Index of the largest entry along `axis`, the first one of equals: [..., K] to int32 [...].
+    """Index of the largest entry along `axis`, the first among equals: [..., K] to int32 [...].
 
-    As two plain reductions of floats, which vectorise on CPU, where the paired one of `jnp.argmax` does
-    not: an eighth of the time.
+    Two plain reductions of floats, which XLA vectorises on CPU. It does not vectorise the paired reduction
+    of `jnp.argmax`, which takes eight times as long.
     """
     size = scores.shape[axis]
     best = jnp.max(scores, axis=axis, keepdims=True)
     indices = jax.lax.broadcasted_iota(jnp.float32, scores.shape, axis % scores.ndim)  # exact up to 2^24
     found = jnp.min(jnp.where(scores >= best, indices, size), axis=axis)
-    return jnp.minimum(found, size - 1).astype(jnp.int32)  # where every score is NaN
+    return jnp.minimum(found, size - 1).astype(jnp.int32)  # `found` is `size` if every score is NaN
 
 
 def nearest(points: jax.Array, codewords: jax.Array) -> jax.Array:
-    """The codeword at the smallest Euclidean distance: [M, D] and [K, D] to [M]."""
+    """Index of the codeword at the smallest Euclidean distance: [M, D] and [K, D] to [M]."""
     return argmax(_half_scores(*_centred(points, codewords)))
 
 
 def _centred(points: jax.Array, codewords: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both about the first codeword, so that products keep their precision far from the origin.
+    """Both relative to the first codeword, so that products keep their precision far from the origin.
 
-    Differences of near numbers are exact in floating point, which those to a mean are not.
+    The difference of two close numbers is exact in floating point; a difference to a mean is not.
     """
     return points - codewords[0], codewords - codewords[0]
 
 
 def _half_scores(points: jax.Array, codewords: jax.Array) -> jax.Array:
-    """Half of `negative_distances`, with `-|c|^2 / 2` as one more column of the product: a pass less."""
+    """Half of `negative_distances`; `-|c|^2 / 2` is one more column of the product, which saves a pass."""
     ones = jnp.ones((*points.shape[:-1], 1), points.dtype)
     offsets = -0.5 * jnp.sum(codewords**2, axis=-1, keepdims=True)
     return jnp.concatenate([points, ones], axis=-1) @ jnp.concatenate([codewords, offsets], axis=-1).T
 
 
 def nearest_by_cosine(points: jax.Array, codewords: jax.Array) -> jax.Array:
-    """The codeword of the largest cosine similarity; a codeword at the origin has similarity 0."""
+    """Index of the codeword with the largest cosine similarity; a codeword at the origin has similarity 0."""
     norms = jnp.linalg.norm(codewords, axis=-1)
     return argmax(points @ codewords.T / jnp.where(norms > 0, norms, 1.0))
 
@@ -89,16 +89,18 @@ def balanced(
 ) -> jax.Array:
     """Spreads the points evenly over the codewords: entropic optimal transport (Cuturi 2013; Sinkhorn).
 
-    Each codeword takes 1 / K of the points, at the least total squared distance; a point's code is where
-    most of it goes. It depends on the batch, so this is for training, not for serving.
+    Each codeword takes 1 / K of the points, so that the total squared distance is smallest. A point's code
+    is the codeword that takes most of it. The codes depend on the batch: use this for training, not for
+    serving.
 
     Args:
       points: [M, D].
       codewords: [K, D].
-      temperature: of the plan, relative to the mean distance; the lower, the nearer to a hard assignment.
-      iterations: of Sinkhorn, in log space.
-      where: [M] bool, points to spread; None spreads all. What the others hold does not change the codes
-        of these.
+      temperature: entropy weight of the transport plan, relative to the mean squared distance; the lower
+        it is, the nearer the plan is to a hard assignment.
+      iterations: number of Sinkhorn iterations, in log space.
+      where: [M] bool, points to spread; None spreads all. The values of the other points do not change
+        the codes of these.
 
     Returns:
       [M].
@@ -114,14 +116,14 @@ def balanced(
 
     def normalise(_, log_plan):
         shares = jnp.where(spread, log_plan, MASKED)
-        log_plan -= jax.nn.logsumexp(shares, axis=0, keepdims=True)  # codewords: equal shares
-        return log_plan - jax.nn.logsumexp(log_plan, axis=1, keepdims=True)  # points: one each
+        log_plan -= jax.nn.logsumexp(shares, axis=0, keepdims=True)  # codewords take equal shares
+        return log_plan - jax.nn.logsumexp(log_plan, axis=1, keepdims=True)  # each point sums to one
 
     return argmax(jax.lax.fori_loop(0, iterations, normalise, log_plan))
 
 
 def told_where(function: Callable[..., Tree], where: jax.Array | None) -> Callable[..., Tree]:
-    """An encoder or assignment that knows the real points, if it has a keyword `where` to be told by."""
+    """`function` with the mask `where` of real points bound, if it has such a keyword; else unchanged."""
     if where is None or "where" not in inspect.signature(function).parameters:
         return function
     return functools.partial(function, where=where)
@@ -131,25 +133,27 @@ def encode(
     codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, where: jax.Array | None = None,
     block: int | None = None, implementation: Implementation = None,
 ) -> QuantizerOutput:
-    """Greedy residual quantization: each level assigns what the ones before left over.
+    """Greedy residual quantization: each level quantizes the residual of the levels before it.
 
     Args:
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [..., D].
-      assign: of the points of one level.
-      where: [...] bool, latents that are real, for an `assign` that has such a keyword; None for all.
-      block: latents that go through all levels at a time, so that their distances stay in the cache: for
-        many on CPU, where 2048 takes half the time. None or 0 takes all at once, as latents split over
-        devices and an `assign` that depends on the batch need.
-      implementation: see `tarq_jax.kernels`; the kernel has blocks of its own.
+      assign: assigns the points of one level to its codewords.
+      where: [...] bool, latents that are real; passed on to an `assign` that has such a keyword. None if
+        all are real.
+      block: number of latents that go through all levels together, so that their distances stay in the
+        cache. With many latents on CPU, 2048 takes half the time. None or 0 encodes all latents together;
+        this is required if latents are split over devices, or if `assign` depends on the batch.
+      implementation: see `tarq_jax.kernels`; the kernel chooses its own blocks.
 
     Returns:
       Codes [..., L], quantized latents [..., D], residuals and chosen codewords [..., L, D]; all
       but the codes are differentiable.
 
     Raises:
-      NotImplementedError: `implementation` is "pallas", and it has no kernel for these arguments.
-      ValueError: `block` is negative, or set with an `assign` that has `where`; or `implementation` unknown.
+      NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
+      ValueError: `block` is negative, or set with an `assign` that has `where`; or `implementation` is
+        unknown.
 
     Example:
       >>> codewords = jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]])
@@ -186,20 +190,22 @@ def beam_encode(
 ) -> QuantizerOutput:
     """Residual quantization that keeps the best `beam` partial sums at each level (Babenko et al. 2014).
 
-    Never worse than `encode`, whose path is kept beside the beam; equal to it with `beam=1`.
+    The error is never larger than that of `encode`: where the beam finds nothing nearer, the greedy codes
+    are kept. With `beam=1` it equals `encode`.
 
     Args:
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [..., D].
-      beam: partial sums kept.
-      block: latents searched at a time, in bounded memory and from the cache: 512 is fastest on CPU.
-        None or 0 searches all at once, with [M, beam, K] scores, as latents split over devices need.
+      beam: number of partial sums kept.
+      block: number of latents searched together, so that memory is bounded and scores stay in the cache;
+        512 is fastest on CPU. None or 0 searches all together, with [M, beam, K] scores; this is required
+        if latents are split over devices.
 
     Returns:
       As `encode`.
 
     Raises:
-      ValueError: `beam` is below 1, or `block` negative.
+      ValueError: `beam` is below 1, or `block` is negative.
     """
     if beam < 1:
         raise ValueError(f"beam is {beam}, expected at least 1")
@@ -214,14 +220,14 @@ def _encode_by(
     codes_of: Callable[[jax.Array], jax.Array], levels: tuple[jax.Array, ...], latents: jax.Array,
     block: int | None,
 ) -> QuantizerOutput:
-    """The codes that a function of [M, D] finds, block by block; what is made of them needs no blocks."""
+    """Codes by `codes_of` ([M, D] to [M, L]), block by block; the rest of the output needs no blocks."""
     flat = jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))
     codes = _in_blocks(codes_of, flat, block)
     return with_codes(levels, latents, codes.reshape(*latents.shape[:-1], len(levels)))
 
 
 def with_codes(codewords: Levels, latents: jax.Array, codes: jax.Array) -> QuantizerOutput:
-    """What `encode` says of the latents [..., D] if the codes [..., L] are given."""
+    """The output of `encode` for latents [..., D] whose codes [..., L] are given."""
     levels = as_levels(codewords, latents)
     chex.assert_shape(codes, (*latents.shape[:-1], len(levels)))
     return _descend(levels, latents, lambda index, *_: codes[..., index])
@@ -244,9 +250,9 @@ def _descend(
 
 
 def decode(codewords: Levels, codes: jax.Array) -> jax.Array:
-    """Sums the codewords that `codes` name: [L, K, D] and int [..., L], below K, to [..., D].
+    """Sums the codewords of the given codes: [L, K, D] and int [..., L], below K, to [..., D].
 
-    Larger codes are taken for K - 1, as JAX does with indices.
+    Larger codes are clipped to K - 1, as JAX clips indices.
 
     Example:
       >>> decode(jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]]), jnp.array([1, 0])).tolist()
@@ -258,7 +264,7 @@ def decode(codewords: Levels, codes: jax.Array) -> jax.Array:
 
 
 def as_levels(codewords: Levels, latents: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """The levels one by one, [K_l, D] each, of the width of the latents."""
+    """The levels as a tuple of arrays [K_l, D], checked to have the width of the latents."""
     levels = tuple(jnp.asarray(level) for level in codewords)
     chex.assert_rank(levels, 2)
     chex.assert_equal_shape_suffix([*levels, *([] if latents is None else [latents])], 1)
@@ -270,7 +276,7 @@ def _squared_error(output: QuantizerOutput, latents: jax.Array) -> jax.Array:
 
 
 def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: int | None) -> Tree:
-    """`function` of [M, D] to a tree of [M, ...], block by block of points."""
+    """Applies `function`, from [M, D] to a tree of [M, ...], to one block of points after the other."""
     if not block or block >= len(points):
         return function(points)
     padded = jnp.pad(points, ((0, -len(points) % block), (0, 0)))
@@ -279,7 +285,7 @@ def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: 
 
 
 def _best_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) -> jax.Array:
-    """Codes [M, L] by a beam, or the greedy ones where those are nearer, for latents [M, D]."""
+    """Codes [M, L] found by a beam, or the greedy codes where the beam's are not nearer; latents [M, D]."""
     greedy = encode(levels, latents, implementation="xla")
     found = with_codes(levels, latents, _beam_codes(levels, latents, beam))
     better = _squared_error(found, latents) < _squared_error(greedy, latents)
@@ -290,8 +296,8 @@ def _beam_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) ->
     """Codes [M, L] of the best path that a beam finds, for latents [M, D]."""
     latents, first = _centred(latents, levels[0])
     levels = (first, *levels[1:])
-    codes: list[jax.Array] = []  # of the paths that are kept, [M, beam] a level
-    scores = jnp.zeros((len(latents), 1))  # of these paths: half of minus the squared error
+    codes: list[jax.Array] = []  # codes of the paths that are kept, [M, beam] per level
+    scores = jnp.zeros((len(latents), 1))  # scores of these paths: half the negative squared error
     for index, level in enumerate(levels):
         residuals = latents[:, None] - sum(level[code] for level, code in zip(levels, codes, strict=False))
         totals = (scores[..., None] + _half_scores(residuals, level)).reshape(len(latents), -1)
@@ -303,15 +309,16 @@ def _beam_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) ->
 
 
 def _top(scores: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The largest `size` entries of each row [M, S] and where they are, [M, size] twice: `jax.lax.top_k`.
+    """The largest `size` entries of each row [M, S] and their indices, [M, size] twice: `jax.lax.top_k`.
 
-    A tenth to a third of its time on CPU, where `size` is small. All of them lie in the `size` groups of
-    the largest maxima, so that only these are searched, each in the same way.
+    For a small `size` it takes a tenth to a third of that function's time on CPU. The entries are all in the
+    `size` groups with the largest maxima, so only these groups are searched; the groups are found by the
+    same function.
     """
     width = scores.shape[1]
     if size == 1 or width <= SEARCHED * size:
         return _top_by_argmax(scores, size)
-    group = 2 ** round(math.log2(width / size) / 2)  # then there are as many groups as entries to search
+    group = 2 ** round(math.log2(width / size) / 2)  # then groups and entries to search are about as many
     padded = jnp.pad(scores, ((0, 0), (0, -width % group)), constant_values=-jnp.inf)
     grouped = padded.reshape(len(scores), -1, group)
     _, groups = _top(grouped.max(axis=-1), size)
@@ -321,7 +328,10 @@ def _top(scores: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _top_by_argmax(scores: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """One after the other. Transposed, so that a pass is over all rows: short ones do not vectorise."""
+    """As `_top`, one entry after the other.
+
+    Scores are transposed, so that each pass is over all rows: passes along short rows do not vectorise.
+    """
     if size == 1:
         where = argmax(scores)[:, None]
         return jnp.take_along_axis(scores, where, axis=1), where

@@ -1,6 +1,6 @@
-"""Codebooks fitted to real latents: k-means, level by level; least squares over all levels at once.
+"""Codebooks fitted to real latents: k-means, level by level; least squares over all levels together.
 
-Latents are looked at in blocks, so that memory grows with `M D`, not with `M K`.
+Latents are processed in blocks, so that memory grows with `M D`, not with `M K`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,32 +16,32 @@ from tarq_jax.types import Codebook, Levels, QuantizerOutput
 
 Encode = Callable[[Levels, jax.Array], QuantizerOutput]
 
-BLOCK = 1024  # latents at a time: a third of the time of all at once on CPU, as scores stay in the cache
-CANDIDATES = 16  # points that each draw of k-means++ chooses from
+BLOCK = 1024  # latents per block: scores stay in the cache; on CPU a third of the time without blocks
+CANDIDATES = 16  # points among which each draw of k-means++ chooses
 
 
 def kmeans(
     rng: jax.Array, points: jax.Array, *, num_codewords: int, weights: jax.Array | None = None,
     iterations: int = 20,
 ) -> jax.Array:
-    """Lloyd's algorithm from a greedy k-means++ start; emptied clusters take over points served worst.
+    """Lloyd's algorithm from a greedy k-means++ start; empty clusters move to the points of largest error.
 
     (Lloyd 1982; Arthur and Vassilvitskii 2007.) Points are centred first, so that their distance from
     the origin costs no precision.
 
     Args:
-      rng: key of the start.
+      rng: key for the start.
       points: [M, D] with M >= num_codewords.
       num_codewords: K.
-      weights: [M], non-negative, of any type, how often a point counts; all once if None. What points of
-        weight 0 hold does not matter.
-      iterations: of Lloyd.
+      weights: [M], non-negative, of any type: how often each point counts. None counts each once. The
+        values of points of weight 0 do not matter.
+      iterations: number of Lloyd iterations.
 
     Returns:
       Centroids [K, D].
 
     Raises:
-      ValueError: with fewer points than codewords, or no codeword.
+      ValueError: there are fewer points than codewords, or `num_codewords` is below 1.
 
     Example:
       >>> points = jnp.array([[0.0], [2.0], [9.0], [11.0]])
@@ -67,7 +67,7 @@ def kmeans(
 
 
 def _lloyd(points: jax.Array, weights: jax.Array, centroids: jax.Array) -> jax.Array:
-    """Centroids [K, D] moved to the means of their points; those without any, to points served worst."""
+    """Moves centroids [K, D] to the means of their points; those without points, to points of large error."""
     size = len(centroids)
     codes = _nearest_in_blocks(points, centroids)
     counts = jax.ops.segment_sum(weights, codes, size)
@@ -75,15 +75,15 @@ def _lloyd(points: jax.Array, weights: jax.Array, centroids: jax.Array) -> jax.A
     errors = weights * jnp.sum((points - centroids[codes]) ** 2, axis=-1)
     empty = counts <= 0
     _, worst = jax.lax.top_k(errors, size)
-    spare = points[worst[jnp.cumsum(empty) - 1]]  # the first empty cluster takes the worst, and so on
+    spare = points[worst[jnp.cumsum(empty) - 1]]  # the first empty cluster takes the worst point, and so on
     return jnp.where(empty[:, None], spare, sums / jnp.where(empty, 1.0, counts)[:, None])
 
 
 def _kmeans_plus_plus(rng: jax.Array, points: jax.Array, weights: jax.Array, num_codewords: int) -> jax.Array:
-    """Starts of k-means [K, D]: points drawn by weight times squared distance to the nearest so far.
+    """Start of k-means [K, D]: points drawn by weight times squared distance to the nearest so far.
 
-    The greedy variant: of several points drawn, the one that leaves the least error. With 16 instead of
-    one, the error of a codebook of 256 codewords at three levels was 5% to 6% lower.
+    The greedy variant: each time several points are drawn, and the one that leaves the least error is kept.
+    With 16 draws instead of one, the error of a codebook of 256 codewords at three levels was 5% to 6% lower.
     """
     squares, log_weights = jnp.sum(points**2, axis=-1), jnp.log(weights)
 
@@ -92,7 +92,7 @@ def _kmeans_plus_plus(rng: jax.Array, points: jax.Array, weights: jax.Array, num
 
     def pick(nearest, key):
         log_mass = log_weights + jnp.log(jnp.maximum(nearest, jnp.finfo(points.dtype).tiny))
-        keys = log_mass + jax.random.gumbel(key, nearest.shape)  # a draw without replacement
+        keys = log_mass + jax.random.gumbel(key, nearest.shape)  # draws without replacement
         drawn = points[jax.lax.top_k(keys, min(CANDIDATES, len(points)))[1]]
         left = jnp.minimum(nearest[:, None], squared_distances(drawn))
         best = jnp.argmin(weights @ left)
@@ -109,20 +109,21 @@ def kmeans_codebook(
     rng: jax.Array, latents: jax.Array, *, num_levels: int, num_codewords: int | Sequence[int],
     iterations: int = 20,
 ) -> Codebook:
-    """A codebook fitted level by level: k-means on the latents, then on what each level leaves over.
+    """A codebook fitted level by level: k-means on the latents, then on the residuals of each level.
 
     Args:
-      rng: key.
+      rng: key for the starts of k-means.
       latents: [M, D], real latents, M >= num_codewords.
       num_levels: L.
-      num_codewords: K of every level, or a K for each.
-      iterations: of Lloyd at each level.
+      num_codewords: K, one number for all levels or one per level.
+      iterations: number of Lloyd iterations at each level.
 
     Returns:
-      Codebook whose counts and sums are those of `latents`: M / K uses a codeword on average.
+      Codebook whose counts and sums are those of `latents`: M / K uses per codeword on average.
 
     Raises:
-      ValueError: with fewer latents than codewords, no codeword, or not as many sizes as levels.
+      ValueError: there are fewer latents than codewords, a level has no codeword, or there are not as many
+        sizes as levels.
 
     Example:
       >>> latents = jax.random.normal(jax.random.key(0), (40, 3))
@@ -140,7 +141,7 @@ def kmeans_codebook(
 
 
 def fitted(codewords: Levels, latents: jax.Array, *, encode: Encode = encode) -> Codebook:
-    """A codebook of the given codewords, with the statistics that they have on `latents` [M, D]."""
+    """A codebook of the given codewords, with the statistics of encoding `latents` [M, D] with them."""
     num, width = latents.shape
     padded = jnp.pad(jnp.asarray(latents), ((0, -num % BLOCK), (0, 0))).reshape(-1, BLOCK, width)
     real = (jnp.arange(padded[..., 0].size) < num).reshape(-1, BLOCK)
@@ -159,22 +160,22 @@ def fitted(codewords: Levels, latents: jax.Array, *, encode: Encode = encode) ->
 
 
 def refine(codewords: Levels, latents: jax.Array, codes: jax.Array, *, ridge: float = 1e-3) -> Levels:
-    """The codewords of all levels together that reconstruct best, with the codes as they are.
+    """The codewords of all levels that together reconstruct the latents best, for fixed codes.
 
     Least squares, `argmin_C sum_i |z_i - sum_l C_l[c_il]|^2 + ridge sum_k n_k |C[k] - C_old[k]|^2`, in
     closed form: the normal matrix counts how often two codewords are used together, `n_k` on its diagonal
-    (Babenko and Lempitsky 2014). The ridge settles what the error leaves open, a vector moved from all
-    codewords of a level to another; relative to the uses, it bounds the condition by `L / ridge`.
-    Codewords that are not used stay.
+    (Babenko and Lempitsky 2014). The ridge makes the solution unique: adding a vector to every codeword of
+    one level and subtracting it from every codeword of another leaves the error unchanged. Because it is
+    scaled by usage, it bounds the condition number by `L / ridge`. Codewords that are not used stay.
 
     Args:
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [M, D].
       codes: [M, L] int.
-      ridge: pull of a codeword towards where it is, relative to how often it is used.
+      ridge: pull of a codeword towards its old value, relative to how often it is used.
 
     Returns:
-      Codewords like those given, with an error that is not larger.
+      Codewords in the form of those given; their error is not larger.
 
     Example:
       >>> codewords, latents = jnp.array([[[0.0], [4.0]]]), jnp.array([[1.0], [3.0], [5.0]])
@@ -189,7 +190,7 @@ def refine(codewords: Levels, latents: jax.Array, codes: jax.Array, *, ridge: fl
     left = latents - decode(levels, codes)
     moments = jnp.concatenate([
         jax.ops.segment_sum(left, codes[:, index], len(level)) for index, level in enumerate(levels)])
-    scale = jax.lax.rsqrt(jnp.maximum(jnp.diagonal(normal), 1.0))  # to a diagonal of ones
+    scale = jax.lax.rsqrt(jnp.maximum(jnp.diagonal(normal), 1.0))  # makes the diagonal ones
     normal = scale[:, None] * normal * scale + ridge * jnp.eye(len(scale))
     change = scale[:, None] * jax.scipy.linalg.solve(normal, scale[:, None] * moments, assume_a="pos")
     ends = [sum(map(len, levels[: index + 1])) for index in range(len(levels) - 1)]
@@ -197,7 +198,7 @@ def refine(codewords: Levels, latents: jax.Array, codes: jax.Array, *, ridge: fl
 
 
 def _together(one: jax.Array, other: jax.Array, size: int, other_size: int) -> jax.Array:
-    """How often each code of `one` [M] meets each of `other` [M]: [size, other_size]."""
+    """How often each code of `one` [M] occurs together with each of `other` [M]: [size, other_size]."""
     pairs = jax.ops.segment_sum(jnp.ones(len(one)), one * other_size + other, size * other_size)
     return pairs.reshape(size, other_size)
 
@@ -206,20 +207,20 @@ def fit_codebook(
     rng: jax.Array, latents: jax.Array, *, num_levels: int, num_codewords: int | Sequence[int],
     iterations: int = 20, rounds: int = 8, encode: Encode = encode,
 ) -> Codebook:
-    """`kmeans_codebook`, then rounds of encoding and `refine`; keeps the best codewords that it met.
+    """`kmeans_codebook`, then rounds of encoding and `refine`; returns the best codewords found.
 
     Args:
-      rng: key.
+      rng: key for `kmeans_codebook`.
       latents: [M, D].
       num_levels: L.
-      num_codewords: K of every level, or a K for each.
-      iterations: of Lloyd at each level.
-      rounds: of refinement; 0 is `kmeans_codebook`.
-      encode: that the codewords are fitted to, one that treats latents one by one, such as
-        `functools.partial(beam_encode, beam=5)`.
+      num_codewords: K, one number for all levels or one per level.
+      iterations: number of Lloyd iterations at each level.
+      rounds: number of rounds of refinement; 0 gives `kmeans_codebook`.
+      encode: the encoder that the codewords are fitted for. It must encode each latent independently, such
+        as `functools.partial(beam_encode, beam=5)`.
 
     Returns:
-      Codebook; the more rounds, the lower its error on `latents` under `encode`, or the same.
+      Codebook; more rounds never raise its error on `latents` under `encode`.
 
     Raises:
       ValueError: as `kmeans_codebook`.
@@ -245,10 +246,10 @@ def fit_codebook(
 
 
 def _nearest_in_blocks(points: jax.Array, centroids: jax.Array) -> jax.Array:
-    """`nearest`: [M, D] and [K, D] to [M]."""
+    """`nearest` in blocks: [M, D] and [K, D] to [M]."""
     return _in_blocks(lambda point: nearest(point[None], centroids)[0], points)
 
 
 def _in_blocks(function: Callable[[jax.Array], Any], points: jax.Array) -> Any:
-    """`function` of each point [D] of [M, D], a block of them at a time."""
+    """Applies `function` to each point [D] of [M, D], one block of points at a time."""
     return jax.lax.map(function, points, batch_size=BLOCK)

@@ -1,4 +1,4 @@
-"""Gradients through the choice of a codeword, which has none of its own."""
+"""Gradients through the choice of a codeword, which itself has no gradient."""
 
 import chex
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def straight_through(latents: jax.Array, quantized: jax.Array) -> jax.Array:
-    """The quantized value with the latent's gradient: `sg(z_q) + z - sg(z)` (van den Oord et al. 2017).
+    """The quantized value with the gradient of the latent: `sg(z_q) + z - sg(z)` (van den Oord et al. 2017).
 
     Args:
       latents: [..., D], `z`.
@@ -24,20 +24,21 @@ def straight_through(latents: jax.Array, quantized: jax.Array) -> jax.Array:
 
 
 def rotate(latents: jax.Array, quantized: jax.Array) -> jax.Array:
-    """The quantized value with the gradient of the rotation and rescaling that take the latent to it.
+    """The quantized value with the gradient of the rotation and rescaling that map the latent to it.
 
-    `z_q = s R z` with `s = |z_q| / |z|` and `R` the rotation in the plane of both that takes one
-    direction to the other: `R = I - 2 r r^T + 2 q e^T`, e and q the unit vectors, `r` that of `e + q`
-    (rotation trick, Fifty et al. 2024, arXiv 2410.06424). `s` and `R` are held constant. The gradient
-    keeps its angle to the codeword, where `straight_through` moves it in parallel.
+    `z_q = s R z` with `s = |z_q| / |z|` and `R` the rotation, in the plane of both vectors, that maps the
+    direction of `z` to that of `z_q`: `R = I - 2 r r^T + 2 q e^T`, with e and q the unit vectors of `z` and
+    `z_q`, and `r` that of `e + q` (rotation trick, Fifty et al. 2024, arXiv 2410.06424). `s` and `R` are
+    held constant. The angle between gradient and vector is the same at the latent as at the codeword;
+    `straight_through` instead copies the gradient unchanged.
 
     Args:
       latents: [..., D], `z`.
       quantized: [..., D], `z_q`.
 
     Returns:
-      [..., D], equal to `quantized` to the bit. Where no rotation is defined, a zero vector or opposite
-      directions, the gradient is that of `straight_through`.
+      [..., D], equal to `quantized` to the bit. If no rotation is defined (for a zero vector or opposite
+      directions), the gradient is that of `straight_through`.
 
     Example:
       >>> _, to_latent = jax.vjp(lambda z: rotate(z, jnp.array([0.0, 2.0])), jnp.array([1.0, 0.0]))

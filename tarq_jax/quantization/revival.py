@@ -1,4 +1,4 @@
-"""Dead codewords of a `Codebook`, and their revival on what is served badly."""
+"""Dead codewords of a `Codebook`, and their revival on residuals that are quantized badly."""
 
 import chex
 import jax
@@ -10,7 +10,7 @@ from tarq_jax.types import Codebook, Levels
 
 
 def dead_by_count(codebook: Codebook, *, min_usage: float) -> Levels:
-    """[L, K] bool: codewords whose running count is under `min_usage` of an even share of their level.
+    """[L, K] bool: codewords whose running count is below `min_usage` times the mean count of their level.
 
     Example:
       >>> from tarq_jax import quantization
@@ -23,7 +23,7 @@ def dead_by_count(codebook: Codebook, *, min_usage: float) -> Levels:
 
 
 def dead_by_age(codebook: Codebook, *, max_age: float) -> Levels:
-    """[L, K] bool: codewords that no step has used for more than `max_age` steps.
+    """[L, K] bool: codewords that have not been used for more than `max_age` steps.
 
     Example:
       >>> from tarq_jax import quantization
@@ -42,25 +42,25 @@ def revive(
     *,
     where: jax.Array | None = None,
 ) -> Codebook:
-    """Moves each dead codeword onto a residual of those that its level has to quantize (ours).
+    """Moves each dead codeword onto one of the residuals that its level has to quantize (ours).
 
     Residuals are drawn one after the other, by squared distance to the nearest codeword that is alive
-    or revived by then (the k-means++ rule, Arthur and Vassilvitskii 2007): what is served badly is
-    likely, what a codeword stands on already is not drawn, and no two codewords meet. A revived codeword
-    is of age 0 and starts with an even share of the level's count, so that it has time to win
-    assignments before it can be found dead again.
+    or already revived (the k-means++ rule, Arthur and Vassilvitskii 2007). So badly quantized residuals
+    are likely to be drawn, a residual equal to a codeword is never drawn, and no two codewords coincide.
+    A revived codeword has age 0 and starts with the mean count of its level, so that it has time to win
+    assignments before it can count as dead again.
 
     Args:
-      rng: key of the draw.
-      codebook: with running statistics.
-      residuals: [..., L, D], of an encoder on real latents. Under `shard_map` or `pmap`, those of all
-        shards (`jax.lax.all_gather`), or replicas diverge; under `jit` over a mesh they are global.
-      dead: [L, K] bool, of `dead_by_count` or `dead_by_age`.
-      where: [...] bool, residuals that may be drawn; all of them if None. One that is not finite never
-        is. Codewords for which none is left stay as they are.
+      rng: key for the draws.
+      codebook: codebook with running statistics.
+      residuals: [..., L, D], from an encoder on real latents. Under `shard_map` or `pmap`, pass those of
+        all shards (`jax.lax.all_gather`), or replicas diverge; under `jit` over a mesh they are global.
+      dead: [L, K] bool, from `dead_by_count` or `dead_by_age`.
+      where: [...] bool, residuals that may be drawn; None allows all. Residuals that are not finite are
+        never drawn. Codewords for which no residual is left stay as they are.
 
     Returns:
-      The codebook with codewords, counts, sums and ages of the revived ones replaced.
+      The codebook with codewords, counts, sums and ages of the revived codewords replaced.
 
     Example:
       >>> from tarq_jax import quantization
@@ -86,7 +86,7 @@ def revive(
 def _draw(
     rng: jax.Array, codewords: jax.Array, dead: jax.Array, points: jax.Array, allowed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One level of `revive`: codewords [K, D] after drawing from points [M, D], and which moved, [K]."""
+    """One level of `revive`: codewords [K, D] after drawing from points [M, D], and which ones moved, [K]."""
     finite = jnp.isfinite(points).all(axis=-1)
     points, allowed = jnp.where(finite[:, None], points, 0.0), allowed & finite
 
@@ -101,14 +101,14 @@ def _draw(
         served = jnp.minimum(nearest, squared_distances(codeword))
         return jnp.where(moves, served, nearest), (codeword, moves)
 
-    far = jnp.finfo(points.dtype).max  # the same for all where no codeword is alive
+    far = jnp.finfo(points.dtype).max  # equal for all points if no codeword is alive
     nearest = jnp.min(jnp.where(dead[:, None], far, jax.vmap(squared_distances)(codewords)), axis=0)
     _, drawn = jax.lax.scan(replace, nearest, (jax.random.split(rng, len(codewords)), codewords, dead))
     return drawn
 
 
 def _start_anew(codebook: Codebook, codewords: Levels, moved: Levels) -> Codebook:
-    """The codebook with these codewords, and where one has moved the statistics of a fresh one."""
+    """The codebook with the given codewords; those that moved get the statistics of a fresh codeword."""
 
     def share(counts, moved):
         return jnp.where(moved, counts.mean(axis=-1, keepdims=True), counts)

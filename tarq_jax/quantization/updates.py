@@ -1,7 +1,7 @@
 """Updates of a `Codebook` during training: running statistics and EMA.
 
-Each is written for a level and mapped over all: leaves are arrays [L, K, ...], or tuples of L arrays
-[K_l, ...] where levels differ in size (`Levels`).
+Each update is written for one level and mapped over all levels: leaves are arrays [L, K, ...], or tuples
+of L arrays [K_l, ...] if levels differ in size (`Levels`).
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ def random_codebook(
     """Codewords drawn from a normal distribution of mean 0, with the statistics of `with_codewords`.
 
     Args:
-      rng: key of the draw.
+      rng: key for the draw.
       num_levels: L.
-      num_codewords: K of every level, or a K for each.
+      num_codewords: K, one number for all levels or one per level.
       width: D.
       scale: standard deviation of an entry.
 
     Returns:
-      Codebook of leaves [L, K, ...], or tuples of [K_l, ...] where `num_codewords` has one for each.
+      Codebook with leaves [L, K, ...], or tuples of [K_l, ...] if `num_codewords` gives one per level.
 
     Raises:
-      ValueError: not as many sizes as levels.
+      ValueError: there are not as many sizes as levels.
 
     Example:
       >>> codebook = random_codebook(jax.random.key(0), num_levels=2, num_codewords=(8, 3), width=5)
@@ -45,7 +45,7 @@ def random_codebook(
 
 
 def with_codewords(codewords: Levels) -> Codebook:
-    """A codebook of the codewords [L, K, D], with statistics as if each had been used once, just now."""
+    """A codebook of the codewords [L, K, D], with statistics as if each had just been used once."""
     as_levels(codewords)
     codewords = jax.tree.map(jnp.asarray, codewords)
     counts = jax.tree.map(lambda level: jnp.ones(level.shape[:-1]), codewords)
@@ -56,7 +56,7 @@ def with_codewords(codewords: Levels) -> Codebook:
 
 
 def sizes_of_levels(num_levels: int, num_codewords: int | Sequence[int]) -> tuple[int, ...]:
-    """K of each level; a ValueError unless there is one for each."""
+    """K of each level; raises ValueError if sizes are given per level but not one for each."""
     sizes = tuple(num_codewords) if isinstance(num_codewords, Sequence) else (num_codewords,) * num_levels
     if len(sizes) != num_levels:
         raise ValueError(f"num_codewords is {num_codewords}, expected one number or one for each of "
@@ -65,23 +65,23 @@ def sizes_of_levels(num_levels: int, num_codewords: int | Sequence[int]) -> tupl
 
 
 def like_levels(like: Any, levels: Sequence[jax.Array]) -> Levels:
-    """The levels as a tuple if `like`, sizes or levels, has one for each; stacked to [L, ...] if not."""
+    """The levels as a tuple if `like` (sizes or levels) is a sequence; otherwise stacked to [L, ...]."""
     return tuple(levels) if isinstance(like, Sequence) else jnp.stack(levels)
 
 
 def assignment_statistics(
     output: QuantizerOutput, codewords: Levels, where: jax.Array | None = None
 ) -> tuple[Levels, Levels]:
-    """Per codeword: how many latents chose it, and the sum of the residuals they had there.
+    """Per codeword: how many latents chose it, and the sum of their residuals at its level.
 
     Args:
-      output: of an encoder, with leading axes `...`.
-      codewords: that it encoded with, for their number.
-      where: [...] bool, latents to count; None counts all. What the others hold does not matter.
+      output: output of an encoder, with leading axes `...`.
+      codewords: the codewords that it used; only their number matters.
+      where: [...] bool, latents to count; None counts all. The values of the other latents do not matter.
 
     Returns:
-      Counts [L, K] and sums [L, K, D], or tuples of levels. Both add up over shards: under
-      `shard_map` or `pmap` sum them with `jax.lax.psum`; under `jit` over a mesh they are global.
+      Counts [L, K] and sums [L, K, D], or tuples with one array per level. Both add up over shards: under
+      `shard_map` or `pmap`, sum them with `jax.lax.psum`; under `jit` over a mesh they are global.
 
     Example:
       >>> from tarq_jax.quantization import encode
@@ -94,7 +94,7 @@ def assignment_statistics(
     chex.assert_equal_shape_prefix([output.codes, output.residuals], output.codes.ndim)
     chex.assert_axis_dimension(output.codes, -1, len(codewords))
     where = all_or(where, output.codes.shape[:-1])
-    codes = jnp.where(where[..., None], output.codes, -1).reshape(-1, len(codewords))  # no codeword
+    codes = jnp.where(where[..., None], output.codes, -1).reshape(-1, len(codewords))  # -1: no codeword
     residuals = jnp.where(where[..., None, None], output.residuals, 0.0)
     residuals = residuals.reshape(-1, *residuals.shape[-2:])
     counts, sums = zip(*(
@@ -110,22 +110,22 @@ def _level_statistics(codes: jax.Array, residuals: jax.Array, size: int) -> tupl
 
 
 def all_or(where: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    """The mask, which has to be of this shape; all True if None."""
+    """The mask, checked to have this shape; all True if None."""
     where = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
     chex.assert_shape(where, shape)
     return where
 
 
 def update_statistics(codebook: Codebook, counts: Levels, sums: Levels, *, decay: float) -> Codebook:
-    """Moves the running statistics towards those of one step; the codewords stay as they are.
+    """Moves the running statistics towards those of one step; the codewords do not change.
 
-    `N <- decay N + (1 - decay) n`, and the same for the sums. Codewords that the step used are of
-    age 0, all others grow older by one.
+    `N <- decay N + (1 - decay) n`, and the same for the sums. The age of codewords that the step used
+    becomes 0; the age of all other codewords grows by one.
 
     Args:
-      codebook: with K codewords at each of L levels.
-      counts: [L, K], `n` of `assignment_statistics`.
-      sums: [L, K, D], likewise.
+      codebook: K codewords at each of L levels.
+      counts: [L, K], `n`, from `assignment_statistics`.
+      sums: [L, K, D], from `assignment_statistics`.
       decay: share of the old statistics that is kept, in [0, 1).
 
     Returns:
@@ -154,15 +154,15 @@ def ema_codewords(codebook: Codebook, *, smoothing: float = 1e-5) -> Codebook:
     """Sets each codeword to the running mean of the residuals assigned to it.
 
     Counts are Laplace-smoothed, `n_k = (N_k + smoothing) / (N + K * smoothing) * N`, so that a
-    codeword that is never chosen fades rather than divides by zero (van den Oord et al. 2017,
-    appendix A.1). Follows `update_statistics`; together they are the EMA update.
+    codeword that is never chosen fades towards zero instead of causing a division by zero (van den Oord et
+    al. 2017, appendix A.1). Call it after `update_statistics`; together they are the EMA update.
 
     Args:
-      codebook: with running counts [L, K] and sums [L, K, D].
-      smoothing: in assignments.
+      codebook: codebook with running counts [L, K] and sums [L, K, D].
+      smoothing: Laplace smoothing, in assignments.
 
     Returns:
-      The codebook with new codewords; everything else stays as it is.
+      The codebook with new codewords; everything else is unchanged.
 
     Example:
       >>> codebook = with_codewords(jnp.array([[[0.0], [4.0]]]))

@@ -1,4 +1,4 @@
-"""The frontier's latencies at a tiny size: every method scores as the training code does."""
+"""The frontier's latencies at a tiny size; every method gives the scores of the training code."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from tarq_jax.experiments import study
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_baselines_are_served_as_they_train(silent, monkeypatch):
-    """The others are tested with the serving benchmark: here one of them is enough."""
+    """The serving benchmark's test covers the other contenders, so only a few of them are measured here."""
     make = frontier.make_contenders
     monkeypatch.setattr(frontier, "make_contenders", lambda sizes, dataset: (
         made for made in make(sizes, dataset) if made.name in (TWO_TOWER, COLD, IN_BLOCKS)))
@@ -41,7 +41,7 @@ def test_other_scores_are_refused(silent, monkeypatch):
 
 
 def test_eta_attends_to_what_is_selected_and_sorts_nothing(monkeypatch):
-    """XLA has a top-k of floats on CPU, a tenth of the time of its sort of integers."""
+    """On CPU, XLA has a top-k for floats that takes a tenth of the time of its sort of integers."""
     monkeypatch.setattr(approximations, "on_attended", lambda weights, user, items, attended: attended)
     planes = approximations.ROUNDS * approximations.BITS
     rng = np.random.default_rng(0)

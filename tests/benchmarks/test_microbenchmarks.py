@@ -1,4 +1,4 @@
-"""The microbenchmarks run, compare and judge."""
+"""The microbenchmarks run, compare revisions and give verdicts."""
 
 import json
 import sys
@@ -85,7 +85,10 @@ def test_error_of_numbers_and_codes(found, expected, error):
 
 
 def test_numbers_that_are_none_are_wrong():
-    """Unless there are none of `plain` to compare with; whether `plain` is in the table is no matter."""
+    """NaN and large errors are wrong; a missing one, without numbers of `plain` to compare with, is not.
+
+    It does not matter whether `plain` is in the table.
+    """
     def row(operation, implementation, **described):
         return Key(operation, "odd", implementation, "forward")._asdict() | described
 

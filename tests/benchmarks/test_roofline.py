@@ -1,4 +1,4 @@
-"""The roofline's formulas, by hand."""
+"""The roofline's formulas, checked against calculations by hand."""
 
 import importlib
 from pathlib import Path
@@ -21,14 +21,14 @@ def workload(roofline, rows=800, **changes):
 
 
 def test_bytes_of_a_table_over_all_devices(roofline):
-    """2 requests of 10 ids: 5 of them to each of 7 others, 4 bytes each, and as many rows of 16 bytes."""
+    """2 requests of 10 ids: 5 ids of 4 bytes go to each of 7 other devices; 5 rows of 16 bytes come back."""
     moved = roofline.network_bytes(workload(roofline), roofline.Split(2, 4, 8), requests=2)
     assert moved == {"look_up": (7 * 5 * 20, 8), "table_gradient": (7 * 5 * 20, 8), "copies": (0, 8),
                      "dense_gradient": (2 * 7 / 8 * 400, 8)}
 
 
 def test_bytes_of_a_table_over_two_devices(roofline):
-    """Too few to ask owners alone: all 20 ids go to the other one, and as many rows come back."""
+    """With so few devices, not only the owners are asked: all 20 ids are sent, and 20 rows come back."""
     moved = roofline.lookup_bytes(workload(roofline), roofline.Split(1, 2, 2), requests=2)
     assert moved == {"look_up": (20 * 20, 2), "table_gradient": (20 * 20, 2), "copies": (0, 2)}
 
@@ -45,7 +45,7 @@ def test_gradients_of_a_table_with_copies_go_the_cheaper_way(roofline):
     small, large = (roofline.lookup_bytes(workload(roofline, rows=rows), split, requests=2)
                     for rows in (40, 80_000))
     assert small["table_gradient"] == large["table_gradient"] == (3 * 10 * 20, 4)
-    # two copies of 10 rows are summed; or what four devices were sent goes to the other copy
+    # either two copies of 10 rows are summed, or all that four devices received goes to the other copy
     assert (small["copies"], large["copies"]) == ((2 * (1 / 2) * 10 * 16, 8), (4 * 10 * 20, 8))
 
 
@@ -60,7 +60,7 @@ def test_slow_links_are_used_beyond_an_island(roofline):
     within, beyond = (roofline.roofline(chip, workload(roofline, ids=0), roofline.Split(devices, 1, 1), 1)
                       for devices in (8, 16))
     share = roofline.LINK_SHARE
-    block = 800 * 4 * 4  # ids are few: gathered, and nothing is
+    block = 800 * 4 * 4  # the few ids are gathered, which moves nothing
     assert within["network_ms"] == pytest.approx(1e3 * 2 * 7 / 8 * 400 / (share * 100))
     assert beyond["network_ms"] == pytest.approx(1e3 * 2 * 15 / 16 * 400 / (share * 10))
     assert within["table_gb"] == pytest.approx(4 * block / 1e9) and within["fits"] == "yes"

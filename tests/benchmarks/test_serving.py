@@ -1,4 +1,4 @@
-"""The serving benchmark at a tiny size: scores are right, rows hold together, claims by hand."""
+"""The serving benchmark at a tiny size: correct scores, consistent rows, claims checked by hand."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_other_scores_are_refused(bench):
 
 
 def test_stages_make_the_state_of_the_user_side(bench):
-    """What is measured apart is what a request goes through."""
+    """The stages that are measured one by one together compute what a request computes."""
     made = bench.contenders[SCALAR]
     inputs = serving_parts.filled(serving_parts.request_specs(made.method, 6, 1))
     encoded = inputs
@@ -53,7 +53,7 @@ def test_stages_make_the_state_of_the_user_side(bench):
 
 
 def test_every_point_has_its_rows(rows):
-    """Requests at each point, the item side at each number of candidates, codebooks at each history."""
+    """Requests at each point, the item side for each number of candidates, codebooks for each history."""
     def found(kind, **wanted):
         return [row for row in rows if row["kind"] == kind and wanted.items() <= row.items()]
 
@@ -76,7 +76,7 @@ def test_a_breakdown_sums_to_the_request(rows):
 
 
 def test_costs_are_counted_without_loops(bench):
-    """Attention in blocks costs as much as whole: M x N x D products twice, M x N x H exponentials."""
+    """Attention in blocks costs as much as all together: M x N x D products twice, M x N x H exponentials."""
     made, slots = bench.contenders[IN_BLOCKS], bench.slots(IN_BLOCKS, 1_100)
     part = serving_parts.item_parts(made, bench.scorers[IN_BLOCKS].index, slots, 6, ["look_ups"])["look_ups"]
     pairs = len(slots) * 6
@@ -93,7 +93,7 @@ def test_the_page(rows, tmp_path):
 
 
 def test_calls_are_spread_over_turns():
-    """As many calls as fit, at least as many as asked for; each once more before, as it is short."""
+    """Makes as many calls as fit, but at least `least`; an untimed call precedes each, as calls are short."""
     made = []
     calls = {name: lambda name=name: made.append(name) for name in "ab"}
     times = in_turns(calls, seconds=0.0, least=3)
@@ -102,7 +102,7 @@ def test_calls_are_spread_over_turns():
 
 
 def test_ratios_by_hand():
-    """Target attention takes 10 ms of 512 candidates, TARQ 2 ms of codebooks and 1 ms of items."""
+    """Target attention takes 10 ms for 512 candidates; TARQ takes 2 ms for codebooks and 1 ms for items."""
     sizes = PLAN.sizes
     parts, requests = {}, {}
     names = [tarq_name(order, head, codewords) for order, codewords in ((0, 8), (1, 8), (1, 4))

@@ -1,4 +1,4 @@
-"""The stress test: its claims by hand, its page, and all of it once at a tiny size."""
+"""The stress test: its claims checked by hand, its page, and one whole run at a tiny size."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_the_page(tmp_path):
 
 
 def test_repeatedly():
-    """In a thread, until the context ends or it was done often enough."""
+    """Calls the action in a thread until the context ends or the maximal number of calls is reached."""
     numbers, third = [], threading.Event()
 
     def action(number):

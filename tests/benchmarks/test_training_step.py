@@ -1,4 +1,4 @@
-"""The PyTorch peer of the benchmark is the same model: equal losses, step after step."""
+"""The benchmark's PyTorch peer is the same model: the losses are equal at every step."""
 
 import pytest
 import tiny
@@ -20,5 +20,5 @@ def test_the_peer_takes_the_same_steps(order):
     workload = training_step.make_workload(config)
     peer = training_step.pytorch(workload, compiled=False, threads=1)
     assert training_step.check_same(training_step.ours(workload), peer) < training_step.TOLERANCE["cpu"]
-    with pytest.raises(ValueError, match=r"PyTorch, 1 thread: losses of step 0 are"):  # it is ahead by now
+    with pytest.raises(ValueError, match=r"PyTorch, 1 thread: losses of step 0 are"):  # it is ahead now
         training_step.check_same(training_step.ours(workload), peer)

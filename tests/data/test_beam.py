@@ -1,4 +1,4 @@
-"""Parts of the pipelines alone, most without a runner."""
+"""Single parts of the Beam pipelines, mostly without a runner."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_the_last_are_kept_however_they_are_bundled(values, num, parts):
         accumulator = combine.create_accumulator()
         for value in values[part::parts]:
             accumulator = combine.add_input(accumulator, value)
-            assert len(accumulator[0]) < 2 * num  # bounded, whatever the user did
+            assert len(accumulator[0]) < 2 * num  # bounded, however many events the user has
         accumulators.append(accumulator)
     merged = combine.merge_accumulators([combine.create_accumulator(), *accumulators])
     assert combine.extract_output(merged) == (sorted(values)[-num:], max(len(values) - num, 0))

@@ -1,4 +1,4 @@
-"""Hashed ids: fixed for ever, spread evenly, padding kept."""
+"""Hashed ids: they never change, are spread evenly, and keep padding."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ MASK = 2**64 - 1
 
 
 def by_hand(number: int, size: int, seed: int) -> int:
-    """The documented formula in Python's integers."""
+    """The documented formula with Python's integers."""
     if number == 0:
         return 0
     x = (number + (seed + 1) * 0x9E3779B97F4A7C15) & MASK

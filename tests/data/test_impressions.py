@@ -1,4 +1,4 @@
-"""Impressions with named columns through a real Beam runner, items hashed."""
+"""Impressions with named columns through a real Beam runner, with hashed items."""
 
 import csv
 import glob
@@ -12,7 +12,7 @@ from tarq_jax.data.rows import BadRow
 
 beam = pytest.importorskip("apache_beam", reason="Apache Beam prepares this: pip install 'tarq_jax[beam]'")
 
-BUCKETS = 1 << 20  # so many that no two of the few keys share one
+BUCKETS = 1 << 20  # so many that the few keys do not collide
 
 
 def hashed(key: str, buckets: int) -> int:

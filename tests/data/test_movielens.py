@@ -1,4 +1,4 @@
-"""MovieLens: every form gives the same requests, nothing looks ahead, malformed rows are told."""
+"""MovieLens: every form gives the same requests, none looks ahead, malformed rows are reported."""
 
 import logging
 
@@ -70,7 +70,7 @@ def listed(requests):
 
 
 def reference(ratings, options):
-    """The definition, as slow loops over raw rows with rows (user, item, rating, time)."""
+    """The definition of requests, as slow loops over raw rows (user, item, rating, time)."""
     splits = {"train": [], "validation": [], "test": []}
     for user in sorted({row[0] for row in ratings}):
         events = sorted((row for row in ratings if row[0] == user), key=lambda row: row[3])
@@ -196,7 +196,7 @@ def test_users_that_make_no_sense(row, reason):
 
 
 def test_a_title_that_is_not_csv(tmp_path):
-    """A line end within a row, outside of quotes."""
+    """A row contains a line end outside quotes."""
     ratings = random_ratings()
     write_25m(tmp_path, ratings)
     with (tmp_path / "movies.csv").open("a", newline="") as file:

@@ -1,4 +1,4 @@
-"""The order of requests: every one once an epoch, a pure function of seed, step and hosts."""
+"""The order of requests: each once per epoch, as a pure function of seed, step and hosts."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SIZES = (7, 3, 9, 1, 6, 8, 2, 5)
 
 
 def walk(order: Order, steps: int) -> list[tuple[Position, np.ndarray]]:
-    """Position and requests, numbered over the whole split, of each step."""
+    """For each step, its position and its requests, numbered over the whole split."""
     offsets, found = offsets_of(np.array(order.sizes)), []
     for step in range(steps):
         at = locate(order, step)
@@ -36,7 +36,7 @@ def test_an_epoch_has_no_request_twice_and_leaves_out_less_than_a_batch_a_window
     for at, requests in walk(order, 60):
         epochs.setdefault(at.epoch, []).append((at, requests))
     assert sorted(epochs) == list(range(len(epochs)))
-    epochs.popitem()  # the last one is cut off
+    epochs.popitem()  # the last epoch is incomplete
     for epoch, steps in epochs.items():
         drawn = np.concatenate([requests for _, requests in steps])
         assert len(np.unique(drawn)) == len(drawn) and drawn.max() < sum(sizes)
@@ -92,14 +92,14 @@ def test_buckets_group_requests_and_lose_none_by_length():
     assert sorted(grouped.ravel()) == sorted(plain.ravel()) and grouped.shape == (100, 10)
     buckets = np.searchsorted((10, 50), lengths[grouped])
     assert (buckets.min(1) != buckets.max(1)).sum() <= 2
-    assert (np.diff(buckets.max(1)) < 0).any()  # not from short to long
+    assert (np.diff(buckets.max(1)) < 0).any()  # batches are not ordered from short to long
     padded = np.array([10, 50, 100])[buckets.max(1)].sum() * 10
-    assert padded < 0.8 * 100 * 1000  # against the longest for all
+    assert padded < 0.8 * 100 * 1000  # compared with padding every history to the longest
 
 
 @pytest.mark.parametrize(("batch", "largest", "count"), [(20, 6, 1), (8, 6, 1), (12, 10, 2)])
 def test_a_batch_that_an_epoch_may_have_none_of_is_refused(batch, largest, count):
-    """Though some epochs have: windows of (1, 1, 2) requests, two blocks each, hold 3 or 2 of them."""
+    """Refused although some epochs have one: windows of two blocks of (1, 1, 2) hold 3 or 2 requests."""
     with pytest.raises(ValueError, match=f"batch_size is {batch}, expected at most {largest}: 41 requests"):
         Order(SIZES, batch, seed=0, shard=Shard(0, count), dealt=count > 1, window=1)
     with pytest.raises(ValueError, match="batch_size is 3, expected at most 2"):

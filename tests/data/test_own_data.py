@@ -1,4 +1,4 @@
-"""A data set that a function of one's own makes, named by the configuration."""
+"""A user's own data set, made by a function that the configuration names."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from tarq_jax import data
 
 
 def made(*, factor=1.0, rows=None, fingerprint=""):
-    """The data set of `tiny`, its features times a number."""
+    """The data set of `tiny` with its features multiplied by a number."""
     dataset = tiny.make_dataset()
     items = {**dataset.items, "features": factor * dataset.items["features"][:rows]}
     return dataclasses.replace(dataset, items=items, fingerprint=fingerprint)
@@ -21,7 +21,7 @@ def not_made():
 
 
 def untested():
-    """Without a test split."""
+    """The data set without a test split."""
     dataset = tiny.make_dataset()
     return dataclasses.replace(dataset, splits={"train": dataset.splits["train"]})
 
@@ -71,7 +71,7 @@ def test_no_such_module(name):
     ("weights", lambda x: np.append(x, x), "weights has 16 rows, expected 8"),
 ])
 def test_columns_that_do_not_fit_together(column, change, message):
-    """Five requests; whatever is made by hand is refused before batches are cut from it."""
+    """Five requests; handmade requests that do not fit are refused before batches are cut from them."""
     made_of = data.records.make_requests(
         np.zeros(5, int), np.ones(6, int), np.array([2, 0, 1, 2, 1]),
         np.ones(8, int), np.array([2, 1, 2, 1, 2]), np.array([0, 1, 0, 0, 1, 0, 0, 0]))

@@ -50,14 +50,14 @@ def make_dataset(num=23, seed=0, longest=7) -> Dataset:
 
 
 class Records(list):
-    """Records as a data source gives them."""
+    """Records with the interface of a data source."""
 
     def __getitems__(self, blocks):
         return [self[block] for block in blocks]
 
 
 def stored(dataset: Dataset, block_size: int) -> Dataset:
-    """The data set with its requests in records of that size."""
+    """The data set, with `block_size` requests per record."""
     splits = {}
     for name, split in dataset.splits.items():
         facts = describe_blocks(split, block_size)
@@ -68,7 +68,7 @@ def stored(dataset: Dataset, block_size: int) -> Dataset:
 
 
 def slow_collate(dataset, requests, indices, length, candidates):
-    """One value at a time: {column: array}."""
+    """Collates one value at a time: {column: array}."""
     num = len(indices)
     out = {"user_id": np.zeros(num), "age": np.zeros(num), "hour": np.zeros(num),
            "h_id": np.zeros((num, length)), "h_vector": np.zeros((num, length, 3)),
@@ -325,7 +325,7 @@ def test_prefetch_stays_ahead_by_its_size_and_closes():
     ready = prefetch(numbers(), 3)
     assert next(ready) == 0
     time.sleep(0.1)
-    assert 4 <= len(drawn) <= 5  # one given, three in the buffer, one waiting for room
+    assert 4 <= len(drawn) <= 5  # one returned, three in the buffer, one waiting for room
     ready.close()
     assert threading.active_count() == threads
     with pytest.raises(ValueError, match="size is 0"):

@@ -136,13 +136,13 @@ def test_a_prepared_directory_keeps_its_fingerprint_where_it_is_copied(tmp_path)
     copied = shutil.copytree(directory, tmp_path / "mine" / "synthetic")
     assert load_prepared(copied).fingerprint == dataset.fingerprint
     metadata = json.loads((copied / "metadata.json").read_text())
-    del metadata["fingerprint"]  # as it was prepared before
+    del metadata["fingerprint"]  # older directories have none
     (copied / "metadata.json").write_text(json.dumps(metadata))
     assert load_prepared(copied).fingerprint == "mine"
 
 
 def test_fingerprints_tell_versions_and_keep_those_of_the_first():
-    """Runs of a study are told apart by them: this one is of data prepared before."""
+    """Fingerprints distinguish runs of a study; the one here is of data prepared by the first version."""
     options = synthetic.SyntheticOptions()
     assert fingerprint(synthetic.SOURCE, options) == "849a2a7eed1ab4b4"
     versions = [dataclasses.replace(synthetic.SOURCE, version=version) for version in ("1.0.1", "2.0.0")]

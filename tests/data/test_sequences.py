@@ -1,4 +1,4 @@
-"""Sequences: leave-last-out, histories strictly before the target, negatives that the user never had."""
+"""Sequences: the last item is held out, histories end before the target, negatives are new to the user."""
 
 import json
 
@@ -28,7 +28,7 @@ def listed(requests):
 
 
 def reference(lines, history_length):
-    """(user, history, target) of each request, as slow loops over raw lines."""
+    """(user, history, target) of each request, by slow loops over raw lines."""
     splits = {"train": [], "validation": [], "test": []}
     ids = sorted({item for _, *items in lines for item in items})
     for user, (_, *items) in enumerate(lines, start=1):
@@ -68,7 +68,7 @@ def test_only_what_training_knows_is_drawn(tmp_path):
     original = np.array([0, *sorted({item for _, *items in lines for item in items})])
     for requests in dataset.splits.values():
         negatives = original[requests.candidates[requests.labels == 0]]
-        assert set(negatives.tolist()) <= {*range(1, 7), *range(20, 30)}  # no one's last two items
+        assert set(negatives.tolist()) <= {*range(1, 7), *range(20, 30)}  # nobody's last two items
 
 
 def test_short_users_give_no_request(tmp_path):
@@ -125,11 +125,11 @@ def test_svd_features_keep_the_geometry_of_the_counts():
     from scipy import sparse
 
     counts = np.random.default_rng(0).poisson(0.3, (40, 12)).astype(float)
-    full = svd_features(sparse.csr_matrix(counts), 15)  # more than the rank
+    full = svd_features(sparse.csr_matrix(counts), 15)  # more features than the rank
     scale = np.sqrt(np.square(counts).sum() / full.size)
     np.testing.assert_allclose(full @ full.T * scale**2, counts @ counts.T, atol=1e-4)
     assert not full[:, 12:].any()
-    few = svd_features(sparse.csr_matrix(counts), 4)  # the sparse path agrees with the dense one
+    few = svd_features(sparse.csr_matrix(counts), 4)  # the sparse implementation agrees with the dense one
     ratio = np.sqrt(np.square(full[:, :4]).mean())
     np.testing.assert_allclose(few * ratio, full[:, :4], atol=1e-4)
     np.testing.assert_array_equal(few, svd_features(sparse.csr_matrix(counts), 4))

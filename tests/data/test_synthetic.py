@@ -1,4 +1,4 @@
-"""The synthetic task: the truth that labels are drawn from, and determinism."""
+"""The synthetic task: the true probabilities that labels are drawn from, and determinism."""
 
 import dataclasses
 

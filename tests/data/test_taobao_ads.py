@@ -1,4 +1,4 @@
-"""Taobao display ads through a real Beam runner: requests, features and profiles are those of slow loops."""
+"""Taobao display ads through a real Beam runner: requests, features and profiles equal slow loops."""
 
 import logs
 import numpy as np
@@ -25,7 +25,7 @@ def prepared(tmp_path_factory):
 
 
 def values_of(dataset, item):
-    """What the item table says of an item, without its number."""
+    """The item table's values for an item, without its number."""
     return tuple(np.round(dataset.items[name][item], 5) for name in ("cate", "brand", "campaign", "customer",
                                                                      "price"))
 
@@ -46,7 +46,7 @@ def listed(dataset):
 
 
 def ids(keys) -> dict[str, int]:
-    """Rows of a vocabulary, 0 for what is not in it."""
+    """The row of each key of a vocabulary; 0 for "NULL"."""
     from tarq_jax.data.beam.vocabulary import SHARES, stable_hash
 
     order = sorted(set(keys), key=lambda key: (stable_hash(key) % SHARES, key))
@@ -54,7 +54,7 @@ def ids(keys) -> dict[str, int]:
 
 
 def reference(rows):
-    """The same by slow loops."""
+    """The same as `listed`, by slow loops over the raw rows."""
     bounds = AdsOptions("x", **OPTIONS)
     shown_ads = {row[2] for row in rows["shown"]}
     ads = {row[0]: [str(value) for value in row[1:5]] for row in rows["ads"]}
@@ -89,7 +89,7 @@ def test_requests_are_those_of_the_definition(prepared):
         assert len(actual[part]) == len(requests) > 3
         left = list(actual[part])
         for profile, place, past, candidates in requests:
-            # Events at the same second may come in any order among themselves: compare by second.
+            # Events of the same second may come in any order among themselves: compare them by second.
             match = next(r for r in left if (r[0], r[1], r[3]) == (profile, place, candidates)
                          and len(r[2]) == min(len(past), OPTIONS["history_length"])
                          and sorted(r[2]) in _last(past, OPTIONS["history_length"]))
@@ -98,7 +98,7 @@ def test_requests_are_those_of_the_definition(prepared):
 
 
 def _last(past, num):
-    """Every way to keep the last events where the earliest of them share their second with others."""
+    """Every way to keep the last events, if the earliest of them share their second with others."""
     import itertools
 
     if len(past) <= num:

@@ -1,4 +1,4 @@
-"""Taobao UserBehavior through a real Beam runner: requests are those of slow loops, and never look ahead."""
+"""Taobao UserBehavior through a real Beam runner: requests equal those of slow loops and never look ahead."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ BAD = ["", "1,3,2,pv", f"1,3,2,look,{FIRST}", f"x,3,2,pv,{FIRST}", "1,3,2,pv,1",
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """The rows, the options and the prepared directory; the rows are in two files, bad ones among them."""
+    """Options and prepared directory; the rows are in two files, with bad rows among them."""
     folder = tmp_path_factory.mktemp("userbehavior")
     rows = [",".join(map(str, row)) for row in logs.userbehavior_rows()]
     logs.write(folder / "part-0.csv", [*rows[:100], *BAD])
@@ -28,7 +28,7 @@ def prepared(tmp_path_factory):
 
 
 def reference(rows, options, item_rows):
-    """(history, positives) of each request by split and user, as slow loops."""
+    """(history, positives) of each request by split and user, by slow loops."""
     bounds = UserBehaviorOptions(**options)
     found = {"train": {}, "validation": {}, "test": {}}
     for user in sorted({row[0] for row in rows}):
@@ -47,7 +47,7 @@ def reference(rows, options, item_rows):
 
 
 def listed(requests):
-    """(user, history, positives, negatives) by row of the tables."""
+    """(user, history, positives, negatives), with user and items as rows of their tables."""
     h, c = requests.history_offsets, requests.candidate_offsets
     for r, user in enumerate(requests.user):
         past = list(zip(requests.history[h[r]:h[r + 1]].tolist(),
@@ -57,7 +57,7 @@ def listed(requests):
 
 
 def ranks(keys) -> dict[int, int]:
-    """Rows of keys, as `vocabulary.ranked` defines them."""
+    """The row of each key, as `vocabulary.ranked` defines it."""
     from tarq_jax.data.beam.vocabulary import SHARES, stable_hash
 
     order = sorted({str(key) for key in keys}, key=lambda key: (stable_hash(key) % SHARES, key))
@@ -79,7 +79,7 @@ def test_requests_are_those_of_the_definition(prepared):
 
 
 def test_histories_are_in_order_of_time_and_end_before_the_request(prepared):
-    """No event at or after the time of the candidates, by looking each request up among the raw rows."""
+    """Looks each request up among the raw rows: no event is at or after the time of the candidates."""
     _, directory = prepared
     rows, dataset = logs.userbehavior_rows(), load_prepared(directory)
     item_rows = ranks(item for _, item, *_ in rows)
@@ -150,7 +150,7 @@ def test_preparing_again_gives_the_same_bytes_and_is_left_out_where_done(prepare
     again = prepare("taobao_userbehavior", data_dir=tmp_path, **options)
     for file in directory.glob("*array_record*"):
         assert (again / file.name).read_bytes() == file.read_bytes()
-    monkeypatch.setattr(builders, "_generate", None)  # preparing would fail
+    monkeypatch.setattr(builders, "_generate", None)  # preparing again would fail
     load("taobao_userbehavior", data_dir=tmp_path, **options)
 
 

@@ -1,4 +1,4 @@
-"""Data sets that Beam prepares, where Beam is not installed, and what of them needs none."""
+"""Data sets that Beam prepares, if Beam is not installed; and the parts that work without Beam."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The documentation's commands run as they stand, and it can be built."""
+"""The commands of the documentation run as written, and its pages name only what exists."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-IN_ORDER = ("tutorial.md", "how_to/serve.md")  # pages that run: each uses what those before it left
+IN_ORDER = ("tutorial.md", "how_to/serve.md")  # pages that run; each uses what the earlier ones wrote
 ON_THEIR_OWN = ("how_to/install.md", "how_to/convert.md", "how_to/studies.md", "how_to/ab_test.md",
                 "how_to/own_data.md", "how_to/own_quantizer.md", "how_to/own_head.md",
                 "how_to/own_teacher.md")
@@ -22,13 +22,13 @@ FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def steps(page: Path) -> list[tuple[str, str]]:
-    """What a page wants run: language and text; blocks of `console` need hosts, files or minutes."""
+    """The blocks of a page to run: language and text. Blocks of `console` need hosts, files or minutes."""
     return FENCE.findall(page.read_text())
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder to run commands in, where the repository's files are at hand and nothing is written to it."""
+    """A folder to run commands in, with links to the repository's files, so that nothing is written there."""
     made = tmp_path_factory.mktemp("docs")
     for name in ("train.py", "configs", "tarq_jax", "benchmarks", "examples", "setup.cfg", "pyproject.toml"):
         if (ROOT / name).exists():
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def file_of(block: str) -> str:
-    """The file that a block is a part of, by its first line: `# name.py`; empty if none."""
+    """The file that a block is part of, from its first line `# name.py`; empty if it is part of none."""
     found = re.match(r"# (\w+\.py)\n", block)
     return found[1] if found else ""
 
@@ -49,7 +49,7 @@ def free_port() -> int:
 
 
 def run_page(page: Path, folder: Path) -> None:
-    """Runs a page from top to bottom in one shell; blocks of Python in a row are one session, or a file."""
+    """Runs a page from top to bottom in one shell; consecutive Python blocks are one session, or one file."""
     script = ["set -e"]
     for (language, file), blocks in itertools.groupby(steps(page), lambda step: (step[0], file_of(step[1]))):
         text = "\n".join(text for _, text in blocks)
@@ -61,7 +61,7 @@ def run_page(page: Path, folder: Path) -> None:
     for usual, other in (("--port=8000", f"--port={port}"), ("localhost:8000", f"localhost:{port}"),
                          ("serving.request --", f"serving.request --url=http://localhost:{port} --")):
         text = text.replace(usual, other)
-    text = re.sub(r"^pip install.*$", "", text, flags=re.MULTILINE)  # the tests have what it installs
+    text = re.sub(r"^pip install.*$", "", text, flags=re.MULTILINE)  # the tests already have what it installs
     environment = os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu", "PATH": os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ["PATH"]])}
     done = subprocess.run(["bash", "-c", text], cwd=folder, env=environment, capture_output=True, text=True,
@@ -71,7 +71,7 @@ def run_page(page: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tutorial_and_what_builds_on_it(folder):
-    """In this order: serving uses what the tutorial exported."""
+    """The pages run in this order, as serving uses what the tutorial exported."""
     for page in IN_ORDER:
         run_page(DOCS / page, folder)
     assert (folder / "runs/tutorial/health").is_dir()
@@ -89,7 +89,7 @@ def test_every_page_that_runs_is_run():
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
 def test_paths_and_modules_exist(page):
-    """Commands name modules, flags' files and paths that are there."""
+    """The modules, files and pages that commands and links name exist."""
     text = page.read_text()
     for module in re.findall(r"python -m ((?:tarq_jax|benchmarks|examples)[\w.]*)", text):
         path = ROOT / module.replace(".", "/")

@@ -1,4 +1,4 @@
-"""The examples: each runs, does what it says, is short, and needs nothing private of the library."""
+"""The examples: each runs, does what it claims, is short, and uses nothing private of the library."""
 
 import ast
 import contextlib
@@ -33,12 +33,12 @@ from tarq_jax.training import conversion, objectives, setup
 pytestmark = pytest.mark.usefixtures("one_device")
 FOLDER = Path(small.__file__).parent
 PARTS = [path for path in FOLDER.glob("*.py") if path.stem != "notebook"]
-TRAINED = {  # of each example, a model to train that needs all of what it adds
+TRAINED = {  # for each example, a model to train that needs everything that the example adds
     "product_quantization": "product", "hierarchical_teacher": "hierarchical", "head": "cross",
     "attention": "random_features", "loss": "half_listwise", "backbone": "gru_target_attention",
     "dataset": "two_tower",
 }
-LONG = ("product_quantization", "hierarchical_teacher", "head")  # TARQ compiles for a while
+LONG = ("product_quantization", "hierarchical_teacher", "head")  # compiling TARQ takes a while
 STEPS = 40
 close = np.testing.assert_allclose
 
@@ -64,7 +64,7 @@ def objective_of(config, schema, name):
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in TRAINED])
 def test_runs_and_learns(name, tiny_config, tiny_dataset, tmp_path, monkeypatch):
-    """At tiny size, one model of those it compares: finite metrics, and a loss that falls."""
+    """At tiny size, one of the compared models has finite metrics and a falling loss."""
     example, model, train_each = importlib.import_module(f"examples.{name}"), TRAINED[name], small.train_each
     monkeypatch.setattr(small.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(tmp_path))
     monkeypatch.setattr(small, "train_each", lambda config, dataset, models: train_each(
@@ -86,14 +86,14 @@ def test_examples_are_short_and_need_nothing_private(path):
     assert len(text.splitlines()) <= 60
     assert path.stem in ("__init__", "small") or f"python -m examples.{path.stem}\n" in ast.get_docstring(
         ast.parse(text))
-    names: list[str] = []  # imported, read of something, or overridden
+    names: list[str] = []  # names that are imported, read as attributes, or overridden
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names += [getattr(node, "module", ""), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Attribute | ast.FunctionDef):
             names.append(node.attr if isinstance(node, ast.Attribute) else node.name)
     private = {part for name in names for part in name.split(".") if part.startswith("_")}
-    assert private <= {"__call__", "_replace"}  # the latter of named tuples, where it is public
+    assert private <= {"__call__", "_replace"}  # `_replace` of named tuples is public
 
 
 def test_every_example_is_tried():
@@ -104,7 +104,7 @@ def test_every_example_is_tried():
 
 
 def test_product_codes():
-    """Each level finds the nearest codeword in its own slice; all else follows from the codes."""
+    """Each level finds the nearest codeword in its own slice; everything else follows from the codes."""
     codewords = normal(0, 3, 5, 7) * np.asarray(product_quantization.slices(3, 7))[:, None]
     latents = normal(1, 11, 7)
     output = product_quantization.encode(codewords, latents)
@@ -118,7 +118,7 @@ def test_product_codes():
 
 
 def test_product_codebook_stays_on_its_slices():
-    """Fitted, by EMA, and where codewords are revived; and it is fitted."""
+    """Codewords stay on their slices when fitted, updated by EMA and revived; and the fit is a good one."""
     latents, own = normal(2, 200, 6), np.asarray(product_quantization.slices(2, 6))
 
     @jax.jit
@@ -137,7 +137,7 @@ def test_product_codebook_stays_on_its_slices():
 
 
 def test_product_gradients():
-    """Of the codebook's loss: each codeword that is used is drawn to its slice, and nowhere else."""
+    """The codebook loss pulls each used codeword towards its slice of the latent, and does nothing else."""
     latents, codewords = normal(4, 90, 4), normal(3, 2, 4, 4)
 
     def codebook_loss(codewords):
@@ -184,12 +184,12 @@ def test_sessions_hear_of_one_another_but_not_of_padding():
     padded = encode(np.where(mask[..., None], history, 9.0))
     close(padded[mask], found[mask], rtol=1e-5, atol=1e-6)
     changed = history.copy()
-    changed[0, 5] += 1.0  # of the second session
+    changed[0, 5] += 1.0  # an event of the second session
     assert np.abs(encode(changed) - found)[0, :4].max() > 1e-4
 
 
 def test_teacher_of_tarq(batch, tiny_dataset, teacher):
-    """By its shapes: the student's teacher is the hierarchical one, parameter by parameter."""
+    """The student's teacher is the hierarchical one: all its parameters have the same shapes."""
 
     class Student(Tarq):
         def make_teacher(self):
@@ -218,7 +218,7 @@ def test_random_features_tend_to_softmax_attention(batch):
 
 
 def test_cross_head(batch, tiny_config, tiny_dataset):
-    """Without crosses it is linear in the features of the interaction; its parameters are its own."""
+    """Without crosses it is linear in the interaction features; and it has parameters of its own."""
     objective = objective_of(tiny_config, tiny_dataset.schema, "examples.head:cross")
     params = random_parameters(objective.init, batch, normal(9, 2, 4, 4))["params"]
     assert {"crosses_0", "crosses_1", "cross_output"} < params.keys() and "student_head" not in params
@@ -239,7 +239,7 @@ def test_codes_that_are_served_do_not_depend_on_the_batch(tiny_config, tiny_data
 
 
 def test_listwise_loss():
-    """In closed form; only differences within a request count, and no candidate that is not real."""
+    """Closed form; only differences within a request count, and padding does not."""
     logits = np.array([[1.0, 0.0, 5.0], [2.0, 2.0, 2.0], [3.0, 1.0, 2.0]], np.float32)
     mask = np.array([[True, True, False], [True, True, True], [False, False, False]])
     found = loss.listwise(logits, mask)
@@ -253,7 +253,7 @@ def test_listwise_loss():
 
 
 def test_recurrent_backbone(batch, tiny_config, tiny_dataset):
-    """Reads the history in its order, and nothing of its padding; also under target attention."""
+    """It depends on the order of its history and not on padding; also under target attention."""
     module = backbone.GruTwoTower(tiny_dataset.schema, width=4, num_heads=2, hidden=(4,))
     params = random_parameters(module.init, batch)
     forward = jax.jit(lambda history: module.apply(params, batch.replace(history=history)).logits)
@@ -273,7 +273,7 @@ def test_recurrent_backbone(batch, tiny_config, tiny_dataset):
 
 
 def test_requests_of_a_log():
-    """Every impression is a candidate once, and a history holds the clicks that were made before."""
+    """Every impression is a candidate once, and a history holds the clicks before its request."""
     lines = list(dataset.made_up_log(users=5, times=10, items=9))
     found, rows = dataset.read(lines), list(csv.DictReader(lines))
     data.check_dataset(found)

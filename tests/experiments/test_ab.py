@@ -1,4 +1,4 @@
-"""A/B analysis: known lifts are found, closed forms hold, and whatever is wrong with a file is said."""
+"""A/B analysis: known lifts are found, closed forms hold, and every fault of a file is reported."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_rows_are_closed_forms(tmp_path):
 
 
 def test_users_for_a_lift_make_it_detectable(simulated):
-    """With that many users the detectable lift is the reported one."""
+    """With `users_for_reported` users, the detectable lift would be the reported lift."""
     table, _ = ab_rows.read(simulated)
     for row in ab.analyse(table, "control", plan()):
         factor = (row["users_for_reported"] / len(table.arm)) ** 0.5
@@ -76,7 +76,7 @@ def test_three_arms_are_each_compared_with_the_control(tmp_path):
     table, _ = ab_rows.read(write(tmp_path, rows))
     found = ab.analyse(table, "control", plan())
     assert {row["arm"] for row in found} == {"first", "second"}
-    for row in found:  # the users there are would find just what is detectable, split as they are
+    for row in found:  # the number of users present, split as they are, is what the detectable lift needs
         users = sum((table.arm == table.arms.index(arm)).sum() for arm in ("control", row["arm"]))
         needed = row["users_for_reported"] * (row["reported_lift"] / row["detectable_lift"]) ** 2
         assert needed == pytest.approx(users, rel=1e-3)
@@ -151,14 +151,14 @@ def test_users_of_other_types(users, tmp_path):
 
 
 def test_arms_are_drawn_apart_in_the_bootstrap(tmp_path):
-    """Two users in an arm: were both arms drawn as one, the arm would be empty in some replicates."""
+    """With two users in an arm, drawing both arms together would leave the arm empty in some replicates."""
     table, _ = ab_rows.read(write(tmp_path, [*GOOD[::2], GOOD[1], GOOD[3]]))
     row = ab.analyse(table, "control", plan(replicates=200))[-1]
     assert row["method"] == "bootstrap" and np.isfinite([row["low"], row["high"]]).all()
 
 
 def noted(table):
-    """The notes of what cannot be had, by metric and method, and which can."""
+    """The notes on results that cannot be computed, by (metric, method), and the set of those that can."""
     rows = ab.analyse(table, "control", plan(replicates=200))
     notes = {(row["metric"], row["method"]): row["note"] for row in rows if "note" in row}
     return notes, {(row["metric"], row["method"]) for row in rows if np.isfinite(row.get("p_value", np.nan))}

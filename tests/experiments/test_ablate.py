@@ -1,4 +1,4 @@
-"""Ablations: a row a run, nothing run twice, whatever happens in between."""
+"""Ablations: one row per run, and nothing runs twice, even after failures in between."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
 SEEDS = (4, 2)
 CHANGES = {"tarq": {}, "again": {}, "two_tower": {"model": {"name": "two_tower"}}}
 COLD = {"model": {"name": "cold"}}
-CHEAP = {"tarq": COLD, "again": COLD, "two_tower": CHANGES["two_tower"]}  # where the model does not matter
+CHEAP = {"tarq": COLD, "again": COLD, "two_tower": CHANGES["two_tower"]}  # if the model is irrelevant
 
 
 def make_variants(changes=CHANGES):
@@ -32,7 +32,7 @@ def make_variants(changes=CHANGES):
 
 @pytest.fixture
 def ablate(tiny_dataset, silent, monkeypatch):
-    """Runs variants on the data of `tiny`; `ablate.trained` lists what was trained."""
+    """Runs variants on the data of `tiny`; `ablate.trained` lists the runs that were trained."""
     train = seeds.train
 
     def counted(config, dataset, folders, console):
@@ -50,7 +50,7 @@ def ablate(tiny_dataset, silent, monkeypatch):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, tiny_dataset, silent, compiled_once, one_device):
-    """Rows of a whole study, and where it is."""
+    """Rows of a whole study, and its folder."""
     workdir = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "load_data", lambda config: tiny_dataset)
@@ -182,7 +182,7 @@ def test_what_tells_runs_apart():
     other.optimizer.learning_rate = 0.5
     streamed = tiny.make_config()
     with streamed.data.unlocked():
-        streamed.data.stream = not streamed.data.get("stream", False)  # in another order
+        streamed.data.stream = not streamed.data.get("stream", False)  # requests come in another order
     assert run_table.settings_of(config) == run_table.settings_of(same)
     assert len({run_table.settings_of(each) for each in (config, other, streamed)}) == 3
 
@@ -217,7 +217,7 @@ def test_the_study_of_the_repository(mode):
     assert study.is_locked and study.reference == "tarq"
     assert variants["tarq"].to_dict() == study.base.to_dict()
     different = {run_table.settings_of(config) for config in variants.values()}
-    assert len(variants) > 25 and len(different) >= len(variants) - 1  # Beauty has 256 codewords anyhow
+    assert len(variants) > 25 and len(different) >= len(variants) - 1  # Beauty has 256 codewords anyway
 
 
 @pytest.mark.parametrize("mode", ["nowhere", "lastfm,beauty", "smoke,nowhere"])

@@ -1,4 +1,4 @@
-"""The comparison: every model and seed once, one table, nothing trained twice."""
+"""The comparison: every model and seed is trained once, and all are in one table."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tarq_jax.training import loop, setup
 RUNS = ("two_tower", "target_attention")
 SEEDS = (0, 1)
 
-# The command itself, with training made up: AUC by model and seed.
+# Run the command itself with a replacement for training: AUC by model and seed.
 COMMAND = """
 import runpy, sys
 import tiny
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, tiny_dataset, silent, compiled_once, one_device):
-    """Rows of a comparison, and where its runs are."""
+    """Rows of a comparison, and the folder of its runs."""
     workdir = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "load_data", lambda config: tiny_dataset)
@@ -149,7 +149,7 @@ def test_wrong_configurations(wrong_call, argument, named):
 
 @pytest.mark.slow
 def test_models_of_ones_own(command, tmp_path):
-    """Beside the library's in one table, and as a variant of a study."""
+    """The user's own model is in one table with the library's, and is a variant of a study."""
     own, other = "examples.backbone:gru", "examples.attention:random_features"
     done = command("-m", "tarq_jax.experiments.compare", "--config=configs/synthetic.py:smoke", "--seeds=0",
                    f"--model={own}", "--model=two_tower", f"--workdir={tmp_path / 'compared'}",

@@ -1,4 +1,4 @@
-"""The command that converts a run: its rows, and calls that are wrong or cannot be done."""
+"""The command that converts a run: its rows, wrong calls, and conversions that are impossible."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The health report of a real, tiny run: its page, its numbers, and calls that cannot be done."""
+"""The health report of a real, tiny run: its page, its numbers, and calls that fail."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The command that prepares data: prints where they are, and passes arguments to the runner."""
+"""The command that prepares data: it prints the data's folder, and passes arguments to the runner."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Studies on disk, made up so that the truth is known, through analysis to page."""
+"""Made-up studies on disk, whose truth is known: from the analysis to the page."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def settings(model, num_levels=3):
 
 
 def write_study(root, signal=None, seeds=SEEDS):
-    """Runs whose scores are the label, a noise that all share, and a little of their own."""
+    """Writes runs whose scores are the label plus noise that all share and a little of their own."""
     rng = np.random.default_rng(0)
     labels = rng.random(USERS * EACH) < 0.4
     shared = rng.normal(size=USERS * EACH)
@@ -150,7 +150,7 @@ def test_variants_of_other_seeds_are_compared_on_shared_ones():
 
 
 def test_the_interval_of_the_gap_is_the_jackknife_over_users(variants, folder):
-    """One seed, so that users are the only source: leave each out in turn."""
+    """With one seed, users are the only source of variance: leave out each in turn."""
     one = {name: variant.at((0,)) for name, variant in variants.items()}
     found = study.gap_recovered(one["tarq"], one)
     points = []
@@ -214,7 +214,7 @@ def test_latencies_are_of_the_same_method(variants):
         "two_tower": 1.0, "tarq": 2.0, "tarq_twin": 2.0, "target_attention": 9.0}
     assert study.latencies(SERVING, 10, 6) == {}
     assert study.served_as(settings("two_tower_large")) is None
-    assert study.served_as(settings("tarq", num_levels=4)) is None  # another latency, which is not measured
+    assert study.served_as(settings("tarq", num_levels=4)) is None  # its latency was not measured
 
 
 @pytest.mark.parametrize(("points", "expected"), [

@@ -1,4 +1,4 @@
-"""Every way to compute an operation of `benchmarks.operations` has the numbers of the textbook."""
+"""Every implementation of an operation of `benchmarks.operations` gives the numbers of the textbook."""
 
 import functools
 import types
@@ -23,7 +23,7 @@ WAYS = [(name, way) for name, operation in OPERATIONS.items() for way in operati
 
 @functools.cache
 def expected(name, workload, direction="forward", dtype=jnp.float32):
-    """What `plain` gives, in float32 of arguments that are rounded to a type."""
+    """The result of `plain`, in float32, for arguments that are rounded to a type."""
     operation = OPERATIONS[name]
     plain = operation.implementations["plain"]
     function = operations.gradient(operation, plain) if direction == "gradient" else plain
@@ -40,7 +40,7 @@ def as_float32(array):
 
 
 def run(function, name, way, workload, dtype=jnp.float32):
-    """Of the arguments, in the form that the way wants; what it wants on the host is not traced."""
+    """Calls the function with its arguments prepared for this way; preparation on the host is not traced."""
     found = arguments(name, workload, dtype)
     if way not in OPERATIONS[name].prepared:
         return jax.jit(function)(*found)
@@ -96,7 +96,7 @@ def test_no_kernel_is_the_default_where_it_was_not_measured(name):
 
 
 def history(width, dtype=jnp.bfloat16, seed=0):
-    """Queries, keys, values and mask of two requests, the second of which has no history."""
+    """Queries, keys, values and mask of two requests; the second one has an empty history."""
     rng = np.random.default_rng(seed)
     queries, keys, values = (jnp.asarray(rng.normal(size=(2, 2, length, width)), dtype)
                              for length in (70, 130, 130))
@@ -105,7 +105,7 @@ def history(width, dtype=jnp.bfloat16, seed=0):
 
 @pytest.mark.parametrize("width", attention_gpu.WIDTHS)
 def test_attention_on_a_gpu(width):
-    """Interpreted by Mosaic GPU's own interpreter, and lowered for a GPU that is not here."""
+    """Runs in Mosaic GPU's own interpreter, and lowers for a GPU that this machine does not have."""
     arrays = history(width)
     found = attention_gpu.attend(*arrays, interpret=InterpretGPUParams())
     exact = OPERATIONS["attend"].implementations["plain"](*map(as_float32, arrays))
@@ -190,7 +190,7 @@ def test_none_falls_back_where_the_kernel_does_not_fit(monkeypatch):
 
 @pytest.mark.parametrize("way", ["xla", "pallas"])
 def test_codes_beyond_the_last_are_taken_for_it(way):
-    """Forward and backward: neither zeros nor NaN."""
+    """They are clipped, forward and backward; they give neither zeros nor NaN."""
     table, codes = arguments("look_up", "odd")
     means, jacobians, first, residuals = arguments("look_up_expansion", "odd")
     first, residuals = (jnp.broadcast_to(one, (len(means), *one.shape)) for one in (first, residuals))

@@ -32,7 +32,7 @@ def quantize(codewords, latents):
 
 
 def problem(seed, items=30, levels=3, size=4, width=5):
-    """Codewords [L, K, D], latents [M, D], what quantization made of them, and a mask [M]."""
+    """Codewords [L, K, D], latents [M, D], the output of their quantization, and a mask [M]."""
     rng = np.random.default_rng(seed)
     codewords, latents = rng.normal(size=(levels, size, width)), rng.normal(size=(items, width))
     return codewords, latents, quantize(codewords, latents), rng.random(items) < 0.7

@@ -1,4 +1,4 @@
-"""What the health report says of a level: every rule, and silence where nothing is wrong."""
+"""What the health report writes about a level: every rule is tested, and a healthy level gives no finding."""
 
 import math
 
@@ -8,7 +8,7 @@ from tarq_jax.metrics.diagnosis import LEVEL_RULES, Level, diagnose_attention, d
 
 HEALTHY = Level(level=2, size=64, utilisation=1.0, perplexity=60.0, dead=0, quantization_error=0.1,
                 error_before=0.3, distinct_items=900, init="kmeans", revive_every=100)
-SICK = [  # changes to a healthy level, words of the finding, setting that helps
+SICK = [  # changes to a healthy level, words in the finding, a setting that helps
     ({"distinct_items": 1, "utilisation": 1 / 64}, "collapsed, not the codebook", "weight_decay"),
     ({"distinct_items": 40, "utilisation": 0.6}, "only 40 different latents for 64", "num_codewords"),
     ({"init": "random", "utilisation": 0.5, "dead": 32}, "32 of 64 codewords", "codebook.init=kmeans"),

@@ -1,4 +1,4 @@
-"""Ranking metrics: closed forms, scikit-learn and SciPy as references, properties, extremes."""
+"""Ranking metrics: closed forms, scikit-learn and SciPy as references, properties, extreme inputs."""
 
 import doctest
 import importlib
@@ -27,7 +27,7 @@ def candidates(seed, size=40, num_scores=8, num_groups=5):
 
 
 def requests(seed, shape=(6, 12), num_scores=5):
-    """Scores and reference with ties, and a mask of uneven lengths, 0 included."""
+    """Scores and reference scores with ties, and a mask of uneven lengths, 0 included."""
     rng = np.random.default_rng(seed)
     mask = np.arange(shape[1]) < rng.integers(0, shape[1] + 1, shape[0])[:, None]
     scores, reference = rng.integers(0, num_scores, (2, *shape)).astype(np.float64)
@@ -53,7 +53,7 @@ def test_auc_closed_form(labels, scores, expected):
 
 
 def test_auc_weights_closed_form():
-    # Pairs (positive, negative) weigh 1*3 won and 2*3 lost.
+    # Pairs (positive, negative) of weight 1*3 are won, and pairs of weight 2*3 are lost.
     assert metrics.auc([1, 1, 0], [2.0, 0.0, 1.0], [1.0, 2.0, 3.0]) == pytest.approx(1 / 3)
 
 
@@ -126,7 +126,7 @@ def test_grouped_auc_is_a_weighted_mean_of_scikit_learn(seed):
 def test_grouped_auc_properties(seed):
     labels, scores, weights, groups = candidates(seed)
     result = metrics.grouped_auc(labels, scores, groups, weights)
-    shift = np.random.default_rng(seed).normal(size=5)[groups]  # order within a group is all that counts
+    shift = np.random.default_rng(seed).normal(size=5)[groups]  # only the order within a group matters
     order = np.random.default_rng(seed).permutation(labels.size)
     one_group = metrics.grouped_auc(labels, scores, np.zeros(labels.size, int), weights)
     assert one_group == (pytest.approx(metrics.auc(labels, scores, weights), abs=1e-12), 1, 1)
@@ -210,9 +210,9 @@ def test_recall_properties(seed, k):
 def test_recall_of_ties():
     mask = np.ones((1, 4), np.bool_)
     constant, distinct = np.zeros((1, 4)), np.array([[1.0, 2.0, 3.0, 4.0]])
-    assert metrics.recall_at_k(constant, distinct, mask, 1) == 0.25  # chance
+    assert metrics.recall_at_k(constant, distinct, mask, 1) == 0.25  # as good as chance
     assert metrics.recall_at_k([[9.0, 0.0, 0.0, 0.0]], distinct, mask, 2) == pytest.approx(1 / 3)
-    assert metrics.recall_at_k(distinct, constant, mask, 2) == 1.0  # any two are as good
+    assert metrics.recall_at_k(distinct, constant, mask, 2) == 1.0  # any two candidates are correct
     assert metrics.recall_at_k([[4.0, 3.0, 2.0, 1.0]], [[1.0, 1.0, 1.0, 5.0]], mask, 2) == 0.5
 
 

@@ -1,4 +1,4 @@
-"""One battery of properties for all models: what a pre-ranker may and may not look at."""
+"""One battery of properties for all models: what a pre-ranker may depend on, and what not."""
 
 import jax
 import numpy as np
@@ -29,21 +29,21 @@ def logits(model, batch):
 
 
 def assert_equal(actual, expected, where=None):
-    """Both dictionaries of logits agree where `where` is True."""
+    """Asserts that both dictionaries of logits agree where `where` is True."""
     where = np.ones((B, G), bool) if where is None else where
     for name, values in expected.items():
         np.testing.assert_allclose(actual[name][where], values[where], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def assert_differ(actual, expected, where):
-    """Each logit moves where `where` is True, whatever the predictor."""
+    """Asserts that the logits of every predictor differ where `where` is True."""
     for name, values in expected.items():
         moved = np.abs(actual[name] - values) > 1e-4
         np.testing.assert_array_equal(moved & where, where, err_msg=name)
 
 
 def other(field, values):
-    """Another value of a field for every entry."""
+    """Another value of a field, for every entry."""
     return values % (field.size - 1) + 1 if field.kind == "categorical" else values + np.float32(1.0)
 
 
@@ -51,7 +51,7 @@ def other(field, values):
 
 
 def test_logits_are_finite_everywhere(logits):
-    """Empty histories, requests without candidates and padding included."""
+    """Logits are finite, also for empty histories, requests without candidates and padding."""
     for values in logits.values():
         assert values.shape == (B, G) and values.dtype == np.float32
         assert np.isfinite(values).all()
@@ -117,7 +117,7 @@ def test_masked_equals_truncated(model, batch, logits):
 
 
 def test_mask_anywhere_in_the_history(model, batch, logits):
-    """Real events at the end of the row score as real events at its start."""
+    """Real events at the end of a row score like real events at its start."""
     columns = {name: np.roll(values, 2, axis=1) for name, values in batch.history.items()}
     rolled = batch.replace(history=columns, history_mask=np.roll(batch.history_mask, 2, axis=1))
     assert_equal(model.logits(rolled), logits)
@@ -142,7 +142,7 @@ def test_every_field_reaches_the_logits(model, batch, logits):
             columns = dict(getattr(batch, part))
             columns[field.name] = other(field, columns[field.name])
             changed = model.logits(batch.replace(**{part: columns}))
-            for name, values in logits.items():  # a logit may stay by chance, hardly a whole request
+            for name, values in logits.items():  # one logit may stay by chance, hardly all of a request
                 moved = np.abs(changed[name] - values).max(axis=1) > 1e-4
                 assert moved[where.any(axis=1)].all(), (field.name, part, name)
             assert_equal(changed, logits, ~where & batch.candidate_mask)

@@ -1,4 +1,4 @@
-"""The baselines against NumPy copies, where they meet target attention, and what they train."""
+"""The baselines: compared with NumPy copies, with target attention where they must equal it, and trained."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ MASK = BATCH.history_mask
 
 @pytest.mark.parametrize("name", workloads.BASELINES)
 def test_every_parameter_is_trained(name):
-    """By a finite gradient, though some histories are empty. Hash planes are no parameters."""
+    """Every parameter has a finite gradient, though some histories are empty. Hash planes are fixed."""
     model = workloads.compiled(name)
     objective = supervised(model.module, name)
     gradients = jax.jit(jax.grad(lambda params: objective.loss(params, None, BATCH, True)[0]))(model.params)
@@ -27,7 +27,7 @@ def test_every_parameter_is_trained(name):
         path = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), path
         one_at_most = name == "sim" and ("query" in path or "key_projection" in path)
-        assert np.any(leaf) or one_at_most, path  # with one event of the item there is nothing to choose
+        assert np.any(leaf) or one_at_most, path  # no choice if only one event has the item
 
 
 # Approximations of target attention
@@ -88,7 +88,7 @@ def test_logits_are_those_of_target_attention_but_for_the_attention(name, heads_
 
 
 def test_a_search_that_selects_everything_is_target_attention():
-    """With its parameters, whatever finds it."""
+    """It equals target attention with the same parameters, for any search."""
     exact = workloads.compiled("target_attention")
     whole = HardSearch(**workloads.SIZES, num_selected=N)
     found = jax.jit(whole.apply)(exact.params, BATCH).logits
@@ -118,7 +118,7 @@ def test_cold_equals_a_numpy_copy():
 
 
 def test_inttower_equals_a_numpy_copy():
-    """Its user vectors come from the hidden layer and from v_user."""
+    """Its user vectors are projections of the hidden layer and of v_user."""
     model = workloads.compiled("inttower")
     params = model.params["params"]
     output = model(BATCH)

@@ -1,4 +1,4 @@
-"""`Compute`: bfloat16 close to float32, and recomputation with the same gradients in less memory."""
+"""`Compute`: bfloat16 is close to float32; recomputation gives the same gradients in less memory."""
 
 import functools
 
@@ -52,7 +52,7 @@ def test_bfloat16_is_close_to_float32(name):
 
 @pytest.mark.parametrize("name", workloads.MODELS)
 def test_types_in_bfloat16(name):
-    """Parameters and logits are float32, activations are not; losses read float32 alone."""
+    """Parameters and logits are float32, activations bfloat16; losses read only float32."""
     module = workloads.MODELS[name].clone(compute=HALF)
     arguments = workloads.compiled(name).arguments
     params = jax.eval_shape(module.init, jax.random.key(0), workloads.make_batch(), *arguments)
@@ -79,7 +79,7 @@ def test_the_way_of_computing_changes_no_gradient(name, compute):
 
 
 def gradient_over_long_histories(compute, positions):
-    """Target attention over two long histories: its loss by parameters, and their shapes."""
+    """The loss of target attention over two long histories as a function of parameters, and their shapes."""
     module = TargetAttention(**workloads.SIZES, compute=compute)
     batch = workloads.make_batch()
     long = {"history": {name: np.repeat(values, positions // values.shape[1], axis=1)
@@ -91,10 +91,10 @@ def gradient_over_long_histories(compute, positions):
 
 
 def bytes_kept(compute, positions):
-    """What the forward pass keeps for the backward pass.
+    """The size of what the forward pass keeps for the backward pass.
 
-    Temporary bytes of the compiled gradient would not tell: XLA recomputes as it is told to, but on CPU its
-    scheduler drops the barriers that hold recomputation back until it is needed.
+    Temporary bytes of the compiled gradient would not show it: XLA does recompute, but on CPU its
+    scheduler drops the barriers that delay recomputation until it is needed.
     """
     loss, params = gradient_over_long_histories(compute, positions)
     kept = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
@@ -111,7 +111,7 @@ def test_recomputation_keeps_less(block):
 
 
 def test_a_model_over_10_000_positions_fits_in_memory():
-    """Two self-attentions of 3 heads over two histories would be 2.4 GB each at once."""
+    """Without blocks, two self-attentions of 3 heads over two histories would take 2.4 GB each."""
     loss, params = gradient_over_long_histories(Compute(attention_block=256), 9_996)
     compiled = jax.jit(jax.grad(loss)).lower(params).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20

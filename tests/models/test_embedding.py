@@ -1,4 +1,4 @@
-"""Embedding tables: ids out of the vocabulary, rows beyond it, other look-ups."""
+"""Embedding tables: ids outside the vocabulary, rows beyond it, other look-ups."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ def test_ids_out_of_the_vocabulary_read_row_0():
     params = initial(module)
     table = np.asarray(params["params"]["embedding"])
     assert table.shape == (8, WIDTH)
-    ids = np.array([[0, 4, 5], [7, -1, 2**31 - 1]], np.int32)  # 5 and 7 are rows, but of no id
+    ids = np.array([[0, 4, 5], [7, -1, 2**31 - 1]], np.int32)  # 5 and 7 are rows of the table, but not ids
     np.testing.assert_array_equal(module.apply(params, ids), table[[[0, 4, 0], [0, 0, 0]]])
     gradient = jax.grad(lambda params: module.apply(params, ids).sum())(params)["params"]["embedding"]
     np.testing.assert_array_equal(gradient, np.array([5, 0, 0, 0, 1, 0, 0, 0])[:, None] * np.ones(WIDTH))
@@ -38,6 +38,6 @@ def test_the_look_up_is_told_the_path_and_valid_ids():
 
     module = Embedding(SIZE, WIDTH, Tables(lookup=lookup))
     params = initial(module)
-    assert not seen  # the batch that initialises need not fit a mesh
+    assert not seen  # not called on initialisation, whose batch need not fit a mesh
     module.apply(params, np.array([3, 9]))
     assert seen == [("params/embedding", [3, 0])]

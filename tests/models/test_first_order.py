@@ -1,4 +1,4 @@
-"""TARQ of order 1: the teacher's attention, expanded around codewords; which loss moves what."""
+"""TARQ of order 1: the teacher's attention expanded around codewords; which loss changes what."""
 
 import functools
 
@@ -44,7 +44,7 @@ def test_latents_are_the_teachers_queries(model, output, batch):
 
 
 def test_output_equals_the_look_up(model, output, batch):
-    """Serving: expand every codeword of level 1, look up, multiply by the damped residual, project."""
+    """As in serving: expand every codeword of level 1, look up, multiply by the damped residual, project."""
     teacher, params, level_1 = output.teacher, model.params["params"], heads(model.arguments[0][0])
     expanded = expansion.expand(level_1, teacher.keys, teacher.values, batch.history_mask)
     residual = heads(output.quantizer.chosen[:, :, 1:].sum(axis=2))
@@ -59,7 +59,7 @@ def test_output_equals_the_look_up(model, output, batch):
 
 
 def test_exact_where_codewords_are_the_queries(model, output, batch):
-    """As many codewords as candidates, each at its query, and no residual: the teacher's own output."""
+    """With one codeword per candidate, equal to its query, and no residual, the output is the teacher's."""
     level_1 = np.asarray(output.latents).reshape(-1, D)
     codewords = np.stack([level_1, np.zeros_like(level_1)])
     exact = jax.jit(lambda codewords: model.module.apply(model.params, batch, codewords))(codewords)
@@ -108,7 +108,7 @@ def test_only_its_head_radius_and_codewords_learn_from_the_student(model, batch)
 
 
 def test_alignment_moves_codewords_alone(model, batch):
-    """So that it changes nothing where moving averages set them."""
+    """The alignment loss therefore has no effect if moving averages set the codewords."""
     def value(params, codewords):
         output = model.module.apply(params, batch, codewords)
         per_candidate = losses.codebook_alignment(

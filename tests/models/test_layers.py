@@ -1,4 +1,4 @@
-"""Layers: each against its NumPy copy, initial scales, refusals."""
+"""Layers: each equals its NumPy copy; initial scales; refusals."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ REQUESTS, POSITIONS = workloads.REQUESTS, workloads.POSITIONS
 
 
 def with_params(module, *args, **kwargs):
-    """Random parameters of a module, and what it makes of the arguments."""
+    """Random parameters of a module, and its output for the arguments."""
     shapes = jax.eval_shape(lambda rng: module.init(rng, *args, **kwargs), jax.random.key(0))
     params = workloads.make_params(shapes)
     return params.get("params", {}), module.apply(params, *args, **kwargs)

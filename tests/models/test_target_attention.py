@@ -1,4 +1,4 @@
-"""Target attention against its NumPy copy."""
+"""Target attention compared with its NumPy copy."""
 
 import numpy as np
 import reference
@@ -17,7 +17,7 @@ def test_equals_reference():
 
 
 def test_queries_keys_and_values_are_those_of_the_attention_output():
-    """What post-training quantizes reproduces the output: projections are not applied twice."""
+    """They reproduce the attention output, which conversion relies on: no projection is applied twice."""
     model, batch = workloads.compiled("target_attention"), workloads.make_batch()
     output = model(batch)
     assert output.queries.shape == (B, H, G, E)

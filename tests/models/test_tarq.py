@@ -1,4 +1,4 @@
-"""TARQ: personalised codebooks, the three heads, and which loss moves which parameters."""
+"""TARQ: personalised codebooks, the three heads, and which loss changes which parameters."""
 
 import functools
 
@@ -72,7 +72,7 @@ def test_personalize_serves_what_training_sees(model, output, batch):
 
 
 def test_attended_equals_look_up(output):
-    """Candidates attend with their own codewords in training, and look up in serving."""
+    """In training, candidates attend with their own codewords; in serving, they look up."""
     codes = output.quantizer.codes
     close(output.attention_output, look_up(output.personalized, codes))
     for level in range(L):
@@ -81,7 +81,7 @@ def test_attended_equals_look_up(output):
 
 
 def test_head_closed_form(head, model, output):
-    """The student's logit, from the personalised codebook and the backbone alone."""
+    """The student's logit computed from only the personalised codebook and the backbone."""
     params, backbone = model.params["params"], output.teacher.backbone
     user, item, candidates = (np.asarray(getattr(backbone, name)) for name in ("user", "item", "candidates"))
     codes = np.asarray(output.quantizer.codes)
@@ -92,7 +92,7 @@ def test_head_closed_form(head, model, output):
             entries = np.asarray(output.personalized[:, level])
             codewords = np.broadcast_to(model.arguments[0][level], entries.shape)
             inputs = np.concatenate([entries, codewords], axis=-1)
-            scores = reference.mlp(params[f"level_scores_{level}"], inputs)[..., 0]  # [B, K], once a request
+            scores = reference.mlp(params[f"level_scores_{level}"], inputs)[..., 0]  # [B, K], per request
             added += np.take_along_axis(scores, codes[..., level], axis=1)
     elif head == "dot":
         projected = attended @ params["student_head"]["kernel"] + params["student_head"]["bias"]
@@ -119,7 +119,7 @@ def test_quantize_says_what_the_decoder_gets(model, output, batch):
 
 
 def test_decoder_target(model, output, batch):
-    """The teacher's projected query, heads side by side, or the item's embedding."""
+    """The target is the teacher's projected query, with its heads concatenated, or the item's embedding."""
     assert model.module.decoded == "query"
     projection = model.params["params"]["teacher"]["attention"]["query_projection"]
     queries = reference.mlp(
@@ -167,7 +167,7 @@ def test_codewords_of_another_number_of_levels_are_refused(batch, name, levels):
 
 @pytest.mark.parametrize("name", ["tarq_dot", "order_1_scalar"])
 def test_padding_has_no_say_in_balanced_codes(batch, name):
-    """An encoder that knows no mask is not told one: it sees the whole batch."""
+    """An encoder without a keyword `where` gets no mask, and its codes depend on the padding."""
     model, real = workloads.compiled(name), batch.candidate_mask
     balanced = functools.partial(quantization.encode, assign=quantization.balanced)
 
@@ -186,7 +186,7 @@ def test_padding_has_no_say_in_balanced_codes(batch, name):
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 STUDENT = {"level_attention", "student_head", "codewords"}
-MOVED = {  # loss -> groups of parameters that it moves, if the student's gradient stays with the student
+MOVED = {  # loss -> groups of parameters that it changes, if the student's gradient stays in the student
     "student": STUDENT,
     "distillation": STUDENT,
     "teacher": {"item", "events", "towers", "history_encoder", "teacher_attention"},
@@ -197,7 +197,7 @@ MOVED = {  # loss -> groups of parameters that it moves, if the student's gradie
     "reconstruction": {"encoder", "decoder"},
 }
 BACKBONE = {"item", "events", "towers"}
-REACHED = {  # how far the student's gradient reaches -> loss -> groups that it moves besides
+REACHED = {  # how far the student's gradient reaches -> loss -> further groups that it changes
     "student": {},
     "backbone": {"student": BACKBONE, "distillation": BACKBONE},
     "teacher": {
@@ -234,9 +234,9 @@ def values_of_losses(output, codewords, batch):
 
 @functools.cache
 def gradients(head, reach):
-    """Gradients of the losses: loss -> (of the parameters, of the codewords).
+    """Gradients of the losses: loss -> (for the parameters, for the codewords).
 
-    All losses for one head; for the others those that see the head.
+    All losses for the `mlp` head; for the other heads only the losses that depend on the head.
     """
     model, batch = workloads.compiled(f"tarq_{head}"), workloads.make_batch()
     module = model.module.clone(student_gradient=reach)
@@ -262,7 +262,7 @@ def moved_groups(params, codewords):
         "events": backbone.pop("event_features"),
         "towers": backbone,
         "history_encoder": teacher.pop("history_encoder"),
-        "teacher_attention": teacher,  # with its query tower and its head
+        "teacher_attention": teacher,  # includes its query tower and its head
         "encoder": params.pop("encoder"),
         "decoder": params.pop("decoder"),
         "level_attention": params.pop("level_attention"),
@@ -296,7 +296,7 @@ def test_codebook_loss_draws_codewords_to_their_residuals(batch):
 
 
 def test_reconstruction_trains_the_encoder_straight_through(batch):
-    """The encoder's gradient is that of a decoder that is given the quantized value as a latent."""
+    """The encoder's gradient is the decoder's gradient at the quantized value, passed to the latent."""
     model = workloads.compiled("tarq_mlp")
     output = model(batch)
     params = model.params["params"]

@@ -1,4 +1,4 @@
-"""The two-tower backbone against its NumPy copy."""
+"""The two-tower backbone compared with its NumPy copy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Properties that every quantizer has, in one battery; a table says which of them treat points one by one."""
+"""One battery of properties for all quantizers; a table says which of them treat each point independently."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tarq_jax import quantization
 from tarq_jax.types import QuantizerOutput
 
-M, D, SIZES = 16, 5, (4, 3, 6)  # latents, their width, codewords of each level
+M, D, SIZES = 16, 5, (4, 3, 6)  # M, D: number and width of latents; SIZES: number of codewords per level
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
 
@@ -25,7 +25,7 @@ class Quantizer(NamedTuple):
     """One way to quantize."""
 
     encode: Callable[..., QuantizerOutput]
-    pointwise: bool = True  # a latent's code does not depend on the others
+    pointwise: bool = True  # a latent's code does not depend on the other latents
 
 
 QUANTIZERS = {
@@ -95,7 +95,7 @@ def test_leading_axes_are_only_a_shape(quantizer, levels):
 
 
 def test_points_are_independent_where_the_table_says_so(quantizer, compiled, levels):
-    """vmap = loop, and a latent's code is that which it has alone."""
+    """vmap = loop, and each latent has the code that it would have alone."""
     codewords, latents = levels(0), normal(1, M, D)
     together = compiled(codewords, latents)
     alone = [quantizer.encode(codewords, latents[None, index]).codes[0] for index in range(M)]
@@ -116,7 +116,7 @@ def test_masked_statistics_equal_truncated(compiled, levels):
 
 
 def test_gradients_equal_those_of_the_codes(quantizer, levels):
-    """Choosing has no gradient: it is that of sums of the codewords that were chosen."""
+    """Choosing a code has no gradient; the gradient is that of the sum of the chosen codewords."""
     codewords, latents, upstream = levels(0), normal(1, M, D), normal(2, M, D)
     codes = quantizer.encode(codewords, latents).codes
 
@@ -131,7 +131,7 @@ def test_gradients_equal_those_of_the_codes(quantizer, levels):
 
 @pytest.mark.parametrize("trick", GRADIENTS.values(), ids=GRADIENTS)
 def test_gradient_tricks(quantizer, levels, trick):
-    """The value is the quantized one; codewords get no gradient, latents a finite one."""
+    """The value is the quantized one; codewords get no gradient, latents get a finite one."""
     codewords, latents, upstream = levels(0), normal(1, M, D), normal(2, M, D)
 
     def passed(codewords, latents):
@@ -146,7 +146,7 @@ def test_gradient_tricks(quantizer, levels, trick):
 
 
 def test_sharding_is_preserved(quantizer, compiled):
-    """Latents split over 8 devices: the same codes, split likewise."""
+    """Latents split over 8 devices give the same codes, which are split in the same way."""
     codewords, latents = even(0), normal(1, M, D)
     split = NamedSharding(workloads.mesh(), PartitionSpec("data"))
     output = compiled(codewords, jax.device_put(latents, split))

@@ -19,7 +19,7 @@ SHAPES = [(1, 1, 3, (4,)), (1, 5, 1, (2, 3)), (2, 2, 3, (1,)), (3, 5, 2, ()), (3
 examples = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31 - 2)
 
-# compiled once here: the library leaves that to its callers
+# compiled once here, as the library leaves that to its callers
 encode = jax.jit(quantization.encode)
 encode_by_cosine = jax.jit(functools.partial(quantization.encode, assign=quantization.nearest_by_cosine))
 beam_encode = jax.jit(quantization.beam_encode, static_argnames="beam")
@@ -27,7 +27,7 @@ beam_encode = jax.jit(quantization.beam_encode, static_argnames="beam")
 
 @st.composite
 def problems(draw):
-    """Codewords [L, K, D] and latents [..., D] of small integers: exact in float32, rich in ties."""
+    """Codewords [L, K, D] and latents [..., D] of small integers: exact in float32, with many ties."""
     levels, size, width, leading = draw(st.sampled_from(SHAPES))
     small = st.integers(-6, 6).map(float)
     codewords = draw(hnp.arrays(np.float32, (levels, size, width), elements=small))
@@ -112,7 +112,7 @@ def test_negative_distances_up_to_a_constant_of_each_point():
 @pytest.mark.parametrize("encoder", [encode, jax.jit(functools.partial(quantization.beam_encode, beam=3))],
                          ids=["greedy", "beam"])
 def test_codes_do_not_depend_on_the_distance_from_the_origin(encoder):
-    """Entries are multiples of 1/16 that float32 holds exactly at 2^18, but whose squares it does not."""
+    """Entries are multiples of 1/16 near 2^18: exact in float32, but their squares are not."""
     rng = np.random.default_rng(11)
     latents, level_1, level_2 = (rng.integers(-64, 64, (size, 3)) / 16 for size in (200, 8, 8))
     near = encoder(np.stack([level_1, level_2 / 4]).astype(np.float32), latents.astype(np.float32))
@@ -140,7 +140,7 @@ def test_shapes_that_do_not_fit_are_refused(call):
 def test_cosine_equals_numpy():
     points = normal(0, 40, 3)
     codewords = normal(1, 7, 3) * np.linspace(0.1, 9, 7, dtype=np.float32)[:, None]
-    cosine = points @ codewords.T / np.linalg.norm(codewords, axis=1)  # times the length of the point
+    cosine = points @ codewords.T / np.linalg.norm(codewords, axis=1)  # cosine times the length of the point
     np.testing.assert_array_equal(quantization.nearest_by_cosine(points, codewords), cosine.argmax(axis=1))
     by_cosine = encode_by_cosine(codewords[None], points)
     np.testing.assert_array_equal(by_cosine.codes[:, 0], cosine.argmax(axis=1))
@@ -154,7 +154,7 @@ def test_cosine_of_nothing_is_defined():
 
 
 def test_balanced_evens_out_usage():
-    """Nine tenths of the points lie at one codeword; each codeword takes its share all the same."""
+    """Nine tenths of the points are at one codeword, but each codeword still takes an equal share."""
     rng = np.random.default_rng(0)
     codewords = 4.0 * np.eye(5, dtype=np.float32)
     points = codewords[np.where(rng.random(500) < 0.9, 0, rng.integers(0, 5, 500))] + normal(1, 500, 5)
@@ -264,7 +264,7 @@ def test_beam_in_blocks_is_the_same(quantized, block):
 @examples
 @given(seeds)
 def test_top_equals_sorting(seed):
-    """Many groups, fewer than asked for, and ties."""
+    """With many groups of entries, of which fewer are selected, and with ties."""
     scores = np.round(3.0 * normal(seed, 5, 203))
     values, found = encoding._top(scores, 4)
     np.testing.assert_array_equal(values, -np.sort(-scores, axis=1)[:, :4])

@@ -16,7 +16,7 @@ from tarq_jax.quantization import fitting
 examples = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
 
-# compiled once here: the library leaves that to its callers
+# compiled once here, as the library leaves that to its callers
 kmeans = jax.jit(quantization.kmeans, static_argnames=("num_codewords", "iterations"))
 kmeans_codebook = jax.jit(quantization.kmeans_codebook, static_argnames=("num_levels", "num_codewords"))
 encode = jax.jit(quantization.encode)
@@ -46,7 +46,7 @@ def test_kmeans_is_a_function_of_its_key():
 
 
 def test_kmeans_reaches_a_fixed_point():
-    """After enough iterations every centroid is the mean of the points that are nearest to it."""
+    """After enough iterations every centroid is the mean of the points nearest to it."""
     points = normal(0, 40, 2)
     centroids = np.asarray(kmeans(jax.random.key(0), points, num_codewords=5))
     nearest = np.argmin(np.linalg.norm(points[:, None] - centroids, axis=-1), axis=1)
@@ -92,7 +92,7 @@ def test_kmeans_traces_with_numpy_points():
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Latents [400, 6] in uneven clusters, normalised as the model's are, and a codebook fitted to them."""
+    """Latents [400, 6] in uneven clusters, normalised like the model's, and a codebook fitted to them."""
     rng = np.random.default_rng(9)
     latents = rng.normal(size=(12, 6))[rng.integers(0, 12, 400) ** 2 // 12] + 0.4 * rng.normal(size=(400, 6))
     latents = (latents / np.sqrt(np.mean(latents**2, axis=-1, keepdims=True))).astype(np.float32)
@@ -127,7 +127,7 @@ def test_kmeans_codebook_error_falls_with_levels(fitted):
 
 
 def test_kmeans_counts_points_by_weight():
-    """A point of weight 3 counts as three points, one of weight 0 as none."""
+    """A point of weight 3 counts as three points, a point of weight 0 does not count."""
     points, weights = normal(0, 40, 2), np.random.default_rng(1).integers(0, 4, 40)
     weights = weights.astype(np.float32)
     centroids = np.asarray(kmeans(jax.random.key(0), points, num_codewords=5, weights=weights))
@@ -154,7 +154,7 @@ def test_kmeans_ignores_what_points_of_no_weight_hold():
 
 
 def test_kmeans_starts_on_different_points_of_weight():
-    """Without an iteration the centroids are the start: as many points, wherever there are so many."""
+    """Without iterations the centroids are the start: distinct points of positive weight if possible."""
     points, weights = normal(0, 40, 2), (np.arange(40) < 6).astype(np.float32)
     start = np.asarray(kmeans(
         jax.random.key(0), points, num_codewords=5, weights=weights, iterations=0))
@@ -164,7 +164,7 @@ def test_kmeans_starts_on_different_points_of_weight():
 
 
 def test_kmeans_finds_all_of_many_clusters():
-    """Greedy draws rarely miss a cluster, where single ones would in every run."""
+    """Greedy draws rarely miss a cluster; single draws would miss some in every run."""
     rng = np.random.default_rng(0)
     centres = 20.0 * rng.normal(size=(30, 4))
     points = (centres[np.arange(600) % 30] + rng.normal(size=(600, 4))).astype(np.float32)
@@ -219,7 +219,7 @@ def mean_error(output, latents):
 
 
 def test_refine_equals_least_squares(fitted):
-    """NumPy's solver on the design matrix of ones where a latent uses a codeword."""
+    """Compared with NumPy's solver; its design matrix has a one where a latent uses a codeword."""
     latents, codebook = fitted
     codes = np.asarray(encode(codebook.codewords, latents).codes)
     design = np.concatenate([np.eye(16)[codes[:, level]] for level in range(2)], axis=1)
@@ -233,7 +233,7 @@ def test_refine_equals_least_squares(fitted):
 
 def test_refine_keeps_codewords_that_are_not_used(fitted):
     latents, codebook = fitted
-    codes = np.asarray(encode(codebook.codewords, latents).codes) % 15  # never the last
+    codes = np.asarray(encode(codebook.codewords, latents).codes) % 15  # the last codeword is never used
     refined = quantization.refine(codebook.codewords, latents, codes)
     np.testing.assert_allclose(refined[:, 15], codebook.codewords[:, 15], atol=1e-5)
     uneven = quantization.refine(tuple(codebook.codewords), latents, codes)
@@ -241,7 +241,7 @@ def test_refine_keeps_codewords_that_are_not_used(fitted):
 
 
 def test_refine_of_many_latents_stays_well_conditioned():
-    """Few codewords, used a hundred thousand times each, where a fixed ridge is lost in rounding."""
+    """Few codewords, each used a hundred thousand times: a ridge of fixed size would be lost in rounding."""
     codewords, latents = normal(0, 3, 4, 2), np.tile(normal(1, 2000, 2), (200, 1))
     codes = np.asarray(encode(codewords, latents).codes)
     design = np.concatenate([np.eye(4)[codes[:2000, level]] for level in range(3)], axis=1)
@@ -262,7 +262,7 @@ def test_more_rounds_never_raise_the_error(fitted, encoder):
         codebook = jax.jit(functools.partial(fit, rounds=rounds))(jax.random.key(0), latents)
         output = encoder(codebook.codewords, latents)
         errors.append(mean_error(output, latents))
-    assert errors[0] == pytest.approx(errors[1], rel=1e-5)  # no round is k-means
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)  # zero rounds equal k-means
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.99 * errors[0]
     counts, _ = quantization.assignment_statistics(output, codebook.codewords)

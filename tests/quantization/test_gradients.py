@@ -1,4 +1,4 @@
-"""Gradients through quantization: straight-through, the rotation trick, and the codewords' own."""
+"""Gradients through quantization: straight-through, the rotation trick, and those of the codewords."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_gradient_of_quantized_counts_assignments(quantized):
 
 
 def test_rotation_equals_its_matrix(quantized):
-    """Value and gradient by the matrix `s (I - 2 r r^T + 2 q e^T)`, latent by latent."""
+    """Value and gradient equal those of the matrix `s (I - 2 r r^T + 2 q e^T)`, latent by latent."""
     _, latents, output = quantized
     upstream = normal(3, *latents.shape)
     value, back = jax.vjp(lambda z: quantization.rotate(z, output.quantized), latents)
@@ -89,7 +89,7 @@ def test_rotation_falls_back_where_none_is_defined(latent, target):
 
 
 def test_rotation_takes_the_latent_to_the_codeword(quantized):
-    """Linear in the latent: its derivative along the latent is the codeword."""
+    """The map is linear in the latent, so its derivative along the latent is the codeword."""
     _, latents, output = quantized
     _, along = jax.jvp(lambda z: quantization.rotate(z, output.quantized), (latents,), (latents,))
     np.testing.assert_allclose(along, output.quantized, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Dead codewords and their revival, over the mesh too."""
+"""Dead codewords and their revival, also over a mesh."""
 
 import jax
 import numpy as np
@@ -16,11 +16,11 @@ seeds = st.integers(0, 2**31 - 1)
 NONE_DEAD = np.zeros((3, 4), bool)
 NAMES = ("codewords", "counts", "sums", "ages")
 
-encode = jax.jit(quantization.encode)  # compiled once here: the library leaves that to its callers
+encode = jax.jit(quantization.encode)  # compiled once here, as the library leaves that to its callers
 revive = jax.jit(quantization.revive)
 
 
-# Which are dead
+# Which codewords are dead
 
 
 def test_dead_by_count_is_relative_to_an_even_share():
@@ -43,7 +43,7 @@ def test_dead_by_age_is_above_the_age():
 
 @pytest.fixture(scope="module")
 def half_dead():
-    """A codebook [3, 4, 5] of which some codewords are dead, residuals [6, 5, 3, 5], dead [3, 4]."""
+    """A codebook [3, 4, 5] with some dead codewords, residuals [6, 5, 3, 5], dead [3, 4]."""
     dead = np.array([[True, False, False, True], [False] * 4, [False, True, False, False]])
     counts = np.where(dead, 0.01, 5.0).astype(np.float32)
     residuals = encode(normal(0, 3, 4, 5), normal(1, 6, 5, 5)).residuals
@@ -71,7 +71,7 @@ def test_revive_moves_the_dead_onto_residuals_of_their_level(half_dead, seed):
 
 
 def test_revive_draws_by_squared_distance_one_after_the_other(half_dead):
-    """The first by distance to the living, the second by distance to these and the first."""
+    """The first draw uses distances to the living codewords, the second also those to the first draw."""
     codebook, residuals, dead = half_dead
     points, living = residuals[..., 0, :].reshape(-1, 5), np.asarray(codebook.codewords)[0, ~dead[0]]
     draw = jax.jit(jax.vmap(lambda key: quantization.revive(key, codebook, residuals, dead).codewords))
@@ -86,7 +86,7 @@ def test_revive_draws_by_squared_distance_one_after_the_other(half_dead):
 
 
 def test_revive_puts_no_two_codewords_on_the_same_spot(half_dead):
-    """Latents repeat within a batch: 2 different ones for 4 dead codewords revive 2."""
+    """Latents repeat within a batch: with 2 distinct latents, only 2 of 4 dead codewords are revived."""
     codebook, residuals, _ = half_dead
     repeated = np.tile(residuals[0, :2], (8, 1, 1))
     revived = revive(jax.random.key(0), codebook, repeated, np.ones((3, 4), bool))
@@ -153,7 +153,7 @@ def test_revive_without_dead_changes_nothing(half_dead):
 
 @pytest.fixture(scope="module")
 def on_the_mesh(half_dead):
-    """Residuals [32, 3, 5] to be split over the mesh, a mask of them, and the codebook of one device."""
+    """Residuals [32, 3, 5] to be split over the mesh, a mask for them, and one device's revived codebook."""
     codebook, residuals, dead = half_dead
     residuals = np.concatenate([residuals.reshape(30, 3, 5), normal(2, 2, 3, 5)])
     where = np.random.default_rng(1).random(32) < 0.7
@@ -192,7 +192,7 @@ def test_revive_under_shard_map_gives_the_same_on_every_device(half_dead, on_the
 
 
 def test_uneven_levels_revive_each_by_itself(half_dead):
-    """A level of another size changes nothing for the others."""
+    """A level of another size does not change the revival of the other levels."""
     codebook, residuals, dead = half_dead
     uneven = jax.tree.map(lambda leaf: (leaf[0], leaf[1][:3], leaf[2]), codebook)
     found = revive(jax.random.key(0), uneven, residuals, (dead[0], dead[1][:3], dead[2]))

@@ -1,4 +1,4 @@
-"""Updates of codebooks: statistics and EMA, over the mesh too."""
+"""Updates of codebooks: statistics and EMA, also over a mesh."""
 
 import functools
 
@@ -63,7 +63,7 @@ def test_statistics_ignore_what_is_not_counted(quantized):
 
 
 def ema_step(codebook, latents, where, sum_over_mesh=lambda statistics: statistics):
-    """One EMA update from real latents."""
+    """One EMA update with real latents."""
     output = quantization.encode(codebook.codewords, latents)
     statistics = quantization.assignment_statistics(output, codebook.codewords, where)
     codebook = quantization.update_statistics(codebook, *sum_over_mesh(statistics), decay=0.8)
@@ -71,7 +71,7 @@ def ema_step(codebook, latents, where, sum_over_mesh=lambda statistics: statisti
 
 
 def test_sharded_statistics_equal_the_whole(quantized):
-    """Replicas that see an eighth of the latents each arrive at the codebook of all latents."""
+    """Replicas that each see an eighth of the latents arrive at the same codebook as with all latents."""
     codewords = quantized[0]
     latents, where = normal(5, 16, 5), np.random.default_rng(5).random(16) < 0.7
     codebook = quantization.with_codewords(codewords)
@@ -176,7 +176,7 @@ def test_ages_count_steps_without_use(quantized):
 
 
 def test_uneven_levels_equal_even_ones(quantized):
-    """Given level by level, every update gives the same, level by level."""
+    """With codewords given level by level, every update gives the same values, level by level."""
     codewords, _, output = quantized
     results = []
     for levels in (codewords, tuple(codewords)):

@@ -11,7 +11,7 @@ from tarq_jax.serving import Scorer, build
 
 @pytest.fixture(scope="session")
 def artefact(tmp_path_factory) -> Callable[..., Path]:
-    """The folder of a method's artefact: 22 items in 1024 slots, histories of 2 and 6."""
+    """The folder of a method's artefact: 22 items in 1024 slots, history lengths 2 and 6."""
     written: dict[tuple[str, str], Path] = {}
 
     def write(name: str = "tarq_scalar", vectors: str = "float32") -> Path:
@@ -26,7 +26,7 @@ def artefact(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def scorer(artefact) -> Callable[..., Scorer]:
-    """A scorer of a method, for batches of 1 and 3."""
+    """A scorer of a method, for batches of 1 and 3 requests."""
     loaded: dict[tuple[str, str], Scorer] = {}
 
     def load(name: str = "tarq_scalar", vectors: str = "float32") -> Scorer:

@@ -1,4 +1,4 @@
-"""What is on disk: written as a whole or not at all, and refused unless it is as it was written."""
+"""An artefact's files: written completely or not at all, and refused if they were changed later."""
 
 import json
 import shutil
@@ -13,12 +13,12 @@ from tarq_jax.serving import artefact as files
 
 @pytest.fixture
 def copied(artefact, tmp_path):
-    """An artefact that may be damaged."""
+    """A copy of an artefact, which a test may damage."""
     return shutil.copytree(artefact(), tmp_path / "copy")
 
 
 def edit(path, **changes):
-    """Changes fields of a manifest and its checksum with them."""
+    """Changes fields of a manifest, and its checksum to match."""
     manifest = json.loads(path.read_text()) | changes
     del manifest["checksum"]
     path.write_text(json.dumps(manifest | {"checksum": files._checksum(manifest)}))
@@ -98,14 +98,14 @@ def test_a_folder_that_is_none(tmp_path):
 
 
 def test_another_program(copied):
-    """Even where checksums were made to fit, a program says which one it is."""
+    """A program contains its own name, so a swap is found even if checksums match."""
     shutil.copy(copied / "model" / "score_each.jaxexport", copied / "model" / "score_all.jaxexport")
     with pytest.raises(ValueError, match="holds the program 'score_each', expected 'score_all'"):
         files.read_program(copied / "model", "score_all")
 
 
 def test_programs_name_no_files(artefact):
-    """Or else those of the same model would differ from machine to machine."""
+    """Otherwise the programs of one model would differ from machine to machine."""
     for path in (artefact() / "model").glob("*.jaxexport"):
         assert b".py" not in path.read_bytes()
 

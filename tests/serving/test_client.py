@@ -1,4 +1,4 @@
-"""The client, against servers of one answer."""
+"""The client, against servers with fixed answers."""
 
 import contextlib
 import http.server
@@ -14,7 +14,7 @@ ANSWER = {"version": "1", "ids": [3], "scores": [0.5], "unknown": [], "skipped":
 
 @contextlib.contextmanager
 def answering(*answers, close=False):
-    """A server of HTTP/1.1 that gives these answers, the last one again and again; what it was asked."""
+    """An HTTP/1.1 server that gives these answers, the last one repeatedly; and the requests it got."""
     asked, left = [], list(answers)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -29,7 +29,7 @@ def answering(*answers, close=False):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
-            self.close_connection = close  # without a word, as a service does with an idle connection
+            self.close_connection = close  # without notice, as a service closes an idle connection
 
         do_GET = do_POST
 

@@ -1,4 +1,4 @@
-"""The command that exports, on finished runs; and what it wrote, served without the code it was made of."""
+"""The export command on finished runs; and what it wrote, served without the code that made it."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
 
 
 def test_a_method_of_ones_own(runs):
-    """Made of the run's parameters as NumPy arrays; without one, the module has to be known."""
+    """It is made from the run's parameters as NumPy arrays; without one, the module must be known."""
     from tarq_jax.serving import build
     from tarq_jax.training import restore
 
@@ -100,7 +100,7 @@ def test_a_method_of_ones_own(runs):
 
 @pytest.mark.slow
 def test_scores_of_a_run(runs, tmp_path):
-    """What the served run says of its test requests is what its evaluation says."""
+    """The served run gives its test requests the scores of its evaluation."""
     from tarq_jax.serving import build
     from tarq_jax.training import restore
 
@@ -151,7 +151,7 @@ def check_scores(run, method, folder, logits):
 
 @pytest.mark.slow
 def test_a_model_that_is_not_served(command, smoke_run, tmp_path):
-    """Though it is target attention but for its attention, it is neither exported nor converted as such."""
+    """Only its attention differs from target attention, but it is neither exported nor converted as such."""
     out, run = tmp_path / "out", smoke_run("linear_attention")
     for flags, words in (([], "a model of class LinearAttention is not served, expected one of "),
                          (["--codewords=8"], "one of 'linear_attention', expected one of target attention")):

@@ -1,4 +1,4 @@
-"""Items that come, change and go: an index against a dictionary."""
+"""Items that are added, changed and removed: an index compared with a dictionary."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ IDS = st.lists(st.integers(0, 60) | st.sampled_from([10**6, 2**62]), unique=True
 
 
 def rows(ids, seed):
-    """Arrays of the given items that differ with the seed."""
+    """Arrays for the given items, different for each seed."""
     rng = np.random.default_rng(seed)
     return {"vector": rng.normal(size=(len(ids), 3)).astype(np.float32),
             "codes": rng.integers(0, 9, (len(ids), 2)).astype(np.uint8)}
@@ -45,7 +45,7 @@ OPERATIONS = {
 @given(start=IDS, steps=st.lists(st.tuples(
     st.sampled_from(sorted(OPERATIONS)), IDS), max_size=6))
 def test_any_sequence_of_changes(start, steps):
-    """What an operation cannot do is refused; what it can, it does, and the index before it stays."""
+    """Impossible operations are refused; possible ones are done, and leave the previous index unchanged."""
     arrays = rows(start, 0)
     index, expected = make_index(start, arrays, "f", capacity=SLOTS), updated({}, start, arrays)
     for seed, (operation, ids) in enumerate(steps, start=1):
@@ -77,7 +77,7 @@ def test_any_sequence_of_changes(start, steps):
 
 @pytest.mark.parametrize("largest", [40, 10**12], ids=["dense", "sparse"])
 def test_slots_of_ids(largest):
-    """By a table where ids are dense, by binary search elsewhere."""
+    """By a table if ids are dense, otherwise by binary search."""
     ids = np.array([3, largest, 0, 17])
     index = make_index(ids, rows(ids, 0), "f")
     np.testing.assert_array_equal(index.ids[index.slots_of(ids)], ids)
@@ -112,7 +112,7 @@ def test_slots_of_forgotten_items_are_used_again():
         add(full, [1000], rows([1], 1))
     kept = remove(full, [7])
     with pytest.raises(ValueError, match="expected at most 0"):
-        add(kept, [1000], rows([1], 1))  # histories still know item 7
+        add(kept, [1000], rows([1], 1))  # histories still refer to item 7
     assert add(kept, [7], rows([1], 1)).num_served == SLOTS
     assert add(remove(kept, [7], forget=True), [1000], rows([1], 1)).num_served == SLOTS
 

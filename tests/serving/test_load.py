@@ -21,7 +21,7 @@ def test_arrivals_are_poisson():
 
 
 def test_latency_counts_from_when_a_request_was_due():
-    """Two are due at once with one connection: the wait of the second one is part of its latency."""
+    """Requests are due together with one connection: the wait of a later one is part of its latency."""
     with answering(reply(ANSWER)) as (url, _):
         sent = send(url, [b"{}"], [0.0, 0.0, 0.0], connections=1)
     assert [one.outcome for one in sent] == ["answered"] * 3 and {one.version for one in sent} == {"1"}
@@ -53,7 +53,7 @@ def test_summary():
 
 
 def bodies_for(ids, items, candidates, answer=ANSWER):
-    """Requests made for a service of so many items with ids from the least to the largest."""
+    """Requests made for a service with this number of items, whose ids are in this range."""
     schema = {"example": {"history": {"item_id": [7]}}, "properties": {"top_k": {"maximum": 3}}}
     document = {"components": {"schemas": {"Request": schema}}}
     with answering(reply(document), reply({"ids": ids, "items": items}), reply(answer)) as (url, _), \

@@ -1,4 +1,4 @@
-"""Replicas under Ray Serve, for real: two of them, one killed, a damaged artefact, another one."""
+"""Real replicas under Ray Serve: two replicas, one killed, a damaged artefact, another artefact."""
 
 import concurrent.futures
 import os
@@ -35,7 +35,7 @@ def test_arguments():
 
 @pytest.fixture(scope="module")
 def url():
-    """Of Ray Serve on this machine, ended with the module."""
+    """Starts Ray Serve on this machine, yields its URL, and shuts it down after the module."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
@@ -50,7 +50,7 @@ def run(artefact, **arguments):
 
 
 def replicas():
-    """Process ids of replicas on this machine, which Ray gives names."""
+    """Process ids of replicas on this machine, found by the process names that Ray sets."""
     def name(folder):
         try:
             return (folder / "cmdline").read_bytes().decode(errors="replace")

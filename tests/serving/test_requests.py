@@ -68,7 +68,7 @@ def test_what_is_wrong_is_named(wrong, words):
 
 @pytest.mark.parametrize("nested", [lambda text: [text], lambda text: [[[[[text]]]]]])
 def test_a_long_text_among_many_does_not_take_memory_for_all(nested):
-    """As an array of text it would be of 800 GB: every place as long as the longest."""
+    """As a text array it would take 800 GB, as every entry would take the space of the longest."""
     texts = nested("x" * 1_000_000) + [""] * 200_000
     for side in (changed("history", event_type=texts), changed("history", item_id=texts)):
         with pytest.raises(ValueError, match=r"is \[.*\.\.\., expected (a list of )?integers"):

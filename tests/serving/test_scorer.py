@@ -1,4 +1,4 @@
-"""Scores and rankings of exported models, against those of the training code."""
+"""Scores and rankings of exported models, compared with those of the training code."""
 
 import concurrent.futures
 import copy
@@ -20,7 +20,7 @@ ITEMS = np.arange(1, served.ITEMS)
 
 
 def by_id(ranking):
-    """Scores in the order of the ids, which have to be all items."""
+    """Scores in the order of the ids, which must be those of all items."""
     order = np.argsort(ranking.ids)
     np.testing.assert_array_equal(ranking.ids[order], ITEMS)
     return ranking.scores[order]
@@ -28,7 +28,7 @@ def by_id(ranking):
 
 @pytest.fixture
 def compilations(monkeypatch):
-    """A list that grows by one entry with each program that is compiled."""
+    """A list that gets one more entry for each compiled program."""
     found = []
 
     def listen(event, duration, **_):
@@ -45,7 +45,7 @@ def compilations(monkeypatch):
 
 @pytest.mark.parametrize("name", served.METHODS)
 def test_scores_are_those_of_training(scorer, name):
-    """Histories from none to the longest, whole batches and padded ones."""
+    """Histories from none to the longest, in full and in padded batches."""
     for expected, ranking in zip(served.expected(name), scorer(name).score(REQUESTS), strict=True):
         assert ranking.scores.dtype == np.float32
         np.testing.assert_allclose(by_id(ranking), expected, rtol=0, atol=1e-5)
@@ -66,7 +66,7 @@ def test_a_subset_scores_as_it_does_among_all(scorer, name):
     ("order_1_scalar", "int8", 0.02), ("order_1_mlp", "bfloat16", 0.01), ("converted_1", "int8", 0.02),
     ("converted_levels", "bfloat16", 0.01)])
 def test_smaller_vectors_cost_little(scorer, name, vectors, bound):
-    """Relative to the largest logit; codes are those of float32, and rounded vectors all that differs."""
+    """Error relative to the largest logit; codes are those of float32, and only vectors are rounded."""
     stored = scorer(name, vectors)
     found = np.stack([by_id(ranking) for ranking in stored.score(REQUESTS)])
     expected = served.expected(name)
@@ -102,7 +102,7 @@ def test_users_and_candidates_are_of_one_version(scorer):
 @pytest.mark.parametrize("top_k", [1, 4, 5, 6, 22, 1000])
 @pytest.mark.parametrize("candidates", [None, [4, 8, 15, 16, 21, 1, 2]], ids=["all", "some"])
 def test_top_k(scorer, top_k, candidates):
-    """Selected on the device up to 5, sorted on the host beyond; never more than there are."""
+    """Selected on the device up to 5, and sorted on the host beyond; never more than there are candidates."""
     chosen = ITEMS if candidates is None else np.array(candidates)
     scores = served.expected("tarq_scalar")[0][chosen - 1]
     ranking = scorer().score(REQUESTS[0], candidates, top_k=top_k)
@@ -111,7 +111,7 @@ def test_top_k(scorer, top_k, candidates):
 
 
 def test_ties_keep_their_order(scorer):
-    """Of the given candidates their order; of the whole index that of its slots."""
+    """Given candidates keep their order; items of the whole index keep the order of their slots."""
     index = scorer().index
     row = index.slots_of(np.array([7]))
     equal = {name: np.repeat(values[row], 6, axis=0) for name, values in index.arrays.items()}
@@ -126,7 +126,7 @@ def test_ties_keep_their_order(scorer):
 
 
 def test_padding_never_wins(scorer):
-    """Neither slots without an item nor places without a candidate, where all that is real is worse."""
+    """Neither empty slots nor missing candidates are returned, even if every real score is very low."""
     index = scorer("two_tower").index
     user = np.asarray(scorer("two_tower").users(REQUESTS[:1]).state["vector"][0])
     arrays = {name: values[index.slots_of(ITEMS)] for name, values in index.arrays.items()}
@@ -148,7 +148,7 @@ def test_unknown_and_repeated_candidates(scorer):
 
 
 def test_batches_of_any_size(scorer):
-    """Requests beyond the largest batch follow in another one; all and some in one batch."""
+    """Requests beyond the largest batch go to further batches; a batch may mix all items and some."""
     requests = [REQUESTS[row] for row in (0, 1, 2, 3, 0, 2, 1)]
     candidates = [None, [5, 4], None, [1], [9, 8, 7], None, [2]]
     together = scorer().score(requests, candidates, top_k=4)
@@ -196,7 +196,7 @@ def test_no_history_may_be_left_out(scorer):
 
 
 def test_encoded_items_are_those_of_the_index(scorer):
-    """New items come from the artefact's own program: of known items it makes what is there."""
+    """New items are encoded by the artefact's own program; for known items it gives what the index holds."""
     items = {name: values[1:] for name, values in served.world().dataset.items.items()}
     for name in ("tarq_mlp", "order_1_scalar", "order_1_mlp", "converted_0"):
         index = scorer(name).index
@@ -207,7 +207,7 @@ def test_encoded_items_are_those_of_the_index(scorer):
 
 
 def test_new_items_of_a_conversion(scorer):
-    """Their correction is the damped residual of their query; where the index has codes, levels code it."""
+    """The correction is the damped residual of the query; if the index has levels, they quantize it."""
     items = {name: values[1:] for name, values in served.world().dataset.items.items()}
     for name in ("converted_1", "converted_levels"):
         index, queries, found = served.item_index(name), served.item_queries()[1:], scorer(name).encode(items)
@@ -225,7 +225,7 @@ def test_new_items_of_a_conversion(scorer):
 
 
 def test_an_item_of_order_1_is_its_codes(scorer):
-    """Beside the vectors that its head reads; a correction where it is exact alone."""
+    """Besides the vectors that its head reads; only an exact conversion stores a correction."""
     some = {field: values[:1] for field, values in served.world().dataset.items.items()}
     for name, length in (("order_1_scalar", 2), ("order_1_dot", 2), ("order_1_mlp", 2),
                          ("converted_levels", 1 + served.FURTHER), ("converted_1", 1)):
@@ -251,7 +251,7 @@ def test_items_come_change_and_go_without_compiling(artefact, compilations):
     assert after[500] == after[second] == pytest.approx(before[first], abs=1e-6)
     assert all(after[item] == before[item] for item in after.keys() - {second, 500})
     assert removed.score(REQUESTS[0], [int(first), 500]).unknown.tolist() == [first]
-    assert removed.score(with_history([first], [1])).skipped == 0  # histories still know it
+    assert removed.score(with_history([first], [1])).skipped == 0  # histories still refer to it
     forgotten = removed.with_index(remove(removed.index, [first], forget=True))
     assert forgotten.score(with_history([first], [1])).skipped == 1
     assert forgotten.ready and compilations == []
@@ -322,7 +322,7 @@ def test_scores_that_are_not_finite_are_an_error(artefact):
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_a_score_that_is_not_finite_is_seen_whatever_its_sign(bad):
-    """Sorted as a number, a negative NaN or infinity would lie beyond the best."""
+    """If scores were sorted as numbers, a negative NaN or infinity would not be among the best."""
     scores = np.array([[1.0, bad, 3.0, 2.0], [bad, 4.0, 1.0, 2.0]], np.float32)
     allowed = np.array([[True] * 4, [False, True, True, True]])
     found = select(scores, allowed, top_k=2)

@@ -1,4 +1,4 @@
-"""The look-ups of the item side, by gathers, against those of the library."""
+"""The look-ups of the item side, which gather rows, compared with those of the library."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def by_library(expansion, corrections):
 
 @pytest.mark.parametrize("kept", ["exactly", "in levels", "in levels, damped"])
 def test_changes_are_those_of_the_expansion(expansion, users, kept):
-    """`m_c + J_c r` by gathers of rows, for codes in any order."""
+    """`m_c + J_c r` by gathering rows, for codes in any order."""
     corrections, weights, items = sum(CHOSEN), further_levels(LEVELS), {"codes": CODES}
     if kept == "exactly":
         weights, items = {}, {"codes": CODES[:, :1], "correction": corrections.reshape(M, H * E)}
@@ -52,7 +52,7 @@ def test_changes_are_those_of_the_expansion(expansion, users, kept):
 
 
 def test_changes_level_by_level(expansion, users):
-    """All levels are damped as their sum is."""
+    """All levels are damped by the factor of their sum."""
     weights = further_levels(LEVELS) | {"radius": RADIUS}
     found = scoring.for_all(scoring.level_changes)(weights, users, {"codes": CODES})
     factors, means = damping(sum(CHOSEN), radius=RADIUS[:, None]), by_library(expansion, 0.0 * CHOSEN[0])
@@ -75,7 +75,7 @@ def test_one_set_of_items_or_one_for_each():
 
 @pytest.mark.parametrize(("storage", "bound"), [("float32", 0.0), ("bfloat16", 2**-8), ("int8", 1 / 254)])
 def test_the_error_of_stored_vectors(storage, bound):
-    """Relative to the entry in bfloat16, to the largest entry of the row in int8; zeros stay zeros."""
+    """Relative to the entry in bfloat16, to the row's largest entry in int8; zeros stay zeros."""
     values = normal(0, 50, 2, 16) * np.array([1e-6, 1e4], np.float32)[:, None]
     values[3] = 0.0
     arrays = store({"vector": values, "codes": np.array([[299]])}, storage, 300)

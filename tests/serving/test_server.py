@@ -1,4 +1,4 @@
-"""The commands: a service in a process of its own, what asks it, what loads it, and how it ends."""
+"""The commands: a service in its own process, the request and load commands, and how the service ends."""
 
 import concurrent.futures
 import json
@@ -23,7 +23,7 @@ GOOD = served.world().requests[0]
 
 @pytest.fixture
 def started(artefact, start_command, tmp_path):
-    """Starts a service: its process, and its URL once it is ready."""
+    """Starts a service; returns its process, and its URL as soon as it is ready."""
 
     def start(*flags):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -45,7 +45,7 @@ def ready(url):
 
 
 def test_commands_and_drain(started, command, tmp_path):
-    """After SIGTERM everything is answered for a while, and /readyz says no; then the exit code is 0."""
+    """After SIGTERM, requests are still answered for a while and /readyz fails; then the exit code is 0."""
     (tmp_path / "token").write_text("secret\n")
     process, url = started(f"--token_file={tmp_path / 'token'}", "--drain_seconds=3")
     (tmp_path / "request.json").write_text(json.dumps(GOOD))

@@ -1,4 +1,4 @@
-"""Artefacts as models of Triton: what is written, what its model answers, and a real server."""
+"""Artefacts as Triton models: the files, the answers of the model, and a real server."""
 
 import concurrent.futures
 import json
@@ -34,7 +34,7 @@ def body(**more):
 
 
 def test_answers(scorer):
-    """Each as if it were alone, whatever comes with it."""
+    """Each request gets the answer that it would get alone."""
     loaded = scorer()
     wrong = body(top_k=0)
     found = answers(loaded, "v", [body(), b"{", wrong, body(candidates=[4, 5, 999])])
@@ -75,7 +75,7 @@ def test_wrong_calls(wrong_call, flag, words):
 
 
 def test_what_the_model_imports(command, tmp_path):
-    """Of the extra [serve] only what the extra [triton] has, too."""
+    """It imports from the extra [serve] only what the extra [triton] has, too."""
     for name in ("httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
     done = command("-c", triton.MODEL, path=(tmp_path,))
@@ -101,7 +101,7 @@ def test_what_cannot_be_written(artefact, tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a Triton server on loopback for `models/tarq`: its URL once ready, None where it gave up."""
+    """Starts a Triton server on loopback for `models/tarq`; returns its URL when ready, None if it fails."""
     if not SERVER:
         pytest.skip("no tritonserver on the path, and no TRITONSERVER in the environment")
     started = []
@@ -113,7 +113,7 @@ def start(tmp_path):
             process = subprocess.Popen(
                 [SERVER, f"--model-repository={tmp_path / 'models'}", "--http-address=127.0.0.1",
                  f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false", *FLAGS],
-                stdout=log, stderr=log, cwd=Path(triton.__file__).parents[2])  # where its Python imports from
+                stdout=log, stderr=log, cwd=Path(triton.__file__).parents[2])  # for its Python's imports
         started.append(process)
         url = f"http://127.0.0.1:{port}/v2/models/tarq"
         services.wait_for(lambda: process.poll() is not None or ready(url))
@@ -136,7 +136,7 @@ def ready(url):
 
 
 def infer(url, *bodies):
-    """Answers to a request of these texts, or status and error."""
+    """The answers to one request with these texts, or status and error."""
     asked = {"inputs": [{"name": "request", "datatype": "BYTES", "shape": [len(bodies), 1],
                          "data": [one.decode() for one in bodies]}]}
     try:
@@ -155,7 +155,7 @@ def executions(url):
 
 @pytest.mark.slow
 def test_a_real_server(start, artefact, scorer, tmp_path):
-    """Texts of one request and of several are computed together, and one that is wrong fails alone."""
+    """The texts of one request and of several are computed together; a wrong request fails alone."""
     triton.write(artefact(), tmp_path / "models" / "tarq", batch=4, delay=1.0)
     url = start()
     assert url, (tmp_path / "log").read_text()[-2000:]

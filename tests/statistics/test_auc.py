@@ -1,4 +1,4 @@
-"""Intervals and paired tests of AUC against scikit-learn, the definition, and values from the literature."""
+"""Intervals and paired tests of AUC, compared with scikit-learn, the definition, and published values."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def draw(seed, size=60, values=6):
 
 
 def kernel(labels, scores):
-    """[P, N], 1 where the positive is above, a half where it ties."""
+    """[P, N]: 1 if the positive scores higher than the negative, 0.5 if they tie."""
     positive, negative = scores[labels][:, None], scores[~labels][None]
     return (positive > negative) + 0.5 * (positive == negative)
 
@@ -60,7 +60,7 @@ def test_interval_and_p_value():
 
 @pytest.mark.parametrize("users", [None, [1, 1, 2, 2]])
 def test_classes_that_are_wholly_apart_tell_no_interval(users):
-    """Four candidates are no proof that the AUC is 1."""
+    """Four candidates do not prove that the AUC is 1."""
     labels, apart, same = [0, 0, 1, 1], [1.0, 2, 3, 4], [0.0] * 4
     for found, value in ((auc_estimate(labels, apart, users), 1.0),
                          (auc_difference(labels, apart, same, users), 0.5)):
@@ -76,7 +76,7 @@ def test_the_same_scores_do_not_differ():
 @given(st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
 def test_influence_is_the_jackknife_to_first_order(seed):
-    """What the AUC loses when a user is left out, where users are many and small."""
+    """It is the change of the AUC when a user is left out, for many users with few candidates each."""
     rng = np.random.default_rng(seed)
     users = np.repeat(np.arange(200), 4)
     labels = rng.random(800) < 0.4
@@ -102,7 +102,7 @@ def test_a_weight_is_so_many_copies(seed):
 
 
 def test_candidates_that_are_copied_tell_nothing_new():
-    """Obuchowski 1997: clusters of equal candidates have the error of one each; DeLong believes in more."""
+    """Obuchowski 1997: copies of a candidate in one cluster keep the error; DeLong's error shrinks."""
     rng = np.random.default_rng(3)
     labels = rng.random(300) < 0.5
     scores = rng.normal(size=300) + labels

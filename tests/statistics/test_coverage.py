@@ -1,4 +1,4 @@
-"""Intervals cover a known truth as often as they say, and p-values are uniform where nothing differs."""
+"""Intervals cover a known truth at their nominal rate; p-values are uniform if nothing differs."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 DATA_SETS = 2000
 SHARE = (0.93, 0.97)
-UNLIKELY = 0.001  # of a Kolmogorov-Smirnov test: what p-values that are uniform fail once in a thousand
+UNLIKELY = 0.001  # uniform p-values fail a Kolmogorov-Smirnov test at this level once in a thousand
 
 
 def covered(estimates, truth) -> float:
@@ -18,23 +18,23 @@ def covered(estimates, truth) -> float:
 
 
 def uniform(estimates) -> float:
-    """p-value of a Kolmogorov-Smirnov test."""
+    """p-value of a Kolmogorov-Smirnov test that the estimates' p-values are uniform."""
     return float(stats.kstest([found.p_value for found in estimates], "uniform").pvalue)
 
 
 def candidates(rng, users=120, each=5):
-    """Labels and users; and scores of two equally good rankers, which share some of a user's noise."""
+    """Labels, users, and scores of two equally good rankers, which share part of a user's noise."""
     labels = rng.random((users, each)) < 0.4
     shared = 0.6 * rng.normal(size=(users, 1))
     scores = [labels + shared + rng.normal(size=(users, each)) for _ in range(2)]
     return labels.ravel(), [score.ravel() for score in scores], np.repeat(np.arange(users), each)
 
 
-AUC = float(stats.norm.cdf(1 / np.sqrt(2 * (1 + 0.6**2))))  # two users; of one user's own pairs there are few
+AUC = float(stats.norm.cdf(1 / np.sqrt(2 * (1 + 0.6**2))))  # for pairs of different users, by far the most
 
 
 def test_auc():
-    """The truth counts pairs within a user, where noise that is shared does not hurt: 4 of 599 others."""
+    """The truth includes pairs within a user (4 of 599 others), for which shared noise does no harm."""
     own = float(stats.norm.cdf(1 / np.sqrt(2)))
     truth = AUC + (own - AUC) * 4 / 599
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def test_auc_difference():
 
 
 def arm(rng, ctr, value, users=3000):
-    """Clicks, impressions and heavy-tailed revenue of each user."""
+    """Clicks, impressions and heavy-tailed revenue per user."""
     impressions = rng.poisson(6, users) + 1
     taste = special.expit(rng.normal(special.logit(ctr), 0.7, users))
     clicks = rng.binomial(impressions, taste)
@@ -74,7 +74,7 @@ def arm(rng, ctr, value, users=3000):
 
 
 def lifts(seed, better):
-    """(CTR, GMV) lifts of `DATA_SETS` experiments whose arms differ by the factor `better` in revenue."""
+    """(CTR, GMV) lifts of `DATA_SETS` experiments; the treated arm's revenue is `better` times as high."""
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(DATA_SETS):
@@ -99,7 +99,7 @@ def test_gmv_lift():
 
 
 def test_ctr_lift():
-    """Rates are scaled, so that the ratio of expectations is exact; none reaches 1."""
+    """Rates are scaled so that the ratio of expectations is exact; none reaches 1."""
     rng = np.random.default_rng(7)
     found = []
     for _ in range(DATA_SETS):
@@ -111,7 +111,7 @@ def test_ctr_lift():
 
 
 def test_gmv_lift_with_cuped():
-    """Users keep their taste from the period before; revenue has a heavy tail."""
+    """Users keep their taste from the earlier period; revenue has a heavy tail."""
     rng = np.random.default_rng(11)
     found, ones = [], np.ones(3000)
     for _ in range(DATA_SETS):
@@ -136,7 +136,7 @@ def test_lift_with_cuped_of_what_the_period_before_explains(true_lift, noise):
 
 
 def test_seeds_and_data():
-    """Five seeds, as an ablation has, and users of another spread."""
+    """Five seeds, as in an ablation, and another spread of users than in the other tests."""
     rng = np.random.default_rng(5)
     found = []
     for _ in range(DATA_SETS):

@@ -1,4 +1,4 @@
-"""Ratios, resampling, many tests and power, against scipy, statsmodels and closed forms."""
+"""Ratios, resampling, multiple tests and power, compared with scipy, statsmodels and closed forms."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_a_mean_is_a_ratio():
 
 
 def test_delta_method_is_that_of_the_literature():
-    """Deng, Knoblich and Lu 2018, eq. 1: by variances and the covariance of both sums."""
+    """Deng, Knoblich and Lu 2018, eq. 1: from the variances and the covariance of both sums."""
     clicks, impressions = users_of(np.random.default_rng(1))
     size, found = len(clicks), ratio(clicks, impressions)
     x, y = impressions.mean(), clicks.mean()
@@ -47,7 +47,7 @@ def test_lift_is_the_bootstrap_for_many_users():
 
 
 def test_cuped_of_means_is_that_of_the_paper():
-    """Deng et al. 2013: the variance falls by the squared correlation, the expectation stays."""
+    """Deng et al. 2013: the variance falls by the squared correlation, the expectation does not change."""
     rng = np.random.default_rng(3)
     before = [rng.normal(10, 3, 5000) for _ in range(2)]
     now = [0.8 * b + rng.normal(1, 2, 5000) for b in before]
@@ -120,7 +120,7 @@ def test_bootstrap_of_a_mean():
 
 
 def test_bootstrap_of_an_auc_by_user():
-    """Against the influence of users."""
+    """The standard error agrees with the one from the influence of users."""
     rng = np.random.default_rng(5)
     users = np.repeat(np.arange(150), 6)
     labels = rng.random(900) < 0.4
@@ -148,7 +148,7 @@ def test_bootstrap_of_groups_draws_within_each():
 
 
 def test_a_lift_over_what_could_be_0_has_no_end():
-    """Whatever the p-value: the two arms differ for sure."""
+    """The interval is unbounded even with a tiny p-value, which says that the two arms surely differ."""
     wide = np.array([0.5, -0.5, 0.5, -0.5])
     found = lift(statistics.Ratio(10.0, wide), statistics.Ratio(1.0, wide))
     assert (found.low, found.high) == (-math.inf, math.inf) and found.p_value < 1e-6

@@ -1,4 +1,4 @@
-"""Two sources of variance, against simulated layouts whose components are known, and simpler cases."""
+"""Two sources of variance: simulated layouts with known components, and simpler cases."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tarq_jax.statistics import over_seeds_and_data
 
 
 def layout(rng, seeds, users, of_seeds=1.0, of_users=1.0, of_both=1.0):
-    """(values, influence) of a mean over users."""
+    """Simulated (values, influence) of a mean over users."""
     table = (of_seeds * rng.normal(size=(seeds, 1)) + of_users * rng.normal(size=(1, users))
              + of_both * rng.normal(size=(seeds, users)))
     values = table.mean(axis=1)
@@ -42,7 +42,7 @@ def test_one_seed_counts_data_alone():
 
 
 def test_components_are_unbiased():
-    """Means over many layouts against 4 / S, 9 / U and 1 / (S U) with S = 6 and U = 50."""
+    """Means over many layouts are compared with 4 / S, 9 / U and 1 / (S U) for S = 6 and U = 50."""
     rng = np.random.default_rng(1)
     parts = np.array([over_seeds_and_data(*layout(rng, 6, 50, 2.0, 3.0, 1.0)).components
                       for _ in range(3000)]).mean(axis=0)

@@ -1,4 +1,4 @@
-"""What the tests of the training loop share: one finished run, and comparisons to the bit."""
+"""Shared by the tests of the training loop: one finished run, and exact comparisons."""
 
 import contextlib
 import copy
@@ -27,7 +27,7 @@ def _data(leaf):
 
 @pytest.fixture(scope="session")
 def same_bits():
-    """Asserts that two pytrees hold the same bits."""
+    """Asserts that two pytrees are equal to the bit."""
 
     def check(found, expected):
         found, expected = named_bits(found), named_bits(expected)
@@ -39,13 +39,13 @@ def same_bits():
 
 @pytest.fixture(scope="session")
 def untimed():
-    """Rows without the columns that differ from run to run."""
+    """The rows without the columns that differ from run to run."""
     return lambda rows: [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
 
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """`with at_step(5, action): ...` runs the action in the loop once step 5 is done."""
+    """`with at_step(5, action): ...` runs the action in the loop as soon as step 5 is done."""
 
     @contextlib.contextmanager
     def arrange(step, action):
@@ -65,13 +65,13 @@ def at_step(monkeypatch):
 
 @pytest.fixture
 def send(at_step):
-    """`with send(signal, 5): ...` sends this process a signal once step 5 is done."""
+    """`with send(signal, 5): ...` sends this process a signal as soon as step 5 is done."""
     return lambda number, step: at_step(step, lambda: os.kill(os.getpid(), number))
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_dataset, silent, compiled_once):
-    """An uninterrupted run of `tiny_config`: (workdir, result). Copy the workdir before changing it."""
+    """An uninterrupted run of `tiny_config`: (workdir, result). Copy the workdir before you change it."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     result = loop.train(tiny.make_config(), tiny_dataset, workdir, silent)
     return workdir, result._replace(rows=copy.deepcopy(result.rows))

@@ -1,4 +1,4 @@
-"""Micro-batches: the same step as the whole batch, and nothing moves between devices."""
+"""Micro-batches: the step equals that of the whole batch, and nothing moves between devices."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 @pytest.fixture(scope="module")
 def problem(tiny_dataset):
-    """Settings, a compiled step by micro-batches, a state with its codebook in use, uneven batches of 8."""
+    """A step by its number of micro-batches, a state with its codebook in use, and uneven batches of 8."""
     config = tiny.make_config()
     objective = setup.build(config.model, config.loss_weights, tiny_dataset.schema)
     optimizer = optax.sgd(0.05, momentum=0.9)
@@ -45,7 +45,7 @@ def problem(tiny_dataset):
 
 
 def run(step, state, batches):
-    """States and metrics of some steps."""
+    """State and metrics after each step."""
     found, state = [], jax.tree.map(jnp.copy, state)
     for batch in batches:
         state, metrics = step(jax.tree.map(jnp.copy, state), batch)
@@ -55,7 +55,7 @@ def run(step, state, batches):
 
 @pytest.mark.parametrize("num", [2])
 def test_equals_the_step_on_the_whole_batch(problem, num):
-    """Losses, every gradient, statistics, EMA and revival, over three steps; the second one revives."""
+    """Losses, all gradients, statistics, EMA and revival agree over three steps; the second one revives."""
     step, state, batches = problem
     whole, parts = run(step(1), state, batches), run(step(num), state, batches)
     for (expected, metrics), (found, found_metrics) in zip(whole, parts, strict=True):
@@ -65,11 +65,11 @@ def test_equals_the_step_on_the_whole_batch(problem, num):
             close(found_metrics[name], value, rtol=1e-3, err_msg=name)
     moved = [np.abs(after.codebook.codewords - before.codebook.codewords).max()
              for (before, _), (after, _) in itertools.pairwise(whole)]
-    assert max(moved) > 0.1  # or else nothing was revived
+    assert max(moved) > 0.1  # otherwise nothing was revived
 
 
 def test_dealing_keeps_rows_on_their_device():
-    """Micro-batches of rows split over 8 devices: compiled without a collective, and undone likewise."""
+    """Dealing rows on 8 devices into micro-batches compiles without a collective; `undeal` undoes it."""
     mesh, rows = sharding.make_mesh(), np.arange(32, dtype=np.float32).reshape(32, 1)
     placed = jax.device_put(rows, jax.NamedSharding(mesh, jax.P("data")))
     compiled = jax.jit(lambda x: jax.lax.map(lambda part: 2 * part, deal(x, 2))).lower(placed).compile()

@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, which is best, and what happens to damaged ones."""
+"""Checkpoints: which are kept, which is the best, and what happens to damaged ones."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         damage, copied, tiny_config, tiny_dataset, finished, same_bits):
-    """It ends in the same bits, says what was damaged, and keeps what is left of it."""
+    """The run ends with the same bits; a message names the damage, and the damaged files are kept."""
     damage(copied / "checkpoints" / "6")
     with checkpoint.manager(copied) as checkpoints:
         restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)

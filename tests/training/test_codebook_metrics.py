@@ -1,4 +1,4 @@
-"""Metrics of the codebook during training, against closed forms and those of evaluation."""
+"""Metrics of the codebook during training equal closed forms and the metrics of evaluation."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ compute = jax.jit(codebook_metrics)
 
 @pytest.fixture(scope="module")
 def measured():
-    """Codebook [2, 7, 12], latents [8, 5, 12], a mask, the encoding, and what is measured."""
+    """Codebook [2, 7, 12], latents [8, 5, 12], a mask, the encoder's output, and the metrics."""
     rng = np.random.default_rng(0)
     codebook = workloads.make_codebook(0, workloads.LEVELS, workloads.CODEWORDS, workloads.WIDTH)
     latents = rng.normal(size=(8, 5, workloads.WIDTH)).astype(np.float32)

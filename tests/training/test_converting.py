@@ -1,4 +1,4 @@
-"""Converting a target-attention model: its parts, calibration, evaluation, fine-tuning."""
+"""Conversion of a target-attention model: its parts, calibration, evaluation, fine-tuning."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def module(tiny_dataset):
 
 @pytest.fixture(scope="module")
 def model(module, tiny_dataset, batch):
-    """Random parameters, large enough that attention is not even."""
+    """A model with random parameters, large enough that attention is not uniform."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), batch)
     params = jax.tree.map(lambda leaf: rng.normal(0.0, 0.8, leaf.shape).astype(leaf.dtype), shapes)
@@ -38,7 +38,7 @@ def coarse(model):
 
 
 def test_parts_are_the_model(module, model, batch):
-    """Queries of the items, keys, values and head give the model's own logits."""
+    """Item queries, keys, values and head together give the model's own logits."""
     output = jax.jit(module.apply)(model.params, batch)
     items = batch.candidates[data.ITEM_ID]
     real = np.broadcast_to(batch.candidate_mask[:, None, :, None], output.queries.shape)
@@ -104,7 +104,7 @@ def test_random_candidates(tiny_dataset, batch):
 
 
 def test_fine_tuning_brings_the_student_nearer(model, coarse):
-    """The distillation loss falls; codes, keys and values stay; only what the head reads has moved."""
+    """The distillation loss falls; codes, keys and values stay; only the parameters of the head change."""
     steps = []
     tuned, index = conversion.fine_tune(
         model, coarse, steps=60, batch_size=16, num_random=8, level_rate=0.03, learning_rate=0.01,
@@ -115,7 +115,7 @@ def test_fine_tuning_brings_the_student_nearer(model, coarse):
     moved = {name for name, leaf in tuned["params"].items() if any(
         not np.array_equal(new, old) for new, old in
         zip(jax.tree.leaves(leaf), jax.tree.leaves(model.params["params"][name]), strict=True))}
-    assert moved == {"head", "attention"}  # of the attention, its output projection
+    assert moved == {"head", "attention"}  # only the output projection of the attention
 
     def divergence(params, index):
         total = 0.0

@@ -1,4 +1,4 @@
-"""Several processes on loopback: the same run as in one, and the same end when one is told to stop."""
+"""Several processes on loopback give the results of one process, and stop together on a signal to one."""
 
 import json
 import re
@@ -41,7 +41,7 @@ print(json.dumps(result.rows))
 
 @pytest.fixture
 def run_processes(command):
-    """Runs the script above in so many processes, of eight devices together."""
+    """Runs the script above in `num` processes, which have eight devices in total."""
 
     def run(num, *arguments):
         with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""Evaluation of hand-made predictions equals the metrics on flat arrays, whatever lies in the padding."""
+"""Metrics of handmade predictions equal the metrics on flat arrays, whatever the padding contains."""
 
 import re
 import weakref
@@ -50,7 +50,7 @@ def predict_quantized(batch, padding=0.0):
 
 
 def flat(values):
-    """Values of all real candidates, request by request."""
+    """The values of all real candidates, request by request."""
     return np.concatenate([value[batch.candidate_mask] for value, batch in zip(values, BATCHES, strict=True)])
 
 

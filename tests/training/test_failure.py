@@ -1,4 +1,4 @@
-"""What stops a run: exact steps, culprits by path, the batch that is kept, and its replay."""
+"""Failures that stop a run: exact steps, culprits by path, the batch that is kept, and its replay."""
 
 import dataclasses
 import errno
@@ -19,7 +19,7 @@ PATHS = ["params/a", "params/b", "codewords"]
 
 
 def metrics_of(gradients=(3.0, 4.0, 0.0), parameters=(1.0, 1.0, 1.0), **scalars):
-    """As `train_step` gives them."""
+    """Metrics in the form that `train_step` returns."""
     gradients, parameters = np.array(gradients, np.float32), np.array(parameters, np.float32)
     return {"loss": np.float32(0.5), "gradient_norms": gradients, "parameter_norms": parameters,
             "gradient_norm": np.linalg.norm(gradients), "parameter_norm": np.linalg.norm(parameters),
@@ -33,7 +33,7 @@ def batches_of(dataset, start_step=0):
 
 @pytest.fixture(scope="module")
 def poisoned(tiny_dataset):
-    """The data with one label that is not a number, in the batch of step 5."""
+    """The data with one NaN label, in the batch of step 5."""
     train = tiny_dataset.splits["train"]
     for index in range(0, len(train.labels), 3):
         labels = train.labels.copy()
@@ -89,7 +89,7 @@ def test_the_watch_finds_the_first_of_many_steps():
     for step in range(1, 4):
         watch.add(step, metrics_of())
     assert watch.check() == {"loss": 0.5, "gradient_norm": 5.0, "parameter_norm": pytest.approx(3**0.5)}
-    assert watch.check()["loss"] == 0.5  # looked at already
+    assert watch.check()["loss"] == 0.5  # checked before
     for step in range(4, 9):
         watch.add(step, metrics_of(loss_student=np.nan if step >= 6 else 0.0))
     with pytest.raises(failure.StepFailed, match=r"^step 6: \{'loss/student': nan\} not finite$"):
@@ -108,7 +108,7 @@ def test_the_watch_does_not_wait_for_ever():
 
 
 def test_a_poisoned_batch(poisoned, tiny_config, tmp_path, silent):
-    """Step 5 of 6, where only the last step is logged and every second one is saved."""
+    """Step 5 of 6 fails; only the last step is logged and every second one is saved."""
     tiny_config.log_every = 6
     message = fails(tiny_config, poisoned, tmp_path, silent)
     assert message.startswith("step 5: {") and "'loss/student': nan" in message
@@ -144,7 +144,7 @@ def test_a_full_disk_names_the_run(tmp_path):
 
 
 def test_the_same_step_fails_again_and_is_replayed(poisoned, tiny_config, tmp_path, silent, monkeypatch):
-    """From the last checkpoint: the codebook starts and a healthy step is repeated on the way."""
+    """The replay starts from the last checkpoint, starts the codebook, and repeats a healthy step."""
     tiny_config.log_every, tiny_config.checkpoint_every = 6, 3
     first = fails(tiny_config, poisoned, tmp_path, silent)
     assert fails(tiny_config, poisoned, tmp_path, silent) == first
@@ -160,7 +160,7 @@ def test_the_same_step_fails_again_and_is_replayed(poisoned, tiny_config, tmp_pa
 
 
 def test_a_replay_has_the_batches_of_training(tiny_dataset, tiny_config, tmp_path, monkeypatch):
-    """Those of buckets; the step that failed has the batch that was kept."""
+    """Batches come from the same buckets; at the failed step it uses the batch that was kept."""
     train, ends = tiny_dataset.splits["train"], np.cumsum(np.arange(40) % 6)
     short = dataclasses.replace(train, history=train.history[:ends[-1]], history_offsets=np.append(0, ends))
     dataset = dataclasses.replace(tiny_dataset, splits={**tiny_dataset.splits, "train": short})
@@ -198,7 +198,7 @@ def test_a_gradient_beyond_its_limit(tiny_config, tiny_dataset, tmp_path, silent
     step = 1 + int(np.argmax(norms))
     message = fails(tiny_config, tiny_dataset, tmp_path, silent)
     assert message.startswith(f"step {step}: gradient of norm ")
-    tiny_config.optimizer.max_gradient_norm = float(max(norms)) * 1.01  # and goes on, with another limit
+    tiny_config.optimizer.max_gradient_norm = float(max(norms)) * 1.01  # and resumes with another limit
     loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     assert (tmp_path / "results.json").exists()
 

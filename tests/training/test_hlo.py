@@ -1,4 +1,4 @@
-"""Collectives read from HLO: hand-written text of every form, and programs that XLA compiled."""
+"""Collectives read from HLO: handwritten text in every form, and programs that XLA compiled."""
 
 import functools
 
@@ -70,7 +70,7 @@ def test_sizes(array, size):
 
 
 def in_turn(x):
-    """Three steps of a loop, each with one permutation."""
+    """A loop of three steps, each with one permutation."""
     perm = [(i, (i + 1) % 8) for i in range(8)]
     return lax.fori_loop(0, 3, lambda _, x: lax.ppermute(x * 2, "data", perm), x)
 

@@ -1,4 +1,4 @@
-"""Killed again and again, at random moments, saving included: the same bits in the end."""
+"""A run killed repeatedly at random moments, even while saving, ends with the same bits."""
 
 import os
 import random
@@ -25,7 +25,7 @@ loop.train(config, tiny.make_dataset(), pathlib.Path(sys.argv[1]), Console(file=
 
 
 def newest(workdir) -> int:
-    """The newest step whose checkpoint is complete: others have longer names."""
+    """The newest step with a complete checkpoint; incomplete ones have longer names."""
     folder = workdir / "checkpoints"
     names = os.listdir(folder) if folder.is_dir() else []
     return max((int(name) for name in names if name.isdecimal()), default=0)
@@ -33,7 +33,7 @@ def newest(workdir) -> int:
 
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path, silent, start_command, same_bits):
-    """Data order, random numbers, optimizer and codebook statistics included."""
+    """This includes data order, random numbers, optimizer and codebook statistics."""
     draw = random.Random(0)
     for _ in range(KILLS):
         before = newest(tmp_path / "killed")

@@ -1,4 +1,4 @@
-"""Look-ups in tables split over a mesh: the rows, and the gradient, of the same table on one device."""
+"""Look-ups in tables split over a mesh give the rows and the gradient of the table on one device."""
 
 import functools
 
@@ -22,7 +22,7 @@ OUT = np.random.default_rng(2).normal(size=(BATCH, POSITIONS, WIDTH)).astype(np.
 
 
 def compiled(shape, axes, rows=ROWS, batch=BATCH, positions=POSITIONS):
-    """Placed arguments, and the compiled function of them: rows looked up, and the table's gradient."""
+    """Placed arguments, and the compiled function of them: the rows, and the gradient of the table."""
     mesh = sharding.make_mesh(*shape)
     placement = lookup.place(mesh, axes, BOTH, batch)
 
@@ -54,11 +54,11 @@ def test_rows_and_gradient(shape, axes):
     parts = lookup.num_devices(sharding.make_mesh(*shape), axes)
     assert {shard.data.shape for shard in gradient.addressable_shards} == {(ROWS // parts, WIDTH)}
     largest = max(array.num_bytes for each in hlo.collectives(run.as_text()) for array in each.arrays)
-    assert largest <= OUT.nbytes  # the rows of the batch, of which there are fewer than in any block
+    assert largest <= OUT.nbytes  # the size of the batch's rows, which is smaller than any block of the table
 
 
 def test_small_tables_are_summed_instead():
-    """Two blocks of four rows, and sixteen to look up: a sum over copies moves fewer bytes."""
+    """Two blocks of four rows, and sixteen look-ups: a sum over copies moves fewer bytes."""
     arguments, run = compiled((4, 2), ("model",), rows=8)
     found, gradient = run(*arguments)
     np.testing.assert_array_equal(found, TABLE[IDS % 8])
@@ -79,7 +79,7 @@ def test_ids_that_do_not_divide_are_looked_up_by_every_device():
 
 
 def test_bytes_moved_do_not_depend_on_the_table():
-    """A device asks each of the 7 others for one id, gets a row, and sends the id and a gradient."""
+    """A device sends each of the 7 others one id and gets a row; later it sends the id and a gradient."""
     small, large = (hlo.bytes_by_kind(hlo.collectives(compiled((2, 4), BOTH, rows=rows)[1].as_text()))
                     for rows in (256, 512))
     assert small == large and small.keys() == {"all-reduce", "all-to-all"}
@@ -93,11 +93,11 @@ def test_two_devices_show_each_other_all_ids():
 
 @pytest.fixture(scope="module", params=[((2, 4), BOTH), ((2, 4), ("model",)), ((8, 1), ("data",))], ids=str)
 def compiled_for_many(request):
-    """Sixteen ids a request, of which each of 4 or 8 devices is asked for 8 or 4 a round."""
+    """Sixteen ids per request; in each round, a device asks each of 4 or 8 devices for 8 or 4 of them."""
     return compiled(*request.param, batch=BATCH, positions=16)
 
 
-# of a request: of all rows, of those of one or two owners, or one row again and again
+# rows of a request: any, those of one or two owners, or always the same row
 CROWDS = st.sampled_from([st.integers(0, ROWS - 1), st.integers(0, 40), st.integers(ROWS - 70, ROWS - 1),
                           st.just(0)])
 
@@ -106,7 +106,7 @@ CROWDS = st.sampled_from([st.integers(0, ROWS - 1), st.integers(0, 40), st.integ
                            min_size=BATCH, max_size=BATCH))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_any_ids(compiled_for_many, ids):
-    """However they crowd: whom all ask, serves them in more rounds."""
+    """However many ids go to one owner: an owner that everyone asks serves them in more rounds."""
     (table, given, out), run = compiled_for_many
     ids = np.array(ids, np.int32)
     found, gradient = run(table, jax.device_put(ids, given.sharding), out)

@@ -1,4 +1,4 @@
-"""The loop: what it writes, what it refuses, and that nothing broken is ever saved."""
+"""The loop: what it writes, what it refuses, and that it never saves a broken state."""
 
 import dataclasses
 import json
@@ -45,9 +45,9 @@ def test_what_a_run_leaves(finished):
 ], ids=["pmap", "mesh"])
 def test_other_ways_to_use_the_devices_end_the_same(
         settings, finished, tiny_config, tiny_dataset, tmp_path, silent):
-    """From data to table; the run they are compared with copied its state to all eight.
+    """From data to table, compared with a run that replicated its state on all eight devices.
 
-    The norm of the parameters alone differs: it counts the rows that tables were rounded up by.
+    Only the norm of the parameters differs, as it includes the rows that pad the tables.
     """
     left_out = {"examples_per_second", "input_wait_share", "parameter_norm"}
     tiny_config.update_from_flattened_dict(settings)
@@ -60,7 +60,7 @@ def test_other_ways_to_use_the_devices_end_the_same(
 
 
 def test_the_student_rests_until_the_codebook_starts(finished):
-    """In the loop too: until step 3 the loss is that of the teacher and the decoder."""
+    """Also in the loop: until step 3 the loss contains only the teacher's and the decoder's loss."""
     early, late = lines_of(finished[0])[:3], lines_of(finished[0])[3:6]
     for line in early:
         assert line["loss"] == pytest.approx(line["loss/teacher"] + line["loss/reconstruction"], rel=1e-5)
@@ -72,7 +72,7 @@ def test_scores_are_those_of_the_saved_state(finished, tiny_config, tiny_dataset
     rows = loop.test(
         tiny_config, setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema),
         finished[1].state, tiny_dataset, "test")
-    for row, expected in zip(rows, finished[1].rows, strict=True):  # that run split its batches over eight
+    for row, expected in zip(rows, finished[1].rows, strict=True):  # that run was on eight devices
         assert row.pop("model") == expected["model"]
         assert row == pytest.approx({name: expected[name] for name in row}, rel=1e-5)
 
@@ -88,7 +88,7 @@ def test_evaluation_on_the_way(tiny_config, tiny_dataset, tmp_path, silent, fini
 @pytest.mark.parametrize("where", ["parameters", "codebook"])
 def test_nothing_that_is_not_finite_is_saved(
         where, tiny_config, tiny_dataset, tmp_path, silent, finished, monkeypatch):
-    """Found when a checkpoint is due, here every second step."""
+    """It is found when a checkpoint is due, here at every second step."""
     tiny_config.log_every = 6
     make = setup.initialise_codebook
 
@@ -114,7 +114,7 @@ def test_nothing_that_is_not_finite_is_saved(
 
 def test_a_state_that_breaks_in_its_last_step_is_not_saved(
         tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
-    """The loss of that step is that of the state before it, and still finite."""
+    """The loss of a step is computed from the state before it, so it is still finite."""
     compiled = setup.compile_step
 
     def breaking_step(*args):
@@ -134,7 +134,7 @@ def test_a_state_that_breaks_in_its_last_step_is_not_saved(
 
 
 def test_run_trains_baselines_and_tells_the_gap(tiny_config, tiny_dataset, tmp_path, monkeypatch, capsys):
-    """Training is made up: what is tested is the order, the places and the table."""
+    """Training is replaced; the test is about order, folders and the table."""
     tiny_config.baselines = ("two_tower", "target_attention")
     aucs = {"two_tower": 0.6, "target_attention": 0.8, "tarq": 0.75}
     calls = []
@@ -157,7 +157,7 @@ def test_run_trains_baselines_and_tells_the_gap(tiny_config, tiny_dataset, tmp_p
 
 
 def test_nothing_is_trained_before_all_can_be(tiny_config, tiny_dataset, tmp_path, monkeypatch, finished):
-    """Baselines of another learning rate would else lie in a run that cannot go on."""
+    """Otherwise baselines with another learning rate would be in the folder of a run that cannot resume."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(loop, "train", lambda *arguments, **how: pytest.fail("trained"))
     monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
@@ -204,7 +204,7 @@ def test_random_codebooks_stay_random(tiny_config, tiny_dataset, finished):
 
 
 def test_kmeans_runs_on_real_latents_of_training(tiny_config, tiny_dataset, finished):
-    """Centroids lie where the latents lie, and each latent has one near."""
+    """Each centroid is near some latent, and each latent is near some centroid."""
     objective = setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
     shapes, state = setup.batch_shapes(tiny_dataset), finished[1].state
     mesh = sharding.make_mesh()
@@ -229,7 +229,7 @@ def test_batch_shapes_cover_every_split(tiny_dataset):
 
 
 def updates_of(config, gradient=1.0) -> np.ndarray:
-    """Updates of ten steps of the configured optimizer on one parameter and one codeword of value 1."""
+    """Updates in ten steps of the configured optimizer, for one parameter and one codeword of value 1."""
     optimizer, variables = setup.make_optimizer(config), {"params": jnp.ones(1), "codewords": jnp.ones(1)}
     state, found = optimizer.init(variables), []
     for _ in range(10):
@@ -261,14 +261,14 @@ def test_gradients_are_clipped_where_asked_for(tiny_config):
 
 
 def test_weight_decay_spares_the_codewords(tiny_config):
-    """A codeword that no gradient reaches stays where it is."""
+    """A codeword without a gradient does not move."""
     tiny_config.optimizer.weight_decay = 0.5
     updates = updates_of(tiny_config, gradient=0.0)[: tiny_config.steps]
     assert (updates[:, 0] < 0).all() and not updates[:, 1].any()
 
 
 def test_micro_batches_of_pmap_divide_the_batch_of_a_device(tiny_config, tiny_dataset):
-    """Each of the eight has two requests."""
+    """Each of the eight devices has two requests."""
     tiny_config.batch_size, tiny_config.accumulate = 16, 4
     setup.set_up(tiny_config, tiny_dataset)
     tiny_config.parallel = "pmap"

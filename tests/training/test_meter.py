@@ -1,4 +1,4 @@
-"""The meter, against a clock that only the test moves."""
+"""The meter, with a clock that only the test moves."""
 
 import math
 
@@ -36,7 +36,7 @@ def step(measured: Meter, clock, candidates: int, wait: float, work: float) -> N
 
 def test_the_first_step_does_not_count(clock):
     measured = Meter()
-    step(measured, clock, 1000, 5.0, 60.0)  # compiles
+    step(measured, clock, 1000, 5.0, 60.0)  # includes compilation
     step(measured, clock, 30, 0.5, 1.5)
     step(measured, clock, 50, 0.5, 1.5)
     assert measured.total() == {"examples_per_second": 20.0, "input_wait_share": 0.25, "train_seconds": 4.0}
@@ -61,7 +61,7 @@ def test_a_pause_counts_the_work_before_it(clock):
     measured = Meter()
     step(measured, clock, 10, 0.0, 1.0)
     step(measured, clock, 10, 0.0, 1.0)
-    clock.sleep(1.0)  # the device still works when the pause begins
+    clock.sleep(1.0)  # the device is still working when the pause begins
     measured.pause()
     assert measured.total()["train_seconds"] == 2.0
 
@@ -90,4 +90,4 @@ def test_goes_on_from_what_was_counted_before(clock):
     step(measured, clock, 77, 3.0, 3.0)
     step(measured, clock, 100, 0.0, 10.0)
     assert measured.counted == (200.0, 20.0, 1.0)
-    assert measured.read() == {"examples_per_second": 10.0, "input_wait_share": 0.0}  # of this part alone
+    assert measured.read() == {"examples_per_second": 10.0, "input_wait_share": 0.0}  # of this run alone

@@ -1,4 +1,4 @@
-"""From settings to modules: what only some models read reaches them; what the data lacks is said."""
+"""From settings to modules: settings of single models reach them, and missing data is reported."""
 
 import pytest
 import workloads
@@ -48,5 +48,5 @@ def test_two_tower_large_encodes_the_history_as_often_as_tarq(tiny_config):
         tiny_config.model.name = name
         modules[name] = make_module(tiny_config.model, workloads.SCHEMA)
     assert isinstance(modules["two_tower_large"], TwoTower) and isinstance(modules["tarq"], FirstOrderTarq)
-    assert modules["two_tower_large"].num_encoders == 2  # the backbone's and the teacher's
+    assert modules["two_tower_large"].num_encoders == 2  # one for the backbone, one for the teacher
     assert modules["two_tower_large"].hidden == (16,)

@@ -1,4 +1,4 @@
-"""Objectives: which loss reaches which parameters, when, and by how much."""
+"""Objectives: which loss reaches which parameters, when, and with which weight."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ LOSSES = ("student", "teacher", "distillation", "output_reconstruction", "alignm
 
 
 def random_parameters(init, *arguments):
-    """Parameters of the shapes that `init` gives, none of them zero; nothing to compile."""
+    """Non-zero random parameters with the shapes that `init` gives; needs no compilation."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(init, jax.random.key(0), *arguments)
     return jax.tree.map(lambda leaf: rng.normal(0.0, 0.5, leaf.shape).astype(leaf.dtype), shapes)
@@ -25,7 +25,7 @@ def random_parameters(init, *arguments):
 
 @pytest.fixture(scope="module")
 def parts(tiny_dataset):
-    """Parameters, codewords, a batch, and gradients by weights [8] of the losses: (weights, active) -> ..."""
+    """Parameters, codewords, a batch, and a function (loss weights [8], active) -> gradients."""
     module = Tarq(tiny_dataset.schema, width=4, num_heads=2, hidden=(4,), num_levels=2, aligned_share=0.5)
     batch = next(data.train_batches(
         tiny_dataset, "train", batch_size=4, seed=0, **setup.batch_shapes(tiny_dataset)))
@@ -86,7 +86,7 @@ def test_zero_weight_removes_a_loss(parts, name):
 
 @pytest.mark.parametrize("name", sorted({*LOSSES} - {"teacher"}))
 def test_only_its_own_loss_trains_the_teacher(parts, name):
-    """The student does not drag the teacher. (The default; other reaches are for the model's tests.)"""
+    """The student does not change the teacher. (By default; the model's tests cover other settings.)"""
     _, _, found = parts[-1](np.array([float(loss == name) for loss in LOSSES]), True)
     assert size(found["teacher"]) == 0.0
 
@@ -105,7 +105,7 @@ def test_wrong_names_of_losses(parts, weights, wrong):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_build(tiny_config, tiny_dataset, name):
-    """Every model, by its shapes: parameters, loss, names of predictors, latents where it quantizes."""
+    """Checks every model by shapes: parameters, loss, names of predictors, latents if it quantizes."""
     tiny_config.model.name, tiny_config.model.category = name, "item_id"
     objective = build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
     batch = next(data.train_batches(
@@ -127,7 +127,7 @@ def test_build(tiny_config, tiny_dataset, name):
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_quantization_settings_reach_the_model(tiny_config, tiny_dataset, order):
-    """Cosine serves as it trains; balanced codes depend on the batch, and serve as the nearest."""
+    """Cosine serves as it trains; balanced codes depend on the batch, so serving uses the nearest."""
     tiny_config.model.order = order
     batch = next(data.train_batches(
         tiny_dataset, "train", batch_size=8, seed=0, **setup.batch_shapes(tiny_dataset)))
@@ -150,7 +150,7 @@ def test_quantization_settings_reach_the_model(tiny_config, tiny_dataset, order)
 
 @pytest.mark.slow
 def test_rotation_reaches_the_encoder(tiny_config, tiny_dataset):
-    """Another gradient of the reconstruction, the same value."""
+    """The gradient of the reconstruction differs, its value does not."""
     tiny_config.model.order = 0
     batch = next(data.train_batches(
         tiny_dataset, "train", batch_size=8, seed=0, **setup.batch_shapes(tiny_dataset)))
@@ -168,7 +168,7 @@ def test_rotation_reaches_the_encoder(tiny_config, tiny_dataset):
 
 
 def test_two_tower_large_is_of_tarqs_size(tiny_config, tiny_dataset):
-    """At the width of the experiments: what TARQ earns above it is not a matter of size."""
+    """At the width of the experiments, so that TARQ's advantage over it is not due to size."""
     tiny_config.model.width, tiny_config.model.hidden, tiny_config.model.num_codewords = 32, (64,), 64
     tiny_config.model.num_levels = 3
     batch = next(data.train_batches(
@@ -197,7 +197,7 @@ def test_supervised_loss_is_the_weighted_cross_entropy(tiny_config, tiny_dataset
 
 
 def test_the_teacher_trains_as_target_attention_alone_does(tiny_config, tiny_dataset):
-    """From the same parameters, as long as the student's gradient stays with the student."""
+    """Starting from the same parameters, if the student's gradient stays in the student."""
     found = {}
     for name in ("tarq", "target_attention"):
         tiny_config.model.name = name

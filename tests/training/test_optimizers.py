@@ -1,4 +1,4 @@
-"""Optimizers for tables, against loops over rows."""
+"""Optimizers for tables, compared with loops over rows."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ TABLE = np.random.default_rng(0).normal(size=(V, D)).astype(np.float32)
 
 
 def gradients(seed=1):
-    """Of every step, each with a few rows that are not zero; row 6 is never touched."""
+    """Gradients of each step, with a few non-zero rows; row 6 is never non-zero."""
     rng = np.random.default_rng(seed)
     for _ in range(STEPS):
         found = np.zeros((V, D), np.float32)
@@ -23,7 +23,7 @@ def gradients(seed=1):
 
 
 def run(transformation, tree=lambda table: {"embedding": table}):
-    """Updates of all steps and the last state."""
+    """The updates of all steps and the last state."""
     update, found = jax.jit(transformation.update), []
     state = transformation.init(tree(jnp.asarray(TABLE)))
     for gradient in gradients():

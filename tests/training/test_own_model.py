@@ -1,4 +1,4 @@
-"""A model of one's own, named by the configuration: what it may be, and what is refused before training."""
+"""A user's own model, named by the configuration: what it may be, and what is refused before training."""
 
 import dataclasses
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def own_tarq(model, loss_weights, schema, tables, axis_name):
-    """The library's, but for its codebook: the first latents."""
+    """The library's TARQ, but its codebook is made of the first latents."""
     module = FirstOrderTarq(**common(model, schema, tables), **of_tarq(model))
     return tarq(module, loss_weights, axis_name=axis_name)._replace(
         fit=lambda rng, latents: quantization.with_codewords(latents[:8].reshape(2, 4, 4)))
@@ -44,11 +44,11 @@ def scores_as_weights(model, loss_weights, schema, tables, axis_name):
 
 
 def of_two(model, loss_weights):
-    """Takes too little."""
+    """Takes too few arguments."""
 
 
 def nothing(*arguments):
-    """Makes None."""
+    """Returns None."""
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_its_own_fit_takes_the_place_of_k_means(named, tiny_dataset):
 
 
 def test_it_is_trained_as_the_librarys_are(named, tiny_config, tiny_dataset, tmp_path, silent):
-    """The same two towers under either name end with the same numbers, and the run tells of the file."""
+    """Both names of the same two towers give the same numbers, and the run records the file."""
     measured = ("auc", "log_loss", "calibration", "parameters")
     library = loop.with_model(tiny_config, "two_tower")
     expected, = loop.train(library, tiny_dataset, tmp_path / "a", silent).rows
@@ -135,5 +135,5 @@ def test_hash_of_a_file(tmp_path, monkeypatch):
     assert len(before) == 16 and before != own.source_of("made_up:make")
     session = "from tarq_jax import own; print(own.source_of('__main__:make'), end='')"
     done = subprocess.run([sys.executable, "-c", session], capture_output=True, text=True, check=True)
-    assert done.stdout == ""  # a session is in no file
+    assert done.stdout == ""  # code typed in a session is in no file
     assert own.source_of("nowhere:make") == own.source_of("sys:exit") == "" != own.source_of("json:loads")

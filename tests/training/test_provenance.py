@@ -1,4 +1,4 @@
-"""Provenance: what a run says of where its numbers come from."""
+"""Provenance: what a run records about the origin of its numbers."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ def asked_anew():
 
 @pytest.fixture
 def package(tmp_path):
-    """A package under git's control, with one commit: (folder, commit)."""
+    """A package in a git repository with one commit: (folder, commit)."""
     def git(*arguments):
         return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path,
                               check=True, capture_output=True, text=True).stdout.strip()
@@ -46,7 +46,7 @@ def test_revision(package):
 
 
 def test_a_copy_has_no_revision(package, tmp_path):
-    """Neither one outside of a repository, nor one that a foreign repository holds without knowing it."""
+    """Neither a copy outside any repository, nor one in another repository that does not track it."""
     folder, _ = package
     installed = folder / "environment" / "tarq_jax"
     installed.mkdir(parents=True)

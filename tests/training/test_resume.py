@@ -1,4 +1,4 @@
-"""Interrupted, killed, refused: whatever happens, calling again ends where an undisturbed run ends."""
+"""Interrupted, killed, refused: a repeated call ends where an undisturbed run ends."""
 
 import json
 import os
@@ -45,9 +45,9 @@ def contents(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("number", "step"), [
     (signal.SIGTERM, 2),  # before the codebook starts
-    (signal.SIGINT, 3),  # exactly there: saved with the random codebook, k-means runs on resuming
-    (signal.SIGTERM, 5),  # after it, with live statistics
-    (signal.SIGTERM, 6),  # with nothing left but evaluation
+    (signal.SIGINT, 3),  # exactly at the start: the random codebook is saved, k-means runs after resuming
+    (signal.SIGTERM, 5),  # after the start, with running statistics
+    (signal.SIGTERM, 6),  # only evaluation is left
 ])
 def test_interrupted_run_ends_in_the_same_bits(
         number, step, tiny_config, tiny_dataset, tmp_path, silent, send, finished, same_bits, untimed):
@@ -68,7 +68,7 @@ def test_interrupted_run_ends_in_the_same_bits(
 
 @pytest.fixture
 def killed_while_evaluating(monkeypatch):
-    """SIGTERM comes as evaluation begins."""
+    """SIGTERM arrives as evaluation begins."""
     evaluate = loop.evaluate
 
     def interrupted_evaluate(*args, **kwargs):
@@ -82,7 +82,7 @@ def killed_while_evaluating(monkeypatch):
 
 def test_a_signal_during_the_last_evaluation(
         tiny_config, tiny_dataset, tmp_path, silent, finished, killed_while_evaluating):
-    """It is left at once, as all is saved, and not forgotten: the next of several models does not start."""
+    """Evaluation stops immediately, as all is saved, and the next of several models does not start."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     with pytest.raises(Interrupted, match="evaluating the test split; call again"):
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
@@ -92,7 +92,7 @@ def test_a_signal_during_the_last_evaluation(
 def test_a_signal_during_evaluation(
         best_metric, tiny_config, tiny_dataset, tmp_path, silent, finished, same_bits,
         killed_while_evaluating):
-    """It is left at once, its step saved; but where the best step is looked for: that one could be it."""
+    """Evaluation stops immediately, its step saved; if the best step is wanted, evaluation ends first."""
     tiny_config.eval_every, tiny_config.best_metric = 4, best_metric
     with pytest.raises(Interrupted, match="saved step 4"):
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
@@ -141,7 +141,7 @@ def test_a_finished_run_trains_nothing(
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tiny_config, tiny_dataset, tmp_path, silent, send):
-    """Tables saved by four devices each are read by one, and end where those that never moved do."""
+    """One device reads tables that four devices saved, and training ends as in a run that did not move."""
     tiny_config.update_from_flattened_dict({
         "model.name": "two_tower", "model.table_multiple": 64, "mesh.model": 4,
         "mesh.rules": (("embedding$", ("model",)),), "optimizer.table": "lazy_adam"})
@@ -194,7 +194,7 @@ def test_every_setting_is_held_to(key, tiny_config, tiny_dataset, opened, finish
 
 
 def test_only_these_may_change():
-    """Whatever else changes makes another experiment of it."""
+    """A change of any other setting makes it another experiment."""
     assert set(checkpoint.FREE_TO_CHANGE) <= {
         "steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
         "checkpoints_kept", "best_metric", "recall_k", "save_scores", "prefetch", "data.readers",
@@ -255,7 +255,7 @@ def test_a_fresh_workdir_gives_the_state_back(tiny_config, tiny_dataset, tmp_pat
 
 
 def test_the_run_went_through_all_that_it_has_to_survive(finished, tiny_dataset):
-    """The reference is worth something: k-means ran, revival moved codewords, statistics live."""
+    """The reference run covers everything: k-means ran, revival moved codewords, statistics changed."""
     state = finished[1].state
     assert int(state.step) == 6
     assert np.isfinite(state.codebook.codewords).all() and np.ptp(state.codebook.counts) > 0

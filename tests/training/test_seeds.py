@@ -1,4 +1,4 @@
-"""Seeds as a batch axis: each one's run is that of `loop.train`, and can be gone on with either way."""
+"""Seeds as a batch axis: each seed's run equals that of `loop.train`, and either can resume it."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def with_seed(config, seed):
 
 
 def saved_state(workdir, config, dataset):
-    """The newest state that a run has saved."""
+    """The newest state that a run saved."""
     objective = setup.build(config.model, config.loss_weights, dataset.schema)
     fresh = setup.init_state(config, objective, setup.make_optimizer(config), dataset)
     with checkpoint.manager(workdir) as checkpoints:
@@ -40,9 +40,10 @@ def saved_state(workdir, config, dataset):
 
 
 def assert_close(found, expected, rtol=1e-3):
-    """States whose arithmetic went in another order.
+    """Compares states whose arithmetic ran in another order.
 
-    Biases of keys shift all weights of a softmax alike: their gradient is rounding, which Adam enlarges.
+    Biases of keys shift all weights of a softmax equally: their gradient is rounding error, which Adam
+    amplifies.
     """
     assert jax.random.key_data(found.rng).tolist() == jax.random.key_data(expected.rng).tolist()
     expected, found = (jax.tree_util.tree_leaves_with_path(s.replace(rng=None)) for s in (expected, found))
@@ -54,7 +55,7 @@ def assert_close(found, expected, rtol=1e-3):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, tiny_dataset, silent, compiled_once):
-    """Two seeds, over two devices: (folder, rows by seed)."""
+    """A run of two seeds on two devices: (folder, rows by seed)."""
     root = tmp_path_factory.mktemp("together")
     config = tiny.make_config()
     config.save_scores = True
@@ -111,7 +112,7 @@ def test_devices_share_seeds(together):
 
 
 def parts_of(config, dataset):
-    """Objective and optimizer, states of seeds 0 to 3, and a batch for each."""
+    """Objective and optimizer, states of seeds 0 to 3, and one batch per seed."""
     objective = setup.build(config.model, config.loss_weights, dataset.schema)
     optimizer = setup.make_optimizer(config)
     init = jax.vmap(setup.initialiser(config, objective, optimizer), in_axes=(0, None),
@@ -122,7 +123,7 @@ def parts_of(config, dataset):
 
 
 def test_the_step_has_no_collective(tiny_config, tiny_dataset):
-    """Devices exchange nothing, and what is due every so many steps is a branch, not a selection."""
+    """Devices exchange nothing, and periodic work is a branch, not a selection."""
     objective, optimizer, init, batches = parts_of(tiny_config, tiny_dataset)
     state = jax.eval_shape(init)
     compiled = seeds.compile_step(tiny_config, objective, optimizer, seeds.make_mesh(4))
@@ -176,7 +177,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     ("validation", "saved step 3 of 2 seeds"), ("test", "interrupted")])
 def test_a_signal_within_an_evaluation_loses_no_step(
         split, message, tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
-    """Steps were saved before, at the latest where the evaluation was left."""
+    """Steps are saved before the run ends, at the latest when the evaluation stops."""
     tiny_config.model.name, tiny_config.eval_every, tiny_config.checkpoint_every = "two_tower", 3, 100
     test, signals = loop.test, []
 
@@ -194,7 +195,7 @@ def test_a_signal_within_an_evaluation_loses_no_step(
 
 @pytest.mark.slow
 def test_seeds_at_different_steps_go_on_apart(together, tiny_config, tiny_dataset, tmp_path, silent, send):
-    """One was begun on its own, the other is finished."""
+    """One seed was started alone, the other is finished."""
     with send(signal.SIGTERM, 2), pytest.raises(Interrupted):
         loop.train(with_seed(tiny_config, 3), tiny_dataset, tmp_path / "3", silent)
     rows = loop.train(with_seed(tiny_config, 0), tiny_dataset, tmp_path / "0", silent).rows
@@ -216,7 +217,7 @@ def test_models_without_a_codebook(tiny_config, tiny_dataset, tmp_path, silent):
 
 @pytest.mark.slow
 def test_tables_are_rounded_up_as_in_the_loop(tiny_config, tiny_dataset, tmp_path, silent):
-    """So that either can go on with what the other saved."""
+    """So that either can resume what the other saved."""
     tiny_config.model.name, tiny_config.model.table_multiple = "two_tower", 64
     rows = seeds.train(tiny_config, tiny_dataset, folders(tmp_path, (1,)), silent)
     again = loop.train(with_seed(tiny_config, 1), tiny_dataset, tmp_path / "1", silent).rows

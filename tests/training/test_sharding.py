@@ -1,4 +1,4 @@
-"""Meshes, rules and state that is made in its parts; one device or eight, the same numbers and bits.
+"""Meshes, rules and state that is created sharded: one device or eight give the same numbers and bits.
 
 The long comparison, 50 steps on every shape of mesh and under pmap, takes minutes: `pytest -m slow`.
 """
@@ -36,18 +36,18 @@ class Run:
         self.step = setup.compile_step(self.config, self.objective, optimizer, self.mesh, self.start)
 
     def batches(self):
-        """As the step takes them."""
+        """Batches in the form that the step takes."""
         shapes = setup.batch_shapes(self.dataset)
         for batch in data.train_batches(self.dataset, "train", batch_size=8, seed=0, **shapes):
             yield self.way.put(batch, self.mesh)
 
     def text(self):
-        """The compiled step's HLO, and what it says of memory."""
+        """The compiled step's HLO, and its memory analysis."""
         compiled = self.step.lower(self.start, next(self.batches())).compile()
         return compiled.as_text(), compiled.memory_analysis()
 
     def train(self, steps):
-        """Last state, and (codebook, metrics) of every step."""
+        """The last state, and (codebook, metrics) of every step."""
         state, history = jax.tree.map(lambda leaf: leaf.copy(), self.start), []
         for number, batch in zip(range(steps), self.batches(), strict=False):
             if number == self.config.codebook.start:
@@ -63,9 +63,10 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
 
 def agree(history, expected):
-    """Asserts that two runs went the same way: metrics and codebooks of all steps.
+    """Asserts that two runs agree: metrics and codebooks of all steps.
 
-    Norms of parameters whose gradient is zero but for rounding (biases of keys) are what Adam makes of it.
+    This excludes norms of parameters whose gradient is only rounding error (biases of keys), which Adam
+    amplifies.
     """
     moved = np.max([metrics["gradient_norms"] for _, metrics in expected], axis=0) > 1e-6
     assert moved.mean() > 0.8
@@ -77,7 +78,7 @@ def agree(history, expected):
 
 
 def replicas_agree(tree, devices=8):
-    """Asserts that devices that hold the same part of an array hold the same bits of it."""
+    """Asserts that devices that hold the same part of an array hold the same bits."""
     leaves = [jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
               for leaf in jax.tree.leaves(tree)]
     assert len(leaves) > 20
@@ -92,10 +93,10 @@ def replicas_agree(tree, devices=8):
     assert copies > 20
 
 
-# Shape by shape
+# Mesh by mesh
 
 
-SGD = {"optimizer": optax.sgd(0.02, momentum=0.9)}  # Adam blows up the rounding of gradients that are zero
+SGD = {"optimizer": optax.sgd(0.02, momentum=0.9)}  # Adam amplifies rounding errors of zero gradients
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_replicas_hold_the_same_bits(on_eight):
 
 
 def test_those_steps_used_and_revived_the_codebook(on_eight, tiny_config):
-    """Or else the two tests above would say little."""
+    """Otherwise the two tests above would prove little."""
     books = [book for book, _ in on_eight[1]]
     np.testing.assert_array_equal(books[0].codewords, books[2].codewords)  # not in use yet
     assert np.abs(books[3].codewords - books[2].codewords).max() > 0.1  # k-means
@@ -151,10 +152,10 @@ def test_fifty_steps_go_the_same_way(name, tiny_dataset, fifty_on_one):
     agree(found[1], fifty_on_one[1])
     replicas_agree(found[0])
     losses = [metrics["loss"] for _, metrics in found[1]]
-    assert losses[0] != losses[1] and losses[3] > 2 * losses[2]  # the student's losses have joined
+    assert losses[0] != losses[1] and losses[3] > 2 * losses[2]  # the student's losses have been added
 
 
-# What moves
+# What moves between devices
 
 
 LARGE = {"model.name": "two_tower", "model.table_multiple": 4096}  # rows, of which a batch reads 64
@@ -168,7 +169,7 @@ def test_no_table_moves(shape, rules, tiny_dataset):
     table = 4096 * 4 * 4  # bytes
     assert found and max(array.num_bytes for each in found for array in each.arrays) < table / 64
     parts = 8 if rules is BY_BOTH else shape[1]
-    assert memory.argument_size_in_bytes < 3 * table / parts + table / 8  # table, two moments, all else
+    assert memory.argument_size_in_bytes < 3 * table / parts + table / 8  # table, two moments, the rest
 
 
 @pytest.mark.slow
@@ -179,7 +180,7 @@ def test_no_table_of_tarq_moves(tiny_dataset):
 
 
 def test_without_rules_the_gradient_of_a_table_does_move(tiny_dataset):
-    """So that the tests above can fail."""
+    """This shows that the tests above can fail."""
     found = hlo.collectives(Run(tiny_dataset, (8, 1), **LARGE).text()[0])
     assert max(array.num_bytes for each in found for array in each.arrays) == 4096 * 4 * 4
 
@@ -189,7 +190,7 @@ def test_without_rules_the_gradient_of_a_table_does_move(tiny_dataset):
 
 @pytest.mark.parametrize("name", ["adamw", "rowwise_adagrad", "lazy_adam"])
 def test_state_is_made_in_its_parts(name, tiny_dataset):
-    """Tables and what the optimizer keeps of them, a row each; with the numbers of one device."""
+    """Tables and their optimizer state are created sharded, with the numbers of one device."""
     settings = LARGE | {"optimizer.table": name}
     split = Run(tiny_dataset, (2, 4), **settings, **{"mesh.rules": BY_MODEL}).start
     whole = Run(tiny_dataset, devices=jax.devices()[:1], **settings).start

@@ -1,4 +1,4 @@
-"""The training step, on an objective so small that every number can be made by hand."""
+"""The training step, with an objective so small that every number can be computed by hand."""
 
 import functools
 
@@ -26,7 +26,7 @@ def make_batch(seed: int) -> Batch:
     mask = np.arange(CANDIDATES) < np.array([5, 4, 0, 2, 5, 1])[:, None]
     nothing = np.zeros((REQUESTS, 1), bool)
     vectors = rng.normal(size=(REQUESTS, CANDIDATES, WIDTH)).astype(np.float32)
-    vectors[~mask] = 100.0  # padding that would show wherever it is not masked
+    vectors[~mask] = 100.0  # padding, which would show wherever it is not masked
     return Batch(
         user_id=np.arange(REQUESTS), user={}, context={}, history={}, history_mask=nothing,
         candidates={"vector": vectors}, candidate_mask=mask, labels=np.zeros(mask.shape, np.float32),
@@ -46,7 +46,7 @@ def loss(params, codewords, batch, active, whole=None, axis_name=None):
     each = losses.commitment(z, quantizer.quantized) + losses.codebook_loss(
         quantizer.chosen, quantizer.residuals)
     value = mean_of_batch(each, batch, whole, axis_name)
-    return value, LossOutput({"loss": value}, quantizer)  # not gated by `active`: the step has to be
+    return value, LossOutput({"loss": value}, quantizer)  # ignores `active`, so the step must gate it
 
 
 OBJECTIVE = Objective(init=None, loss=loss, predict=None, latents=latents)
@@ -76,7 +76,7 @@ def make_step(mode="gradient", revive_every=0, start=0, optimizer=OPTIMIZER, axi
 
 
 def by_hand(state: TrainState, batch: Batch):
-    """Variables after optax alone, running counts and sums in NumPy loops."""
+    """Variables by optax alone, running counts and sums by NumPy loops."""
     variables = state.trainable
     gradients = jax.grad(lambda v: loss(v["params"], v["codewords"], batch, True)[0])(variables)
     updates, opt_state = OPTIMIZER.update(gradients, state.opt_state, variables)
@@ -126,7 +126,7 @@ def test_ema_mode_sets_codewords_to_the_running_mean():
 
 
 def test_ema_mode_needs_no_gradient_of_codewords():
-    """What the optimizer makes of it is overwritten: the state is the same to the bit without."""
+    """The optimizer's update of codewords is overwritten, so without it the state is the same to the bit."""
     state, batch = make_state(), make_batch(0)
     new, metrics = make_step("ema")(state, batch)
     other, others = functools.partial(make_step("ema"), codewords_by_gradient=True)(state, batch)
@@ -151,7 +151,7 @@ def test_the_codebook_rests_until_its_start(mode):
 
 
 def test_revival_at_multiples_and_of_dead_codewords_only():
-    still = optax.sgd(0.0)  # codewords move by revival alone
+    still = optax.sgd(0.0)  # only revival moves codewords
     step = make_step(revive_every=3, optimizer=still)
     alive = np.full((LEVELS, CODEWORDS), 50.0)
     alive[0, 2] = alive[1, 0] = alive[1, 3] = 0.0
@@ -206,7 +206,7 @@ def test_jit_equals_eager(mode):
 @pytest.mark.parametrize("num_shards", [2, 6])
 @pytest.mark.parametrize("mode", ["gradient", "ema"])
 def test_pmap_equals_jit_and_replicas_hold_the_same_bits(mode, num_shards):
-    """Requests with 5, 4, 0, 2, 5 and 1 candidates: a mean of the shards' means would show."""
+    """Requests have 5, 4, 0, 2, 5 and 1 candidates, so a mean of the shards' means would differ."""
     arguments = {"mode": mode, "revive_every": 2, "start": 1}
     whole = jax.jit(make_step(**arguments))
     split = jax.pmap(make_step(**arguments, axis_name="shards"), axis_name="shards", in_axes=(None, 0),
@@ -221,7 +221,7 @@ def test_pmap_equals_jit_and_replicas_hold_the_same_bits(mode, num_shards):
             if isinstance(leaf, jax.Array):
                 copies = {np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}
                 assert len(leaf.addressable_shards) == num_shards and len(copies) == 1
-    assert (np.asarray(one.codebook.counts) > 0.5).all()  # codeword 3 came alive
+    assert (np.asarray(one.codebook.counts) > 0.5).all()  # codeword 3 is alive again
 
 
 @pytest.mark.parametrize("mode", ["gradient", "ema"])

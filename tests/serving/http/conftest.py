@@ -26,7 +26,7 @@ def artefacts(artefact, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def service(artefacts):
-    """A service that tests leave as it is."""
+    """A shared service, which tests must not change."""
     import services
 
     with services.running(artefacts / "1") as running:
@@ -35,7 +35,7 @@ def service(artefacts):
 
 @pytest.fixture(scope="session")
 def guarded(artefacts):
-    """A service with a token."""
+    """A shared service with a token."""
     import services
 
     options = dataclasses.replace(services.PATIENT, token=services.TOKEN)

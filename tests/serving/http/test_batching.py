@@ -1,4 +1,4 @@
-"""Micro-batching and admission, in virtual time: closed-form cases, and properties of any arrivals."""
+"""Micro-batching and admission in virtual time: closed-form cases, and properties for any arrivals."""
 
 import asyncio
 import math
@@ -28,7 +28,7 @@ SECONDS = {1: 1.0, 2: 1.5, 4: 2.0}
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop that does not wait: its clock jumps to what comes next."""
+    """An event loop that does not wait: its clock jumps to the time of the next event."""
 
     def __init__(self):
         self.now = 0.0
@@ -48,7 +48,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class VirtualExecutor(Executor):
-    """Calls at once, and is done after as many seconds as `seconds` says for a batch."""
+    """Runs the function after a virtual time of `seconds(size of the batch)`."""
 
     def __init__(self, loop, seconds):
         self.loop, self.seconds, self.batches = loop, seconds, []
@@ -69,7 +69,7 @@ class VirtualExecutor(Executor):
 
 def simulate(arrivals, *, run=lambda batch: [10 * item for item in batch], seconds=None, patience=None,
              times=SECONDS, **changes):
-    """Submits item i at arrivals[i]: the outcomes, (time, result or exception) each, and the batches."""
+    """Submits item i at arrivals[i]; returns the outcomes (time, result or exception), and the batches."""
     options = {"largest": 4, "delay": 0.5, "budget": 100.0, "limit": 1000} | changes
     padded = ServiceTimes(times).estimate
 
@@ -118,7 +118,7 @@ def test_without_delay_it_starts_at_once():
 
 
 def test_a_batch_fills_while_another_runs():
-    """Items of 0.6 to 1.4 wait for the first batch alone, not for the delay on top of it."""
+    """Items that arrive from 0.6 to 1.0 wait only for the first batch to end, not for the delay after it."""
     outcomes, batches = simulate([0.0, 0.6, 0.8, 1.0])
     assert batches == [(0.5, [0]), (1.5, [1, 2, 3])]
     assert [time for time, _ in outcomes] == [1.5, 3.5, 3.5, 3.5]
@@ -147,7 +147,7 @@ def test_errors_reach_those_whom_they_concern():
 
 
 def test_a_full_queue_refuses():
-    """One runs, two wait, and what comes then is told when the queue will be done."""
+    """One runs, two wait, and the next is refused immediately with the time when the queue will be done."""
     outcomes, _ = simulate([0.0, 0.6, 0.7, 0.8], limit=2)
     assert reasons(outcomes) == [0, 10, 20, "full"]
     assert outcomes[3][0] == 0.8
@@ -155,7 +155,7 @@ def test_a_full_queue_refuses():
 
 
 def test_what_would_take_too_long_is_refused_at_once():
-    """The first runs until 1.5; those of 0.6 are done by 3.5 if their batch fills, a fifth by 5.5."""
+    """The first ends at 1.5; four items of 0.6 end at 3.5, as their batch is full; the fifth ends at 5.5."""
     arrivals = [0.0] + [0.6] * 5
     assert reasons(simulate(arrivals, budget=3.0)[0]) == [0, 10, 20, 30, 40, "slow"]
     assert reasons(simulate(arrivals, budget=2.8)[0]) == [0] + ["slow"] * 5
@@ -163,13 +163,13 @@ def test_what_would_take_too_long_is_refused_at_once():
 
 
 def test_where_nothing_runs_everything_is_tried():
-    """However much slower than the budget: else nothing would ever tell that it is fast again."""
+    """They are accepted however slow the last one was; otherwise a recovery would never be noticed."""
     outcomes, _ = simulate([0.0, 40.0, 80.0], budget=0.1, seconds=lambda size: 30.0)
     assert reasons(outcomes) == [0, 10, 20]
 
 
 def test_slower_batches_than_expected():
-    """What has waited too long by the time of its turn is given up, but for the last one."""
+    """An item that has waited too long when its turn comes is dropped, except the last one."""
     outcomes, batches = simulate([0.0] + [0.6] * 4, budget=3.0, seconds=lambda size: 10.0)
     assert reasons(outcomes) == [0, "late", "late", "late", 40]
     assert [items for _, items in batches] == [[0], [4]]
@@ -185,7 +185,7 @@ def test_who_gave_up_is_not_computed():
 @given(st.lists(st.floats(0.001, 3.0), max_size=40), st.sampled_from([1, 2, 4]), st.floats(0.0, 2.0),
        st.floats(1.0, 4.0))
 def test_any_arrivals(gaps, largest, delay, slack):
-    """Where batches take what was measured, all that is taken is answered, in order, within the budget."""
+    """If batches take the measured time, every accepted item is answered, in order, within the budget."""
     arrivals, now = [], 0.0
     for gap in gaps:
         arrivals.append(now := now + gap)
@@ -199,7 +199,7 @@ def test_any_arrivals(gaps, largest, delay, slack):
         time, result = outcomes[item]
         assert result == 10 * item and time <= arrivals[item] + budget + 1e-9
     end = -1.0
-    for start, batch in batches:  # nobody waits without a reason
+    for start, batch in batches:  # no item waits without a reason
         full = arrivals[batch[-1]] if len(batch) == largest else float("inf")
         assert start <= max(end, min(full, arrivals[batch[0]] + delay)) + 1e-9
         end = start + ServiceTimes(SECONDS).estimate(len(batch))
@@ -214,10 +214,10 @@ def poisson(rate, seconds, seed):
 
 @pytest.mark.parametrize(("slower", "own"), [(1.0, True), (3.0, True), (1.0, False), (3.0, False)])
 def test_twice_the_load_that_it_can_hold(slower, own):
-    """Answers keep their latency, most of the capacity is used, and the rest is refused at once.
+    """Answers keep their latency, most of the capacity is used, and the other requests are refused.
 
-    Batches take up to 1.1 times as long as measured, or three times that, which has to be found out first.
-    With the default budget, what comes first may be a burst as well as an overload.
+    Batches take up to 1.1 times the measured time, or three times that, which the batcher has to discover.
+    With the default budget, the first arrivals may be a burst or the start of an overload.
     """
     rng = random.Random(0)
     capacity = 4 / (2.0 * slower)
@@ -240,14 +240,14 @@ def test_twice_the_load_that_it_can_hold(slower, own):
 
 
 def refused_at(load, budget=None):
-    """Share of what comes at random that is refused, where one is computed at a time."""
+    """Share of random arrivals that is refused, if items are computed one at a time."""
     arrivals = poisson(load, 3000, seed=1)
     outcomes, _ = simulate(arrivals, times={1: 1.0}, largest=1, delay=0.0, budget=budget)
     return sum(isinstance(result, Refused) for _, result in outcomes) / len(arrivals)
 
 
 def test_bursts_are_answered_at_loads_that_it_can_hold():
-    """One that is set is kept to, and much is refused with it."""
+    """A budget that is set explicitly is kept, and then many are refused."""
     fixed = default_budget(1.0, delay=0.0)
     assert refused_at(0.25) == 0.0 and refused_at(0.25, fixed) > 0.02
     assert refused_at(0.5) < 0.005 and refused_at(0.5, fixed) > 0.08

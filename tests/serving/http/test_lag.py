@@ -19,7 +19,7 @@ def test_a_backlog_is_seen_and_a_pause_is_not():
         loop.now += 0.5
         await asyncio.sleep(0.02)
         paused = lag.seconds
-        for _ in range(40):  # each round of the loop takes 50 ms
+        for _ in range(40):  # each iteration of the loop takes 50 ms
             loop.now += 0.05
             await asyncio.sleep(0)
         behind = lag.seconds

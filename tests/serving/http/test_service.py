@@ -30,7 +30,7 @@ def changed(**values):
 
 
 def test_scores_are_those_of_the_scorer(service, scorer):
-    """All items and some, whole histories and none."""
+    """Scores of all items and of some, with full and with empty histories."""
     with service.client() as client:
         for request in REQUESTS:
             for candidates in (None, [3, 5, 7, 99, 3]):
@@ -43,9 +43,9 @@ def test_scores_are_those_of_the_scorer(service, scorer):
 
 
 def test_requests_of_a_batch_keep_their_own(service, monkeypatch):
-    """Requests that wait for the same batch, with candidates and top_k of their own."""
+    """Requests in one batch with different candidates and top_k get their own answers."""
     batcher = service.service.versions.current.batcher
-    monkeypatch.setattr(batcher, "largest", 3)  # whatever the trials of a busy machine found worth it
+    monkeypatch.setattr(batcher, "largest", 3)  # whatever size the trials on a busy machine preferred
     asked = [(request, candidates, top_k) for request in REQUESTS for candidates, top_k in (
         (None, 2), ([4, 9], None), ([], 1), ([2, 1, 3], 20))]
 
@@ -81,7 +81,7 @@ def test_probes_page_and_names(service, artefacts):
     page = service.ask("GET", "/")
     assert page.headers["content-type"].startswith("text/html") and b"<textarea" in page.body
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert b"http" not in page.body.replace(b"http-equiv", b"")  # nothing from elsewhere
+    assert b"http" not in page.body.replace(b"http-equiv", b"")  # nothing is loaded from elsewhere
     assert len({service.ask("GET", "/healthz").headers["x-request-id"] for _ in range(3)}) == 3
 
 
@@ -164,7 +164,7 @@ def test_wrong_paths_and_methods(service, method, path, status):
 
 
 def test_large_bodies_are_not_kept(service):
-    """Declared and not, they are told 413, and the connection can go on."""
+    """A body with or without a declared length is refused with 413, and the connection can be used again."""
     large = b" " * (1 << 20) + b"{}"
     assert service.ask("POST", "/score", large).status == 413
     chunked = service.ask("POST", "/score", iter([large[:500_000], large[500_000:]]))
@@ -199,7 +199,7 @@ HOSTILE = (st.binary(max_size=40) | JSON.map(json.dumps).map(str.encode) | st.bu
 
 
 def check_hostile(service, body):
-    """A right answer, or a 4xx that says what is expected."""
+    """The answer is correct, or a 4xx that says what is expected."""
     found = service.ask("POST", "/score", body)
     if found.status == 200:
         assert len(found.json["ids"]) == len(found.json["scores"]) <= 20
@@ -224,7 +224,7 @@ def test_many_hostile_bodies(service, body):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["/score", "/swap", "/readyz", "/healthz"])
 def test_schemathesis(guarded, path):
-    """Requests made from the OpenAPI document, 1,000 and more: whatever they are, answers are as it says."""
+    """At least 1,000 requests generated from the OpenAPI document get answers that conform to it."""
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi import checks
@@ -259,7 +259,7 @@ def test_schemathesis(guarded, path):
 
 
 def test_a_full_service_tells_503(service):
-    """As many as the queue holds are answered once they can be, what comes beyond is told at once."""
+    """Requests that fit in the queue are answered later; requests beyond it are refused immediately."""
     options = dataclasses.replace(services.PATIENT, queue=4)
     with services.running(service.service.root / "1", options) as small, \
             concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -269,7 +269,7 @@ def test_a_full_service_tells_503(service):
             for _ in range(5):
                 found = small.ask("POST", "/score", GOOD)
                 assert found.status == 503 and int(found.headers["retry-after"]) >= 1
-            assert small.ask("GET", "/healthz").status == 200  # the event loop is free
+            assert small.ask("GET", "/healthz").status == 200  # the event loop is not blocked
             assert small.metric("tarq_refused_total", reason="full") == 5
         assert [found.result().status for found in waiting] == [200] * 4
 
@@ -279,9 +279,9 @@ def test_what_takes_too_long_is_told_503_and_504(artefacts):
     options = dataclasses.replace(services.PATIENT, limits=limits, budget=0.25)
     with services.running(artefacts / "1", options) as hurried, hurried.busy(), hurried.client() as client, \
             concurrent.futures.ThreadPoolExecutor(1) as pool:
-        first = pool.submit(hurried.ask, "POST", "/score", GOOD)  # tried, as nothing else runs
+        first = pool.submit(hurried.ask, "POST", "/score", GOOD)  # accepted, as nothing else runs
         services.wait_for(lambda: hurried.metric("tarq_in_flight") == 1)
-        services.wait_for(lambda: _refused(client))  # what runs is late, and so would be what waits for it
+        services.wait_for(lambda: _refused(client))  # the batch is late, so would be a next one
         assert first.result().status == 504
         assert hurried.metric("tarq_refused_total", reason="slow") >= 1
 
@@ -305,7 +305,7 @@ def test_a_slow_body_is_told_408(artefacts):
 
 
 def test_who_sends_slowly_is_not_late(artefacts):
-    """What a request may take counts from when all of it is there."""
+    """A request's time counts from when its whole body has arrived."""
     with services.running(artefacts / "1", dataclasses.replace(services.PATIENT, budget=0.05)) as hurried:
         body, (host, port) = json.dumps(GOOD).encode(), hurried.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=30) as connection:

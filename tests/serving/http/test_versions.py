@@ -1,4 +1,4 @@
-"""Swaps: while requests are sent, of what is damaged, and of a changed index."""
+"""Swaps: under load, to damaged artefacts, and to a changed index."""
 
 import dataclasses
 import threading
@@ -21,7 +21,7 @@ GOOD = served.world().requests[0]
 
 @pytest.fixture
 def swapped(artefacts):
-    """A service of its own, with a token."""
+    """A service for one test, with a token."""
     options = dataclasses.replace(services.PATIENT, token=services.TOKEN)
     with services.running(artefacts / "1", options) as running:
         yield running
@@ -37,7 +37,7 @@ def test_a_swap(swapped, client):
     before, old = client.score(GOOD), swapped.service.versions.current
     found = client.swap("2")
     after, new = client.score(GOOD), swapped.service.versions.current
-    assert new is not old and new.batcher.load is old.batcher.load  # an overload is known to both
+    assert new is not old and new.batcher.load is old.batcher.load  # both versions know of an overload
     assert found["version"] == after.version == client.version()["version"] != before.version
     assert found["method"] == "two_tower" and after.scores != before.scores
     assert swapped.metric("tarq_version", version=after.version) == 1
@@ -49,7 +49,7 @@ def test_a_swap(swapped, client):
 
 
 def test_a_changed_index(client):
-    """Nothing is compiled for it, and both have a name of their own."""
+    """Nothing is compiled for it, and the two versions have different names."""
     before = client.score(GOOD, top_k=20)
     found = client.swap("1", "index-1")
     after = client.score(GOOD, top_k=20)
@@ -68,7 +68,7 @@ def test_another_index_shares_what_is_compiled(artefacts):
 
 
 def test_other_programs_for_the_same_weights_are_another_model(artefacts, tmp_path):
-    """As after a mended score: nothing of what was served before is taken for it."""
+    """As after a fix of the score function: nothing of the earlier version is reused."""
     method = served.method_of("tarq_scalar")
     raised = method._replace(score=lambda *arguments: method.item_side(*arguments) + 1.0)
     build.write(raised, served.world().dataset, tmp_path, histories=(2, 6), capacity=600)
@@ -79,7 +79,7 @@ def test_other_programs_for_the_same_weights_are_another_model(artefacts, tmp_pa
 
 
 def test_a_model_trained_anew_shares_what_is_compiled(artefacts):
-    """Its programs are the same to the bit, and its index gets as many slots."""
+    """Its programs are equal to the bit, and its index gets as many slots."""
     sizes = {"batch_sizes": (1, 3), "candidate_sizes": (512,), "top_k": 20}
     first = Scorer.load(artefacts / "1", **sizes).warm_up()
     anew = Scorer.load(artefacts / "anew", **sizes, like=first)
@@ -123,7 +123,7 @@ def test_a_bad_one_is_refused_and_the_old_one_goes_on(guarded, body, status, wor
 
 def test_one_swap_at_a_time(swapped, client):
     done = []
-    with swapped.busy():  # its trials wait
+    with swapped.busy():  # the trials of the swap wait
         thread = threading.Thread(target=lambda: done.append(client.swap("2")))
         thread.start()
         services.wait_for(lambda: swapped.service.versions._loading.locked())
@@ -136,7 +136,7 @@ def test_one_swap_at_a_time(swapped, client):
 
 
 def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client):
-    """Requests that wait while another version takes over: neither lost nor mixed."""
+    """Requests that wait during a swap are neither lost nor mixed."""
     answers = []
 
     def ask():
@@ -157,7 +157,7 @@ def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client):
 
 
 def check_swaps_under_load(running, artefacts, swaps):
-    """No request fails, and each answer is wholly that of the version which it names."""
+    """No request fails, and each answer comes entirely from the version that it names."""
     expected = {}
     for name in ("1", "2"):
         ranking = Scorer.load(artefacts / name, batch_sizes=(1,), candidate_sizes=(512,), top_k=20).score(
