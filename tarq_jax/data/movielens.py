@@ -1,7 +1,7 @@
 """MovieLens, in any of the forms it is distributed in, as requests that never look into the future.
 
 A rating of 4 or more is a click. Each user's events, in order of time, are cut into train, validation and
-test. Consecutive events of one part are the candidates of a request; its history is what the user rated
+test. Consecutive events of one split are the candidates of a request; its history is what the user rated
 strictly before the first of them.
 """
 
@@ -12,12 +12,11 @@ import numpy as np
 
 from tarq_jax.data.movielens_files import Form, find_form, read_items, read_ratings, read_users
 from tarq_jax.data.options import Source, path_option, require, require_at_least, require_fraction
-from tarq_jax.data.records import Columns, Dataset, Requests, make_requests, ragged_index
+from tarq_jax.data.records import SPLITS, Columns, Dataset, Requests, make_requests, ragged_index
 from tarq_jax.data.rows import merge_reports
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
 CLICK_RATING = 4.0
-PARTS = ("train", "validation", "test")
 DISLIKED, CLICKED = 1, 2  # values of the event field `feedback`
 
 
@@ -51,7 +50,7 @@ class Events(NamedTuple):
 class Windows(NamedTuple):
     """Requests as windows of sorted events: candidates [start, stop), history [first, last)."""
 
-    part: np.ndarray  # [R] index into `PARTS`
+    split: np.ndarray  # [R] index into `SPLITS`
     start: np.ndarray
     stop: np.ndarray
     first: np.ndarray
@@ -77,17 +76,17 @@ def request_windows(user: np.ndarray, time: np.ndarray, options: MovielensOption
     tie_start = np.maximum.accumulate(np.where(new_time, index, 0))  # first event of this user and time
     test = user_start + count - (count * options.test_fraction + 1e-9).astype(np.int64)
     validation = test - (count * options.validation_fraction + 1e-9).astype(np.int64)
-    part = (index >= validation).astype(np.int8) + (index >= test)
-    part_start = np.choose(part, (user_start, validation, test))
-    start = np.flatnonzero((index - part_start) % options.num_candidates == 0)
+    split = (index >= validation).astype(np.int8) + (index >= test)
+    split_start = np.choose(split, (user_start, validation, test))
+    start = np.flatnonzero((index - split_start) % options.num_candidates == 0)
     last = tie_start[start]
-    return Windows(part[start], start, np.append(start[1:], len(user)),
+    return Windows(split[start], start, np.append(start[1:], len(user)),
                    np.maximum(user_start[start], last - options.history_length), last)
 
 
-def _requests(events: Events, windows: Windows, part: int) -> Requests:
-    """The requests of one part."""
-    chosen = windows.part == part
+def _requests(events: Events, windows: Windows, split: int) -> Requests:
+    """The requests of one split."""
+    chosen = windows.split == split
     start, stop, first, last = (column[chosen] for column in windows[1:])
     past, shown = ragged_index(first, last - first), ragged_index(start, stop - start)
     feedback = np.where(events.click[past], CLICKED, DISLIKED).astype(np.int32)
@@ -153,7 +152,7 @@ def generate(options: MovielensOptions) -> Dataset:
     events, user_ids, rating_report = _events(form, item_ids, profile_ids, options.max_bad_fraction)
     windows = request_windows(events.user, events.time, options)
     item_table, user_table = _item_table(items), _user_table(user_ids, profile_ids, profiles)
-    splits = {name: _requests(events, windows, part) for part, name in enumerate(PARTS)}
+    splits = {name: _requests(events, windows, split) for split, name in enumerate(SPLITS)}
     rows = merge_reports([rating_report, item_report, user_report]).to_json()
     info = {"form": form.name, "genres": list(genres), "rows": rows, "num_events": len(events.user)}
     return Dataset(_schema(item_table, user_table, sizes), item_table, user_table, splits, info)

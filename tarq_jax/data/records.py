@@ -16,6 +16,7 @@ import numpy as np
 
 from tarq_jax.schema import ITEM_ID, Field, Schema, Side, check_column, check_columns
 
+SPLITS = ("train", "validation", "test")
 BLOCK = 512  # requests per record
 TABLE_BLOCK = 8192  # table rows per record
 

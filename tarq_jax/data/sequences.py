@@ -19,11 +19,10 @@ from tarq_jax.data.options import (
     require_file,
     require_fraction,
 )
-from tarq_jax.data.records import Dataset, Requests, make_requests, offsets_of, ragged_index
+from tarq_jax.data.records import SPLITS, Dataset, Requests, make_requests, offsets_of, ragged_index
 from tarq_jax.data.rows import BadRow, RowReport, parse_number, read_rows
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
-PARTS = ("train", "validation", "test")
 MIN_ITEMS = 3  # fewest items of a user for whom requests are made
 ROUNDS = 32  # attempts to redraw rejected negatives; rows that still have some are then drawn exactly
 
@@ -60,7 +59,7 @@ class Targets(NamedTuple):
     event: np.ndarray  # [R] index into `Sequences.items`
     user: np.ndarray  # [R] index of the user, from 0
     position: np.ndarray  # [R] number of events of the user before the target
-    part: np.ndarray  # [R] index into `PARTS`
+    split: np.ndarray  # [R] index into `SPLITS`
 
 
 def read_sequences(source: str, max_bad_fraction: float) -> tuple[Sequences, RowReport]:
@@ -93,8 +92,8 @@ def find_targets(offsets: np.ndarray) -> tuple[Targets, np.ndarray]:
     left = lengths[user] - 1 - position  # number of later events of the user
     valid = lengths[user] >= MIN_ITEMS
     event = np.flatnonzero(valid & (position >= 1))
-    part = 2 - np.minimum(left[event], 2)
-    return Targets(event, user[event], position[event], part), valid & (left >= 2)
+    split = 2 - np.minimum(left[event], 2)
+    return Targets(event, user[event], position[event], split), valid & (left >= 2)
 
 
 def _rejected(drawn: np.ndarray, keys: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -189,9 +188,9 @@ def generate(options: SequencesOptions) -> Dataset:
     num_items = len(sequences.original_ids) + 1
     popularity = np.bincount(sequences.items[known], minlength=num_items)
     seen, splits = _seen(sequences, num_items), {}
-    for part, name in enumerate(PARTS):
-        chosen = Targets(*(column[targets.part == part] for column in targets))
-        rng = np.random.default_rng([options.seed, part])
+    for split, name in enumerate(SPLITS):
+        chosen = Targets(*(column[targets.split == split] for column in targets))
+        rng = np.random.default_rng([options.seed, split])
         splits[name] = _requests(rng, sequences, chosen, popularity, seen, options)
     items = {ITEM_ID: np.arange(num_items, dtype=np.int32)}
     fields = [Field(ITEM_ID, "item", "categorical", num_items)]

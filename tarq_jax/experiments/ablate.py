@@ -93,7 +93,7 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
 
 def identity(config: ml_collections.ConfigDict, data: str, seed: int) -> dict[str, Any]:
     """The columns that identify a run."""
-    return {"seed": seed, "settings": run_table.settings_of(config), "data": data}
+    return {"seed": seed, "settings": run_table.settings_hash(config), "data": data}
 
 
 def _origin(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from tarq_jax.config import WHERE_DATA_LIE, own_code
+from tarq_jax.config import DATA_PATHS, own_code
 from tarq_jax.reporting import replacing
 
 Row = Mapping[str, Any]
@@ -29,7 +29,7 @@ COLUMNS = {*KEYS, *SAME, "model", "auc", *MEASURED}  # that every row has
 # paths, and settings that only affect measuring or logging, are left out.
 WITHOUT_EFFECT = ("seed", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
                   "checkpoints_kept", "recall_k", "save_scores", "prefetch")
-WITHOUT_EFFECT_OF_DATA = (*WHERE_DATA_LIE, "readers")
+WITHOUT_EFFECT_OF_DATA = (*DATA_PATHS, "readers")
 
 
 def has_effect(name: str) -> bool:
@@ -37,7 +37,7 @@ def has_effect(name: str) -> bool:
     return name not in WITHOUT_EFFECT and name.removeprefix("data.") not in WITHOUT_EFFECT_OF_DATA
 
 
-def settings_of(config: ml_collections.ConfigDict) -> str:
+def settings_hash(config: ml_collections.ConfigDict) -> str:
     """A short hash of what a run's numbers depend on, beside seed and data: settings and own code."""
     settings = {key: value for key, value in described(config).items() if has_effect(key)}
     settings |= own_code(config)

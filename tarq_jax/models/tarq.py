@@ -15,7 +15,7 @@ from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.layers import MLP, Compute, LevelAttention
 from tarq_jax.models.target_attention import TargetAttention, TargetAttentionOutput, interaction_features
 from tarq_jax.models.two_tower import TwoTowerOutput
-from tarq_jax.quantization.encoding import told_where
+from tarq_jax.quantization.encoding import bind_where
 from tarq_jax.schema import Schema
 from tarq_jax.types import Batch, QuantizerOutput
 
@@ -186,7 +186,7 @@ class Tarq(nn.Module):
 
     def encode_candidates(self, codewords: jax.Array, latents: jax.Array, batch: Batch) -> QuantizerOutput:
         """Encodes the latents [B, G, D] of candidates; padding does not affect other codes."""
-        return told_where(self.encode, batch.candidate_mask)(codewords, latents)
+        return bind_where(self.encode, batch.candidate_mask)(codewords, latents)
 
     def attend(
         self, codewords: jax.Array, quantizer: QuantizerOutput, teacher: TargetAttentionOutput,

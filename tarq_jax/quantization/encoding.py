@@ -122,7 +122,7 @@ def balanced(
     return argmax(jax.lax.fori_loop(0, iterations, normalise, log_plan))
 
 
-def told_where(function: Callable[..., Tree], where: jax.Array | None) -> Callable[..., Tree]:
+def bind_where(function: Callable[..., Tree], where: jax.Array | None) -> Callable[..., Tree]:
     """`function` with the mask `where` of real points bound, if it has such a keyword; else unchanged."""
     if where is None or "where" not in inspect.signature(function).parameters:
         return function
@@ -164,7 +164,7 @@ def encode(
     levels = as_levels(codewords, latents)
     if where is not None:
         chex.assert_shape(where, latents.shape[:-1])
-        assign = told_where(assign, jnp.ravel(where))
+        assign = bind_where(assign, jnp.ravel(where))
     refusal = f"assign is {assign}, expected nearest" if assign is not nearest else None
     kernel = pick("encode", implementation, levels, latents, refusal=refusal)
     if kernel:

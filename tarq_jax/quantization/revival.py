@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from tarq_jax.quantization.encoding import as_levels
-from tarq_jax.quantization.updates import all_or, like_levels
+from tarq_jax.quantization.updates import like_levels, mask_or_ones
 from tarq_jax.types import Codebook, Levels
 
 
@@ -74,7 +74,7 @@ def revive(
     chex.assert_trees_all_equal_shapes(codebook.counts, dead)
     if not residuals.size:
         return codebook
-    where = all_or(where, residuals.shape[:-2])
+    where = mask_or_ones(where, residuals.shape[:-2])
     points = jnp.where(where[..., None, None], residuals, 0.0).reshape(-1, *residuals.shape[-2:])
     drawn, moved = zip(*(
         _draw(jax.random.fold_in(rng, index), level, is_dead, points[:, index], where.reshape(-1))

@@ -93,7 +93,7 @@ def assignment_statistics(
     """
     chex.assert_equal_shape_prefix([output.codes, output.residuals], output.codes.ndim)
     chex.assert_axis_dimension(output.codes, -1, len(codewords))
-    where = all_or(where, output.codes.shape[:-1])
+    where = mask_or_ones(where, output.codes.shape[:-1])
     codes = jnp.where(where[..., None], output.codes, -1).reshape(-1, len(codewords))  # -1: no codeword
     residuals = jnp.where(where[..., None, None], output.residuals, 0.0)
     residuals = residuals.reshape(-1, *residuals.shape[-2:])
@@ -109,7 +109,7 @@ def _level_statistics(codes: jax.Array, residuals: jax.Array, size: int) -> tupl
     return one_hot.sum(axis=0), jnp.matmul(one_hot.T, residuals, precision="highest")
 
 
-def all_or(where: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+def mask_or_ones(where: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     """The mask, checked to have this shape; all True if None."""
     where = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
     chex.assert_shape(where, shape)

@@ -98,7 +98,7 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     return Manifest(manifest["fingerprint"], manifest["facts"], digests)
 
 
-def check_fit(index: str, model: str) -> None:
+def check_fingerprints(index: str, model: str) -> None:
     """Raises ValueError, which names both, unless the fingerprints of an index and a model are equal."""
     if index != model:
         raise ValueError(f"the index has fingerprint {index}, the model {model}, expected the same: the "

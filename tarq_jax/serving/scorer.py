@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, overload
 import jax
 import numpy as np
 
-from tarq_jax.serving.artefact import check_fit, read_index
+from tarq_jax.serving.artefact import check_fingerprints, read_index
 from tarq_jax.serving.index import FREE, Index, grow, round_up
 from tarq_jax.serving.model import Model, Scored, read_model
 from tarq_jax.serving.requests import check_columns, check_ids, check_request, pad
@@ -61,7 +61,7 @@ class Scorer:
     def __init__(self, model: Model, index: Index, batch_sizes: Sequence[int],
                  candidate_sizes: Sequence[int], top_k: int):
         """Puts the index on the device; ValueError if another model made it."""
-        check_fit(index.fingerprint, model.fingerprint)
+        check_fingerprints(index.fingerprint, model.fingerprint)
         self.schema, self.facts, self.index, self.ready = model.schema, model.facts, index, False
         self._model, self.top_k = model, top_k
         self.batch_sizes = sorted(batch_sizes)

@@ -57,10 +57,10 @@ def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
     """
     if not NAME.fullmatch(out.name):
         raise ValueError(f"the model is named {out.name!r}, expected letters of ASCII, digits, and . + - _")
-    from tarq_jax.serving.artefact import check_fit, new_folder, read_manifest
+    from tarq_jax.serving.artefact import check_fingerprints, new_folder, read_manifest
 
     with new_folder(out) as folder:
-        check_fit(*(read_manifest(artefact / kind, kind).fingerprint for kind in ("index", "model")))
+        check_fingerprints(*(read_manifest(artefact / kind, kind).fingerprint for kind in ("index", "model")))
         (folder / "config.pbtxt").write_text(config(out.name, batch, delay))
         shutil.copytree(artefact, folder / "1" / "artefact")
         (folder / "1" / "model.py").write_text(MODEL)

@@ -84,10 +84,10 @@ def auc_estimate(labels: ArrayLike, scores: ArrayLike, users: ArrayLike | None =
     """
     if users is not None:
         auc, influence = auc_influence(labels, scores, users)
-        return _told(auc, _clustered(influence), level, 0.5)
+        return _estimate(auc, _clustered(influence), level, 0.5)
     positive, scores = _guarded(labels, "scores", scores)
     auc, spread = _spread(positive, scores)
-    return _told(auc, _independent(positive, spread), level, 0.5)
+    return _estimate(auc, _independent(positive, spread), level, 0.5)
 
 
 def auc_difference(labels: ArrayLike, first: ArrayLike, second: ArrayLike, users: ArrayLike | None = None, *,
@@ -106,11 +106,11 @@ def auc_difference(labels: ArrayLike, first: ArrayLike, second: ArrayLike, users
     """
     if users is not None:
         (auc, influence), (other, others) = (auc_influence(labels, s, users) for s in (first, second))
-        return _told(auc - other, _clustered(influence - others), level)
+        return _estimate(auc - other, _clustered(influence - others), level)
     positive, first = _guarded(labels, "first", first)
     _, second = _guarded(labels, "second", second)
     (auc, spread), (other, others) = (_spread(positive, scores) for scores in (first, second))
-    return _told(auc - other, _independent(positive, spread - others), level)
+    return _estimate(auc - other, _independent(positive, spread - others), level)
 
 
 def _guarded(labels: ArrayLike, name: str, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +148,7 @@ def _independent(positive: np.ndarray, spread: np.ndarray) -> float:
     return float(of_class(spread[positive]) + of_class(spread[~positive]))
 
 
-def _told(value: float, variance: float, level: float, null: float = 0.0) -> Estimate:
+def _estimate(value: float, variance: float, level: float, null: float = 0.0) -> Estimate:
     """`wald`, except that zero variance with a value other than the null gives NaN for interval and p-value.
 
     Constant placements carry no information about the error.

@@ -16,7 +16,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tarq_jax.config import BEST, WHERE_DATA_LIE, default_config, flatten
+from tarq_jax.config import BEST, DATA_PATHS, default_config, flatten
 from tarq_jax.schema import Schema
 from tarq_jax.training import distributed
 from tarq_jax.training.meter import NOTHING_COUNTED
@@ -28,7 +28,7 @@ FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_s
                   "checkpoints_kept", "best_metric", "recall_k", "save_scores", "prefetch", "data.readers",
                   "accumulate", "model.remat", "model.attention_block", "optimizer.max_gradient_norm",
                   "parallel", "mesh.data", "mesh.model", "mesh.rules",
-                  *(f"data.{key}" for key in WHERE_DATA_LIE))
+                  *(f"data.{key}" for key in DATA_PATHS))
 
 
 def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:

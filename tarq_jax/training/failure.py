@@ -121,7 +121,7 @@ def batch_kept(
 
 
 @contextmanager
-def full_disk_told(workdir: Path) -> Iterator[None]:
+def full_disk_named(workdir: Path) -> Iterator[None]:
     """Context in which the error for a full disk names the run and says that earlier saves are kept."""
     try:
         yield

@@ -18,7 +18,7 @@ from tarq_jax.config import BEST, data_options
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
 from tarq_jax.training import checkpoint, distributed, provenance, setup, sharding
 from tarq_jax.training.evaluate import SCORES, Row, evaluate
-from tarq_jax.training.failure import Watch, batch_kept, full_disk_told, paths_of
+from tarq_jax.training.failure import Watch, batch_kept, full_disk_named, paths_of
 from tarq_jax.training.meter import Meter
 from tarq_jax.training.objectives import Objective
 from tarq_jax.training.state import TrainState
@@ -137,7 +137,7 @@ def train(
         buckets=config.data.buckets, shard=distributed.data_shard(), **shapes)
 
     with (
-        full_disk_told(workdir),
+        full_disk_named(workdir),
         batch_kept(workdir, config, lambda step: next(batches_from(start_step=step - 1))),
         checkpoint.manager(
             workdir, kept=config.checkpoints_kept, best_metric=config.best_metric) as checkpoints,
@@ -180,7 +180,7 @@ def train(
             if measured:
                 leave = _never if config.best_metric else interruption.now  # the best step must not be missed
                 with contextlib.suppress(Interrupted):
-                    rows = test(config, objective, state, dataset, "validation", mesh, leave)
+                    rows = evaluate_split(config, objective, state, dataset, "validation", mesh, leave)
                     writer.write(done, flat_scalars(rows, "validation"))
                     validated = {name: rows[0][name] for name in BEST}
                 stop = stop or interruption.now()
@@ -191,7 +191,7 @@ def train(
         batches.close()
         if config.best_metric:
             state = best_state(checkpoints, config.best_metric, state, console)
-        rows = test(config, objective, state, dataset, "test", mesh, interruption.now,
+        rows = evaluate_split(config, objective, state, dataset, "test", mesh, interruption.now,
                     scores_file(config, workdir))
         rows = [row | {"parameters": setup.count_parameters(state)} | meter.total() for row in rows]
         writer.write(config.steps, flat_scalars(rows, "test"))
@@ -222,7 +222,7 @@ def _never() -> bool:
     return False
 
 
-def test(
+def evaluate_split(
     config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset,
     split: str, mesh: jax.sharding.Mesh | None = None, leave: Callable[[], bool] = _never,
     scores: Path | None = None,

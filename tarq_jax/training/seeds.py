@@ -298,7 +298,7 @@ def initialise_codebooks(parts: Parts, members: Sequence[Member], state: TrainSt
 def _test(parts: Parts, members: Sequence[Member], states: Sequence[TrainState], dataset: data.Dataset,
           split: str, leave: Callable[[], bool]) -> list[list[Row]]:
     return [
-        loop.test(member.config, parts.objective, own, dataset, split, leave=leave,
+        loop.evaluate_split(member.config, parts.objective, own, dataset, split, leave=leave,
                   scores=loop.scores_file(member.config, member.workdir) if split == "test" else None)
         for member, own in zip(members, states, strict=True)]
 

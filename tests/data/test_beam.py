@@ -51,7 +51,7 @@ def test_no_history_holds_the_time_of_its_request_or_later(times, asked, length)
         time = request.candidates[0][0] - 200
         past = [t for _, (t,) in request.history]
         assert past == [t for t in sorted(times) if t < time][-length:]
-        assert request.part == ("train" if time < 4 else "validation" if time < 8 else "test")
+        assert request.split == ("train" if time < 4 else "validation" if time < 8 else "test")
 
 
 def test_negatives_depend_on_the_seed_and_the_request_alone():

@@ -183,8 +183,8 @@ def test_what_tells_runs_apart():
     streamed = tiny.make_config()
     with streamed.data.unlocked():
         streamed.data.stream = not streamed.data.get("stream", False)  # requests come in another order
-    assert run_table.settings_of(config) == run_table.settings_of(same)
-    assert len({run_table.settings_of(each) for each in (config, other, streamed)}) == 3
+    assert run_table.settings_hash(config) == run_table.settings_hash(same)
+    assert len({run_table.settings_hash(each) for each in (config, other, streamed)}) == 3
 
 
 def test_summary_is_of_each_variant(study):
@@ -216,7 +216,7 @@ def test_the_study_of_the_repository(mode):
     variants = variants_of(study)
     assert study.is_locked and study.reference == "tarq"
     assert variants["tarq"].to_dict() == study.base.to_dict()
-    different = {run_table.settings_of(config) for config in variants.values()}
+    different = {run_table.settings_hash(config) for config in variants.values()}
     assert len(variants) > 25 and len(different) >= len(variants) - 1  # Beauty has 256 codewords anyway
 
 

@@ -45,7 +45,7 @@ def observed(run):
 def test_rows_are_the_health_of_the_split(run, observed):
     rows = health.level_rows(observed, run.config)
     assert [row["level"] for row in rows] == [1, 2]
-    evaluated = loop.test(run.config, run.objective, run.state, run.dataset, "test")[0]
+    evaluated = loop.evaluate_split(run.config, run.objective, run.state, run.dataset, "test")[0]
     for row in rows:
         for name in ("utilisation", "perplexity", "dead", "quantization_error"):
             assert row[name] == pytest.approx(evaluated[f"{name}_{row['level']}"], rel=1e-4)
@@ -59,7 +59,7 @@ def test_as_many_requests_as_are_asked_for(run):
 
 def test_attention_errors(run, observed, order):
     error, by_length, by_head = health.attention_errors(observed)
-    evaluated = loop.test(run.config, run.objective, run.state, run.dataset, "test")[0]
+    evaluated = loop.evaluate_split(run.config, run.objective, run.state, run.dataset, "test")[0]
     assert error == pytest.approx(evaluated["attention_error"], rel=1e-4)
     assert list(by_head) == [f"{'head' if order else 'level'} {index}" for index in (1, 2)]
     assert all(set(lengths) == set(by_length) for lengths in by_head.values())

@@ -139,7 +139,7 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_the_failure(poisoned, tiny_co
 
 def test_a_full_disk_names_the_run(tmp_path):
     with (pytest.raises(OSError, match=f"no space left for {tmp_path}; what was saved before is kept"),
-          failure.full_disk_told(tmp_path)):
+          failure.full_disk_named(tmp_path)):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -69,7 +69,7 @@ def test_the_student_rests_until_the_codebook_starts(finished):
 
 
 def test_scores_are_those_of_the_saved_state(finished, tiny_config, tiny_dataset):
-    rows = loop.test(
+    rows = loop.evaluate_split(
         tiny_config, setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema),
         finished[1].state, tiny_dataset, "test")
     for row, expected in zip(rows, finished[1].rows, strict=True):  # that run was on eight devices

@@ -81,11 +81,11 @@ def test_changed_code_of_ones_own_is_refused(tiny_config, tiny_dataset, tmp_path
     provenance.record(tmp_path, config, tiny_dataset)
     provenance.check_code(tmp_path, config)
     provenance.check_code(tmp_path, tiny_config)
-    settings = run_table.settings_of(config)
+    settings = run_table.settings_hash(config)
     (tmp_path / "changing_model.py").write_text("def model(): return 1")
     with pytest.raises(ValueError, match=r"with the file of changing_model:model as .*, which is"):
         provenance.check_code(tmp_path, config)
-    assert run_table.settings_of(config) != settings
+    assert run_table.settings_hash(config) != settings
 
 
 def test_a_change_is_added(tiny_config, tiny_dataset, tmp_path):

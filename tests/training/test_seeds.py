@@ -179,7 +179,7 @@ def test_a_signal_within_an_evaluation_loses_no_step(
         split, message, tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
     """Steps are saved before the run ends, at the latest when the evaluation stops."""
     tiny_config.model.name, tiny_config.eval_every, tiny_config.checkpoint_every = "two_tower", 3, 100
-    test, signals = loop.test, []
+    test, signals = loop.evaluate_split, []
 
     def signalled(*arguments, **options):
         if arguments[4] == split and not signals:

@@ -109,8 +109,8 @@ def _table_record(element: tuple[int, Iterable[Any]], size: int, side: Side, sch
     return block, records.full_block(schema, block, {f"{side}/{name}": c for name, c in columns.items()})
 
 
-def by_part(requests: PCollection, parts: tuple[str, ...]) -> Iterator[tuple[str, PCollection]]:
+def by_split(requests: PCollection) -> Iterator[tuple[str, PCollection]]:
     """The requests of each split."""
     chosen = requests | "Split by time" >> beam.Partition(
-        lambda request, num: parts.index(request.part), len(parts))
-    return zip(parts, chosen, strict=True)
+        lambda request, num: records.SPLITS.index(request.split), len(records.SPLITS))
+    return zip(records.SPLITS, chosen, strict=True)

@@ -10,7 +10,7 @@ from etils import epath
 
 from tarq_jax.data.beam import blocks
 from tarq_jax.data.beam.forms import Parts
-from tarq_jax.data.beam.requests import PARTS, KeepLast, Rules, make_requests
+from tarq_jax.data.beam.requests import KeepLast, Rules, make_requests
 from tarq_jax.data.beam.vocabulary import Vocabulary, encode, make_vocabulary, stable_hash
 from tarq_jax.data.options import LogOptions, PipelineSource
 from tarq_jax.schema import ITEM_ID, Schema
@@ -53,9 +53,9 @@ def plan(parts: Parts, schema: Schema, rules: Rules, *, item_buckets: int, min_c
     requests = _requests(parts, items, users, rules, max_user_events)
     item_values, sizes = _item_values(parts.items, items, schema)
     user_values = encode("Rows of users", parts.users, users)
-    splits = {part: blocks.request_records(part, chosen, schema)
-              for part, chosen in blocks.by_part(requests, PARTS)}
-    facts = {f"blocks-{part}": blocks.describe(part, records) for part, records in splits.items()}
+    splits = {split: blocks.request_records(split, chosen, schema)
+              for split, chosen in blocks.by_split(requests)}
+    facts = {f"blocks-{split}": blocks.describe(split, records) for split, records in splits.items()}
     facts |= {f"size-{name}": size for name, size in (sizes | {ITEM_ID: items.size}).items()}
     facts |= {f"rows-{index}": report for index, report in enumerate(parts.reports)}
     tables = {"items": blocks.table_records("item", item_values, items.size, schema),

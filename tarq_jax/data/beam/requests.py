@@ -10,15 +10,15 @@ import apache_beam as beam
 import numpy as np
 
 from tarq_jax.data.beam.vocabulary import stable_hash
+from tarq_jax.data.records import SPLITS
 
-PARTS = ("train", "validation", "test")
 ROUNDS = 8  # draws per negative, at most; a request may end with fewer negatives
 
 
 class Request(NamedTuple):
     """One request; users and items are rows of their tables."""
 
-    part: str
+    split: str
     key: str  # unique; decides the block
     user: int
     context: tuple[int, ...]
@@ -73,9 +73,9 @@ class Rules(NamedTuple):
     num_negatives: int = 0
     seed: int = 0
 
-    def part(self, time: int) -> str:
+    def split(self, time: int) -> str:
         """The split of a request."""
-        return PARTS[(time >= self.validation_start) + (time >= self.test_start)]
+        return SPLITS[(time >= self.validation_start) + (time >= self.test_start)]
 
 
 def make_requests(element: tuple[str, dict[str, Iterable]], pool: np.ndarray,
@@ -104,7 +104,7 @@ def make_requests(element: tuple[str, dict[str, Iterable]], pool: np.ndarray,
         name = f"{key}/{time}/{context}"
         if rules.num_negatives:
             candidates = _with_negatives(name, candidates, seen, pool, rules)
-        yield Request(rules.part(time), name, user, context, [(item, values) for _, item, values in past],
+        yield Request(rules.split(time), name, user, context, [(item, values) for _, item, values in past],
                       candidates)
 
 
