@@ -13,14 +13,17 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ml_collections
 from absl import flags
 from rich.console import Console
 from rich.progress import track
 
 from tarq_jax import cli, reporting
+from tarq_jax.experiments import run_table
+
+if TYPE_CHECKING:
+    from tarq_jax.training.restore import Run
 
 CHECKPOINTS = flags.DEFINE_multi_string(
     "checkpoint", None, "Working directory of a finished run of target attention; repeat for more seeds.",
@@ -69,7 +72,10 @@ def convert(
     from tarq_jax.metrics import gap_recovered  # after the flags: importing JAX takes seconds
     from tarq_jax.training import conversion as training
 
-    model, config = load_model(checkpoint)
+    model, run = load_model(checkpoint)
+    config = run.config
+    if two_tower is not None:
+        check_comparable(two_tower, run)
     training.check_codewords(model, max(setting.codewords for setting in wanted))
     evaluate = functools.partial(
         training.evaluate_index, model, recall_k=config.recall_k, batch_size=config.eval_batch_size)
@@ -89,8 +95,8 @@ def convert(
     return [{"seed": config.seed} | row for row in rows]
 
 
-def load_model(checkpoint: Path) -> tuple[Any, ml_collections.ConfigDict]:
-    """The trained model of a run of target attention, and the run's configuration."""
+def load_model(checkpoint: Path) -> tuple[Any, "Run"]:
+    """The trained model of a finished run of target attention, and the run."""
     from tarq_jax.models import TargetAttention
     from tarq_jax.models.parts import target_attention_parts
     from tarq_jax.training import conversion as training
@@ -101,7 +107,22 @@ def load_model(checkpoint: Path) -> tuple[Any, ml_collections.ConfigDict]:
     if not isinstance(module, TargetAttention):
         name = run.config.model.name
         raise ValueError(f"{checkpoint}: a run of {name!r}, expected one of target attention")
-    return training.trained_model(target_attention_parts(module), run.state.params, run.dataset), run.config
+    if run.steps < run.config.steps:
+        raise ValueError(f"{checkpoint}: a run that stopped at step {run.steps} of {run.config.steps}, "
+                         f"expected a finished one")
+    return training.trained_model(target_attention_parts(module), run.state.params, run.dataset), run
+
+
+def check_comparable(two_tower: Path, run: "Run") -> None:
+    """Raises ValueError if the two-tower was trained on other data, with another seed, or for other steps."""
+    from tarq_jax.training import checkpoint, provenance
+
+    def held(name: str) -> bool:
+        return name in ("seed", "steps") or (name.startswith("data.") and run_table.has_effect(name))
+
+    if found := checkpoint.difference(two_tower, run.config, held):
+        raise ValueError(f"--two_tower: {two_tower} {found}; expected the same in both")
+    provenance.check_data(two_tower, run.dataset)
 
 
 def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:
@@ -161,11 +182,16 @@ def main() -> None:
     if TWO_TOWERS.value and len(TWO_TOWERS.value) != len(CHECKPOINTS.value):
         cli.wrong_call(f"--two_tower is given {len(TWO_TOWERS.value)} times, expected once for each of "
                        f"{len(CHECKPOINTS.value)} --checkpoint")
-    if len(set(CHECKPOINTS.value)) < len(CHECKPOINTS.value):
+    if len({Path(path).resolve() for path in CHECKPOINTS.value}) < len(CHECKPOINTS.value):
         cli.wrong_call(f"--checkpoint is {', '.join(CHECKPOINTS.value)}, expected different runs")
-    wanted, console, rows = settings(), Console(), []
+    wanted, console = settings(), Console()
+    rows: list[dict[str, Any]] = []
     for checkpoint, two_tower in itertools.zip_longest(CHECKPOINTS.value, TWO_TOWERS.value):
-        rows += convert(Path(checkpoint), Path(two_tower) if two_tower else None, wanted, console)
+        found = convert(Path(checkpoint), Path(two_tower) if two_tower else None, wanted, console)
+        if found[0]["seed"] in {row["seed"] for row in rows}:
+            raise ValueError(f"--checkpoint: {checkpoint} is another run of seed {found[0]['seed']}, "
+                             f"expected runs of different seeds")
+        rows += found
     summary = reporting.summarise(rows) if len(CHECKPOINTS.value) > 1 else []
     reporting.print_table(summary or rows, f"test split, {len(CHECKPOINTS.value)} converted",
                           reporting.PREDICTOR)

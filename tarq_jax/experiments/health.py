@@ -7,12 +7,15 @@ Writes RUN/health/index.html, which opens without a network, and PNG files.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
-from tarq_jax import cli, reporting
+from tarq_jax import cli, metrics, reporting
+
+if TYPE_CHECKING:
+    from tarq_jax.training.restore import Run
 
 RUN = cli.run_flag()
 OUT = flags.DEFINE_string("out", None, "Folder of the page; RUN/health if not given.")
@@ -37,21 +40,25 @@ class Observed(NamedTuple):
     weights: dict[str, np.ndarray]  # by head or level: total variation of the attention weights, [M]
 
 
-def observe(run: Any, split: str, requests: int) -> Observed:
+def observe(run: "Run", split: str, requests: int) -> Observed:
     """Evaluates the run on the first `requests` requests of a split."""
     import jax
 
     from tarq_jax import data
     from tarq_jax.training import setup
 
-    if run.objective.attention is None:
+    predict, attention = run.objective.predict, run.objective.attention
+    if attention is None:
         raise ValueError(f"a run of {run.config.model.name!r} has no codebook, expected one that has")
-    codewords, size = run.state.codebook.codewords, run.config.eval_batch_size
+    if run.steps <= run.config.codebook.start:
+        raise ValueError(f"the run stopped at step {run.steps}, expected one beyond config.codebook.start, "
+                         f"{run.config.codebook.start}: its codebook is not used before")
+    codewords, size = run.state.codewords, run.config.eval_batch_size
 
     @jax.jit
     def look(batch):
-        found = run.objective.predict(run.state.params, codewords, batch).diagnostics
-        weights = run.objective.attention(run.state.params, codewords, batch)
+        found: Any = predict(run.state.params, codewords, batch).diagnostics
+        weights = attention(run.state.params, codewords, batch)
         variation = {
             name: 0.5 * abs(pair.student - pair.teacher).sum(axis=-1) for name, pair in weights.items()}
         error = ((found.student_output - found.teacher_output) ** 2).sum(axis=-1)
@@ -72,7 +79,6 @@ def observe(run: Any, split: str, requests: int) -> Observed:
 
 def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
     """One row per level: its health, and a verdict in words."""
-    from tarq_jax import metrics
     from tarq_jax.metrics import diagnosis
 
     health = metrics.codebook_health(
@@ -104,14 +110,16 @@ def attention_errors(observed: Observed) -> tuple[float, dict[str, float], dict[
         inside = bucket == index
         if not inside.any():
             continue
-        by_length[name] = _relative(observed.squared_error[inside], observed.squared_norm[inside])
+        by_length[name] = _relative(observed, inside)
         for head, variation in observed.weights.items():
             by_head[head][name] = float(variation[inside].mean())
-    return _relative(observed.squared_error, observed.squared_norm), by_length, by_head
+    return _relative(observed, np.ones(len(bucket), bool)), by_length, by_head
 
 
-def _relative(error: np.ndarray, norm: np.ndarray) -> float:
-    return float(np.sqrt(error.sum() / norm.sum())) if norm.sum() > 0 else 0.0
+def _relative(observed: Observed, inside: np.ndarray) -> float:
+    """NaN if no history there has an event, so that there is nothing to be off."""
+    return metrics.relative_error(
+        [observed.squared_error[inside].sum(), observed.squared_norm[inside].sum()])
 
 
 def training_curves(
@@ -129,9 +137,8 @@ def training_curves(
     return [line["step"] for line in lines], curves
 
 
-def sections(run: Any, observed: Observed, rows: Sequence[dict[str, Any]], workdir: Path) -> dict[str, Any]:
+def sections(run: "Run", observed: Observed, rows: Sequence[dict[str, Any]], workdir: Path) -> dict[str, Any]:
     """The parts of the page, by the names of their figures."""
-    from tarq_jax import metrics
     from tarq_jax.experiments import plots
     from tarq_jax.experiments.page import Section
     from tarq_jax.metrics import diagnosis
@@ -140,6 +147,8 @@ def sections(run: Any, observed: Observed, rows: Sequence[dict[str, Any]], workd
     counts = metrics.usage_counts(observed.output.codes, observed.codewords.shape[1])
     error, by_length, by_head = attention_errors(observed)
     verdicts = [row["verdict"] for row in rows]
+    if run.steps < run.config.steps:
+        verdicts.insert(0, f"The run is not finished: it stopped at step {run.steps} of {run.config.steps}.")
     order = int(isinstance(run.objective.module, FirstOrderTarq))
     verdicts += diagnosis.diagnose_attention(error, by_length, order)
     table = [{key: value for key, value in row.items() if key != "verdict"} for row in rows]

@@ -1,5 +1,6 @@
 """What is wrong with a codebook, in words, and which setting helps: a table of rules on measurements."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -76,15 +77,18 @@ def diagnose_attention(error: float, errors_by_length: Mapping[str, float], orde
     """Sentences on the attention output's relative error, over all and by history length.
 
     Args:
-      error: relative error over all requests.
-      errors_by_length: from the name of a bucket of lengths to its error, short histories first.
+      error: relative error over all requests; NaN if all histories are empty.
+      errors_by_length: from the name of a bucket of lengths to its error, short histories first; NaN for
+        empty histories.
       order: order of the student's codebooks.
     """
+    if math.isnan(error):
+        return ["No history has an event, so that there is no attention to compare."]
     sentences = [f"The attention output is {error:.1%} off that of full attention."]
     if error > 0.25:
         sentences.append("That is far: set config.model.order=1." if order == 0 else
                          "That is far: raise config.model.num_codewords.")
-    known = [value for value in errors_by_length.values() if value == value]
+    known = [value for value in errors_by_length.values() if not math.isnan(value)]
     if len(known) > 1 and known[-1] > 1.5 * known[0]:
         sentences.append(
             f"It grows with the history, from {known[0]:.1%} to {known[-1]:.1%}: long histories make "

@@ -179,9 +179,14 @@ def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 def check_settings(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> None:
     """Raises ValueError if what is saved there was trained with another value of a setting that is `held`."""
+    if found := difference(workdir, config, held):
+        raise ValueError(f"{workdir}: {found}; use another --workdir or the saved setting")
+
+
+def difference(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> str | None:
+    """The first setting that is `held` and was another in what is saved there, in words; None without one."""
     _, meta = _newest(workdir)
-    if meta is not None and (difference := _first_difference(meta["config"], config, held)):
-        raise ValueError(f"{workdir}: {difference}")
+    return None if meta is None else _first_difference(meta["config"], config, held)
 
 
 def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:
@@ -224,7 +229,8 @@ def _difference(meta: dict[str, Any], config: ml_collections.ConfigDict, schema:
     if meta["schema"] != schema.to_json():
         return (f"saved with schema {meta['schema']}, but the data has {schema.to_json()}; use another "
                 f"--workdir")
-    return _first_difference(meta["config"], config, lambda name: name not in FREE_TO_CHANGE)
+    found = _first_difference(meta["config"], config, lambda name: name not in FREE_TO_CHANGE)
+    return found and f"{found}; use another --workdir or the saved setting"
 
 
 def _first_difference(
@@ -240,6 +246,5 @@ def _first_difference(
         for settings in (flatten(default_config().to_dict()) | flatten(saved), flatten(config.to_dict())))
     for name in sorted(filter(held, before.keys() | now.keys())):
         if before.get(name) != now.get(name):
-            return (f"saved with config.{name}={before.get(name)!r}, this run has {now.get(name)!r}; use "
-                    f"another --workdir or the saved setting")
+            return f"saved with config.{name}={before.get(name)!r}, this run has {now.get(name)!r}"
     return None

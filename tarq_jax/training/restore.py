@@ -20,6 +20,7 @@ class Run(NamedTuple):
     dataset: data.Dataset
     objective: Objective
     state: TrainState  # of the best checkpoint if the run kept it, else of the newest
+    steps: int  # done by the newest checkpoint; fewer than `config.steps` if the run is not finished
 
 
 def load_run(workdir: Path) -> Run:
@@ -43,9 +44,10 @@ def load_run(workdir: Path) -> Run:
         objective = build(config.model, config.loss_weights, dataset.schema, tables)
         fresh = setup.init_state(config, objective, setup.make_optimizer(config), dataset)
         state = checkpoint.restore_latest(checkpoints, fresh, config, dataset.schema).state
+        steps = int(state.step)
         if config.best_metric and (best := checkpoint.best_step(checkpoints, config.best_metric)) is not None:
             state = checkpoint.restore_step(checkpoints, best, state)
-    return Run(config, dataset, objective, state)
+    return Run(config, dataset, objective, state, steps)
 
 
 def saved_config(checkpoints: ocp.CheckpointManager) -> ml_collections.ConfigDict:

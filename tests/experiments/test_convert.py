@@ -1,5 +1,6 @@
 """The command that converts a run: its rows, wrong calls, and conversions that are impossible."""
 
+import dataclasses
 import json
 
 import pytest
@@ -48,8 +49,19 @@ def test_what_cannot_be_done(command, smoke_run):
     assert done.returncode == 1 and "9999 codewords are asked for, expected at most" in done.stderr
     done = command(*CONVERT, f"--checkpoint={trained}", f"--two_tower={trained}/none")
     assert done.returncode == 1 and "does not exist, expected a finished two-tower run" in done.stderr
+    done = command(*CONVERT, f"--checkpoint={trained}", f"--checkpoint={trained}/../{trained.name}")
+    assert done.returncode == 2 and "expected different runs" in done.stderr
     with pytest.raises(ValueError, match="a run of 'two_tower', expected one of target attention"):
         convert.load_model(smoke_run("two_tower"))
+    _, run = convert.load_model(trained)
+    convert.check_comparable(smoke_run("two_tower"), run)
+    run.config.seed = 5
+    with pytest.raises(ValueError, match=r"--two_tower: .* saved with config.seed=0, this run has 5;"):
+        convert.check_comparable(smoke_run("two_tower"), run)
+    run.config.seed = 0
+    other = run._replace(dataset=dataclasses.replace(run.dataset, fingerprint="other"))
+    with pytest.raises(ValueError, match=r"was trained on the data .* now give other"):
+        convert.check_comparable(smoke_run("two_tower"), other)
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -9,6 +9,7 @@ import tiny
 
 from tarq_jax import data
 from tarq_jax.experiments import health, page
+from tarq_jax.metrics import diagnosis
 from tarq_jax.training import loop, setup
 from tarq_jax.training.restore import load_run
 
@@ -109,6 +110,28 @@ def test_a_model_without_codebook_is_refused(tiny_config, tiny_dataset, tmp_path
     monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
     with pytest.raises(ValueError, match="'two_tower' has no codebook, expected one that has"):
         health.observe(load_run(tmp_path), "test", 10)
+
+
+def test_empty_histories_have_no_error():
+    """There is nothing to be off; so what is found elsewhere does not grow from 0."""
+    lengths = np.repeat([0, 5, 9], 4)
+    seen = (lengths > 0).astype(float)
+    found = health.Observed(None, None, None, 0.01 * seen, seen, lengths, {"head 1": seen})
+    error, by_length, _ = health.attention_errors(found)
+    assert error == pytest.approx(0.1) and np.isnan(by_length["0 to 4"])
+    assert len(diagnosis.diagnose_attention(error, by_length, 1)) == 1
+    nothing = health.attention_errors(found._replace(squared_error=0 * seen, squared_norm=0 * seen))[0]
+    assert diagnosis.diagnose_attention(nothing, {}, 1) == [
+        "No history has an event, so that there is no attention to compare."]
+
+
+def test_a_run_that_stopped_early(run, observed, workdir):
+    """Before the codebook is used there is nothing to diagnose; after that it is said."""
+    with pytest.raises(ValueError, match=r"stopped at step 3, expected one beyond config.codebook.start, 3"):
+        health.observe(run._replace(steps=3), "test", 10)
+    rows = health.level_rows(observed, run.config)
+    first = health.sections(run._replace(steps=5), observed, rows, workdir)["summary"].sentences[0]
+    assert first == "The run is not finished: it stopped at step 5 of 6."
 
 
 @pytest.mark.slow
