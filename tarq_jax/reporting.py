@@ -59,7 +59,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines that `MetricsWriter` wrote, if any; a last line that a kill left incomplete is left out.
 
     Raises:
-      ValueError: another line is not JSON; names the file and the line.
+      ValueError: another line is not a JSON object with a step; names the file and the line.
     """
     path = workdir / METRICS
     if not path.is_file():
@@ -74,6 +74,8 @@ def _parse(line: str, place: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{place}: {line[:80]!r}, expected JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise ValueError(f"{place}: {line[:80]!r}, expected an object with a whole number 'step'")
     return found
 
 

@@ -93,6 +93,8 @@ def test_corrections_kept_exactly(index, queries, history):
     np.testing.assert_array_equal(exact.chosen(np.arange(V))[1], corrections)
     assert exact.exact and not index.exact
     assert conversion.relative_error(exact, corrections) == 0.0
+    nothing = 0 * corrections
+    assert conversion.relative_error(conversion.with_corrections(index, nothing), nothing) == 0.0
 
 
 def test_further_levels_approach_exact_corrections(index, queries, history):

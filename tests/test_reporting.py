@@ -73,10 +73,13 @@ def test_a_kill_tears_the_last_line_of_metrics(tmp_path, torn, kept):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_a_bad_line_of_metrics_is_named(tmp_path):
+@pytest.mark.parametrize(("line", "words"), [
+    ('{"step": 2, "lo{"step": 3}', "expected JSON"), ("[2]", "expected an object"),
+    ('{"loss": 2.0}', "expected an object with a whole number 'step'")])
+def test_a_bad_line_of_metrics_is_named(line, words, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n')
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, line 2: .*expected JSON"):
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 4}}\n')
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, line 2: .*{words}"):
         reporting.read_metrics(tmp_path)
 
 

@@ -55,9 +55,7 @@ def read(path: Path, *, max_bad_fraction: float = 0.0) -> tuple[Table, RowReport
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}, expected {', '.join((*KEYS, *COUNTS))}; it "
                          f"has {', '.join(table.column_names)}")
-    twice = sorted(name for name, count in Counter(table.column_names).items() if count > 1)
-    if twice:
-        raise ValueError(f"{path} has more than one column {twice[0]!r}, expected one of each name")
+    _check_names(path, table.column_names)
     if not table.num_rows:
         raise ValueError(f"{path} has no rows, expected one a user")
     names = [*COUNTS, *(name for name in BEFORE if name in table.column_names)]
@@ -80,13 +78,19 @@ def read(path: Path, *, max_bad_fraction: float = 0.0) -> tuple[Table, RowReport
     return Table(tuple(map(str, arms)), arm, {name: values[good] for name, values in columns.items()}), report
 
 
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise ValueError(f"{path} has more than one column {twice[0]!r}, expected one of each name")
+
+
 def _parquet(path: Path) -> tuple[Any, list[str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        _check_names(path, pq.read_schema(path).names)  # the reader would refuse them in other words
         return pq.read_table(path), []
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 

@@ -5,6 +5,7 @@
 Writes RUN/health/index.html, which opens without a network, and PNG files.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,7 +131,7 @@ def training_curves(
                if "codebook/perplexity_1" in line and line["step"] > start}
     lines = [by_step[step] for step in sorted(by_step)]  # steps that were repeated after a kill count once
     curves = {
-        title: {f"level {level}": [line[f"codebook/{name}_{level}"] for line in lines]
+        title: {f"level {level}": [line.get(f"codebook/{name}_{level}", math.nan) for line in lines]
                 for level in range(1, num_levels + 1)}
         for title, name in CURVES.items()
     }

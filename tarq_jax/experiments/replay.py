@@ -7,6 +7,7 @@ has every loss, the norm of every gradient, and the norm of every parameter afte
 not finite come first.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ JSON = cli.json_flag()
 
 def failed_step(workdir: Path, step: int | None = None) -> failure.FailedStep:
     """What the run in `workdir` saved at its failure at `step`, or at its last failure if None."""
-    found = {kept.step: kept for kept in map(failure.load_batch, sorted(workdir.glob("failed_step_*.npz")))}
+    found = {int(match[1]): path for path in sorted(workdir.glob("failed_step_*.npz"))
+             if (match := re.match(r"failed_step_(\d+)", path.name))}
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(f"{workdir}: failed steps are {sorted(found)}, expected "
                                 f"{'at least one' if step is None else step}")
-    return found[max(found) if step is None else step]
+    return failure.load_batch(found[max(found) if step is None else step])
 
 
 def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:

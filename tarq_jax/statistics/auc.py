@@ -46,7 +46,9 @@ def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike,
     positive, scores = _guarded(labels, "scores", scores)
     checks.shape_of("users", users, positive.shape, "labels")
     users = np.asarray(users)
-    if users.dtype.kind not in "iuOUS":
+    if users.dtype.kind == "O" and len({type(user) for user in users}) == 1:
+        users = np.array(users.tolist())
+    if users.dtype.kind not in "iuUS":
         raise ValueError(f"users: expected integers or strings, got dtype {users.dtype}")
     _, unit = np.unique(users, return_inverse=True)
     units = int(unit.max()) + 1

@@ -51,6 +51,8 @@ def over_seeds_and_data(values: ArrayLike, influence: ArrayLike, *, level: float
     checks.rank_of("influence", influence, "S U")
     seeds, units = influence.shape
     checks.shape_of("values", values, (seeds,), "influence without its last axis")
+    if not seeds:
+        raise ValueError("values: expected at least 1 seed, got 0")
     if units < 2:
         raise ValueError(f"influence: expected at least 2 users, got {units}")
     bessel = units / (units - 1)

@@ -31,6 +31,7 @@ class TrainedModel(NamedTuple):
     params: Any
     dataset: data.Dataset
     queries: jax.Array  # [V, H, E], projected queries of all items
+    counts: np.ndarray  # [V] float32, how often each item is a training candidate; 0 for padding
 
 
 def trained_model(parts: AttentionParts, params: Any, dataset: data.Dataset) -> TrainedModel:
@@ -39,13 +40,9 @@ def trained_model(parts: AttentionParts, params: Any, dataset: data.Dataset) -> 
     found = [np.swapaxes(compute(params, features), 0, 1)[mask]
              for features, mask in data.item_batches(dataset, ITEM_BATCH)]
     queries = np.concatenate([np.zeros_like(found[0][:1]), *found])
-    return TrainedModel(parts, params, dataset, jnp.asarray(queries))
-
-
-def candidate_counts(dataset: data.Dataset, split: str = "train") -> np.ndarray:
-    """How often each item is a candidate, [V]; 0 for padding."""
-    counts = data.count_candidates(dataset, split)
-    return np.where(np.arange(len(counts)) > 0, counts, 0).astype(np.float32)
+    counts = data.count_candidates(dataset, "train").astype(np.float32)
+    counts[0] = 0.0
+    return TrainedModel(parts, params, dataset, jnp.asarray(queries), counts)
 
 
 def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterator[KeysValues]:
@@ -59,9 +56,10 @@ def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterato
 
 
 def check_codewords(model: TrainedModel, num_codewords: int) -> None:
-    """Raises ValueError if more codewords are requested than the model has items."""
-    if num_codewords > (items := len(model.queries) - 1):
-        raise ValueError(f"{num_codewords} codewords are asked for, expected at most {items}, one an item")
+    """Raises ValueError if more codewords are requested than items are candidates in training."""
+    if num_codewords > (items := np.count_nonzero(model.counts)):
+        raise ValueError(f"{num_codewords} codewords are asked for, expected at most {items}, one for each "
+                         f"item that is a candidate in the training split")
 
 
 def fit_index(
@@ -79,12 +77,12 @@ def fit_index(
       seed: seed of k-means and of the order of the data.
 
     Raises:
-      ValueError: there are fewer items than codewords.
+      ValueError: fewer items are candidates in training than there are codewords.
     """
     check_codewords(model, num_codewords)
     index = conversion.quantize_queries(
         jax.random.key(seed), model.queries, num_codewords=num_codewords,
-        weights=candidate_counts(model.dataset))
+        weights=model.counts)
     if order == 0:
         return index
     seen = calibration(model, requests=requests, seed=seed)

@@ -7,6 +7,7 @@ made again to be saved. `python -m tarq_jax.experiments.replay --run=DIR` repeat
 
 import errno
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,16 +152,23 @@ def save_batch(workdir: Path, step: int, batch: Batch, config: ml_collections.Co
 
 
 def load_batch(path: Path) -> FailedStep:
-    """Reads a file that `save_batch` wrote."""
-    with np.load(path) as file:
-        fields: dict[str, Any] = {name: {} for name in ("user", "context", "history", "candidates")}
-        for name in file.files:
-            first, _, rest = name.removeprefix("batch/").partition("/")
-            if rest and name.startswith("batch/"):
-                fields[first][rest] = file[name]
-            elif name.startswith("batch/"):
-                fields[first] = file[name]
-        return FailedStep(int(file["step"]), Batch(**fields), json.loads(str(file["settings"])))
+    """Reads a file that `save_batch` wrote.
+
+    Raises:
+      ValueError: the file is damaged, or another.
+    """
+    fields: dict[str, Any] = {name: {} for name in ("user", "context", "history", "candidates")}
+    try:
+        with np.load(path) as file:
+            for name in file.files:
+                first, _, rest = name.removeprefix("batch/").partition("/")
+                if rest and name.startswith("batch/"):
+                    fields[first][rest] = file[name]
+                elif name.startswith("batch/"):
+                    fields[first] = file[name]
+            return FailedStep(int(file["step"]), Batch(**fields), json.loads(str(file["settings"])))
+    except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a failed step: {error}") from error
 
 
 def _columns(batch: Batch) -> dict[str, np.ndarray]:

@@ -134,6 +134,13 @@ def test_broken_files(name, content, message, tmp_path):
     assert name in str(caught.value)
 
 
+def test_columns_of_a_parquet_file_that_are_there_twice(tmp_path):
+    names = ["user", "arm", *ab_rows.COUNTS, "revenue"]
+    pq.write_table(pa.table([pa.array([1, 2])] * len(names), names=names), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="more than one column 'revenue', expected one of each name"):
+        ab_rows.read(tmp_path / "rows.parquet")
+
+
 def test_columns_of_other_types(tmp_path):
     columns = {name: [1, 2] for name in ab_rows.COUNTS} | {"user": [1, 2], "arm": ["a", "b"]}
     columns["clicks"] = [[1], [2]]

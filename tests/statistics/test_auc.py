@@ -130,6 +130,7 @@ def test_users_of_one_candidate_are_as_delong():
     (([0, 0, 1, 1], [1.0, 2, 3, 4], [1, 1, 1, 1]), "users: expected at least 2, got 1"),
     (([0, 0, 1, 1], [1.0, 2, 3, 4], [1, 2]), "users: expected shape"),
     (([0, 0, 1, 1], [1.0, 2, 3, 4], [1.0, 2, 3, np.nan]), "users: expected integers or strings"),
+    (([0, 0, 1, 1], [1.0, 2, 3, 4], np.array(["a", "b", None, 1], object)), "users: expected integers or "),
 ])
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

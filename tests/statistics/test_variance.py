@@ -59,6 +59,7 @@ def test_components_add_up():
 @pytest.mark.parametrize(("values", "influence", "message"), [
     ([1.0], [[0.0]], "influence: expected at least 2 users, got 1"),
     ([1.0, 2.0], [[0.0, 1.0]], "values: expected shape"),
+    ([], np.zeros((0, 4)), "values: expected at least 1 seed, got 0"),
     ([np.nan], [[0.0, 1.0]], "values: expected finite values"),
     ([1.0], [[0.0, np.inf]], "influence: expected finite values"),
     ([[1.0]], [[0.0, 1.0]], "values: expected shape"),

@@ -77,10 +77,18 @@ def test_evaluation_tells_what_is_lost(model, coarse):
     assert order_1["model"] != exact["model"]
 
 
-def test_counts_of_candidates(tiny_dataset):
-    counts = conversion.candidate_counts(tiny_dataset)
-    assert counts.shape == (tiny_dataset.schema.num_items,) and counts[0] == 0
-    assert counts.sum() == (tiny_dataset.splits["train"].candidates > 0).sum()
+def test_counts_of_candidates(model, tiny_dataset):
+    assert model.counts.shape == (tiny_dataset.schema.num_items,) and model.counts[0] == 0
+    assert model.counts.sum() == (tiny_dataset.splits["train"].candidates > 0).sum()
+
+
+def test_more_codewords_than_items_that_training_shows(model):
+    """The others weigh nothing in k-means, so that codewords would be there twice."""
+    few = model._replace(counts=np.where(np.arange(len(model.counts)) <= 5, model.counts, 0))
+    index = conversion.fit_index(few, num_codewords=5, order=0)
+    assert len(np.unique(index.codes[1:])) == 5
+    with pytest.raises(ValueError, match="6 codewords are asked for, expected at most 5, one for each item"):
+        conversion.fit_index(few, num_codewords=6, order=0)
 
 
 def test_calibration_is_of_training_requests(model):

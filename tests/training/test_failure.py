@@ -203,6 +203,15 @@ def test_a_gradient_beyond_its_limit(tiny_config, tiny_dataset, tmp_path, silent
     assert (tmp_path / "results.json").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"no archive"])
+def test_a_damaged_batch_is_named(content, tmp_path):
+    (tmp_path / "failed_step_12.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"failed_step_12\.npz cannot be read as a failed step"):
+        replay.failed_step(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"failed steps are \[12\], expected 3"):
+        replay.failed_step(tmp_path, 3)
+
+
 def test_replay_needs_a_failure(tmp_path, finished):
     with pytest.raises(FileNotFoundError, match=r"failed steps are \[\], expected at least one"):
         replay.failed_step(tmp_path)
