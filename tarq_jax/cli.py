@@ -197,7 +197,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:  # outside of `interruptible`: nothing was trained yet
         _complain("interrupted; call again to go on")
         return INTERRUPTED
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         _complain(error)
         return FAILED
 

@@ -27,7 +27,7 @@ from tarq_jax.serving.index import Index
 Kind = Literal["index", "model"]
 
 MANIFEST = "manifest.json"
-VERSION = 2  # of the format; other versions are refused
+VERSION = 3  # of the format; other versions are refused
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -82,9 +82,9 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     try:
         manifest = json.loads(path.read_text())
         found = manifest["format"], manifest["version"]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing, expected the manifest of an exported {kind}") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}), expected the JSON of an export") from None
     if found != (f"tarq_jax/{kind}", VERSION):
         raise ValueError(f"{path} is of format {found[0]!r}, version {found[1]!r}, expected "
@@ -180,14 +180,17 @@ def version_name(artefact: Path, index: Path) -> str:
     The digest covers all files, as the manifests hold theirs.
 
     Raises:
-      ValueError: a manifest is missing.
+      ValueError: a manifest is missing, or cannot be read.
     """
     digest = hashlib.sha256()
     for folder in (artefact / "model", index):
         try:
             digest.update((folder / MANIFEST).read_bytes())
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder / MANIFEST} is missing, expected an artefact of "
+                             "`python -m tarq_jax.serving.export`") from None
+        except OSError as error:
+            raise ValueError(f"{folder / MANIFEST} cannot be read ({error}), expected an artefact of "
                              "`python -m tarq_jax.serving.export`") from None
     return f"{artefact.resolve().name}-{digest.hexdigest()[:8]}"
 
@@ -206,5 +209,10 @@ def _check_file(path: Path, facts: Mapping[str, Any]) -> None:
         raise ValueError(f"{path} is missing, expected a file of {facts['bytes']} bytes")
     if (size := path.stat().st_size) != facts["bytes"]:
         raise ValueError(f"{path} has {size} bytes, expected {facts['bytes']}: it was cut or changed")
-    if (digest := _digest(path)) != facts["sha256"]:
-        raise ValueError(f"{path} has SHA-256 {digest}, expected {facts['sha256']}: it was changed")
+    check_digest(path, facts["sha256"])
+
+
+def check_digest(path: Path, expected: str) -> None:
+    """Raises ValueError if the file is not the one that the manifest lists."""
+    if (digest := _digest(path)) != expected:
+        raise ValueError(f"{path} has SHA-256 {digest}, expected {expected}: it was changed")

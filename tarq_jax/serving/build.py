@@ -70,13 +70,21 @@ def write(
     """Writes `index` and `model` into an existing folder; see `tarq_jax.serving.export` for the arguments.
 
     Items keep the ids that they have in the data set, 1 to V - 1.
+
+    Raises:
+      ValueError: `histories` are none, or a length is below 1.
     """
+    histories = sorted(set(histories))
+    if not histories or histories[0] < 1:
+        raise ValueError(f"histories are {histories}, expected lengths of at least 1")
     exported = export_method(method, histories=histories, vectors=vectors, platforms=platforms)
     arrays = store(encode_items(method, dataset), vectors, method.num_codewords)
     ids = np.arange(1, dataset.schema.num_items)
     index = make_index(ids, arrays, exported.fingerprint, capacity=capacity)
-    facts = {"method": method.name, "schema": dataset.schema.to_json(), "histories": list(histories),
-             "vectors": vectors, "platforms": list(platforms), "num_codewords": method.num_codewords}
+    facts = {"method": method.name, "schema": dataset.schema.to_json(), "histories": histories,
+             "vectors": vectors, "platforms": list(platforms), "num_codewords": method.num_codewords,
+             "arrays": {name: {"dtype": str(values.dtype), "row": list(values.shape[1:])}
+                        for name, values in index.arrays.items()}}
     for name in ("index", "model"):
         (folder / name).mkdir()
     write_index(index, folder / "index")

@@ -76,10 +76,10 @@ class Client:
         Raises:
           Wrong: the request is invalid.
           Unavailable: the service is busy or failed.
-          OSError: the service cannot be reached, or closed the connection.
+          OSError: the service cannot be reached, closed the connection, or is another one.
         """
         asked = {"candidates": candidates, "top_k": top_k}
-        return Answer(**self.post("/score", dict(request) | {
+        return answer_of(self.post("/score", dict(request) | {
             key: value for key, value in asked.items() if value is not None}))
 
     def swap(self, artefact: str, index: str | None = None) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Client:
                 raise
             status, headers, found = self._exchange(method, path, body)  # the old one was closed while idle
         if status == 200:
-            return json.loads(found)
+            return _parsed(found)
         message = _message(found)
         if 400 <= status < 500:
             raise Wrong(message)
@@ -160,6 +160,23 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def answer_of(found: Mapping[str, Any]) -> Answer:
+    """The answer in what /score returned; OSError if that is none, as another server may be listening."""
+    if found.keys() != set(Answer._fields):
+        raise OSError(f"the service answered an object with {sorted(found)}, expected {list(Answer._fields)}")
+    return Answer(**found)
+
+
+def _parsed(found: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(found)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise OSError(f"the service answered {found[:60]!r}, expected a JSON object")
+    return parsed
 
 
 def _message(found: bytes) -> str:

@@ -48,6 +48,8 @@ SHORTEST = 16  # the default lengths are no shorter, unless the longest history 
 
 def check_flags() -> list[int] | None:
     """Checks all flags and returns the lengths of `--histories`; an invalid value is a wrong call."""
+    if not PLATFORMS.value:
+        cli.wrong_call(f"--platforms is '', expected some of {','.join(KNOWN_PLATFORMS)}")
     for platform in PLATFORMS.value:
         if platform not in KNOWN_PLATFORMS:
             cli.wrong_call(f"--platforms has {platform!r}, expected some of {','.join(KNOWN_PLATFORMS)}")

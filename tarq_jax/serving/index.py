@@ -83,6 +83,9 @@ def make_index(
       ValueError: an id is negative or given twice, arrays differ in length, or items exceed the capacity.
     """
     ids = _checked_ids(ids)
+    arrays = {name: np.asarray(values) for name, values in arrays.items()}
+    if own := {"ids", "served"} & arrays.keys():
+        raise ValueError(f"arrays: {sorted(own)[0]!r} is the index's own, expected another name")
     _check_lengths(ids, arrays)
     order = np.argsort(arrays["codes"][:, 0], kind="stable") if "codes" in arrays else slice(None)
     wanted = int(np.ceil((1 + SPARE) * len(ids))) if capacity is None else capacity
@@ -104,7 +107,7 @@ def add(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
       ValueError: an id is already served, there are too few free slots, or arrays do not fit the index.
     """
     ids = _checked_ids(ids)
-    _check_arrays(index, ids, arrays)
+    arrays = _checked_arrays(index, ids, arrays)
     slots = index.slots_of(ids)
     new = slots == FREE
     taken = ids[~new][index.served[slots[~new]]]
@@ -125,7 +128,7 @@ def change(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
       ValueError: an id is not served, or arrays do not fit the index.
     """
     ids = _checked_ids(ids)
-    _check_arrays(index, ids, arrays)
+    arrays = _checked_arrays(index, ids, arrays)
     return _with_rows(index, _served_slots(index, ids), ids, arrays)
 
 
@@ -214,7 +217,8 @@ def _check_lengths(ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"arrays: {name!r} has {len(values)} rows, expected {len(ids)}, one for each id")
 
 
-def _check_arrays(index: Index, ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+def _checked_arrays(index: Index, ids: np.ndarray, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    arrays = {name: np.asarray(values) for name, values in arrays.items()}
     if arrays.keys() != index.arrays.keys():
         raise ValueError(f"arrays are {sorted(arrays)}, expected {sorted(index.arrays)}")
     _check_lengths(ids, arrays)
@@ -226,3 +230,4 @@ def _check_arrays(index: Index, ids: np.ndarray, arrays: Mapping[str, np.ndarray
         finite = np.isfinite(found).all(axis=tuple(range(1, found.ndim)))
         if not finite.all():
             raise ValueError(f"arrays: {name!r} of item {ids[~finite][0]} has values that are not finite")
+    return arrays

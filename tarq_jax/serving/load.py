@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from tarq_jax import cli, reporting
-from tarq_jax.serving.client import Client, Unavailable, Wrong
+from tarq_jax.serving.client import Client, Unavailable, Wrong, answer_of
 
 URL = cli.url_flag()
 RATE = flags.DEFINE_float("rate", 100.0, "Requests per second.", lower_bound=0.001)
@@ -126,7 +126,7 @@ def send(url: str, bodies: Sequence[bytes], times: Sequence[float], *, connectio
 def attempt(client: Client, body: bytes) -> tuple[str, str]:
     """The outcome of one request, and the version that answered."""
     try:
-        return "answered", client.post("/score", body)["version"]
+        return "answered", answer_of(client.post("/score", body)).version
     except Unavailable as error:
         return ("rejected" if error.status == 503 else f"status {error.status}"), ""
     except Wrong as error:

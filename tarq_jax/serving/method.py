@@ -42,7 +42,7 @@ class Method(NamedTuple):
       user_weights: weights of `user_side`; may hold more than it reads.
       item_weights: weights of the item side.
       encode_weights: weights of `encode`; may hold more than it reads.
-      num_codewords: K of the largest level; 0 without a codebook.
+      num_codewords: K, or one number per level if levels differ; 0 without a codebook.
       keeps_history: whether the state of a user grows with the length of the history.
       known: arrays [V, ...] for the items of the training data, used instead of those that `encode` computes.
       score: the item side, if `SCORES` does not have it.
@@ -55,7 +55,7 @@ class Method(NamedTuple):
     user_weights: Any
     item_weights: Any
     encode_weights: Any
-    num_codewords: int = 0
+    num_codewords: int | tuple[int, ...] = 0
     keeps_history: bool = False
     known: Mapping[str, np.ndarray] = {}
     score: Score | None = None

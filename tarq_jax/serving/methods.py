@@ -168,4 +168,4 @@ def converted(module: TargetAttention, variables: Any, index: ItemIndex) -> Meth
     item_weights |= further_levels(further)
     return Method("mlp_first_order" if corrected else "mlp", module.schema, bound(user_side, module),
                   bound(encode, module), weights, item_weights, weights, known=known,
-                  num_codewords=max(map(len, [level_1, *further])))
+                  num_codewords=tuple(map(len, [level_1, *further])))

@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from tarq_jax.schema import Schema
-from tarq_jax.serving.artefact import read_manifest, read_program, read_weights
+from tarq_jax.serving.artefact import check_digest, read_manifest, read_program, read_weights
 from tarq_jax.serving.index import FREE
 from tarq_jax.serving.vectors import read, rows
 
@@ -93,7 +93,7 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
     """
     fingerprint, facts, files = read_manifest(folder, "model")
     if like is not None and (like.fingerprint, like.facts, like.files) == (fingerprint, facts, files):
-        return like
+        return like._replace(encode=_encoder(folder, files))  # that of `like` may be gone from the disk
     backend = jax.default_backend()
     if not PLATFORMS.get(backend, {backend}) & set(facts["platforms"]):
         raise ValueError(f"{folder} was exported for {facts['platforms']}, expected {backend!r} among them, "
@@ -103,15 +103,16 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
     programs = like.programs if like is not None and shared else _read_programs(folder, digests)
     user, items = (jax.device_put(read_weights(folder, part)) for part in ("user", "items"))
     return Model(fingerprint, facts, files, Schema.from_json(facts["schema"]), programs, user, items,
-                 _encoder(folder))
+                 _encoder(folder, files))
 
 
 def _read_programs(folder: Path, digests: Mapping[str, str]) -> Programs:
     programs = {name: read_program(folder, name) for name in digests}
 
-    def user_side(weights, embedding, slots, request):
-        history = {name: rows(values, slots) for name, values in embedding.items()}
-        request = request | {"embedding": read(history, "embedding")}
+    def user_side(weights, stored, slots, request):
+        history = {name: rows(values, slots) for name, values in stored.items()}
+        embedding = read(history, "embedding")  # of slot 0 on padding, whatever item is there
+        request = request | {"embedding": jnp.where(request["mask"][..., None], embedding, 0.0)}
         return programs[f"user_{slots.shape[1]}"].call(weights, request)
 
     def program(kind: str, state: Mapping[str, jax.Array]) -> export.Exported:
@@ -135,10 +136,14 @@ def select(scores: jax.Array, allowed: jax.Array, top_k: int) -> Scored:
     return Scored(scores, *jax.lax.top_k(scores, top_k))
 
 
-def _encoder(folder: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+def _encoder(
+    folder: Path, digests: Mapping[str, str]
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     @functools.cache
     def program() -> Callable[..., Mapping[str, jax.Array]]:
-        """Read only when items are encoded, as it holds the embedding tables."""
+        """Read only when items are encoded, as it holds the embedding tables; until then it may change."""
+        for name in ("encode.jaxexport", "encode.npz"):
+            check_digest(folder / name, digests[name])
         call = jax.jit(read_program(folder, "encode").call)
         return functools.partial(call, jax.device_put(read_weights(folder, "encode")))
 

@@ -20,7 +20,8 @@ REQUEST = flags.DEFINE_string("request", None, "File with a request in JSON.")
 HISTORY = flags.DEFINE_list("history", None, "Ids of the items of the history, the oldest first.")
 CANDIDATES = flags.DEFINE_list(
     "candidates", None, "Ids to rank; by default all items that are served.", allow_override=True)
-TOP_K = flags.DEFINE_integer("top_k", 10, "How many to return.", lower_bound=1, allow_override=True)
+TOP_K = flags.DEFINE_integer("top_k", None, "How many to return; by default as --request says, or 10.",
+                             lower_bound=1, allow_override=True)
 RETRIES = flags.DEFINE_integer("retries", 3, "Further attempts if the service is busy.", lower_bound=0)
 WAIT = flags.DEFINE_float("wait", 0.0, "Seconds to wait at most until the service is ready.", lower_bound=0.0)
 TOKEN = cli.token_flag()
@@ -59,7 +60,7 @@ def main() -> None:
     with Client(cli.url(URL), token=token, retries=RETRIES.value) as client:
         if WAIT.value:
             client.wait(WAIT.value)
-        answer = client.score(request, candidates, top_k=TOP_K.value)
+        answer = client.score({"top_k": 10} | request, candidates, top_k=TOP_K.value)
     rows = [{"rank": rank, "id": item, "score": score} for rank, (item, score) in enumerate(
         zip(answer.ids, answer.scores, strict=True), 1)]
     notes = f"{answer.skipped} events skipped, {len(answer.unknown)} candidates unknown"

@@ -62,6 +62,7 @@ def _history(schema: Schema, history: Mapping[str, Any], where: str) -> tuple[np
     if ITEM_ID not in history:
         raise ValueError(f"{where} has no field {ITEM_ID!r}, expected a list of ids")
     items = check_ids(history[ITEM_ID], f"{where}: field {ITEM_ID!r}")
+    _refuse_others(history, [ITEM_ID, *(field.name for field in fields)], where)
     events = _columns(fields, {name: values for name, values in history.items() if name != ITEM_ID}, where)
     for name, values in events.items():
         if len(values) != len(items):

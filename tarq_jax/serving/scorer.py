@@ -20,16 +20,18 @@ from tarq_jax.serving.artefact import check_fingerprints, read_index
 from tarq_jax.serving.index import FREE, Index, grow, round_up
 from tarq_jax.serving.model import Model, Scored, read_model
 from tarq_jax.serving.requests import check_columns, check_ids, check_request, pad
-from tarq_jax.serving.vectors import parts, store
+from tarq_jax.serving.vectors import SCALE, check_codes, parts, store
 
 BATCH_SIZES = (1, 8)
 CANDIDATE_SIZES = (1024, 4096, 16384)
 TOP_K = 1000
 NO_IDS = np.zeros(0, np.int64)
+NOT_FINITE = ("its scores are not finite, expected values of ordinary size in 'user', 'context' and "
+              "'history', and in the items that it names")
 
 
 class Ranking(NamedTuple):
-    """The best candidates of a request, best first; equal ones in the order of the request or the index."""
+    """The best candidates of a request, best first; equal ones in the order of the index."""
 
     ids: np.ndarray  # [k] int64; fewer than asked for if there are fewer candidates
     scores: np.ndarray  # [k] float32 logits
@@ -45,6 +47,7 @@ class Users(NamedTuple):
     skipped: Sequence[int]  # one number per real request, none for padding
     batch: int  # B, with padding
     items: Index  # the index in which the items of their histories were looked up
+    first: int = 0  # number of the first request, for error messages
 
 
 class Scorer:
@@ -60,13 +63,14 @@ class Scorer:
 
     def __init__(self, model: Model, index: Index, batch_sizes: Sequence[int],
                  candidate_sizes: Sequence[int], top_k: int):
-        """Puts the index on the device; ValueError if another model made it."""
+        """Puts the index on the device; ValueError if another model made it, or its arrays do not fit."""
         check_fingerprints(index.fingerprint, model.fingerprint)
+        _check_arrays(index, model.facts)
         self.schema, self.facts, self.index, self.ready = model.schema, model.facts, index, False
         self._model, self.top_k = model, top_k
         self.batch_sizes = sorted(batch_sizes)
-        sizes = sorted({round_up(size) for size in candidate_sizes})
-        self.candidate_sizes = [size for size in sizes if size < index.capacity]
+        self._sizes = sorted({round_up(size) for size in candidate_sizes})
+        self.candidate_sizes = [size for size in self._sizes if size < index.capacity]
         self._arrays = jax.device_put(dict(index.arrays))
 
     @classmethod
@@ -94,8 +98,9 @@ class Scorer:
         for name, values in (("batch_sizes", batch_sizes), ("candidate_sizes", (*candidate_sizes, top_k))):
             if not values or min(values) < 1:
                 raise ValueError(f"{name} are {tuple(values)}, expected positive numbers")
-        model = read_model(Path(path) / "model", None if like is None else like._model)
-        items = read_index(Path(path) / "index" if index is None else Path(index))
+        folder = Path(path).resolve()  # once: a symbolic link may be moved to another version meanwhile
+        model = read_model(folder / "model", None if like is None else like._model)
+        items = read_index(folder / "index" if index is None else Path(index))
         if like is not None and items.capacity < like.index.capacity:
             items = grow(items, like.index.capacity)
         scorer = cls(model, items, batch_sizes, candidate_sizes, top_k)
@@ -104,7 +109,7 @@ class Scorer:
 
     def with_index(self, index: Index) -> "Scorer":
         """A scorer of the same model for another index; ready immediately if its capacity is the same."""
-        scorer = Scorer(self._model, index, self.batch_sizes, self.candidate_sizes, self.top_k)
+        scorer = Scorer(self._model, index, self.batch_sizes, self._sizes, self.top_k)
         scorer.ready = self.ready and scorer._shapes == self._shapes
         return scorer
 
@@ -157,6 +162,8 @@ class Scorer:
         Raises:
           ValueError: a request is invalid; names it, the field, its value and what was expected.
         """
+        if not isinstance(requests, Mapping | Sequence) or isinstance(requests, str | bytes):
+            raise ValueError(f"requests are of type {type(requests).__name__}, expected a request or a list")
         if isinstance(requests, Mapping):
             return _finite(self.rank(self.users([requests]), [candidates], top_k=top_k))[0]
         chosen = [None] * len(requests) if candidates is None else candidates
@@ -181,50 +188,44 @@ class Scorer:
         checked = [check_request(self.schema, request, f"request {first + place}")
                    for place, request in enumerate(requests)]
         batch = next(size for size in self.batch_sizes if size >= len(requests))
-        return self._users(checked, batch, self.facts["histories"])
+        return self._users(checked, batch, self.facts["histories"], first)
 
-    def _users(self, requests: Sequence[Any], batch: int, lengths: Sequence[int]) -> Users:
+    def _users(self, requests: Sequence[Any], batch: int, lengths: Sequence[int], first: int = 0) -> Users:
         padded = pad(self.schema, self.index, requests, batch=batch, lengths=lengths)
         state = self._model.user_side(parts(self._arrays, "embedding"), padded.slots, padded.request)
-        return Users(state, padded.skipped, batch, self.index)
+        return Users(state, padded.skipped, batch, self.index, first)
 
     def rank(self, users: Users, candidates: Sequence[Any], *, top_k: int | None = None) -> list[Ranking]:
         """The item side alone: as `score`, for `users` of this scorer and ids or None for each of them."""
         if users.items is not self.index:
             raise ValueError("users are those of a scorer with another index, expected this one's: an answer "
                              "comes from one version alone")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}, expected at least 1")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k is {top_k!r}, expected an integer of at least 1, or None")
         if len(candidates) != len(users.skipped):
             raise ValueError(f"candidates are {len(candidates)} lists, expected {len(users.skipped)}, one a "
                              "request")
-        chosen = [self._all if ids is None else self._choose(ids, f"candidates of request {row}")
-                  for row, ids in enumerate(candidates)]
+        chosen = [self._all if ids is None else self._choose(ids, f"candidates of request {number}")
+                  for number, ids in enumerate(candidates, users.first)]
         most = max((len(found.slots) for found in chosen), default=0)
         size = next((size for size in self.candidate_sizes if size >= most), None)
         scores = self._whole(users, chosen) if size is None else self._chosen(users, chosen, size)
         selected, rankings = _best(scores, top_k), []
         for found, skipped, best, positions in zip(chosen, users.skipped, *selected, strict=False):
             real, finite = np.isfinite(best), bool((best < np.inf).all())
-            ids = self.index.ids if size is None else found.ids
-            rankings.append(Ranking(ids[positions[real]], best[real], found.unknown, skipped, finite))
+            slots = positions[real] if size is None else found.slots[positions[real]]
+            rankings.append(Ranking(self.index.ids[slots], best[real], found.unknown, skipped, finite))
         return rankings
 
     @cached_property
     def _all(self) -> "_Chosen":
-        slots = np.flatnonzero(self.index.served)
-        return _Chosen(self.index.ids[slots], slots, NO_IDS)
+        return _Chosen(np.flatnonzero(self.index.served), NO_IDS)
 
     def _choose(self, candidates: Any, where: str) -> "_Chosen":
         ids = check_ids(candidates, where)
         slots = self.index.slots_of(ids)
         served = (slots != FREE) & self.index.served[slots]
-        unknown, ids, slots = ids[~served], ids[served], slots[served]
-        places = np.arange(len(slots))
-        first = np.empty(self.index.capacity, np.int64)
-        first[slots[::-1]] = places[::-1]  # for equal slots the last assignment stays
-        distinct = first[slots] == places
-        return _Chosen(ids[distinct], slots[distinct], unknown)
+        return _Chosen(np.unique(slots[served]), ids[~served])
 
     def _whole(self, users: Users, chosen: Sequence["_Chosen"]) -> Scored:
         """Scores the whole index, and leaves out the items that were not chosen."""
@@ -250,9 +251,11 @@ class Scorer:
 
 
 class _Chosen(NamedTuple):
-    """Given candidates that are served, each once, and those that are not."""
+    """Given candidates that are served, each once, and those that are not.
 
-    ids: np.ndarray  # [G] int64
+    Slots ascend, so that equal scores rank in the same order however many candidates are scored together.
+    """
+
     slots: np.ndarray  # [G] int32
     unknown: np.ndarray  # [U] int64, ids of those that are not served
 
@@ -260,9 +263,25 @@ class _Chosen(NamedTuple):
 def _finite(rankings: list[Ranking]) -> list[Ranking]:
     for row, ranking in enumerate(rankings):
         if not ranking.finite:
-            raise ValueError(f"request {row}: its scores are not finite, expected values of ordinary size in "
-                             f"'user', 'context' and 'history'")
+            raise ValueError(f"request {row}: {NOT_FINITE}")
     return rankings
+
+
+def _check_arrays(index: Index, facts: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the index has the arrays that the model's programs take."""
+    expected, arrays = facts["arrays"], index.arrays
+    if arrays.keys() != expected.keys():
+        raise ValueError(f"the index has the arrays {sorted(arrays)}, expected {sorted(expected)}")
+    for name, values in arrays.items():
+        dtype, row = expected[name]["dtype"], expected[name]["row"]
+        if (str(values.dtype), list(values.shape[1:])) != (dtype, row):
+            raise ValueError(f"the index has {name!r} as {values.dtype} {list(values.shape)}, expected "
+                             f"{dtype} [C, *{row}]")
+        if len(values) != index.capacity:
+            raise ValueError(f"the index has {name!r} of {len(values)} rows, expected {index.capacity}, one "
+                             f"for each id")
+        if values.dtype.kind in "iu" and name + SCALE not in arrays:
+            check_codes(name, values, facts["num_codewords"])
 
 
 def _best(found: Scored, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:

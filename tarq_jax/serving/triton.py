@@ -57,6 +57,8 @@ def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
     """
     if not NAME.fullmatch(out.name):
         raise ValueError(f"the model is named {out.name!r}, expected letters of ASCII, digits, and . + - _")
+    if out.resolve().is_relative_to(artefact.resolve()):
+        raise ValueError(f"the model is {out}, expected a folder outside of the artefact {artefact}")
     from tarq_jax.serving.artefact import check_fingerprints, new_folder, read_manifest
 
     with new_folder(out) as folder:

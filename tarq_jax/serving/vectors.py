@@ -4,7 +4,7 @@ Codes are stored in the smallest integer type that holds them. An int8 array `na
 `name_scale` with one float32 for each row of its last axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -18,7 +18,9 @@ SCALE = "_scale"
 LARGEST = 127  # largest int8; -128 is not used
 
 
-def store(arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int) -> dict[str, np.ndarray]:
+def store(
+    arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int | Sequence[int]
+) -> dict[str, np.ndarray]:
     """The arrays as an index stores them, on the host.
 
     The error of an entry is at most 2^-9 of its value in bfloat16, and 1/254 of the row's largest absolute
@@ -27,7 +29,8 @@ def store(arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int
     Args:
       arrays: floats [M, ..., D], and integers, which are codes.
       storage: number format of the floats.
-      num_codewords: codes are in [0, num_codewords), and stored in the smallest integer type for these.
+      num_codewords: codes are in [0, num_codewords), and stored in the smallest integer type for these; one
+        number for all levels, or one for each.
 
     Raises:
       ValueError: `storage` is unknown, or an integer is not a code in this range.
@@ -37,10 +40,8 @@ def store(arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int
     stored: dict[str, np.ndarray] = {}
     for name, values in arrays.items():
         if values.dtype.kind != "f":
-            if values.size and not (values.min() >= 0 and values.max() < num_codewords):
-                raise ValueError(f"{name!r} has integers from {values.min()} to {values.max()}, expected "
-                                 f"codes from 0 to below num_codewords, {num_codewords}")
-            stored[name] = values.astype(np.min_scalar_type(num_codewords - 1))
+            check_codes(name, values, num_codewords)
+            stored[name] = values.astype(np.min_scalar_type(np.max(num_codewords) - 1))
         elif storage == "float32":
             stored[name] = values
         elif storage == "bfloat16":
@@ -50,6 +51,16 @@ def store(arrays: Mapping[str, np.ndarray], storage: Storage, num_codewords: int
             rounded = np.rint(values / np.where(scale > 0, scale, 1.0)[..., None])
             stored |= {name: rounded.astype(np.int8), name + SCALE: scale.astype(np.float32)}
     return stored
+
+
+def check_codes(name: str, codes: np.ndarray, num_codewords: int | Sequence[int]) -> None:
+    """Raises ValueError unless integers [M, L] are codes below `num_codewords`, as `store` takes it."""
+    if isinstance(num_codewords, Sequence) and codes.shape[1:] != (len(num_codewords),):
+        raise ValueError(f"{name!r} has shape {codes.shape}, expected [M, {len(num_codewords)}], a code of "
+                         f"each level")
+    if ((codes < 0) | (codes >= np.asarray(num_codewords))).any():
+        raise ValueError(f"{name!r} has integers from {codes.min()} to {codes.max()}, expected codes from 0 "
+                         f"to below num_codewords, {num_codewords}")
 
 
 def read(arrays: Mapping[str, jax.Array], name: str) -> jax.Array:

@@ -78,8 +78,8 @@ def test_a_changed_byte(copied, name):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"version": 1}, "is of format 'tarq_jax/model', version 1, expected 'tarq_jax/model', version 2"),
-    ({"format": "other"}, "is of format 'other', version 2, expected"),
+    ({"version": 1}, "is of format 'tarq_jax/model', version 1, expected 'tarq_jax/model', version 3"),
+    ({"format": "other"}, "is of format 'other', version 3, expected"),
 ])
 def test_other_formats(copied, changes, words):
     edit(copied / "model" / "manifest.json", **changes)
@@ -88,7 +88,7 @@ def test_other_formats(copied, changes, words):
 
 
 def test_an_index_is_not_a_model(copied):
-    with pytest.raises(ValueError, match="is of format 'tarq_jax/index', version 2, expected"):
+    with pytest.raises(ValueError, match="is of format 'tarq_jax/index', version 3, expected"):
         files.read_manifest(copied / "index", "model")
 
 

@@ -111,18 +111,20 @@ def test_top_k(scorer, top_k, candidates):
 
 
 def test_ties_keep_their_order(scorer):
-    """Given candidates keep their order; items of the whole index keep the order of their slots."""
+    """That of their slots, however candidates are given, and whatever is scored in the same batch."""
     index = scorer().index
     row = index.slots_of(np.array([7]))
     equal = {name: np.repeat(values[row], 6, axis=0) for name, values in index.arrays.items()}
     tied = scorer().with_index(change(index, [3, 5, 7, 9, 11, 13], equal))
+    by_slot = sorted((3, 5, 7, 9, 11, 13), key=lambda item: index.slots_of(np.array([item]))[0])
     for top_k in (3, 6):
         ranking = tied.score(REQUESTS[0], [9, 3, 13, 7, 11, 5], top_k=top_k)
-        assert ranking.ids.tolist() == [9, 3, 13, 7, 11, 5][:top_k]
         assert len(set(ranking.scores)) == 1
+        beside, _ = tied.score(REQUESTS[:2], [[9, 3, 13, 7, 11, 5], None], top_k=top_k)
+        assert ranking.ids.tolist() == beside.ids.tolist() == by_slot[:top_k]
     everything = tied.score(REQUESTS[0])
     found = [item for item in everything.ids if item in (3, 5, 7, 9, 11, 13)]
-    assert found == sorted(found, key=lambda item: index.slots_of(np.array([item]))[0])
+    assert found == by_slot
 
 
 def test_padding_never_wins(scorer):
@@ -288,7 +290,10 @@ def test_an_index_of_another_model_is_refused(artefact, scorer):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"top_k": 0}, "top_k is 0, expected at least 1"),
+    ({"top_k": 0}, "top_k is 0, expected an integer of at least 1"),
+    ({"top_k": 2.5}, r"top_k is 2\.5, expected an integer of at least 1"),
+    ({"requests": None}, "requests are of type NoneType, expected a request or a list"),
+    ({"requests": [REQUESTS[0]] * 5, "candidates": [None] * 4 + ["x"]}, "candidates of request 4 is 'x'"),
     ({"candidates": ["a"]}, r"candidates of request 0 is \['a'\], expected a list of integers"),
     ({"candidates": [[1], [2]]}, "expected a list of integers"),
     ({"candidates": [2**63]}, f"is {2**63}, expected at most"),

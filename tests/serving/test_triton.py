@@ -90,6 +90,8 @@ def test_what_cannot_be_written(artefact, tmp_path):
             triton.write(artefact(), tmp_path / name, batch=1, delay=0.0)
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"manifest.json is missing"):
+        triton.write(tmp_path / "nowhere", out, batch=1, delay=0.0)
+    with pytest.raises(ValueError, match=r"out, expected a folder outside of the artefact"):
         triton.write(tmp_path, out, batch=1, delay=0.0)
     shutil.copytree(artefact(), tmp_path / "mixed")
     shutil.rmtree(tmp_path / "mixed" / "index")

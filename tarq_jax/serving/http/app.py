@@ -55,7 +55,7 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service = app.state.service = Service(artefact.parent, options, metrics)
+        service = app.state.service = Service(artefact.absolute().parent, options, metrics)
 
         async def first() -> None:
             try:

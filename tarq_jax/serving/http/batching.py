@@ -25,6 +25,7 @@ GAIN = 0.1  # share of the time per request that a larger batch has to save
 LARGEST_JUMP = 4  # most that one observed time counts for, in multiples of the mean: a hiccup is not a trend
 FULL = 1.25  # load, as a multiple of what a service should manage, from which on it is overload, not a burst
 BURST = 5.0  # budgets that are added at no load; from there to `FULL` the bonus falls linearly to none
+ROUNDING = 1e-6  # seconds, by which sums of times may differ that should be equal
 MEMORY = 32  # batches of the largest size over whose duration the load is averaged
 
 
@@ -264,7 +265,7 @@ class Batcher(Generic[Item, Result]):
         while len(self._queue) > 1:
             seconds = self._times.estimate(min(len(self._queue), self.largest))
             first = self._queue[0]
-            if now + seconds <= first.arrived + max(first.budget, self.budget):
+            if now + seconds <= first.arrived + max(first.budget, self.budget) + ROUNDING:
                 return
             self._queue.popleft().answer.set_exception(Refused("late", seconds))
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from tarq_jax.schema import ITEM_ID, Field
 from tarq_jax.serving.http.options import Options
-from tarq_jax.serving.http.queries import TOP_K, example
+from tarq_jax.serving.http.queries import SHOWN, TOP_K, example
 from tarq_jax.serving.scorer import Scorer
 
 INTEGERS = np.iinfo(np.int64)
@@ -56,7 +56,8 @@ def request_schema(scorer: Scorer, options: Options) -> dict[str, Any]:
         "top_k": {"type": ["integer", "null"], "minimum": 1, "maximum": limits.top_k,
                   "default": min(TOP_K, limits.top_k)}}
     required = [side for side in sides if schema.side(side)]  # type: ignore[arg-type]
-    return _object(properties, required) | {"example": example(scorer) | {"top_k": min(5, limits.top_k)}}
+    shown = example(scorer, min(SHOWN, limits.history)) | {"top_k": min(5, limits.top_k)}
+    return _object(properties, required) | {"example": shown}
 
 
 def value_schema(field: Field) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tarq_jax.schema import ITEM_ID, Schema
 from tarq_jax.serving.http.options import Limits
 from tarq_jax.serving.index import FREE
 from tarq_jax.serving.requests import SIDES, check_ids, check_request
-from tarq_jax.serving.scorer import Ranking, Scorer
+from tarq_jax.serving.scorer import NOT_FINITE, Ranking, Scorer
 
 KEYS = (*SIDES, "candidates", "top_k")
 TOP_K = 100  # if a query has none
@@ -82,7 +82,7 @@ def _top_k(top_k: Any, most: int) -> int:
     if top_k is None:
         return min(TOP_K, most)
     if type(top_k) is not int or not 1 <= top_k <= most:
-        raise ValueError(f"'top_k' is {str(top_k)[:60]}, expected an integer in [1, {most}]")
+        raise ValueError(f"'top_k' is {repr(top_k)[:60]}, expected an integer in [1, {most}]")
     return top_k
 
 
@@ -103,12 +103,11 @@ def described(version: str, ranking: Ranking) -> dict[str, Any]:
 def _own(ranking: Ranking, top_k: int) -> Ranking | Exception:
     """The part of a ranking that its query asked for."""
     if not ranking.finite:
-        return ValueError("request: its scores are not finite, expected values of ordinary size in 'user', "
-                          "'context' and 'history'")
+        return ValueError(f"request: {NOT_FINITE}")
     return ranking._replace(ids=ranking.ids[:top_k], scores=ranking.scores[:top_k])
 
 
-def example(scorer: Scorer, length: int = SHOWN) -> dict[str, Any]:
+def example(scorer: Scorer, length: int) -> dict[str, Any]:
     """A request that the scorer accepts: all zeros, with `length` items of the index as history."""
     schema, known = scorer.schema, scorer.index.ids[scorer.index.ids != FREE]
     items = np.resize(known, length if len(known) else 0).tolist()

@@ -115,7 +115,9 @@ class Service:
         start = asyncio.get_running_loop().time()
         try:
             version = await self.versions.swap(artefact, index)
-        except (ValueError, OSError) as error:
+        except Busy:
+            raise
+        except Exception as error:
             self._metrics.swap("refused")
             log("refused version", artefact=artefact, index=index, error=str(error))
             raise

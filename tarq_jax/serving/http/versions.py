@@ -6,12 +6,13 @@ wait at the old version are still answered by it. All versions share the one thr
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,7 +53,7 @@ class Version:
         """The OpenAPI document of a service that serves this version."""
         return document(self.scorer, self.options)
 
-    @property
+    @cached_property
     def description(self) -> dict[str, Any]:
         """What clients may want to know about it."""
         index, facts = self.scorer.index, self.scorer.facts
@@ -62,6 +63,16 @@ class Version:
                 "histories": facts["histories"]}
 
 
+@contextlib.contextmanager
+def running_on_device(artefact: Path) -> Iterator[None]:
+    """Context in which errors of the device are a ValueError that names the artefact."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:  # perhaps out of memory, beside the version that is served
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{artefact} does not run on the device: {reason}") from error
+
+
 def load(artefact: Path, index: Path, options: Options, like: Scorer | None = None) -> Scorer:
     """A warm scorer. If `like` has the same programs, it shares those, which are compiled already.
 
@@ -69,13 +80,10 @@ def load(artefact: Path, index: Path, options: Options, like: Scorer | None = No
       ValueError: artefact or index is damaged, of another version or platform, or they do not fit each other
         or on the device.
     """
-    try:
+    with running_on_device(artefact):
         scorer = Scorer.load(artefact, index=index, batch_sizes=options.batch_sizes,
                              top_k=options.limits.top_k, candidate_sizes=options.candidate_sizes, like=like)
         return scorer if scorer.ready else scorer.warm_up()
-    except jax.errors.JaxRuntimeError as error:  # perhaps out of memory, beside the version that is served
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{artefact} does not run on the device: {reason}") from error
 
 
 class Versions:
@@ -131,7 +139,8 @@ class Versions:
         scorer = await asyncio.to_thread(load, artefact, index, options, like)
         if version_name(artefact, index) != name:
             raise ValueError(f"{artefact} changed while it was read, expected a folder that stays as it is")
-        seconds = {size: await self._try(scorer, size) for size in options.batch_sizes}
+        with running_on_device(artefact):
+            seconds = {size: await self._try(scorer, size) for size in options.batch_sizes}
         budget = options.budget or default_budget(seconds[min(seconds)], options.delay)
         batcher = Batcher(
             partial(answer, scorer), self._executor, ServiceTimes(seconds), self._load,
