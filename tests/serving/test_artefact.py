@@ -6,6 +6,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+import served
 
 from tarq_jax.serving import Scorer, make_index, remove, save_index
 from tarq_jax.serving import artefact as files
@@ -85,6 +86,41 @@ def test_other_formats(copied, changes, words):
     edit(copied / "model" / "manifest.json", **changes)
     with pytest.raises(ValueError, match=words):
         Scorer.load(copied)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", "\0"])
+def test_a_manifest_that_is_none(copied, content):
+    (copied / "model" / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read .*expected the JSON of an export"):
+        Scorer.load(copied)
+
+
+def test_a_manifest_that_is_a_folder(copied):
+    (copied / "model" / "manifest.json").unlink()
+    (copied / "model" / "manifest.json").mkdir()
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read .*Is a directory"):
+        Scorer.load(copied)
+
+
+def test_an_encoder_is_that_of_its_model(artefact, copied, tmp_path):
+    """Its weights are read only when items are encoded: links and files may be others then."""
+    items = {name: values[:2] for name, values in served.world().dataset.items.items()}
+    link = tmp_path / "current"
+    link.symlink_to(artefact())
+    scorer = Scorer.load(link)
+    link.unlink()
+    link.symlink_to(artefact("tarq_mlp"))
+    expected = Scorer.load(artefact()).encode(items)
+    for name, values in scorer.encode(items).items():
+        np.testing.assert_array_equal(values, expected[name])
+
+    first = Scorer.load(copied)
+    again = Scorer.load(artefact(), like=first)
+    shutil.rmtree(copied / "index")
+    (copied / "model" / "encode.npz").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"encode\.npz has SHA-256 .*: it was changed"):
+        first.encode(items)
+    np.testing.assert_array_equal(again.encode(items)["codes"], expected["codes"])
 
 
 def test_an_index_is_not_a_model(copied):

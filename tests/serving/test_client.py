@@ -84,6 +84,15 @@ def test_errors():
             client.score({})
 
 
+@pytest.mark.parametrize(("content", "words"), [
+    (b"<html>", "answered b'<html>', expected a JSON object"), ([1], "expected a JSON object"),
+    ({"status": "ok"}, r"answered an object with \['status'\], expected \['version', 'ids', ")])
+def test_another_server_is_no_service(content, words):
+    with answering(reply(content)) as (url, _), Client(url) as client:
+        with pytest.raises(OSError, match=words):
+            client.score({})
+
+
 def test_retries_where_it_is_busy():
     busy = reply({"error": "busy"}, 503)
     with answering(busy, busy, reply(ANSWER)) as (url, asked), Client(url, retries=2) as client:

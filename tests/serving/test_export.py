@@ -224,6 +224,7 @@ def test_what_serving_calls_may_be_ones_own():
 @pytest.mark.parametrize(("flags", "words"), [
     (["--vectors=int4"], "vectors"),
     (["--platforms=cpu,gpu"], "--platforms has 'gpu', expected some of cpu,cuda,rocm,tpu"),
+    (["--platforms="], "--platforms is '', expected some of cpu,cuda,rocm,tpu"),
     (["--histories=8,none"], "--histories is '8,none', expected positive lengths"),
     (["--histories=0"], "--histories is '0'"),
     (["--codewords=1"], "--codewords is 1, expected at least 2"),

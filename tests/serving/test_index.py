@@ -144,6 +144,12 @@ def test_arrays_that_do_not_fit():
         grow(grow(index, 600), 100)
 
 
+@pytest.mark.parametrize("name", ["ids", "served"])
+def test_names_that_an_index_has_itself(name):
+    with pytest.raises(ValueError, match=f"arrays: '{name}' is the index's own, expected another name"):
+        make_index([1, 2], {name: np.zeros((2, 1))}, "f")
+
+
 def test_an_index_is_frozen():
     assert dataclasses.is_dataclass(Index)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -39,6 +39,13 @@ def test_outcomes():
     assert sent[0].outcome == "ConnectionRefusedError"
 
 
+def test_answers_of_another_server_are_errors():
+    """All requests are counted, and none ends the thread that sent it."""
+    with answering(reply(b"<html>")) as (url, _):
+        sent = send(url, [b"{}"], [0.0, 0.01, 0.02], connections=1)
+    assert [one.outcome for one in sent] == ["OSError"] * 3
+
+
 def test_summary():
     sent = [Sent(0.0, 0.0, 0.001 * (1 + place), "answered", f"v{place % 2}") for place in range(100)]
     sent += [Sent(0.0, 0.002, 0.5, "rejected")] * 3 + [Sent(0.0, 0.0, 9.0, "TimeoutError")]

@@ -11,7 +11,7 @@ import served
 
 from tarq_jax import quantization
 from tarq_jax.corrections import damping, damping_radius
-from tarq_jax.serving import Scorer, add, change, grow, remove
+from tarq_jax.serving import Scorer, add, build, change, grow, remove
 from tarq_jax.serving.model import select
 from tarq_jax.serving.vectors import read
 
@@ -304,6 +304,74 @@ def test_wrong_calls(scorer, change, words):
     arguments = {"requests": REQUESTS[0]} | copy.deepcopy(change)
     with pytest.raises(ValueError, match=words):
         scorer().score(**arguments)
+
+
+def changed_arrays(index, **changes):
+    arrays = {name: values for name, values in (dict(index.arrays) | changes).items() if values is not None}
+    return dataclasses.replace(index, arrays=arrays)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (lambda arrays: {"codes": None}, r"the index has the arrays \['embedding', .*\], expected \['codes', "),
+    (lambda arrays: {"codes": arrays["codes"].astype(np.int32)}, "has 'codes' as int32 .*, expected uint8"),
+    (lambda arrays: {"codes": arrays["codes"][:, :1]}, r"has 'codes' as uint8 \[1024, 1\], expected uint8 "),
+    (lambda arrays: {"codes": arrays["codes"][:9]}, "has 'codes' of 9 rows, expected 1024, one for each id"),
+    (lambda arrays: {"codes": arrays["codes"] | 128}, "'codes' has integers from 128 to .*, expected codes "),
+])
+def test_an_index_that_does_not_fit(scorer, changes, words):
+    index = scorer().index
+    with pytest.raises(ValueError, match=words):
+        scorer().with_index(changed_arrays(index, **changes(index.arrays)))
+
+
+def test_codes_fit_their_own_level(scorer):
+    """Of a converted model, whose levels differ in size."""
+    converted = scorer("converted_levels")
+    sizes, index = converted.facts["num_codewords"], converted.index
+    assert len(sizes) == 1 + served.FURTHER == index.arrays["codes"].shape[1]
+    codes = index.arrays["codes"].copy()
+    codes[:, 0] = sizes[0]
+    with pytest.raises(ValueError, match="expected codes from 0 to below num_codewords"):
+        converted.with_index(changed_arrays(index, codes=codes))
+
+
+@pytest.mark.parametrize("name", ["order_1_dot", "target_attention"])
+def test_padding_reads_no_item(scorer, name):
+    """Slot 0, where padding points to, may hold an item with values that overflow."""
+    index = scorer(name).index
+    embedding = index.arrays["embedding"].copy()
+    embedding[0] = 1e30
+    other = scorer(name).with_index(changed_arrays(index, embedding=embedding))
+    item = int(index.ids[0])
+    request = REQUESTS[3]
+    assert item not in request["history"]["item_id"]
+    others = [number for number in ITEMS if number != item]
+    np.testing.assert_array_equal(
+        other.score(request, others).scores, scorer(name).score(request, others).scores)
+
+
+def test_candidate_sizes_come_back_with_slots(artefact):
+    """Sizes that a small index does not need are those of a larger one."""
+    scorer = Scorer.load(artefact(), batch_sizes=(1,), candidate_sizes=(512, 2048))
+    assert scorer.candidate_sizes == [512]
+    larger = scorer.with_index(grow(scorer.index, 5000))
+    assert larger.candidate_sizes == [512, 2048]
+    small = dataclasses.replace(larger.index, **{
+        "ids": larger.index.ids[:512], "served": larger.index.served[:512],
+        "arrays": {name: values[:512] for name, values in larger.index.arrays.items()}})
+    assert larger.with_index(small).with_index(larger.index).candidate_sizes == [512, 2048]
+
+
+def test_lengths_of_histories_may_come_in_any_order(tmp_path):
+    method = served.method_of("two_tower")
+    build.write(method, served.world().dataset, tmp_path, histories=(6, 2, 6))
+    scorer = Scorer.load(tmp_path)
+    assert scorer.facts["histories"] == [2, 6]
+    np.testing.assert_allclose(
+        by_id(scorer.score(REQUESTS[2])), served.expected("two_tower")[2], rtol=0, atol=1e-5)
+    for histories in ((), (0, 2)):
+        with pytest.raises(ValueError, match=r"histories are .*, expected lengths of at least 1"):
+            build.write(method, served.world().dataset, tmp_path / "no", histories=histories)
 
 
 def test_wrong_options(artefact, scorer):

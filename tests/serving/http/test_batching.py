@@ -7,7 +7,7 @@ import selectors
 from concurrent.futures import Executor, Future
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
@@ -184,6 +184,7 @@ def test_who_gave_up_is_not_computed():
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.floats(0.001, 3.0), max_size=40), st.sampled_from([1, 2, 4]), st.floats(0.0, 2.0),
        st.floats(1.0, 4.0))
+@example([1.9275827096990719, 0.5, 0.25], 4, 0.9, 1.0)  # whose end is its budget's, but for rounding
 def test_any_arrivals(gaps, largest, delay, slack):
     """If batches take the measured time, every accepted item is answered, in order, within the budget."""
     arrivals, now = [], 0.0

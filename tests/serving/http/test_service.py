@@ -145,6 +145,7 @@ def test_requests_are_logged_and_probes_are_not(service, caplog):
     (changed(candidates=[1, True]), 422, "expected numbers and no booleans"),
     (changed(candidates={"1": 2}), 422, "'candidates' is {'1': 2}, expected a list"),
     (changed(top_k=0), 422, "'top_k' is 0, expected an integer in [1, 20]"),
+    (changed(top_k="5"), 422, "'top_k' is '5', expected an integer in [1, 20]"),
     (changed(top_k=21), 422, "'top_k' is 21"),
     (changed(top_k=True), 422, "'top_k' is True"),
     (changed(top_k=2.0), 422, "'top_k' is 2.0"),

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import jax
 import numpy as np
 import pytest
 import served
@@ -14,6 +15,7 @@ import services
 from tarq_jax.serving import Scorer, build
 from tarq_jax.serving.artefact import version_name
 from tarq_jax.serving.client import Client, Wrong
+from tarq_jax.serving.http import versions
 from tarq_jax.serving.http.versions import load
 
 GOOD = served.world().requests[0]
@@ -121,6 +123,18 @@ def test_a_bad_one_is_refused_and_the_old_one_goes_on(guarded, body, status, wor
     assert version.batcher.patience == 0
     with guarded.client(token=services.TOKEN) as client:
         assert client.score(GOOD).version == version.name
+
+
+def test_a_device_that_fails_in_a_trial(guarded, monkeypatch):
+    """It is refused as well as one that fails while it is loaded, and counted."""
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
+
+    monkeypatch.setattr(versions, "answer", fails)
+    before = guarded.metric("tarq_swaps_total", result="refused")
+    found = guarded.ask("POST", "/swap", {"artefact": "1"}, authorization=f"Bearer {services.TOKEN}")
+    assert found.status == 422 and "does not run on the device: RESOURCE_EXHAUSTED" in found.json["error"]
+    assert guarded.metric("tarq_swaps_total", result="refused") == before + 1
 
 
 def test_one_swap_at_a_time(swapped, client):
