@@ -158,6 +158,7 @@ def run(main: Callable[..., None], *, words: bool = False) -> None:
 
     With `words`, `main` takes a list of the arguments that are not flags; without it, there must be none.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: nothing half-written is left
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX log every step they take
     memory.keep_freed()
     if os.getcwd() not in sys.path:  # settings may name functions there; `python -m` has already added it

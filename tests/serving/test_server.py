@@ -56,6 +56,10 @@ def test_commands_and_drain(started, command, tmp_path):
     assert [row["rank"] for row in rows] == [1, 2, 3] and rows[0].keys() == {"rank", "id", "score"}
     with Client(url, token="secret") as client:
         assert client.score(GOOD, top_k=3).ids == [row["id"] for row in rows]
+    (tmp_path / "two.json").write_text(json.dumps(GOOD | {"top_k": 2}))
+    done = command(*REQUEST, f"--url={url}", f"--request={tmp_path / 'two.json'}",
+                   f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'rows.json'}")
+    assert [row["rank"] for row in json.loads((tmp_path / "rows.json").read_text())] == [1, 2], done.stderr
     done = command(*asked, "--history=1,2")
     assert done.returncode == 1 and "'authorization'" in done.stderr and len(done.stderr.splitlines()) == 1
 

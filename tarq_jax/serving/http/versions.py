@@ -98,6 +98,8 @@ class Versions:
         self._options, self._metrics, self._executor = options, metrics, executor
         self._loading, self._load = asyncio.Lock(), Load(asyncio.get_running_loop().time())
         self.current: Version | None = None
+        gc.collect()
+        gc.freeze()  # all modules, which would make the collection after each swap take ten times as long
 
     async def swap(self, artefact: Path, index: Path | None = None) -> Version:
         """Loads, warms and tries an artefact, then lets it take over; returns when the old one is done.
@@ -115,12 +117,10 @@ class Versions:
             try:
                 if self.current is not None:
                     self.current.batcher.patience = PATIENCE
-                gc.unfreeze()
                 new = await self._prepare(artefact, artefact / "index" if index is None else index)
                 await self._take_over(new)
             finally:
                 gc.collect()  # versions are full of cycles, which would keep the old one's arrays
-                gc.freeze()  # what exists now stays, so later collections need not look at it
                 memory.give_back()  # for a while memory held two versions
                 if self.current is not None:
                     self.current.batcher.patience = 0.0
