@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 import types
 
 import pytest
@@ -116,3 +117,27 @@ def test_missing_data_is_told_with_its_path_and_flag(command, tmp_path):
     assert done.returncode == 1
     line, = done.stderr.splitlines()
     assert line.startswith("error: ") and str(source) in line and "--config.data.source=" in line
+
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from tarq_jax import cli, reporting
+
+def main(arguments):
+    with reporting.replacing(Path(arguments[0])) as written:
+        written.write_text("half")
+        time.sleep(60)
+
+cli.run(main, words=True)
+"""
+
+
+def test_termination_leaves_nothing_half_written(start_command, tmp_path):
+    process = start_command("-c", WRITES, tmp_path / "rows.json")
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75 and list(tmp_path.iterdir()) == []
+    assert process.stderr.read() == "error: interrupted; call again to go on\n"

@@ -1,10 +1,6 @@
 """The export command on finished runs; and what it wrote, served without the code that made it."""
 
-import contextlib
 import json
-import signal
-import subprocess
-import time
 
 import jax
 import numpy as np
@@ -151,20 +147,6 @@ def check_scores(run, method, folder, logits):
         scores = dict(zip(ranking.ids.tolist(), ranking.scores, strict=True))
         np.testing.assert_allclose(
             [scores[item] for item in ids[row].tolist()], expected[row], rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_terminated_export_leaves_nothing(start_command, runs, tmp_path):
-    process = start_command(*EXPORT, f"--run={runs / 'tarq'}", f"--out={tmp_path / 'out'}")
-    while not list(tmp_path.iterdir()):  # its temporary folder
-        assert process.poll() is None
-        time.sleep(0.05)
-    while process.poll() is None:  # imports of other packages may swallow the first
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-    assert process.returncode == 75 and list(tmp_path.iterdir()) == []
-    assert process.stderr.read() == "error: interrupted; call again to go on\n"
 
 
 @pytest.mark.slow
