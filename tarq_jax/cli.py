@@ -196,7 +196,7 @@ def _exit_code(main: Callable[[], None]) -> int:
         _complain(interrupted)
         return INTERRUPTED
     except KeyboardInterrupt:  # outside of `interruptible`: nothing was trained yet
-        _complain("interrupted; call again to go on")
+        _complain("interrupted; run it again to resume")
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         _complain(error)

@@ -69,7 +69,7 @@ ENDINGS = {
     "raise FileNotFoundError('no folder x')": (cli.FAILED, "error: no folder x\n"),
     "raise FloatingPointError('step 3')": (cli.FAILED, "error: step 3\n"),
     "raise cli.Interrupted('saved step 3')": (cli.INTERRUPTED, "error: saved step 3\n"),
-    "raise KeyboardInterrupt": (cli.INTERRUPTED, "error: interrupted; call again to go on\n"),
+    "raise KeyboardInterrupt": (cli.INTERRUPTED, "error: interrupted; run it again to resume\n"),
     "cli.wrong_call('--seeds is x')": (cli.WRONG_CALL, "error: --seeds is x\n"),
 }
 
@@ -140,4 +140,4 @@ def test_termination_leaves_nothing_half_written(start_command, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75 and list(tmp_path.iterdir()) == []
-    assert process.stderr.read() == "error: interrupted; call again to go on\n"
+    assert process.stderr.read() == "error: interrupted; run it again to resume\n"

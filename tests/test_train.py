@@ -105,7 +105,7 @@ def test_interrupted_and_called_again(done, train, tmp_path):
     interrupted = train(tmp_path, code=("-c", INTERRUPTED_AT_8))
     assert interrupted.returncode == 75, interrupted.stderr
     assert interrupted.stderr.splitlines() == [
-        f"error: interrupted; saved step 8 in {tmp_path}, call again to go on"]
+        f"error: interrupted; saved step 8 in {tmp_path}, run it again to resume"]
     assert not (tmp_path / "results.json").exists()
     resumed = train(tmp_path)
     assert (resumed.returncode, resumed.stderr) == (0, "")

@@ -70,7 +70,7 @@ def ratio_of(arm: Arm, metric: str, prefix: str = "") -> statistics.Ratio:
         return statistics.ratio(
             values, np.ones(len(values)) if bottom is None else arm.columns[prefix + bottom])
     except ValueError as error:
-        raise ValueError(f"{prefix}{metric} of arm {arm.name!r} cannot be had: {error}") from error
+        raise ValueError(f"{prefix}{metric} of arm {arm.name!r} cannot be computed: {error}") from error
 
 
 def compare(treated: Arm, control: Arm, plan: Plan) -> list[dict[str, Any]]:

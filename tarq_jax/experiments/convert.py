@@ -39,7 +39,7 @@ CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that f
 FINE_TUNE = flags.DEFINE_integer(
     "fine_tune", 0, "Steps for which codewords and head are then trained; 0 for none.", lower_bound=0,
     allow_override=True)
-SEED = cli.seed_flag("Of k-means and of the order of the data.")
+SEED = cli.seed_flag("Seed of k-means and of the order of the data.")
 TWO_TOWERS = flags.DEFINE_multi_string(
     "two_tower", [], "Two-tower run, for gap recovered; one for each checkpoint, in the same order.")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for a figure of attention error by codewords and order.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RUN = cli.run_flag()
 OUT = flags.DEFINE_string("out", None, "Folder of the page; RUN/health if not given.")
-SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split that is looked at.")
+SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split to evaluate.")
 REQUESTS = flags.DEFINE_integer("requests", 2000, "How many requests of the split to look at.", lower_bound=1)
 JSON = cli.json_flag()
 

@@ -67,7 +67,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float, ga
         for what, found in ((f"Below {reference}", worse), (f"Above {reference}", better))]
     if same:
         furthest = max(max(abs(row["low"]), abs(row["high"])) for row in same)
-        sentences.append(f"Not told apart from {reference}, at most {furthest:.4f} AUC away: "
+        sentences.append(f"No measurable difference from {reference}, at most {furthest:.4f} AUC away: "
                          f"{', '.join(row['variant'] for row in same)}.")
     if alone := [row["variant"] for row in tested if row["paired_seeds"] == 1]:
         sentences.append(f"Of one seed, so that intervals are over users alone: {', '.join(alone)}.")

@@ -40,7 +40,7 @@ HISTORIES = flags.DEFINE_list(
     "quarter and a sixteenth of it. Longer histories keep their newest events.", allow_override=True)
 CAPACITY = flags.DEFINE_integer(
     "capacity", None, "Number of slots of the index; by default a tenth more than there are items.")
-SEED = cli.seed_flag("Of the k-means of --codewords, and of --fine_tune.")
+SEED = cli.seed_flag("Seed of the k-means of --codewords, and of --fine_tune.")
 
 KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 SHORTEST = 16  # the default lengths are no shorter, unless the longest history is

@@ -32,7 +32,7 @@ TOP_K = flags.DEFINE_integer("top_k", 10, "How many of the best candidates to as
 CONNECTIONS = flags.DEFINE_integer("connections", 64, "Most requests in flight at once.", lower_bound=1)
 TIMEOUT = flags.DEFINE_float("timeout", 10.0, "Seconds without an answer after which a request has failed.",
                              lower_bound=0.001)
-SEED = cli.seed_flag("Of arrivals and requests.")
+SEED = cli.seed_flag("Seed of arrivals and requests.")
 TOKEN = cli.token_flag()
 JSON = cli.json_flag()
 

@@ -129,8 +129,8 @@ def full_disk_named(workdir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise OSError(error.errno, f"no space left for {workdir}; what was saved before is kept, call "
-                      "again to go on once there is") from error
+        raise OSError(error.errno, f"no space left for {workdir}; what was saved before is kept, run "
+                      "it again when there is space") from error
 
 
 class FailedStep(NamedTuple):

@@ -187,7 +187,7 @@ def train(
             if saved or stop or (measured and config.best_metric):
                 checkpoint.save(checkpoints, state, config, dataset.schema, meter.counted, validated)
             if stop:
-                raise Interrupted(f"interrupted; saved step {done} in {workdir}, call again to go on")
+                raise Interrupted(f"interrupted; saved step {done} in {workdir}, run it again to resume")
         batches.close()
         if config.best_metric:
             state = best_state(checkpoints, config.best_metric, state, console)
@@ -197,7 +197,7 @@ def train(
         writer.write(config.steps, flat_scalars(rows, "test"))
     write_rows(rows, workdir / "results.json")
     if interruption.due(config.steps + 1):
-        raise Interrupted(f"interrupted; {workdir} is complete, call again to go on with what follows")
+        raise Interrupted(f"interrupted; {workdir} is complete, run it again for what follows")
     return Result(rows, state)
 
 
@@ -248,7 +248,7 @@ def evaluate_split(
 def _until(leave: Callable[[], bool], batches: Iterator[Batch], split: str) -> Iterator[Batch]:
     for batch in batches:
         if leave():
-            raise Interrupted(f"interrupted while evaluating the {split} split; call again to go on")
+            raise Interrupted(f"interrupted while evaluating the {split} split; run it again to resume")
         yield batch
 
 

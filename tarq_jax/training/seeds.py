@@ -109,8 +109,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
             found = _train(parts, members, restored_states, dataset, console, interruption)
             rows |= {member.config.seed: rows for member, rows in zip(members, found, strict=True)}
         if interruption.due(config.steps + 1):
-            raise Interrupted(f"interrupted; {len(rows)} seeds are complete, call again to go on with what "
-                              f"follows")
+            raise Interrupted(f"interrupted; {len(rows)} seeds are complete, run it again for what follows")
     return {seed: rows[seed] for seed in workdirs}
 
 
@@ -249,8 +248,8 @@ def _train(
                 for member, own in zip(members, states, strict=True):
                     checkpoint.save(member.checkpoints, own, member.config, dataset.schema, share)
             if stop:
-                raise Interrupted(f"interrupted; saved step {done} of {len(members)} seeds, call again to go "
-                                  f"on")
+                raise Interrupted(f"interrupted; saved step {done} of {len(members)} seeds, run it again to "
+                                  f"resume")
         batches.close()
     return _finish(parts, members, unstack(state), dataset, meter, interruption.now)
 

@@ -84,7 +84,7 @@ def test_a_signal_during_the_last_evaluation(
         tiny_config, tiny_dataset, tmp_path, silent, finished, killed_while_evaluating):
     """Evaluation stops immediately, as all is saved, and the next of several models does not start."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    with pytest.raises(Interrupted, match="evaluating the test split; call again"):
+    with pytest.raises(Interrupted, match="evaluating the test split; run it again"):
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
 
 

@@ -26,17 +26,19 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         self._requests = Counter("tarq_requests", "Requests answered.", ["path", "status"],
                                  registry=self.registry)
-        self._seconds = Histogram("tarq_request_seconds", "Arrival to answer of /score, where that is 200.",
-                                  buckets=SECONDS, registry=self.registry)
-        self._refused = Counter("tarq_refused", "Requests told 503, by reason.", ["reason"],
+        self._seconds = Histogram(
+            "tarq_request_seconds", "Seconds from arrival to answer of /score, if that is 200.",
+            buckets=SECONDS, registry=self.registry)
+        self._refused = Counter("tarq_refused", "Requests refused with 503, by reason.", ["reason"],
                                 registry=self.registry)
         self._batch_size = Histogram("tarq_batch_size", "Requests computed together.", buckets=SIZES,
                                      registry=self.registry)
-        self._batch_seconds = Histogram("tarq_batch_seconds", "Computing a batch.", buckets=SECONDS,
+        self._batch_seconds = Histogram("tarq_batch_seconds", "Seconds to compute a batch.", buckets=SECONDS,
                                         registry=self.registry)
-        self._wait_seconds = Histogram("tarq_wait_seconds", "Wait of the first request of a batch.",
-                                       buckets=SECONDS, registry=self.registry)
-        self.in_flight = Gauge("tarq_in_flight", "Requests for scores on their way.", registry=self.registry)
+        self._wait_seconds = Histogram(
+            "tarq_wait_seconds", "Seconds that the first request of a batch waited.", buckets=SECONDS,
+            registry=self.registry)
+        self.in_flight = Gauge("tarq_in_flight", "Requests for scores in flight.", registry=self.registry)
         self._unknown = Counter("tarq_unknown_candidates", "Candidates asked for that are not served.",
                                 registry=self.registry)
         self._skipped = Counter("tarq_skipped_events", "Events of histories with unknown items.",

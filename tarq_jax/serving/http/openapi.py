@@ -99,9 +99,9 @@ ERRORS = {
     401: "The token is missing or wrong",
     403: "The service was started without a token",
     408: "The body came too slowly",
-    409: "Another swap goes on",
+    409: "Another swap is in progress",
     413: "The body is too large",
-    422: "Something does not hold; the message names the field, its value and what was expected",
+    422: "The request is invalid; the message names the field, its value and what was expected",
     503: "Not ready, or too busy: nothing was computed, try again after Retry-After seconds",
     504: "Not answered in time",
 }
