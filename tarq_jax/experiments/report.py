@@ -67,8 +67,8 @@ def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float, ga
         for what, found in ((f"Below {reference}", worse), (f"Above {reference}", better))]
     if same:
         furthest = max(max(abs(row["low"]), abs(row["high"])) for row in same)
-        sentences.append(f"No measurable difference from {reference}, at most {furthest:.4f} AUC away: "
-                         f"{', '.join(row['variant'] for row in same)}.")
+        sentences.append(f"Not significantly different from {reference}, with intervals that reach "
+                         f"{furthest:.4f} AUC: {', '.join(row['variant'] for row in same)}.")
     if alone := [row["variant"] for row in tested if row["paired_seeds"] == 1]:
         sentences.append(f"Of one seed, so that intervals are over users alone: {', '.join(alone)}.")
     if other := [row["variant"] for row in rows if row["variant"] != reference and "p_adjusted" not in row]:
