@@ -186,7 +186,7 @@ def test_a_signal_within_an_evaluation_loses_no_step(
             signals.append(os.kill(os.getpid(), signal.SIGTERM))
         return test(*arguments, **options)
 
-    monkeypatch.setattr(loop, "test", signalled)
+    monkeypatch.setattr(loop, "evaluate_split", signalled)
     with pytest.raises(Interrupted, match=message):
         seeds.train(tiny_config, tiny_dataset, folders(tmp_path), silent)
     steps = {int(path.name) for path in (tmp_path / "0" / "checkpoints").iterdir() if path.name.isdecimal()}
