@@ -25,6 +25,7 @@ from tarq_jax.serving.vectors import SCALE, check_codes, parts, store
 BATCH_SIZES = (1, 8)
 CANDIDATE_SIZES = (1024, 4096, 16384)
 TOP_K = 1000
+SPARSE = 400  # slots per candidate from which on sorting candidates is faster than looking through all slots
 NO_IDS = np.zeros(0, np.int64)
 NOT_FINITE = ("its scores are not finite, expected values of ordinary size in 'user', 'context' and "
               "'history', and in the items that it names")
@@ -225,7 +226,7 @@ class Scorer:
         ids = check_ids(candidates, where)
         slots = self.index.slots_of(ids)
         served = (slots != FREE) & self.index.served[slots]
-        return _Chosen(np.unique(slots[served]), ids[~served])
+        return _Chosen(_ascending(slots[served], self.index.capacity), ids[~served])
 
     def _whole(self, users: Users, chosen: Sequence["_Chosen"]) -> Scored:
         """Scores the whole index, and leaves out the items that were not chosen."""
@@ -256,8 +257,17 @@ class _Chosen(NamedTuple):
     Slots ascend, so that equal scores rank in the same order however many candidates are scored together.
     """
 
-    slots: np.ndarray  # [G] int32
+    slots: np.ndarray  # [G] integers
     unknown: np.ndarray  # [U] int64, ids of those that are not served
+
+
+def _ascending(slots: np.ndarray, capacity: int) -> np.ndarray:
+    """The slots in ascending order, each once; by marking them, which is faster than sorting unless few."""
+    if SPARSE * len(slots) < capacity:
+        return np.unique(slots)
+    marked = np.zeros(capacity, bool)
+    marked[slots] = True
+    return np.flatnonzero(marked)
 
 
 def _finite(rankings: list[Ranking]) -> list[Ranking]:
