@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -24,13 +24,22 @@ class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and as TensorBoard events; use as a context manager."""
 
     def __init__(self, workdir: Path, *, enabled: bool = True):
-        """Appends to the metrics in `workdir`, without a torn last line; writes nothing unless `enabled`."""
+        """Appends to the metrics in `workdir`, without a torn last line; writes nothing unless `enabled`.
+
+        Raises:
+          ValueError: another process writes there, that is, trains the same run.
+        """
         self._enabled = enabled
         if not enabled:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        _mend(workdir / METRICS)
         self._lines = (workdir / METRICS).open("a")
+        try:
+            _lock(self._lines, workdir)
+        except ValueError:
+            self._lines.close()
+            raise
+        _mend(workdir / METRICS)
         from tensorboardX import SummaryWriter  # imports PyTorch if it is installed, which takes seconds
 
         self._events = SummaryWriter(str(workdir / "tensorboard"))
@@ -53,6 +62,20 @@ class MetricsWriter:
         if self._enabled:
             self._lines.close()
             self._events.close()
+
+
+def _lock(lines: TextIO, workdir: Path) -> None:
+    """Keeps other processes from training there until the file is closed, if the system has file locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{workdir}: another process is training there, expected one at a time") from None
+    except OSError:  # a file system without locks
+        return
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -83,6 +83,17 @@ def test_a_bad_line_of_metrics_is_named(line, words, tmp_path):
         reporting.read_metrics(tmp_path)
 
 
+def test_one_process_writes_at_a_time(tmp_path):
+    with reporting.MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+        with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: another process is training "):
+            reporting.MetricsWriter(tmp_path)
+        reporting.MetricsWriter(tmp_path, enabled=False)
+    with reporting.MetricsWriter(tmp_path) as writer:
+        writer.write(2, {"loss": 0.5})
+    assert [line["step"] for line in reporting.read_metrics(tmp_path)] == [1, 2]
+
+
 def test_nothing_is_left_of_what_could_not_be_written(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("before")

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tarq_jax import reporting
 from tarq_jax.cli import Interrupted
 from tarq_jax.config import default_config
 from tarq_jax.schema import Field, Schema
@@ -226,6 +227,17 @@ def test_a_refused_run_loses_nothing(tiny_config, tiny_dataset, tmp_path, silent
     after = contents(tmp_path)
     assert {name: after.get(name) for name in before} == before
     assert {name.split("/")[0] for name in after.keys() - before.keys()} <= {"tensorboard"}
+
+
+def test_a_run_that_another_process_trains_is_left_alone(
+        tiny_config, tiny_dataset, tmp_path, silent, finished):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path)
+    with reporting.MetricsWriter(tmp_path):
+        with pytest.raises(ValueError, match="another process is training there, expected one at a time"):
+            loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    after = contents(tmp_path)
+    assert {name: after.get(name) for name in before} == before
 
 
 def test_another_schema_is_refused(tiny_config, tiny_dataset, opened, finished):
