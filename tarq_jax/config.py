@@ -20,6 +20,10 @@ REACHES = ("student", "backbone", "teacher")  # the same as `tarq_jax.models.tar
 WITH_CODEBOOK = frozenset({"tarq"})
 BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that can select the best checkpoint, with sign
 DATA_PATHS = ("data_dir", "prepared", "source", "attributes")  # keys of `config.data`: paths to the data
+# Settings that change no number of a run: where data are, how they are read, what is measured and saved.
+WITHOUT_EFFECT = ("baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
+                  "checkpoints_kept", "recall_k", "save_scores", "prefetch", "data.readers",
+                  *(f"data.{key}" for key in DATA_PATHS))
 MESH_AXES = ("data", "model")  # the names that `tarq_jax.training.sharding` uses
 NUM_SEEDS = 2 ** 32  # `jax.random.key` has only these; it maps any other number to one of them
 HEADS = ("scalar", "dot", "mlp")  # copy of `tarq_jax.models.tarq.Head`: flags are read before JAX is imported

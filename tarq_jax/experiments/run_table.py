@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from tarq_jax.config import DATA_PATHS, own_code
+from tarq_jax.config import WITHOUT_EFFECT, own_code
 from tarq_jax.reporting import replacing
 
 Row = Mapping[str, Any]
@@ -25,16 +25,11 @@ SAME = ("settings", "data", "seed")  # runs that agree in these are the same run
 # [U] each user's influence on the AUC, validation AUC by step, and the configuration as JSON.
 MEASURED = ("influence", "curve_step", "curve_auc", "config")
 COLUMNS = {*KEYS, *SAME, "model", "auc", *MEASURED}  # that every row has
-# Two runs are the same if their seeds, their data and all settings that affect their numbers agree. Data
-# paths, and settings that only affect measuring or logging, are left out.
-WITHOUT_EFFECT = ("seed", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-                  "checkpoints_kept", "recall_k", "save_scores", "prefetch")
-WITHOUT_EFFECT_OF_DATA = (*DATA_PATHS, "readers")
 
 
 def has_effect(name: str) -> bool:
     """Whether a setting, such as `model.width`, can change the numbers of a run; the seed counts apart."""
-    return name not in WITHOUT_EFFECT and name.removeprefix("data.") not in WITHOUT_EFFECT_OF_DATA
+    return name != "seed" and name not in WITHOUT_EFFECT
 
 
 def settings_hash(config: ml_collections.ConfigDict) -> str:
@@ -47,8 +42,7 @@ def settings_hash(config: ml_collections.ConfigDict) -> str:
 def described(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The configuration as a row stores it: all settings except where and how data are read."""
     settings = json.loads(config.to_json())
-    for key in WITHOUT_EFFECT_OF_DATA:
-        settings["data"].pop(key, None)
+    settings["data"] = {key: value for key, value in settings["data"].items() if has_effect(f"data.{key}")}
     return settings
 
 

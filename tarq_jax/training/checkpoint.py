@@ -16,7 +16,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tarq_jax.config import BEST, DATA_PATHS, default_config, flatten
+from tarq_jax.config import BEST, WITHOUT_EFFECT, default_config, flatten
 from tarq_jax.schema import Schema
 from tarq_jax.training import distributed
 from tarq_jax.training.meter import NOTHING_COUNTED
@@ -24,11 +24,9 @@ from tarq_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved a checkpoint and the run that resumes from it. They
 # include the paths of the data: the fingerprint shows whether the data changed, see `provenance.check_data`.
-FREE_TO_CHANGE = ("steps", "baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
-                  "checkpoints_kept", "best_metric", "recall_k", "save_scores", "prefetch", "data.readers",
-                  "accumulate", "model.remat", "model.attention_block", "optimizer.max_gradient_norm",
-                  "parallel", "mesh.data", "mesh.model", "mesh.rules",
-                  *(f"data.{key}" for key in DATA_PATHS))
+FREE_TO_CHANGE = (*WITHOUT_EFFECT, "steps", "best_metric", "accumulate", "model.remat",
+                  "model.attention_block", "optimizer.max_gradient_norm", "parallel", "mesh.data",
+                  "mesh.model", "mesh.rules")
 
 
 def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:
