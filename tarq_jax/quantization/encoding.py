@@ -131,7 +131,7 @@ def bind_where(function: Callable[..., Tree], where: jax.Array | None) -> Callab
 
 def encode(
     codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, where: jax.Array | None = None,
-    block: int | None = None, implementation: Implementation = None,
+    block: int = 0, implementation: Implementation = None,
 ) -> QuantizerOutput:
     """Greedy residual quantization: each level quantizes the residual of the levels before it.
 
@@ -142,7 +142,7 @@ def encode(
       where: [...] bool, latents that are real; passed on to an `assign` that has such a keyword. None if
         all are real.
       block: number of latents that go through all levels together, so that their distances stay in the
-        cache. With many latents on CPU, 2048 takes half the time. None or 0 encodes all latents together;
+        cache. With many latents on CPU, 2048 takes half the time. 0 encodes all latents together;
         this is required if latents are split over devices, or if `assign` depends on the batch.
       implementation: see `tarq_jax.kernels`; the kernel chooses its own blocks.
 
@@ -169,7 +169,7 @@ def encode(
     kernel = pick("encode", implementation, levels, latents, refusal=refusal)
     if kernel:
         codes_of = functools.partial(kernel, jax.lax.stop_gradient(levels))
-        return _encode_by(codes_of, levels, latents, None)
+        return _encode_by(codes_of, levels, latents, block=0)
     refuse_negative(block)
     if block:
         if "where" in inspect.signature(assign).parameters:
@@ -186,7 +186,7 @@ def encode(
 
 
 def beam_encode(
-    codewords: Levels, latents: jax.Array, *, beam: int, block: int | None = None
+    codewords: Levels, latents: jax.Array, *, beam: int, block: int = 0
 ) -> QuantizerOutput:
     """Residual quantization that keeps the best `beam` partial sums at each level (Babenko et al. 2014).
 
@@ -198,7 +198,7 @@ def beam_encode(
       latents: [..., D].
       beam: number of partial sums kept.
       block: number of latents searched together, so that memory is bounded and scores stay in the cache;
-        512 is fastest on CPU. None or 0 searches all together, with [M, beam, K] scores; this is required
+        512 is fastest on CPU. 0 searches all together, with [M, beam, K] scores; this is required
         if latents are split over devices.
 
     Returns:
@@ -218,7 +218,7 @@ def beam_encode(
 
 def _encode_by(
     codes_of: Callable[[jax.Array], jax.Array], levels: tuple[jax.Array, ...], latents: jax.Array,
-    block: int | None,
+    block: int,
 ) -> QuantizerOutput:
     """Codes by `codes_of` ([M, D] to [M, L]), block by block; the rest of the output needs no blocks."""
     flat = jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))
@@ -275,7 +275,7 @@ def _squared_error(output: QuantizerOutput, latents: jax.Array) -> jax.Array:
     return jnp.sum((latents - output.quantized) ** 2, axis=-1)
 
 
-def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: int | None) -> Tree:
+def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: int) -> Tree:
     """Applies `function`, from [M, D] to a tree of [M, ...], to one block of points after the other."""
     if not block or block >= len(points):
         return function(points)
