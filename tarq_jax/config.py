@@ -4,6 +4,7 @@ A file in `configs/` starts from `default_config()` and changes the settings tha
 """
 
 import copy
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -370,6 +371,12 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     accepted = {float: (int, float), tuple: (tuple, list)}.get(type(default), (type(default),))
     if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
         raise ValueError(f"config.{key} is {value!r}, expected a {type(default).__name__} like {default!r}")
+
+
+def shared_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The settings that all processes of a run share, by path: all but the paths of their data."""
+    settings = flatten(json.loads(config.to_json()))
+    return {name: value for name, value in settings.items() if name.removeprefix("data.") not in DATA_PATHS}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

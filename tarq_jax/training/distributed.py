@@ -4,6 +4,7 @@ Each process runs the same program. Parameters and batches are global arrays; a 
 each batch (`data_shard`). Only the first process prints. All hosts must see the same working directory.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from tarq_jax import cli, data
@@ -92,6 +94,17 @@ def wait_for_all(what: str) -> None:
     """Returns when every process has called it; `what` names the place in the program."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises ValueError, on all processes, unless all of them call it with the same `value` of `what`."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    found = multihost_utils.process_allgather(digest)
+    others = np.flatnonzero((found != found[0]).any(axis=1)).tolist()
+    if others:
+        raise ValueError(f"{what} of processes {others} is not that of process 0, expected the same on all")
 
 
 class Interruption(NamedTuple):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from tarq_jax import data, metrics
 from tarq_jax.cli import Interrupted
-from tarq_jax.config import BEST, data_options
+from tarq_jax.config import BEST, data_options, shared_settings
 from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
 from tarq_jax.training import checkpoint, distributed, provenance, setup, sharding
 from tarq_jax.training.evaluate import SCORES, Row, evaluate
@@ -125,9 +126,11 @@ def train(
       FloatingPointError: a step is not finite, or its gradient exceeds the limit; names the step and the
         culprit. The batch is kept, see `tarq_jax.training.failure`; no further state is saved.
       Interrupted: after SIGINT or SIGTERM, when the state has been saved.
-      ValueError: settings or data do not fit the checkpoint or each other, or there is a checkpoint but
-        `resume` is False.
+      ValueError: settings or data do not fit the checkpoint or each other, or differ between processes; or
+        there is a checkpoint but `resume` is False.
     """
+    distributed.check_same("the configuration", json.dumps(shared_settings(config), sort_keys=True))
+    distributed.check_same("the data", json.dumps([dataset.fingerprint, dataset.schema.to_json()]))
     check_saved(config, dataset, workdir, resume=resume)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     shapes = setup.batch_shapes(dataset)

@@ -29,12 +29,17 @@ def write_and_signal(self, step, scalars):
 
 loop.MetricsWriter.write = write_and_signal
 config = tiny.make_config()
-config.steps = 6 if stopped == "none" else 2000
+config.steps = 2000 if stopped.isdecimal() else 6
+if stopped == "different":
+    config.seed = int(os.environ["JAX_PROCESS_ID"])
 try:
     result = loop.train(config, tiny.make_dataset(), pathlib.Path(workdir), Console(file=sys.stderr))
 except cli.Interrupted as interrupted:
     print(interrupted, file=sys.stderr)
     sys.exit(cli.INTERRUPTED)
+except ValueError as error:
+    print(error, file=sys.stderr)
+    sys.exit(cli.FAILED)
 print(json.dumps(result.rows))
 """
 
@@ -75,6 +80,15 @@ def test_several_processes_are_like_one(num, run_processes, tmp_path, finished, 
     assert json.loads((tmp_path / "results.json").read_text())[0]["auc"] == rows[0]["auc"]
     with checkpoint.manager(tmp_path) as checkpoints:
         assert list(checkpoints.all_steps()) == [4, 6]
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_are_refused(run_processes, tmp_path):
+    done = run_processes(2, "different", tmp_path)
+    assert [process.returncode for process in done] == [1, 1], done[0].stderr[-3000:]
+    for process in done:
+        assert "the configuration of processes [1] is not that of process 0, expected" in process.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
