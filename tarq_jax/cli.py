@@ -29,10 +29,20 @@ class Interrupted(Exception):
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """In this context, SIGINT and SIGTERM only make the yielded function return True."""
+    """In this context, SIGINT and SIGTERM only make the yielded function return True.
+
+    A second SIGINT raises KeyboardInterrupt, for a person who cannot wait until everything is saved. A second
+    SIGTERM does not: launchers send several.
+    """
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda signum, _: caught.append(signum)) for number in numbers]
+
+    def catch(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = [signal.signal(number, catch) for number in numbers]
     try:
         yield lambda: bool(caught)
     finally:

@@ -99,6 +99,15 @@ def test_interruptible_only_notes_signals(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_second_interrupt_does_not_wait():
+    with cli.interruptible() as interrupted:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_interruptible_gives_handlers_back_after_an_error():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ValueError), cli.interruptible():
