@@ -43,7 +43,7 @@ WORKLOADS: Mapping[str, Sizes] = {
     "single": Sizes(B=1, G=1, L=2, K=2, D=2, H=1, N=1),
     # For tests: all lengths differ, and none is a multiple of a block.
     "odd": Sizes(B=2, G=37, L=3, K=20, D=24, H=3, N=45),
-    "blocks": Sizes(B=1, G=530, L=2, K=13, D=16, H=2, N=1030),  # more of all than a block of a kernel
+    "blocks": Sizes(B=1, G=530, L=2, K=13, D=16, H=2, N=1030),  # G and N exceed a kernel's block
 }
 
 

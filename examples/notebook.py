@@ -52,7 +52,7 @@ reporting.print_table(
 # %% [markdown]
 # ## Export and query
 #
-# An artefact holds an index of all items and compiled programs. The measured time is that of a
+# An artefact holds an index of all items and exported programs. The measured time is that of a
 # complete request: the user side, 10,000 candidates, the best 500.
 
 # %%

@@ -21,7 +21,7 @@ REACHES = ("student", "backbone", "teacher")  # the same as `tarq_jax.models.tar
 WITH_CODEBOOK = frozenset({"tarq"})
 BEST = {"auc": 1.0, "gauc": 1.0, "log_loss": -1.0}  # metrics that can select the best checkpoint, with sign
 DATA_PATHS = ("data_dir", "prepared", "source", "attributes")  # keys of `config.data`: paths to the data
-# Settings that change no number of a run: where data are, how they are read, what is measured and saved.
+# Settings that do not change what is trained: where and how data are read, what is measured and saved.
 WITHOUT_EFFECT = ("baselines", "log_every", "eval_every", "eval_batch_size", "checkpoint_every",
                   "checkpoints_kept", "recall_k", "save_scores", "prefetch", "data.readers",
                   *(f"data.{key}" for key in DATA_PATHS))
@@ -73,7 +73,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.aligned_share = 0.25  # share of the requests of a batch that the alignment loss uses
     config.model.assign = "nearest"  # how training assigns codes: "nearest", "cosine" or "balanced"
     config.model.pass_through = "straight_through"  # gradient estimator of quantization; or "rotation"
-    config.model.student_gradient = "student"  # how far its gradient reaches; or "backbone", or "teacher"
+    config.model.student_gradient = "student"  # reach of the student's gradient; or "backbone", or "teacher"
     config.model.num_vectors = 4  # inttower: vectors per item, and per layer of the user tower
     config.model.hash_rounds = 16  # sdim: signatures per item; eta joins their bits into one signature
     config.model.hash_bits = 3  # sdim and eta: bits per signature
@@ -118,7 +118,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 128
     config.checkpoint_every = 500
     config.checkpoints_kept = 2  # how many of the newest checkpoints are kept
-    config.best_metric = ""  # keeps and tests the best validation step by "auc", "gauc" or "log_loss"
+    config.best_metric = ""  # "auc", "gauc" or "log_loss": test the best validated step; "": the last step
     config.recall_k = 4  # k of recall@k: the student's ranking against the teacher's
     config.save_scores = False  # save the score of every test candidate, for statistics over runs
     config.prefetch = 4  # batches prepared in advance

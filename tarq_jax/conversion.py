@@ -156,7 +156,7 @@ def attend(
 
 
 def relative_error(index: ItemIndex, corrections: jax.Array) -> float:
-    """Norm of the quantization error of the corrections [V, H, E], relative to their own unless that is 0."""
+    """Norm of the quantization error of corrections [V, H, E], over their norm unless that is 0."""
     found = jnp.sum(jnp.stack(index.chosen(np.arange(len(corrections)))[1:]), axis=0)
     error, norm = jnp.linalg.norm(found - corrections), jnp.linalg.norm(corrections)
     return float(error / norm) if norm else float(error)

@@ -45,7 +45,7 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one JSON line, and one event per scalar; a value not finite is null in JSON and no event."""
+        """Writes one JSON line, and one event per scalar; a value that is not finite: null, and no event."""
         if not self._enabled:
             return
         finite = _finite(scalars)
@@ -157,7 +157,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], by: str = "model") -> list[dict
 
     Args:
       rows: one per run, with `seed`; columns of text are left out.
-      by: the column of which each value gets a row.
+      by: the column to group by; each of its values gets one row.
 
     Example:
       >>> summarise([{"model": "a", "seed": 0, "auc": 0.5}, {"model": "a", "seed": 1, "auc": 0.7}])

@@ -118,7 +118,7 @@ def attention_errors(observed: Observed) -> tuple[float, dict[str, float], dict[
 
 
 def _relative(observed: Observed, inside: np.ndarray) -> float:
-    """NaN if no history there has an event, so that there is nothing to be off."""
+    """Relative error of the attention output for `inside`; NaN if all their histories are empty."""
     return metrics.relative_error(
         [observed.squared_error[inside].sum(), observed.squared_norm[inside].sum()])
 

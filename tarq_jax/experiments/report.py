@@ -53,10 +53,10 @@ def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float, ga
     """The table in words: which variants differ from the reference, and which do not measurably.
 
     Args:
-      rows: of `study.summary`.
-      reference: as there.
-      level: of the intervals.
-      gap: of `study.gap`.
+      rows: rows from `study.summary`.
+      reference: the variant that the others are compared with.
+      level: confidence level of the intervals.
+      gap: the gap from `study.gap`, or None.
     """
     tested = [row for row in rows if "p_adjusted" in row]
     worse = [row for row in tested if row["p_adjusted"] < 1 - level and row["difference"] < 0]

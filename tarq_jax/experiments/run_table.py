@@ -28,7 +28,7 @@ COLUMNS = {*KEYS, *SAME, "model", "auc", *MEASURED}  # that every row has
 
 
 def has_effect(name: str) -> bool:
-    """Whether a setting, such as `model.width`, can change the numbers of a run; the seed counts apart."""
+    """Whether a setting, such as `model.width`, can change what is trained; the seed is kept apart."""
     return name != "seed" and name not in WITHOUT_EFFECT
 
 
@@ -59,7 +59,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
-    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: text that is none
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: bytes that are no valid text
         raise ValueError(f"{path} cannot be read as Parquet: {error}; move it away to begin anew") from error
     if rows and (missing := COLUMNS - rows[0].keys()):
         raise ValueError(f"{path} has no columns {sorted(missing)}, expected the table of a study")

@@ -130,8 +130,8 @@ def gap_recovered(variant: Variant, variants: Mapping[str, Variant], level: floa
     The interval is Fieller's (1954) with both sources of variance: all shares s for which the means of
     `own - low` and `s (high - low)` do not differ at the level. The p-value is of a share of 0.
 
-    None where an end of the gap was not trained, no seed is shared, or the gap's own interval reaches 0: then
-    no share is ruled out.
+    None if an end of the gap was not trained, no seed is shared, or the gap's own interval reaches 0, so that
+    the interval of the share has no bounds.
     """
     if not all(name in variants for name in ENDS):
         return None
@@ -171,7 +171,7 @@ def _end(excess: Callable[[float], float], start: float, sign: float) -> float:
 
 
 def comparable(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, float]:
-    """AUC by variant as if all had the seeds of the reference: its own, and the difference on shared seeds.
+    """AUC by variant on equal terms: the reference's AUC plus the variant's difference on shared seeds.
 
     Args:
       rows: of `summary`.

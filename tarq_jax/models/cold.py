@@ -12,7 +12,7 @@ GROUPS = 4
 
 
 class Cold(OnTwoTowers):
-    """Backbone logit plus an MLP of feature groups, each scaled by one learned weight.
+    """Backbone logit plus an MLP of feature groups, each scaled by one weight that depends on all.
 
     `g = [v_user, x_item, v_item, v_user * v_item]`, `s = sigmoid(W g + b)`,
     `logit = MLP([s_1 g_1, ..., s_4 g_4]) + backbone logit`.

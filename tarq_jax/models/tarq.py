@@ -32,7 +32,7 @@ class TarqOutput(struct.PyTreeNode):
     latents: jax.Array  # [B, G, D], z
     quantizer: QuantizerOutput
     personalized: jax.Array  # [A, L, K, D], of the first A requests, for the alignment loss
-    aligned: jax.Array  # [A] bool, which of these it uses: some shards have one request less, but the same A
+    aligned: jax.Array  # [A] bool, which of these count; A is the same on all shards, but some use one less
     attended: jax.Array  # [B, G, L, D], A_l[c_l]
     attention_output: jax.Array  # [B, G, D], o
     reconstruction: jax.Array  # [B, G, D], output of the decoder

@@ -237,7 +237,7 @@ def _descend(
     levels: tuple[jax.Array, ...], latents: jax.Array,
     code_of: Callable[[int, jax.Array, jax.Array], jax.Array],
 ) -> QuantizerOutput:
-    """Level by level: `code_of` (index of the level, residual, codewords), then what its codeword leaves."""
+    """The output for codes by `code_of`, a function of (index of the level, residual, codewords)."""
     residual, codes, residuals, chosen = jnp.asarray(latents), [], [], []
     for index, level in enumerate(levels):
         codes.append(code_of(index, residual, level).astype(jnp.int32))

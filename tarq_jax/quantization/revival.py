@@ -46,7 +46,7 @@ def revive(
 
     Residuals are drawn one after the other, by squared distance to the nearest codeword that is alive
     or already revived (the k-means++ rule, Arthur and Vassilvitskii 2007). So badly quantized residuals
-    are likely to be drawn, a residual equal to a codeword is never drawn, and no two codewords coincide.
+    are likely to be drawn, a residual equal to one of these is never drawn, and no two of these coincide.
     A revived codeword has age 0 and starts with the mean count of its level, so that it has time to win
     assignments before it can count as dead again.
 

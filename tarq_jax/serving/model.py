@@ -85,8 +85,8 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
 
     Args:
       folder: the folder `model` of the artefact.
-      like: a model that was read before. It is returned if it is the same; if only its programs are the same,
-        the new model shares them.
+      like: a model that was read before. If it is the same, the new model shares its weights and programs; if
+        only its programs are the same, it shares these.
 
     Raises:
       ValueError: the model is damaged, of another version, or not for the platform that JAX runs on here.
@@ -141,7 +141,7 @@ def _encoder(
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     @functools.cache
     def program() -> Callable[..., Mapping[str, jax.Array]]:
-        """Read only when items are encoded, as it holds the embedding tables; until then it may change."""
+        """Read and checked only when items are encoded, as it has the embedding tables; files may change."""
         for name in ("encode.jaxexport", "encode.npz"):
             check_digest(folder / name, digests[name])
         call = jax.jit(read_program(folder, "encode").call)

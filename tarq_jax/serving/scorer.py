@@ -262,7 +262,7 @@ class _Chosen(NamedTuple):
 
 
 def _ascending(slots: np.ndarray, capacity: int) -> np.ndarray:
-    """The slots in ascending order, each once; by marking them, which is faster than sorting unless few."""
+    """The slots in ascending order, each once; marked in an array, as sorting is faster only for few."""
     if SPARSE * len(slots) < capacity:
         return np.unique(slots)
     marked = np.zeros(capacity, bool)

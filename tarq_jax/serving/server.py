@@ -3,7 +3,7 @@
     python -m tarq_jax.serving.server --artefact=artefacts/1 --port=8000
     curl -d '{"history": {"item_id": [17, 4, 256]}, "top_k": 5}' localhost:8000/score
 
-`POST /swap` with `{"artefact": "2"}` and the token replaces it by `artefacts/2`, without a pause.
+`POST /swap` with `{"artefact": "2"}` and the token makes the service switch to `artefacts/2`.
 After SIGTERM, /readyz answers 503 for `--drain_seconds` while all requests are still answered, so that a load
 balancer can send them elsewhere; then requests in flight are finished, and the exit code is 0. SIGINT does
 the same without the wait, and a second signal ends the process immediately. One process computes one batch at

@@ -127,7 +127,7 @@ def _guarded(labels: ArrayLike, name: str, scores: ArrayLike) -> tuple[np.ndarra
 
 def _spread(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
             ) -> tuple[float, np.ndarray]:
-    """AUC, and [C] each candidate's weighted placement less the AUC, over the total weight of its class."""
+    """AUC, and [C] each candidate's weight times (placement - AUC), over the total weight of its class."""
     weights = np.ones(len(scores)) if weights is None else weights
     _, place = np.unique(scores, return_inverse=True)
 

@@ -67,7 +67,7 @@ class Arms(NamedTuple):
 
 
 def independent(treatment: Ratio, control: Ratio) -> Arms:
-    """Two arms of which neither says anything about the other."""
+    """Two arms whose errors are independent."""
     return Arms(treatment.value, control.value, np.diag([treatment.variance, control.variance]))
 
 
@@ -115,13 +115,13 @@ def lift(treatment: Ratio, control: Ratio, *, before: tuple[Ratio, Ratio] | None
     infinite, whatever the p-value.
 
     Args:
-      treatment: of the treated users.
-      control: of the others; its value has to differ from 0.
-      before: both of a period before, which `cuped` makes use of; None if there is none.
-      level: of the interval.
+      treatment: ratio of the treated users.
+      control: ratio of the control users; its value has to differ from 0.
+      before: the ratios of both arms in a period before the test, for `cuped`; None if there is none.
+      level: confidence level of the interval.
 
     Raises:
-      ValueError: the control's value is 0, or another sign is left of it by `cuped`.
+      ValueError: the control's value is 0, or `cuped` makes it 0 or changes its sign.
 
     >>> estimate = lift(ratio([1, 0, 1, 1], [1, 1, 1, 1]), ratio([1, 0, 1, 0], [1, 1, 1, 1]))
     >>> estimate.value
@@ -129,7 +129,7 @@ def lift(treatment: Ratio, control: Ratio, *, before: tuple[Ratio, Ratio] | None
     """
     if not control.value:
         raise ValueError("control: expected a value other than 0 for a lift over it, got 0")
-    now = _in_unit(treatment, control)  # a lift has none; squares of very small numbers would be 0
+    now = _in_unit(treatment, control)  # changes no lift; squares of very small numbers would be 0
     first, second, covariance = independent(*now) if before is None else cuped(*now, *_in_unit(*before))
     if second * control.value <= 0:
         raise ValueError(f"control: expected an adjusted value of the sign of {control.value:g}, got "
@@ -150,7 +150,7 @@ def lift(treatment: Ratio, control: Ratio, *, before: tuple[Ratio, Ratio] | None
 
 
 def _in_unit(first: Ratio, second: Ratio) -> tuple[Ratio, Ratio]:
-    """Both ratios over the larger of their values."""
+    """Both ratios, divided by the larger of their absolute values."""
     unit = max(abs(first.value), abs(second.value)) or 1.0
     one, other = (Ratio(part.value / unit, part.influence / unit) for part in (first, second))
     return one, other

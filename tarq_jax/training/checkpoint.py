@@ -176,13 +176,13 @@ def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def check_settings(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> None:
-    """Raises ValueError if what is saved there was trained with another value of a setting that is `held`."""
+    """Raises ValueError if a setting with `held(name)` was saved there with another value than this run's."""
     if found := difference(workdir, config, held):
         raise ValueError(f"{workdir}: {found}; use another --workdir or the saved setting")
 
 
 def difference(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> str | None:
-    """The first setting that is `held` and was another in what is saved there, in words; None without one."""
+    """The first setting with `held(name)` that has another value in what is saved there, in words, or None."""
     _, meta = _newest(workdir)
     return None if meta is None else _first_difference(meta["config"], config, held)
 
@@ -234,7 +234,7 @@ def _difference(meta: dict[str, Any], config: ml_collections.ConfigDict, schema:
 def _first_difference(
     saved: Mapping[str, Any], config: ml_collections.ConfigDict, held: Callable[[str], bool]
 ) -> str | None:
-    """The first setting that is `held` and has another value, in words.
+    """The first setting with `held(name)` that has another value, in words; None if none has.
 
     A setting that is newer than the saved run counts as its default. Lists and tuples are equal, because JSON
     has only lists.

@@ -81,7 +81,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def is_first() -> bool:
-    """Whether this is the first process, which alone writes shared files."""
+    """Whether this is the first process, which writes the files of which there is only one."""
     return jax.process_index() == 0
 
 
@@ -122,10 +122,11 @@ class Interruption(NamedTuple):
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Context in which signals do not end the process but are reported by the `Interruption`.
+    """Context in which SIGINT and SIGTERM are reported by the `Interruption`.
 
-    A single process reacts to SIGINT and SIGTERM. With several processes, a scheduler may send SIGTERM to any
-    of them; then all agree on the step at which they stop.
+    A single process catches SIGTERM and the first SIGINT; a second SIGINT raises KeyboardInterrupt. With
+    several processes SIGINT is not caught, and a scheduler may send SIGTERM to any of them; then all agree on
+    the step at which they stop.
     """
     if jax.process_count() > 1:
         yield Interruption(multihost_utils.reached_preemption_sync_point)

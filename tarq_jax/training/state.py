@@ -19,7 +19,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def codewords(self) -> Any:
-        """The codebook's, `Levels`; None for models that do not quantize."""
+        """The codewords of the codebook (`Levels`); None for models that do not quantize."""
         return None if self.codebook is None else self.codebook.codewords
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 from tarq_jax.data.beam.vocabulary import stable_hash
 from tarq_jax.data.records import SPLITS
 
-ROUNDS = 8  # draws per negative, at most; a request may end with fewer negatives
+ROUNDS = 8  # a request draws at most this many times its number of negatives; it may end with fewer
 
 
 class Request(NamedTuple):

@@ -52,7 +52,7 @@ class Service:
         self._in_flight, self._lag = 0, Lag()
 
     def close(self) -> None:
-        """Ends the thread that computes, and lets the garbage collector look at served objects again."""
+        """Ends the thread that computes, and lets the garbage collector look at all objects again."""
         self._lag.close()
         self.executor.shutdown()
         gc.unfreeze()
