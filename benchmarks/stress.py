@@ -5,12 +5,13 @@
 
 TARQ, two-tower and target attention, of one size with random weights, are tested one after the other. Each is
 served by its own process on loopback, with the default settings of `tarq_jax.serving.server`, and has to
-rank all its items and return the best 500. The first stage sends one request at a time, the second measures the most answers
-per second. From then on arrivals are Poisson and do not wait for answers, and latency counts from the time at
-which a request was due. Load rises in stages to twice what the service can sustain. It stays there while bad
-requests are sent, the service is swapped to other artefacts, and a damaged artefact is refused. Then the
-process is killed and restarted under half the load, and at the end one request at a time is sent again. Load
-generator and service share the machine. `--quick` runs everything with numbers that mean nothing.
+rank all its items and return the best 500. The first stage sends one request at a time, the second measures
+the most answers per second. From then on arrivals are Poisson and do not wait for answers, and latency counts
+from the time at which a request was due. Load rises in stages to twice what the service can sustain. It stays
+there while bad requests are sent, the service is swapped to other artefacts, and a damaged artefact is
+refused. Then the process is killed and restarted under half the load, and at the end one request at a time is
+sent again. Load generator and service share the machine. `--quick` runs everything with numbers that mean
+nothing.
 """
 
 import os

@@ -168,7 +168,6 @@ def run(main: Callable[..., None], *, words: bool = False) -> None:
 
     With `words`, `main` takes a list of the arguments that are not flags; without it, there must be none.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: nothing half-written is left
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX log every step they take
     memory.keep_freed()
     if os.getcwd() not in sys.path:  # settings may name functions there; `python -m` has already added it
@@ -220,7 +219,8 @@ def wrong_call(message: object) -> NoReturn:
 
 
 def _complain(error: object) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = str(error) or f"a {type(error).__name__} without a message"
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
 
 
 def settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -69,6 +69,7 @@ ENDINGS = {
     "raise FileNotFoundError('no folder x')": (cli.FAILED, "error: no folder x\n"),
     "raise FloatingPointError('step 3')": (cli.FAILED, "error: step 3\n"),
     "raise cli.Interrupted('saved step 3')": (cli.INTERRUPTED, "error: saved step 3\n"),
+    "raise MemoryError": (cli.FAILED, "error: a MemoryError without a message\n"),
     "raise KeyboardInterrupt": (cli.INTERRUPTED, "error: interrupted; run it again to resume\n"),
     "cli.wrong_call('--seeds is x')": (cli.WRONG_CALL, "error: --seeds is x\n"),
 }
@@ -140,6 +141,20 @@ def main(arguments):
 
 cli.run(main, words=True)
 """
+
+
+LOST = WRITES.replace("time.sleep(60)", """
+        class Swallows:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+        Swallows()""").replace("import sys, time", "import os, signal, sys, time")
+
+
+def test_a_termination_that_gets_lost_in_a_callback_is_raised_again(command, tmp_path):
+    done = command("-c", LOST, tmp_path / "rows.json")
+    assert done.returncode == 75 and list(tmp_path.iterdir()) == []
+    assert done.stderr.splitlines()[-1] == "error: interrupted; run it again to resume"
 
 
 def test_termination_leaves_nothing_half_written(start_command, tmp_path):

@@ -158,7 +158,7 @@ def bootstrap_lift(
                  for weights, (totals, counts) in zip((first, second), sums, strict=True)]
         with np.errstate(divide="ignore", invalid="ignore"):  # `bootstrap` refuses the resulting values
             lifts = means[0] / means[1] - 1
-        return np.where(np.abs(lifts) > ROUNDING, lifts, 0.0)
+        return np.where(np.abs(lifts) <= ROUNDING, 0.0, lifts)
 
     try:
         return statistics.bootstrap(lift, sizes, replicates=plan.replicates, level=plan.level)

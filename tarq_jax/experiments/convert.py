@@ -11,7 +11,7 @@ steps.
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,17 +65,21 @@ def settings() -> list[Setting]:
 
 
 def convert(
-    checkpoint: Path, two_tower: Path | None, wanted: Sequence[Setting], console: Console
+    checkpoint: Path, floor: float | None, wanted: Sequence[Setting], console: Console
 ) -> list[dict[str, Any]]:
-    """A row for the model without conversion, then one for each setting, and one more if it is fine-tuned."""
-    floor = None if two_tower is None else _auc_of(two_tower)
+    """A row for the model without conversion, then one for each setting, and one more if it is fine-tuned.
+
+    Args:
+      checkpoint: folder of the run.
+      floor: AUC of the two-tower, for gap recovered; None without one.
+      wanted: settings.
+      console: console for the progress bar.
+    """
     from tarq_jax.metrics import gap_recovered  # after the flags: importing JAX takes seconds
     from tarq_jax.training import conversion as training
 
     model, run = load_model(checkpoint)
     config = run.config
-    if two_tower is not None:
-        check_comparable(two_tower, run)
     training.check_codewords(model, max(setting.codewords for setting in wanted))
     evaluate = functools.partial(
         training.evaluate_index, model, recall_k=config.recall_k, batch_size=config.eval_batch_size)
@@ -113,16 +117,39 @@ def load_model(checkpoint: Path) -> tuple[Any, "Run"]:
     return training.trained_model(target_attention_parts(module), run.state.params, run.dataset), run
 
 
-def check_comparable(two_tower: Path, run: "Run") -> None:
-    """Raises ValueError if the two-tower was trained on other data, with another seed, or for other steps."""
-    from tarq_jax.training import checkpoint, provenance
+def check_runs(checkpoints: Sequence[Path], two_towers: Sequence[Path]) -> None:
+    """Raises ValueError unless the runs can be compared, before any of them is converted.
 
-    def held(name: str) -> bool:
+    All of them must have the same data and settings, but different seeds; and each two-tower the same data,
+    seed and number of steps as its run.
+    """
+    from tarq_jax.training import checkpoint, provenance, restore
+
+    def data_of(workdir: Path) -> str:
+        return next((entry["data"] for entry in reversed(provenance.read(workdir))), "")
+
+    def compare(flag: str, workdir: Path, like: Path, held: Callable[[str], bool]) -> None:
+        if found := checkpoint.difference(workdir, configs[like], held):
+            raise ValueError(f"{flag}: {workdir} was {found}, that is {like}; expected the same in both")
+        if data_of(workdir) != data_of(like):
+            raise ValueError(f"{flag}: {workdir} was trained on the data {data_of(workdir)}, {like} on "
+                             f"{data_of(like)}; expected the same in both")
+
+    def of_two_tower(name: str) -> bool:
         return name in ("seed", "steps") or (name.startswith("data.") and run_table.has_effect(name))
 
-    if found := checkpoint.difference(two_tower, run.config, held):
-        raise ValueError(f"--two_tower: {two_tower} {found}; expected the same in both")
-    provenance.check_data(two_tower, run.dataset)
+    configs = {}
+    for path in checkpoints:
+        if (saved := checkpoint.saved_settings(path)) is None:
+            raise FileNotFoundError(f"{path}: no checkpoints in it, expected the --workdir of a training run")
+        configs[path] = restore.config_of(saved)
+        if configs[path].seed in {configs[other].seed for other in configs if other != path}:
+            raise ValueError(f"--checkpoint: {path} is another run of seed {configs[path].seed}, expected "
+                             f"runs of different seeds")
+        compare("--checkpoint", path, checkpoints[0], run_table.has_effect)
+    for path, two_tower in zip(checkpoints, two_towers, strict=False):  # there may be none
+        if checkpoint.saved_settings(two_tower) is not None:
+            compare("--two_tower", two_tower, path, of_two_tower)
 
 
 def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:
@@ -186,12 +213,12 @@ def main() -> None:
         cli.wrong_call(f"--checkpoint is {', '.join(CHECKPOINTS.value)}, expected different runs")
     wanted, console = settings(), Console()
     rows: list[dict[str, Any]] = []
-    for checkpoint, two_tower in itertools.zip_longest(CHECKPOINTS.value, TWO_TOWERS.value):
-        found = convert(Path(checkpoint), Path(two_tower) if two_tower else None, wanted, console)
-        if found[0]["seed"] in {row["seed"] for row in rows}:
-            raise ValueError(f"--checkpoint: {checkpoint} is another run of seed {found[0]['seed']}, "
-                             f"expected runs of different seeds")
-        rows += found
+    checkpoints = [Path(path) for path in CHECKPOINTS.value]
+    two_towers = [Path(path) for path in TWO_TOWERS.value]
+    floors = [_auc_of(path) for path in two_towers]
+    check_runs(checkpoints, two_towers)
+    for checkpoint, floor in itertools.zip_longest(checkpoints, floors):
+        rows += convert(checkpoint, floor, wanted, console)
     summary = reporting.summarise(rows) if len(CHECKPOINTS.value) > 1 else []
     reporting.print_table(summary or rows, f"test split, {len(CHECKPOINTS.value)} converted",
                           reporting.PREDICTOR)

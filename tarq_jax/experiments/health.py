@@ -51,8 +51,8 @@ def observe(run: "Run", split: str, requests: int) -> Observed:
     predict, attention = run.objective.predict, run.objective.attention
     if attention is None:
         raise ValueError(f"a run of {run.config.model.name!r} has no codebook, expected one that has")
-    if run.steps <= run.config.codebook.start:
-        raise ValueError(f"the run stopped at step {run.steps}, expected one beyond config.codebook.start, "
+    if (step := int(run.state.step)) <= run.config.codebook.start:
+        raise ValueError(f"the run's state is of step {step}, expected one beyond config.codebook.start, "
                          f"{run.config.codebook.start}: its codebook is not used before")
     codewords, size = run.state.codewords, run.config.eval_batch_size
 

@@ -77,10 +77,15 @@ def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float, ga
     if uneven := [row["variant"] for row in tested if row["paired_seeds"] != row["seeds"]]:
         sentences.append(f"Compared only on the seeds that {reference} has too, though their AUC is over all "
                          f"of theirs: {', '.join(uneven)}.")
-    if gap is not None and gap.low <= 0:
+    if gap is None:
+        return sentences
+    if gap.low <= 0:
+        found = "is negative" if gap.high < 0 else "may be 0"
         sentences.append(
             f"The gap between two-tower and target attention, {gap.value:+.4f} [{gap.low:+.4f}, "
-            f"{gap.high:+.4f}], may be 0, so that no share of it is given.")
+            f"{gap.high:+.4f}], {found}, so that no share of it is given.")
+    elif without := [row["variant"] for row in rows if "gap_recovered" not in row]:
+        sentences.append(f"Without a share of the gap, which may be 0 on their seeds: {', '.join(without)}.")
     return sentences
 
 

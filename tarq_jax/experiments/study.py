@@ -151,8 +151,9 @@ def gap_recovered(variant: Variant, variants: Mapping[str, Variant], level: floa
         return None
     size = whole.estimate.value
     share = less(0.0).value / size
-    low_end, high_end = (_end(lambda s: _excess(less(s)), share, sign) for sign in (-1.0, 1.0))
-    return Estimate(share, less(share).standard_error / size, low_end, high_end, less(0.0).p_value)
+    error = less(share).standard_error / size
+    low_end, high_end = (_end(lambda s: _excess(less(s)), share, sign * error) for sign in (-1.0, 1.0))
+    return Estimate(share, error, low_end, high_end, less(0.0).p_value)
 
 
 def _excess(found: Estimate) -> float:
@@ -160,14 +161,13 @@ def _excess(found: Estimate) -> float:
     return max(found.low, -found.high)
 
 
-def _end(excess: Callable[[float], float], start: float, sign: float) -> float:
-    """The first number on that side of `start` from which on `excess` is above 0."""
+def _end(excess: Callable[[float], float], start: float, step: float) -> float:
+    """The first number from `start` in the direction of `step` from which on `excess` is above 0."""
     if excess(start) >= 0:  # an end of the gap itself, whose share is certain
         return start
-    step = 1e-6
-    while excess(start + sign * step) < 0:
+    while excess(start + step) < 0:
         step *= 2
-    return float(optimize.brentq(excess, start, start + sign * step, xtol=1e-9))
+    return float(optimize.brentq(excess, start, start + step, xtol=1e-6 * abs(step)))
 
 
 def comparable(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, float]:
@@ -192,6 +192,8 @@ def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95
     """
     if reference not in variants:
         raise ValueError(f"--reference is {reference!r}, expected one of {sorted(variants)}")
+    whole = gap(variants, level)
+    certain = whole is not None and whole.low > 0
     rows = []
     for variant in variants.values():
         row: dict[str, Any] = {"variant": variant.name, "seeds": len(variant.seeds),
@@ -203,7 +205,7 @@ def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95
                     "p_value": estimate.p_value, "data_error": max(parts.data, 0.0)**0.5}
             if row["paired_seeds"] > 1:  # one seed does not show how seeds differ
                 row["seeds_error"] = max(parts.seeds, 0.0)**0.5
-        if (share := gap_recovered(variant, variants, level)) is not None:
+        if certain and (share := gap_recovered(variant, variants, level)) is not None:
             row |= {"gap_recovered": share.value, "gap_low": share.low, "gap_high": share.high}
         for name in ("teacher_auc", "utilisation", "attention_error", "parameters", "train_seconds"):
             if all(name in one for one in variant.rows):

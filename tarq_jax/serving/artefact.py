@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from jax import export
 
+from tarq_jax.reporting import terminable
 from tarq_jax.serving.index import Index
 
 Kind = Literal["index", "model"]
@@ -47,7 +48,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        yield temporary
+        with terminable():
+            yield temporary
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

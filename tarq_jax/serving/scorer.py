@@ -201,7 +201,8 @@ class Scorer:
         if users.items is not self.index:
             raise ValueError("users are those of a scorer with another index, expected this one's: an answer "
                              "comes from one version alone")
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and (
+                isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
             raise ValueError(f"top_k is {top_k!r}, expected an integer of at least 1, or None")
         if len(candidates) != len(users.skipped):
             raise ValueError(f"candidates are {len(candidates)} lists, expected {len(users.skipped)}, one a "

@@ -46,10 +46,11 @@ def auc_influence(labels: ArrayLike, scores: ArrayLike, users: ArrayLike,
     positive, scores = _guarded(labels, "scores", scores)
     checks.shape_of("users", users, positive.shape, "labels")
     users = np.asarray(users)
-    if users.dtype.kind == "O" and len({type(user) for user in users}) == 1:
-        users = np.array(users.tolist())
-    if users.dtype.kind not in "iuUS":
-        raise ValueError(f"users: expected integers or strings, got dtype {users.dtype}")
+    kinds = {type(user) for user in users} if users.dtype.kind == "O" else {users.dtype.type}
+    if not any(all(issubclass(kind, allowed) for kind in kinds) for allowed in (
+            str, np.bytes_, int | np.integer)) or bool in kinds:
+        found = sorted(kind.__name__ for kind in kinds)
+        raise ValueError(f"users: expected integers or strings, got {', '.join(found)}")
     _, unit = np.unique(users, return_inverse=True)
     units = int(unit.max()) + 1
     if units < 2:

@@ -131,7 +131,7 @@ def lift(treatment: Ratio, control: Ratio, *, before: tuple[Ratio, Ratio] | None
         raise ValueError("control: expected a value other than 0 for a lift over it, got 0")
     now = _in_unit(treatment, control)  # changes no lift; squares of very small numbers would be 0
     first, second, covariance = independent(*now) if before is None else cuped(*now, *_in_unit(*before))
-    if second * control.value <= 0:
+    if np.sign(second) != np.sign(control.value):
         raise ValueError(f"control: expected an adjusted value of the sign of {control.value:g}, got "
                          f"{second / now[1].value * control.value:g}; the arms differed before")
     if abs(first - second) <= ROUNDING * max(abs(first), abs(second)):

@@ -181,10 +181,16 @@ def check_settings(workdir: Path, config: ml_collections.ConfigDict, held: Calla
         raise ValueError(f"{workdir}: {found}; use another --workdir or the saved setting")
 
 
-def difference(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> str | None:
-    """The first setting with `held(name)` that has another value in what is saved there, in words, or None."""
+def saved_settings(workdir: Path) -> dict[str, Any] | None:
+    """The configuration of the newest checkpoint there; None without one."""
     _, meta = _newest(workdir)
-    return None if meta is None else _first_difference(meta["config"], config, held)
+    return None if meta is None else meta["config"]
+
+
+def difference(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> str | None:
+    """The first setting with `held(name)` that has another value in what is saved there, or None."""
+    saved = saved_settings(workdir)
+    return None if saved is None else _first_difference(saved, config, held)
 
 
 def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:

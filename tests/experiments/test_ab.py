@@ -164,6 +164,22 @@ def test_arms_are_drawn_apart_in_the_bootstrap(tmp_path):
     assert row["method"] == "bootstrap" and np.isfinite([row["low"], row["high"]]).all()
 
 
+def test_a_bootstrap_of_an_arm_without_buyers_is_refused(tmp_path):
+    """Replicates without the control's one buyer have no lift, which is not a lift of 0."""
+    rows = [f"u{i},{arm},9,3,{int(i == 0)},{float(i == 0)}" for arm in ("control", "b") for i in range(40)]
+    rows = [row if "control" in row else row.replace("u", "v").replace(",1,1.0", ",0,0.0") for row in rows]
+    found = {(row["metric"], row["method"]): row for row in ab.analyse(
+        ab_rows.read(write(tmp_path, rows))[0], "control", plan(replicates=200))}
+    assert "has no bootstrap" in found["gmv", "bootstrap"]["note"]
+
+
+def test_a_bootstrap_of_the_same_constant_is_no_lift(tmp_path):
+    """In arms of other sizes it rounds differently."""
+    rows = [f"{arm}{i},{arm},9,3,1,0.1" for arm, size in (("control", 70), ("b", 110)) for i in range(size)]
+    row = ab.analyse(ab_rows.read(write(tmp_path, rows))[0], "control", plan(replicates=200))[-1]
+    assert (row["method"], row["lift"], row["low"], row["high"], row["p_value"]) == ("bootstrap", 0, 0, 0, 1)
+
+
 def noted(table):
     """The notes on results that cannot be computed, by (metric, method), and the set of those that can."""
     rows = ab.analyse(table, "control", plan(replicates=200))

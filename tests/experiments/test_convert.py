@@ -1,11 +1,13 @@
 """The command that converts a run: its rows, wrong calls, and conversions that are impossible."""
 
-import dataclasses
 import json
+import shutil
 
 import pytest
 
+from configs import synthetic
 from tarq_jax.experiments import convert
+from tarq_jax.training import loop, provenance
 
 CONVERT = ("-m", "tarq_jax.experiments.convert")
 
@@ -53,15 +55,35 @@ def test_what_cannot_be_done(command, smoke_run):
     assert done.returncode == 2 and "expected different runs" in done.stderr
     with pytest.raises(ValueError, match="a run of 'two_tower', expected one of target attention"):
         convert.load_model(smoke_run("two_tower"))
-    _, run = convert.load_model(trained)
-    convert.check_comparable(smoke_run("two_tower"), run)
-    run.config.seed = 5
-    with pytest.raises(ValueError, match=r"--two_tower: .* saved with config.seed=0, this run has 5;"):
-        convert.check_comparable(smoke_run("two_tower"), run)
-    run.config.seed = 0
-    other = run._replace(dataset=dataclasses.replace(run.dataset, fingerprint="other"))
-    with pytest.raises(ValueError, match=r"was trained on the data .* now give other"):
-        convert.check_comparable(smoke_run("two_tower"), other)
+
+
+@pytest.mark.slow
+def test_only_runs_that_can_be_compared_are(smoke_run, tmp_path, silent):
+    """Others are refused before any run is converted."""
+    def train(seed, **changes):
+        config = synthetic.get_config("smoke")
+        config.model.name, config.seed = "target_attention", seed
+        config.data.data_dir = str(smoke_run("target_attention").parent / "data")
+        config.update_from_flattened_dict(changes)
+        folder = tmp_path / f"{seed}-{len(changes)}"
+        loop.train(config, loop.load_data(config), folder, silent)
+        return folder
+
+    trained, two_tower, other = smoke_run("target_attention"), smoke_run("two_tower"), train(1)
+    convert.check_runs([trained, other], [])
+    convert.check_runs([trained], [two_tower])
+    with pytest.raises(ValueError, match="is another run of seed 0, expected runs of different seeds"):
+        convert.check_runs([trained, shutil.copytree(trained, tmp_path / "copy")], [])
+    with pytest.raises(ValueError, match=r"--checkpoint: .*2-1 was saved with config.optimizer.weight_d"):
+        convert.check_runs([trained, train(2, **{"optimizer.weight_decay": 0.5})], [])
+    with pytest.raises(ValueError, match=r"--two_tower: .* was saved with config.seed=0, this run has 1"):
+        convert.check_runs([other], [two_tower])
+    entry, = provenance.read(other)
+    (other / provenance.FILE).write_text(json.dumps([entry | {"data": "others"}]))
+    with pytest.raises(ValueError, match="was trained on the data others, "):
+        convert.check_runs([trained, other], [])
+    with pytest.raises(FileNotFoundError, match="no checkpoints in it"):
+        convert.check_runs([tmp_path / "nowhere"], [])
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -127,8 +127,9 @@ def test_empty_histories_have_no_error():
 
 def test_a_run_that_stopped_early(run, observed, workdir):
     """Before the codebook is used there is nothing to diagnose; after that it is said."""
-    with pytest.raises(ValueError, match=r"stopped at step 3, expected one beyond config.codebook.start, 3"):
-        health.observe(run._replace(steps=3), "test", 10)
+    early = run.state.replace(step=np.int32(3))
+    with pytest.raises(ValueError, match=r"is of step 3, expected one beyond config.codebook.start, 3"):
+        health.observe(run._replace(state=early), "test", 10)
     rows = health.level_rows(observed, run.config)
     first = health.sections(run._replace(steps=5), observed, rows, workdir)["summary"].sentences[0]
     assert first == "The run is not finished: it stopped at step 5 of 6."

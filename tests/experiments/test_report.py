@@ -114,6 +114,23 @@ def test_without_a_gap_no_share_is_given():
     assert "may be 0, so that no share of it is given" in report.verdicts(rows, "tarq", 0.95, gap)[-1]
 
 
+    negative = statistics.Estimate(-0.004, 0.001, -0.006, -0.002, 1e-4)
+    assert "is negative, so that no share of it is given" in report.verdicts(rows, "tarq", 0.95, negative)[-1]
+
+
+def test_shares_are_given_of_one_gap(monkeypatch):
+    """A variant of one seed alone does not have a share of a gap that may be 0 over all seeds."""
+    rng = np.random.default_rng(7)
+    users = 0.01 * rng.normal(size=400)
+    users -= users.mean()
+    gaps = np.array([0.3, -0.3, 0.2, -0.15])[:, None]
+    ends = {name: variant_of(name, range(4), base + users) for name, base in (
+        ("two_tower", np.full((4, 1), 0.5)), ("target_attention", 0.5 + gaps), ("tarq", 0.5 + 0.9 * gaps))}
+    ends["new"] = variant_of("new", [0], 0.5 + 0.9 * gaps[:1] + 0.5 * users)
+    assert study.gap_recovered(ends["new"], ends) is not None
+    assert not any("gap_recovered" in row for row in study.summary(ends, "tarq"))
+
+
 def made_up(scores):
     """Variants of scores [3, S, U], whose mean over users is taken for an AUC."""
     names = ("two_tower", "tarq", "target_attention")

@@ -110,6 +110,10 @@ def test_top_k(scorer, top_k, candidates):
     assert (np.diff(ranking.scores) <= 0).all() and len(ranking.scores) == min(top_k, len(chosen))
 
 
+def test_numbers_of_numpy_are_numbers(scorer):
+    assert len(scorer().score(REQUESTS[0], top_k=np.int64(3)).ids) == 3
+
+
 def test_ties_keep_their_order(scorer):
     """That of their slots, however candidates are given, and whatever is scored in the same batch."""
     index = scorer().index

@@ -120,6 +120,16 @@ def test_users_of_one_candidate_are_as_delong():
         auc_difference(labels, first, second).standard_error, rel=1e-3)
 
 
+@pytest.mark.parametrize("users", [
+    np.array(["a", np.str_("b"), "a", "c"], object), np.array([7, np.int64(2**40), 7, 2**70], object)])
+def test_users_in_arrays_of_objects(users):
+    """As columns of joined tables are; of numbers beyond 64 bits too."""
+    labels, scores = [0, 1, 1, 0], [0.1, 0.4, 0.35, 0.8]
+    found, expected = (auc_influence(labels, scores, each) for each in (users, [0, 1, 0, 2]))
+    assert found.auc == expected.auc
+    np.testing.assert_allclose(np.sort(found.influence), np.sort(expected.influence))
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (([0, 1, 1, 1], [1.0, 2, 3, 4]), "labels: expected at least 2 that are 0, got 1"),
     (([0, 0, 0, 0], [1.0, 2, 3, 4]), "labels: expected at least 2 that are 1, got 0"),
