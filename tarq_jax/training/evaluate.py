@@ -9,7 +9,7 @@ import numpy as np
 
 from tarq_jax import metrics
 from tarq_jax.reporting import replacing
-from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predictions
+from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predictions, own_predictor
 from tarq_jax.types import Batch
 
 Row = dict[str, Any]
@@ -31,11 +31,12 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
       scores: file for the score of every candidate, see `write_scores`; None writes none.
 
     Returns:
-      One row per predictor: `model`, `auc`, `gauc`, `log_loss`, `calibration`. The student's row also has the
-      health of the codebook and the student's closeness to the teacher.
+      One row per predictor, the model itself first: `model`, `auc`, `gauc`, `log_loss`, `calibration`.
+      The student's row also has the health of the codebook and the student's closeness to the teacher.
 
     Raises:
-      ValueError: there is no batch, a score is not finite, or the model quantizes but `codewords` is None.
+      ValueError: there is no batch, a score is not finite, the model quantizes but `codewords` is None, or it
+        is not clear which predictor is the model itself.
     """
     kept, sums = [], None
     for batch in batches:
@@ -53,7 +54,9 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
     asked, logits = jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
     mask = asked.mask
     of_candidates = {name: getattr(asked, name)[mask] for name in sorted(COLUMNS)}
-    rows = [{"model": name} | _ranking(values[mask], **of_candidates) for name, values in logits.items()]
+    own = own_predictor(logits)
+    rows = [{"model": name} | _ranking(logits[name][mask], **of_candidates)
+            for name in sorted(logits, key=lambda name: (name != own, name))]
     if scores is not None:
         write_scores(scores, of_candidates | {name: values[mask] for name, values in logits.items()})
     if sums is not None and codewords is not None:

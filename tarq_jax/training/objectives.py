@@ -1,6 +1,6 @@
 """The objective of each model: `Objective` bundles a module's initialisation, loss and predictions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,6 +17,8 @@ from tarq_jax.training.modules import Supervised, as_served, make_module
 from tarq_jax.types import Batch, Codebook, QuantizerOutput
 
 Tree = TypeVar("Tree")
+
+STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of TARQ's predictors
 
 
 class LossOutput(NamedTuple):
@@ -38,8 +40,21 @@ class Diagnostics(NamedTuple):
 class Predictions(NamedTuple):
     """The predictions of a model, for evaluation."""
 
-    logits: dict[str, jax.Array]  # predictor -> [B, G]; the alphabetically first is the model itself
+    logits: dict[str, jax.Array]  # predictor -> [B, G]; see `own_predictor`
     diagnostics: Diagnostics | None  # None for models that do not quantize
+
+
+def own_predictor(predictors: Collection[str]) -> str:
+    """The predictor that is the model itself: `STUDENT` if there is one, else the only one.
+
+    Raises:
+      ValueError: there are several, and none of them is `STUDENT`.
+    """
+    if STUDENT in predictors:
+        return STUDENT
+    if len(predictors) != 1:
+        raise ValueError(f"predictors are {sorted(predictors)}, expected one, or {STUDENT!r} among them")
+    return next(iter(predictors))
 
 
 class Objective(NamedTuple):
@@ -153,7 +168,6 @@ def tarq_losses(
             for name, value in per_candidate.items()}
 
 
-STUDENT, TEACHER = "tarq", "tarq_teacher"  # names of TARQ's predictors
 WITHOUT_CODEBOOK = ("teacher", "reconstruction")  # losses that train before the codebook is in use
 
 

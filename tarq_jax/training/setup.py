@@ -16,7 +16,7 @@ from tarq_jax.models.embedding import Tables
 from tarq_jax.shards import AxisName
 from tarq_jax.training import parallel, sharding
 from tarq_jax.training.evaluate import COLUMNS
-from tarq_jax.training.objectives import STUDENT, TEACHER, Objective, build
+from tarq_jax.training.objectives import STUDENT, TEACHER, Objective, build, own_predictor
 from tarq_jax.training.optimizers import make_optimizer
 from tarq_jax.training.state import TrainState
 from tarq_jax.training.step import codebook_updates, train_step
@@ -91,9 +91,10 @@ def _check_predictors(config: ml_collections.ConfigDict, objective: Objective, d
     codewords = state.codewords
     found = jax.eval_shape(objective.predict, state.params, codewords, batch)
     predictors = sorted(found.logits)
-    if found.diagnostics is not None and (predictors[0] != STUDENT or TEACHER not in predictors):
-        raise ValueError(f"{name} has diagnostics and predicts {predictors}, expected {STUDENT!r} first in "
-                         f"the alphabet, and {TEACHER!r}")
+    if found.diagnostics is not None and not {STUDENT, TEACHER}.issubset(predictors):
+        raise ValueError(f"{name} has diagnostics and predicts {predictors}, expected {STUDENT!r} and "
+                         f"{TEACHER!r}")
+    own_predictor(predictors)
     if taken := COLUMNS.intersection(predictors):
         raise ValueError(f"{name} predicts {sorted(taken)}, expected other names: files of scores have these")
 

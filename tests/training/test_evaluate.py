@@ -143,3 +143,11 @@ def test_a_score_that_is_not_finite():
 
     with pytest.raises(ValueError, match="finite"):
         evaluate(predict, BATCHES, codewords=None, recall_k=RECALL_K)
+
+
+def test_the_model_itself_comes_first():
+    """Whatever the others are called."""
+    rows = evaluate(lambda batch: Predictions({"another": logits_of(batch), "tarq": -logits_of(batch)}, None),
+                    BATCHES, codewords=None, recall_k=RECALL_K)
+    assert [row["model"] for row in rows] == ["tarq", "another"]
+    assert rows[0]["auc"] == pytest.approx(1 - rows[1]["auc"])

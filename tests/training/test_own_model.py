@@ -13,7 +13,7 @@ from tarq_jax.config import validate
 from tarq_jax.models import FirstOrderTarq, TwoTower
 from tarq_jax.training import loop, provenance, setup
 from tarq_jax.training.modules import common, of_tarq
-from tarq_jax.training.objectives import STUDENT, TEACHER, build, supervised, tarq
+from tarq_jax.training.objectives import STUDENT, TEACHER, Predictions, build, supervised, tarq
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -35,6 +35,16 @@ def other_student(*arguments):
     def predict(*inputs):
         found = objective.predict(*inputs)
         return found._replace(logits={"mine": found.logits[STUDENT], TEACHER: found.logits[TEACHER]})
+
+    return objective._replace(predict=predict)
+
+
+def two_names(*arguments):
+    objective = own_towers(*arguments)
+
+    def predict(*inputs):
+        logits, = objective.predict(*inputs).logits.values()
+        return Predictions({"one": logits, "other": logits}, None)
 
     return objective._replace(predict=predict)
 
@@ -104,7 +114,8 @@ def test_functions_that_make_no_objective(name, message, tiny_config, tiny_datas
 
 
 @pytest.mark.parametrize(("function", "message"), [
-    ("other_student", r"predicts \['mine', 'tarq_teacher'\], expected 'tarq' first in the alphabet, and"),
+    ("other_student", r"predicts \['mine', 'tarq_teacher'\], expected 'tarq' and 'tarq_teacher'"),
+    ("two_names", r"predictors are \['one', 'other'\], expected one, or 'tarq' among them"),
     ("scores_as_weights", r"predicts \['weights'\], expected other names: files of scores have these"),
 ])
 def test_predictors_that_evaluation_would_not_know(function, message, named, tiny_dataset):
