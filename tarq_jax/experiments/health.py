@@ -159,8 +159,9 @@ def sections(run: "Run", observed: Observed, rows: Sequence[dict[str, Any]], wor
     if steps:
         parts["training"] = Section(
             "Over training", image=plots.png(plots.curves(steps, curves)),
-            caption="Utilisation is of one batch; perplexity and dead codewords are of running counts. "
-                    "A level that collapses loses perplexity long before it loses utilisation.")
+            caption="Utilisation is of one batch; perplexity is of running counts. Here a codeword is dead "
+                    "if its running count is below 1% of an even share; in the table above, if it is never "
+                    "used. A level that collapses loses perplexity long before it loses utilisation.")
     return parts | {
         "usage": Section("Use of codewords", image=plots.png(plots.usage(counts)),
                          caption="Share of uses on the split, the most used first; dashed is even use."),
