@@ -6,10 +6,8 @@ Exit codes: 0 done, 1 the task could not be done, 2 a wrong call, 75 interrupted
 import functools
 import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -25,29 +23,6 @@ DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 75
 
 class Interrupted(Exception):
     """Raised after a signal, when everything is saved; calling the command again continues."""
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """In this context, SIGINT and SIGTERM only make the yielded function return True.
-
-    A second SIGINT raises KeyboardInterrupt, for a person who cannot wait until everything is saved. A second
-    SIGTERM does not: launchers send several.
-    """
-    caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def catch(number: int, _: object) -> None:
-        if number == signal.SIGINT and number in caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = [signal.signal(number, catch) for number in numbers]
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def config_flag() -> flags.Flag:
@@ -204,7 +179,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except Interrupted as interrupted:
         _complain(interrupted)
         return INTERRUPTED
-    except KeyboardInterrupt:  # outside of `interruptible`: nothing was trained yet
+    except KeyboardInterrupt:  # outside of `signals.interruptible`: nothing was trained yet
         _complain("interrupted; run it again to resume")
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:

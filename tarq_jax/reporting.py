@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import signal
-import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,34 +185,6 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Context in which SIGTERM raises KeyboardInterrupt, so that what it left half-written can be removed.
-
-    An exception may be lost where the signal arrives, as in a callback; then the end of the context raises it
-    again. A second SIGTERM ends the process, as one outside of the context does. Other threads than the main
-    one, and handlers that are there already, are left alone.
-    """
-    if (threading.current_thread() is not threading.main_thread()
-            or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL):
-        yield
-        return
-    caught: list[int] = []
-
-    def catch(number: int, _: object) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, catch)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if caught:
-        raise KeyboardInterrupt
-
-
-@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields another name in the same folder; the file written there then replaces `path` atomically.
 
@@ -223,8 +193,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with terminable():
-            yield written
+        yield written
         written.replace(path)
     except BaseException:
         written.unlink(missing_ok=True)

@@ -1,8 +1,5 @@
 """How commands start and end: exit codes, and a one-line message about what is wrong."""
 
-import os
-import signal
-import time
 import types
 
 import pytest
@@ -90,34 +87,6 @@ def test_exit_codes_are_those_of_the_conventions():
     assert (cli.DONE, cli.FAILED, cli.WRONG_CALL, cli.INTERRUPTED) == (0, 1, 2, 75)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruptible_only_notes_signals(number):
-    before = signal.getsignal(number)
-    with cli.interruptible() as interrupted:
-        assert not interrupted()
-        os.kill(os.getpid(), number)
-        assert interrupted()
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_interrupt_does_not_wait():
-    with cli.interruptible() as interrupted:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), number)
-        assert interrupted()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_interruptible_gives_handlers_back_after_an_error():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ValueError), cli.interruptible():
-        raise ValueError
-    assert signal.getsignal(signal.SIGTERM) is before
-    with cli.interruptible() as interrupted:
-        assert not interrupted()
-
-
 def test_missing_data_is_told_with_its_path_and_flag(command, tmp_path):
     file, source = tmp_path / "experiment.py", tmp_path / "no" / "ml-100k"
     file.write_text("from tarq_jax.config import default_config, smoke\n\n\ndef get_config(mode=''):\n"
@@ -127,41 +96,3 @@ def test_missing_data_is_told_with_its_path_and_flag(command, tmp_path):
     assert done.returncode == 1
     line, = done.stderr.splitlines()
     assert line.startswith("error: ") and str(source) in line and "--config.data.source=" in line
-
-
-WRITES = """
-import sys, time
-from pathlib import Path
-from tarq_jax import cli, reporting
-
-def main(arguments):
-    with reporting.replacing(Path(arguments[0])) as written:
-        written.write_text("half")
-        time.sleep(60)
-
-cli.run(main, words=True)
-"""
-
-
-LOST = WRITES.replace("time.sleep(60)", """
-        class Swallows:
-            def __del__(self):
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(1)
-        Swallows()""").replace("import sys, time", "import os, signal, sys, time")
-
-
-def test_a_termination_that_gets_lost_in_a_callback_is_raised_again(command, tmp_path):
-    done = command("-c", LOST, tmp_path / "rows.json")
-    assert done.returncode == 75 and list(tmp_path.iterdir()) == []
-    assert done.stderr.splitlines()[-1] == "error: interrupted; run it again to resume"
-
-
-def test_termination_leaves_nothing_half_written(start_command, tmp_path):
-    process = start_command("-c", WRITES, tmp_path / "rows.json")
-    while not list(tmp_path.iterdir()):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75 and list(tmp_path.iterdir()) == []
-    assert process.stderr.read() == "error: interrupted; run it again to resume\n"

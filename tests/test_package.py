@@ -57,9 +57,9 @@ def test_imports_point_one_way():
         "models": {"types", "schema", "quantization", "attention", "approximate_attention", "expansion",
                    "corrections", "shards"},
         "training": {"types", "schema", "data", "quantization", "attention", "conversion", "losses",
-                     "metrics", "models", "shards", "config", "own", "cli", "reporting"},
+                     "metrics", "models", "shards", "config", "own", "cli", "reporting", "signals"},
         "serving": {"types", "schema", "data", "quantization", "attention", "expansion", "corrections",
-                    "conversion", "models", "training", "cli", "memory", "reporting"},
+                    "conversion", "models", "training", "cli", "memory", "reporting", "signals"},
         "statistics": {"metrics", "checks"},
         "experiments": {"training", "data", "conversion", "metrics", "statistics", "models", "config", "cli",
                         "reporting"},
@@ -68,6 +68,7 @@ def test_imports_point_one_way():
         "memory": set(),
         "own": set(),
         "reporting": set(),
+        "signals": set(),
     }
     root = Path(tarq_jax.__file__).parent
     for path in root.rglob("*.py"):

@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 from jax import export
 
-from tarq_jax.reporting import terminable
 from tarq_jax.serving.index import Index
+from tarq_jax.signals import terminable
 
 Kind = Literal["index", "model"]
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tarq_jax import cli, data
+from tarq_jax import data, signals
 
 
 class Launcher(NamedTuple):
@@ -131,5 +131,5 @@ def interruptible() -> Iterator[Interruption]:
     if jax.process_count() > 1:
         yield Interruption(multihost_utils.reached_preemption_sync_point)
         return
-    with cli.interruptible() as caught:
+    with signals.interruptible() as caught:
         yield Interruption(lambda step: caught(), caught)
