@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import IO, Any, Literal, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -65,17 +65,32 @@ class MetricsWriter:
 
 
 def _lock(lines: TextIO, workdir: Path) -> None:
-    """Keeps other processes from training there until the file is closed, if the system has file locks."""
+    """Keeps other processes from training there until the file is closed."""
     try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(lines, wait=False)
     except BlockingIOError:
         raise ValueError(f"{workdir}: another process is training there, expected one at a time") from None
     except OSError:  # a file system without locks
         return
+
+
+def lock(file: IO[Any], *, wait: bool) -> None:
+    """Locks a file against other processes until it is closed, if the system has file locks.
+
+    Raises:
+      BlockingIOError: another process holds the lock, and `wait` is False.
+      OSError: the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def percent(level: float) -> str:
+    """A share such as 95% or 99.9%."""
+    return f"{100 * level:g}%"
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -241,7 +241,7 @@ def main() -> None:
     print(f"users: {arms}; p = {p_value:.3g} of shares as planned: {verdict}")
     rows = analyse(table, CONTROL.value, Plan(LEVEL.value, POWER.value, REPLICATES.value))
     rows = [row | {"sample_ratio_p": p_value} for row in rows]
-    reporting.print_table(rows, f"lifts over {CONTROL.value}, {100 * LEVEL.value:g}% intervals", [
+    reporting.print_table(rows, f"lifts over {CONTROL.value}, {reporting.percent(LEVEL.value)} intervals", [
         "metric", "arm", "method", "control_value", "value", "lift", "low", "high", "p_value", "p_adjusted",
         "detectable_lift", "reported_lift", "users_for_reported", "note"])
     if JSON.value:

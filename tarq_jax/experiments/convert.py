@@ -11,7 +11,7 @@ steps.
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,8 +128,9 @@ def check_runs(checkpoints: Sequence[Path], two_towers: Sequence[Path]) -> None:
     def data_of(workdir: Path) -> str:
         return next((entry["data"] for entry in reversed(provenance.read(workdir))), "")
 
-    def compare(flag: str, workdir: Path, like: Path, held: Callable[[str], bool]) -> None:
-        if found := checkpoint.difference(workdir, configs[like], held):
+    def compare(flag: str, workdir: Path, saved: Mapping[str, Any], like: Path, held: Callable[[str], bool]
+                ) -> None:
+        if found := checkpoint.difference(saved, configs[like], held):
             raise ValueError(f"{flag}: {workdir} was {found}, that is {like}; expected the same in both")
         if data_of(workdir) != data_of(like):
             raise ValueError(f"{flag}: {workdir} was trained on the data {data_of(workdir)}, {like} on "
@@ -146,10 +147,10 @@ def check_runs(checkpoints: Sequence[Path], two_towers: Sequence[Path]) -> None:
         if configs[path].seed in {configs[other].seed for other in configs if other != path}:
             raise ValueError(f"--checkpoint: {path} is another run of seed {configs[path].seed}, expected "
                              f"runs of different seeds")
-        compare("--checkpoint", path, checkpoints[0], run_table.has_effect)
+        compare("--checkpoint", path, saved, checkpoints[0], run_table.has_effect)
     for path, two_tower in zip(checkpoints, two_towers, strict=False):  # there may be none
-        if checkpoint.saved_settings(two_tower) is not None:
-            compare("--two_tower", two_tower, path, of_two_tower)
+        if (saved := checkpoint.saved_settings(two_tower)) is not None:
+            compare("--two_tower", two_tower, saved, path, of_two_tower)
 
 
 def make_index(model: Any, setting: Setting) -> tuple[Any, dict[str, float]]:

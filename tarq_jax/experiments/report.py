@@ -43,11 +43,6 @@ def add_latencies(rows: Sequence[dict[str, Any]], methods: Mapping[str, str | No
             row["latency_ms"] = latencies[method]
 
 
-def percent(level: float) -> str:
-    """Such as 95% or 99.9%."""
-    return f"{100 * level:g}%"
-
-
 def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float, gap: Estimate | None
              ) -> list[str]:
     """The table in words: which variants differ from the reference, and which do not measurably.
@@ -63,7 +58,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], reference: str, level: float, ga
     better = [row for row in tested if row["p_adjusted"] < 1 - level and row["difference"] > 0]
     same = [row for row in tested if row["p_adjusted"] >= 1 - level]
     sentences = [
-        f"{what} (adjusted by Holm, {percent(level)}): {_named(found) or 'none'}."
+        f"{what} (adjusted by Holm, {reporting.percent(level)}): {_named(found) or 'none'}."
         for what, found in ((f"Below {reference}", worse), (f"Above {reference}", better))]
     if same:
         furthest = max(max(abs(row["low"]), abs(row["high"])) for row in same)
@@ -124,7 +119,7 @@ def sections(variants: Mapping[str, Any], rows: list[dict[str, Any]], reference:
             "Differences", image=plots.png(plots.forest(
                 {row["variant"]: (row["difference"], row["low"], row["high"]) for row in tested},
                 f"test AUC less that of {reference}")),
-            caption=f"{percent(level)} intervals over seeds and users; not adjusted.")
+            caption=f"{reporting.percent(level)} intervals over seeds and users; not adjusted.")
     if (sentence := frontier_sentence(rows, reference)) is not None:
         quality = "gap_recovered" if all("gap_recovered" in row for row in rows) else "auc"
         values = (study.comparable(rows, reference) if quality == "auc" else

@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from tarq_jax.config import WITHOUT_EFFECT, own_code
-from tarq_jax.reporting import replacing
+from tarq_jax.reporting import lock, replacing
 
 Row = Mapping[str, Any]
 
@@ -69,14 +69,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Keeps other processes from writing the table meanwhile, if the system has file locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        lock(file, wait=True)
         yield
 
 

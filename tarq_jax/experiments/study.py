@@ -146,14 +146,14 @@ def gap_recovered(variant: Variant, variants: Mapping[str, Variant], level: floa
             for name in ("auc", "influence"))
         return statistics.over_seeds_and_data(values, influence, level=level).estimate
 
-    whole = statistics.over_seeds_and_data(high.auc - low.auc, high.influence - low.influence, level=level)
-    if whole.estimate.low <= 0:
+    whole = difference(high, low, level)
+    if whole is None or whole.estimate.low <= 0:
         return None
-    size = whole.estimate.value
-    share = less(0.0).value / size
+    size, gained = whole.estimate.value, less(0.0)
+    share = gained.value / size
     error = less(share).standard_error / size
     low_end, high_end = (_end(lambda s: _excess(less(s)), share, sign * error) for sign in (-1.0, 1.0))
-    return Estimate(share, error, low_end, high_end, less(0.0).p_value)
+    return Estimate(share, error, low_end, high_end, gained.p_value)
 
 
 def _excess(found: Estimate) -> float:

@@ -62,8 +62,7 @@ def _history(schema: Schema, history: Mapping[str, Any], where: str) -> tuple[np
     if ITEM_ID not in history:
         raise ValueError(f"{where} has no field {ITEM_ID!r}, expected a list of ids")
     items = check_ids(history[ITEM_ID], f"{where}: field {ITEM_ID!r}")
-    _refuse_others(history, [ITEM_ID, *(field.name for field in fields)], where)
-    events = _columns(fields, {name: values for name, values in history.items() if name != ITEM_ID}, where)
+    events = _columns(fields, history, where, besides=(ITEM_ID,))
     for name, values in events.items():
         if len(values) != len(items):
             raise ValueError(f"{where}: field {name!r} has {len(values)} values, expected {len(items)}, as "
@@ -92,8 +91,9 @@ def check_columns(fields: Sequence[Field], columns: Any, where: str) -> dict[str
     return _columns(fields, columns, where)
 
 
-def _columns(fields: Sequence[Field], columns: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
-    _refuse_others(columns, [field.name for field in fields], where)
+def _columns(fields: Sequence[Field], columns: Mapping[str, Any], where: str, besides: Sequence[str] = ()
+             ) -> dict[str, np.ndarray]:
+    _refuse_others(columns, [*besides, *(field.name for field in fields)], where)
     missing = [field.name for field in fields if field.name not in columns]
     if missing:
         raise ValueError(f"{where} has no field {missing[0]!r}, expected {[f.name for f in fields]}")

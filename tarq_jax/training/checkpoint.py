@@ -108,18 +108,18 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
             meta = read_meta(checkpoints, step)
-            if (difference := _difference(meta, config, schema)) is None:
+            if (found := _difference(meta, config, schema)) is None:
                 restored = Restored(restore_step(checkpoints, step, state), meta["counted"],
                                     list(damaged.values()))
         except Exception as error:  # anything that Orbax, JSON or the file system raise for damaged files
             reason = " ".join(str(error).split())[:200]
             damaged[step] = f"Checkpoint {step} is damaged ({type(error).__name__}: {reason})."
             continue
-        if difference is None and step > config.steps:
-            difference = (f"step {step} is saved, this run has config.steps={config.steps}; use another "
-                          f"--workdir")
-        if difference is not None:
-            raise ValueError(f"{checkpoints.directory}: {difference}")
+        if found is None and step > config.steps:
+            found = (f"step {step} is saved, this run has config.steps={config.steps}; use another "
+                     f"--workdir")
+        if found is not None:
+            raise ValueError(f"{checkpoints.directory}: {found}")
         _move_away(checkpoints, damaged)
         return restored
     if damaged:
@@ -177,7 +177,8 @@ def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 def check_settings(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> None:
     """Raises ValueError if a setting with `held(name)` was saved there with another value than this run's."""
-    if found := difference(workdir, config, held):
+    saved = saved_settings(workdir)
+    if saved is not None and (found := difference(saved, config, held)):
         raise ValueError(f"{workdir}: {found}; use another --workdir or the saved setting")
 
 
@@ -185,12 +186,6 @@ def saved_settings(workdir: Path) -> dict[str, Any] | None:
     """The configuration of the newest checkpoint there; None without one."""
     _, meta = _newest(workdir)
     return None if meta is None else meta["config"]
-
-
-def difference(workdir: Path, config: ml_collections.ConfigDict, held: Callable[[str], bool]) -> str | None:
-    """The first setting with `held(name)` that has another value in what is saved there, or None."""
-    saved = saved_settings(workdir)
-    return None if saved is None else _first_difference(saved, config, held)
 
 
 def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:
@@ -233,11 +228,11 @@ def _difference(meta: dict[str, Any], config: ml_collections.ConfigDict, schema:
     if meta["schema"] != schema.to_json():
         return (f"saved with schema {meta['schema']}, but the data has {schema.to_json()}; use another "
                 f"--workdir")
-    found = _first_difference(meta["config"], config, lambda name: name not in FREE_TO_CHANGE)
+    found = difference(meta["config"], config, lambda name: name not in FREE_TO_CHANGE)
     return found and f"{found}; use another --workdir or the saved setting"
 
 
-def _first_difference(
+def difference(
     saved: Mapping[str, Any], config: ml_collections.ConfigDict, held: Callable[[str], bool]
 ) -> str | None:
     """The first setting with `held(name)` that has another value, in words; None if none has.
