@@ -9,12 +9,14 @@ can compare its numbers. Under a mesh, call a kernel within `shard_map`, as XLA 
 Operations with a TPU kernel, and the functions that use them:
 
 - `encode`, `quantization.encode`: all levels in one pass over the latents, one-hot products on the MXU;
-- `attend`, `attention.multi_head_attention`: flash attention; also for NVIDIA's Hopper, in bfloat16;
+- `attend`, `attention.multi_head_attention`: flash attention;
 - `expand`, `expansion.expand`: flash attention, products of values and keys formed in VMEM;
 - `look_up`, `attention.look_up`: one-hot products on the MXU;
 - `look_up_expansion`, `expansion.look_up_expansion`: likewise, with the Jacobians in VMEM;
 - `align`, `losses.codebook_alignment`: both distributions of all levels in VMEM.
 
+For NVIDIA's Hopper there are kernels of `encode` and `align`, in float32 for rows of up to 64 numbers, and of
+`attend`, in bfloat16. Look-ups have none: XLA fuses a gather with the sum, and a GPU gathers fast.
 `personalized_codebook` is `attend` with codewords as queries. Top-k has no kernel: XLA's own reads the scores
 only once. Derivatives are those of the XLA implementation, which is recomputed for them, so that nothing
 large is kept.
@@ -33,7 +35,7 @@ Implementation = Literal["xla", "pallas"] | None
 # requested, as importing Pallas takes half a second.
 MODULES = {"encode": "encode", "attend": "attention", "expand": "attention", "look_up": "look_up",
            "look_up_expansion": "look_up", "align": "align"}
-ON_GPU = ("attend",)  # the operations that have a kernel for NVIDIA GPUs
+ON_GPU = ("encode", "attend", "align")  # the operations that have a kernel for NVIDIA GPUs
 # (operation, platform) -> "pallas", if the kernel was measured to be at least as fast. None measured yet.
 PREFERRED: Mapping[tuple[str, str], str] = {}
 

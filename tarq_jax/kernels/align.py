@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tarq_jax.kernels import calling
+from tarq_jax.kernels import align_gpu, calling, hopper
 
 ROWS = 128  # candidates per block; VMEM holds two distributions of each, with their exponentials
 
@@ -15,9 +15,13 @@ def refuse_align(
 ) -> str | None:
     """Why `align` cannot take these arguments; None if it can."""
     del outputs, chosen, attended
-    return (calling.empty(latents=latents, personalized=personalized)
-            or calling.not_real(latents, codewords, personalized)
-            or calling.too_large(codewords=codewords, personalized=personalized[0]))
+    refusal = (calling.empty(latents=latents, personalized=personalized)
+               or calling.not_real(latents, codewords, personalized))
+    if refusal:
+        return refusal
+    if jax.default_backend() == "gpu":
+        return hopper.refuse_wide(latents=latents) or hopper.refuse_device()
+    return calling.too_large(codewords=codewords, personalized=personalized[0])
 
 
 def align(
@@ -25,6 +29,12 @@ def align(
     chosen: jax.Array, attended: jax.Array,
 ) -> jax.Array:
     """As `tarq_jax.losses.codebook_alignment`, with the same shapes: [B, G]."""
+    return hopper.where_possible(
+        align_gpu.align, _on_tpu, latents, outputs, codewords, personalized, chosen, attended,
+        refusal=hopper.refuse_wide(latents=latents))
+
+
+def _on_tpu(latents, outputs, codewords, personalized, chosen, attended):
     requests, size, width = latents.shape
     levels = len(codewords)
     block = calling.block_of(size, ROWS)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tarq_jax.blockwise import MASKED
-from tarq_jax.kernels import attention_gpu, calling
+from tarq_jax.kernels import attention_gpu, calling, hopper
 
 Summed = Callable[[jax.Array, jax.Array], Sequence[jax.Array]]  # [n, E] twice -> arrays [n, any]
 
@@ -25,7 +25,7 @@ def refuse_attend(
     """Why `attend` cannot take these arguments; None if it can."""
     on_gpu = None
     if jax.default_backend() == "gpu":
-        on_gpu = attention_gpu.refusal(queries, keys, values) or attention_gpu.refuse_device()
+        on_gpu = attention_gpu.refusal(queries, keys, values) or hopper.refuse_device()
     return on_gpu or refuse_expand(queries, keys, values, mask)
 
 
@@ -43,10 +43,8 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Arr
         found, = _sums(lambda keys, values: (values,), (values.shape[-1],), queries, keys, values, mask)
         return found.astype(values.dtype)
 
-    if attention_gpu.refusal(queries, keys, values):
-        return on_tpu(queries, keys, values, mask)
-    return jax.lax.platform_dependent(
-        queries, keys, values, mask, cuda=attention_gpu.attend, default=on_tpu)
+    return hopper.where_possible(attention_gpu.attend, on_tpu, queries, keys, values, mask,
+                                 refusal=attention_gpu.refusal(queries, keys, values))
 
 
 def expand(

@@ -1,4 +1,4 @@
-"""Attention on NVIDIA's Hopper GPUs (Mosaic GPU): a warpgroup attends with 64 queries to the whole history.
+"""Attention on NVIDIA's Hopper GPUs: 64 queries attend to the whole history at a time.
 
 Both products run on the tensor cores, in bfloat16 with sums in float32. Keys and values are streamed through
 shared memory; the next block is loaded while one is multiplied. The softmax is computed online, as on a TPU.
@@ -15,10 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
 from tarq_jax.blockwise import MASKED
-from tarq_jax.kernels import calling
-
-ROWS, COLUMNS = 64, 64  # queries and positions per block
-WIDTHS = (16, 32, 64)  # E: 32, 64 or 128 bytes per row, the widths of swizzled shared memory
+from tarq_jax.kernels import calling, hopper
+from tarq_jax.kernels.hopper import COLUMNS, ROWS, WIDTHS, by_column, by_row, product, swizzled
 
 
 def refusal(queries: jax.Array, keys: jax.Array, values: jax.Array) -> str | None:
@@ -30,17 +28,6 @@ def refusal(queries: jax.Array, keys: jax.Array, values: jax.Array) -> str | Non
     return None
 
 
-def refuse_device() -> str | None:
-    """Why `attend` cannot run on the GPU of this machine; None if it can.
-
-    This is separate from `refusal`, because code may be lowered for another GPU than this machine's.
-    """
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    if str(capability).split(".")[0] == "9":
-        return None
-    return f"this GPU is of compute capability {capability}, expected 9.x: wgmma is on Hopper alone"
-
-
 def attend(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, *, interpret: Any = None
 ) -> jax.Array:
@@ -50,66 +37,49 @@ def attend(
     flat = calling.padded(queries.reshape(-1, size, width), 1, ROWS)
     keys, values = (calling.padded(array.reshape(-1, length, width), 1, COLUMNS) for array in (keys, values))
     seen = calling.padded(mask.astype(jnp.float32), 1, COLUMNS)
-    # The interpreter has no layouts.
-    laid_out = gpu.layout_cast if interpret is None else lambda array, layout: array
-    found = gpu.kernel(
-        functools.partial(_kernel, each, laid_out), out_type=jax.ShapeDtypeStruct(flat.shape, flat.dtype),
-        grid=(len(flat), flat.shape[1] // ROWS), grid_names=("one", "row"),
+    found = hopper.call(
+        functools.partial(_kernel, each), flat, jnp.swapaxes(keys, 1, 2), values, seen,
+        out_type=jax.ShapeDtypeStruct(flat.shape, flat.dtype),
+        grid=(len(flat), flat.shape[1] // ROWS), grid_names=("one", "row"), interpret=interpret,
         scratch_types=[
-            *(gpu.SMEM((ROWS, columns), jnp.bfloat16, transforms=_swizzled(width))
-              for columns in (width, COLUMNS)), gpu.Barrier()],
-        **({} if interpret is None else {"interpret": interpret}),
-    )(flat, jnp.swapaxes(keys, 1, 2), values, seen)
+            *(gpu.SMEM((ROWS, columns), jnp.bfloat16, transforms=swizzled(width))
+              for columns in (width, COLUMNS)), gpu.Barrier()])
     return found[:, :size].reshape(*leading, size, width)
 
 
-def _swizzled(width):
-    """The layout of every matrix in shared memory: the tensor cores require the same for both factors."""
-    return gpu.TilingTransform((8, width)), gpu.SwizzleTransform(2 * width)
-
-
 def _kernel(
-    each, laid_out, query_ref, key_ref, value_ref, seen_ref, output_ref, rows_ref, weights_ref,
-    barrier,
+    each, cast, query_ref, key_ref, value_ref, seen_ref, output_ref, rows_ref, weights_ref, barrier,
 ):
     one, start = lax.axis_index("one"), lax.axis_index("row") * ROWS
     width, length = value_ref.shape[2], value_ref.shape[1]
-    rows = gpu.Layout.WGMMA.reduce(1)
     gpu.copy_gmem_to_smem(query_ref.at[one, pl.ds(start, ROWS)], rows_ref, barrier)
     gpu.barrier_wait(barrier)
 
-    def product(left, right, columns):
-        def multiply(sums_ref):
-            gpu.wgmma(sums_ref, left, right)
-            return sums_ref[...]
-
-        return pl.run_scoped(multiply, gpu.ACC((ROWS, columns), jnp.float32))
-
     def add(_, keys, values, seen_row, carry):
         sums, largest, total = carry
-        logits = product(rows_ref, keys, COLUMNS) / math.sqrt(width)
-        seen = laid_out(seen_row[...], gpu.Layout.WGMMA.reduce(0))
-        seen = lax.broadcast_in_dim(seen, logits.shape, [1])
+        logits = product(COLUMNS, (rows_ref, keys)) / math.sqrt(width)
+        seen = by_column(cast(seen_row[...], gpu.Layout.WGMMA.reduce(0)))
         logits = jnp.where(seen > 0, logits, MASKED)
         rising = jnp.maximum(largest, logits.max(axis=1))
-        weights = jnp.exp(logits - lax.broadcast_in_dim(rising, logits.shape, [0])) * seen
+        weights = jnp.exp(logits - by_row(rising)) * seen
         fading = jnp.exp(largest - rising)
         weights_ref[...] = weights.astype(jnp.bfloat16)
         gpu.commit_smem()
-        sums = sums * lax.broadcast_in_dim(fading, sums.shape, [0]) + product(weights_ref, values, width)
+        sums = sums * by_row(fading, width) + product(width, (weights_ref, values))
         return sums, rising, fading * total + weights.sum(axis=1)
 
+    one_per_row = gpu.Layout.WGMMA.reduce(1)
     sums, _, total = gpu.emit_pipeline(
         add, grid=(length // COLUMNS,), max_concurrent_steps=2,
-        in_specs=[gpu.BlockSpec((width, COLUMNS), lambda column: (0, column), transforms=_swizzled(width)),
-                  gpu.BlockSpec((COLUMNS, width), lambda column: (column, 0), transforms=_swizzled(width)),
+        in_specs=[gpu.BlockSpec((width, COLUMNS), lambda column: (0, column), transforms=swizzled(width)),
+                  gpu.BlockSpec((COLUMNS, width), lambda column: (column, 0), transforms=swizzled(width)),
                   gpu.BlockSpec((COLUMNS,), lambda column: (column,))],
-        init_carry=(laid_out(jnp.zeros((ROWS, width), jnp.float32), gpu.Layout.WGMMA),
-                    laid_out(jnp.full((ROWS,), MASKED, jnp.float32), rows),
-                    laid_out(jnp.zeros((ROWS,), jnp.float32), rows)),
+        init_carry=(cast(jnp.zeros((ROWS, width), jnp.float32), gpu.Layout.WGMMA),
+                    cast(jnp.full((ROWS,), MASKED, jnp.float32), one_per_row),
+                    cast(jnp.zeros((ROWS,), jnp.float32), one_per_row)),
     )(key_ref.at[one], value_ref.at[one], seen_ref.at[lax.div(one, each)])
     total = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
-    rows_ref[...] = (sums * lax.broadcast_in_dim(total, sums.shape, [0])).astype(jnp.bfloat16)
+    rows_ref[...] = (sums * by_row(total, width)).astype(jnp.bfloat16)
     gpu.commit_smem()
     gpu.copy_smem_to_gmem(rows_ref, output_ref.at[one, pl.ds(start, ROWS)])
     gpu.wait_smem_to_gmem(0)

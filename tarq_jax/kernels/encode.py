@@ -7,22 +7,31 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tarq_jax.kernels import calling
+from tarq_jax.kernels import calling, encode_gpu, hopper
 
 
 def refuse_encode(levels: Sequence[jax.Array], latents: jax.Array) -> str | None:
     """Why `encode` cannot take these arguments; None if it can."""
     if latents.size == 0:
         return f"latents are of shape {latents.shape}, expected some"
-    return calling.not_real(latents, *levels) or calling.too_large(codewords=list(levels))
+    if refusal := calling.not_real(latents, *levels):
+        return refusal
+    if jax.default_backend() == "gpu":
+        return hopper.refuse_wide(latents=latents) or hopper.refuse_device()
+    return calling.too_large(codewords=list(levels))
 
 
 def encode(levels: Sequence[jax.Array], latents: jax.Array) -> jax.Array:
     """Greedy residual codes by Euclidean distance: L arrays [K_l, D] and [M, D] to int32 [M, L].
 
-    Distances [M, K] and residuals stay in VMEM; the codewords to subtract are looked up by a product with
+    Distances [M, K] and residuals stay on the chip; the codewords to subtract are looked up by a product with
     one-hot codes. Among equally near codewords the first one wins.
     """
+    return hopper.where_possible(encode_gpu.encode, _on_tpu, levels, latents,
+                                 refusal=hopper.refuse_wide(latents=latents))
+
+
+def _on_tpu(levels, latents):
     size, width = latents.shape
     block = calling.block_of(size, calling.ROWS)
     found = calling.call(

@@ -13,7 +13,7 @@ from benchmarks import measuring, operations
 from benchmarks.operations import OPERATIONS
 from benchmarks.workloads import WORKLOADS
 from tarq_jax import attention, expansion, kernels, losses, quantization
-from tarq_jax.kernels import attention_gpu
+from tarq_jax.kernels import align_gpu, attention_gpu, encode_gpu, hopper
 from tarq_jax.types import Expansion
 
 KERNELS = [name for name, operation in OPERATIONS.items() if "pallas" in operation.implementations]
@@ -103,17 +103,56 @@ def history(width, dtype=jnp.bfloat16, seed=0):
     return queries, keys, values, jnp.asarray(rng.random((2, 130)) < 0.6).at[1].set(False)
 
 
-@pytest.mark.parametrize("width", attention_gpu.WIDTHS)
+# Kernels for NVIDIA run in Mosaic GPU's own interpreter, and lower for a GPU that this machine does not have.
+
+
+def lowered_for_nvidia(function, *arrays):
+    return "mosaic_gpu" in jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("width, centre", [(64, 0.0), (24, 100.0)])
+def test_encoding_on_a_gpu(width, centre):
+    """Levels of several blocks and of one codeword, far from the origin too: the codes are those of XLA."""
+    rng = np.random.default_rng(width)
+    levels = [jnp.asarray(rng.normal(size=(size, width)) + centre, jnp.float32) for size in (70, 1, 130)]
+    latents = jnp.asarray(rng.normal(size=(70, width)) + 3 * centre, jnp.float32)
+    found = encode_gpu.encode(levels, latents, interpret=InterpretGPUParams())
+    np.testing.assert_array_equal(found, quantization.encode(levels, latents).codes)
+    encode = functools.partial(quantization.encode, implementation="pallas")
+    assert lowered_for_nvidia(lambda *given: encode(*given).codes, levels, latents)
+    total = jax.value_and_grad(lambda *given: encode(*given).quantized.sum())
+    assert lowered_for_nvidia(total, levels, latents)
+
+
+@pytest.mark.parametrize("workload", ["odd", "single"])
+def test_alignment_on_a_gpu(workload):
+    arrays = arguments("align", workload)
+    found = align_gpu.align(*arrays, interpret=InterpretGPUParams())
+    assert measuring.error(found, expected("align", workload)) < 1e-6
+    align = functools.partial(losses.codebook_alignment, implementation="pallas")
+    assert lowered_for_nvidia(align, *arrays)
+    assert lowered_for_nvidia(jax.value_and_grad(lambda *given: align(*given).sum()), *arrays)
+
+
+def test_alignment_on_a_gpu_far_from_the_origin():
+    """A translation of all, by the first level's codewords, changes only roundings of the arguments."""
+    latents, outputs, codewords, personalized, chosen, attended = arguments("align", "odd")
+    first = jnp.zeros((len(codewords), 1, 1)).at[0].set(100.0)
+    moved = (latents + 100, outputs + 100, codewords + first, personalized + first,
+             chosen + first[:, 0], attended + first[:, 0])
+    found = align_gpu.align(*moved, interpret=InterpretGPUParams())
+    assert measuring.error(found, expected("align", "odd")) < 1e-4
+
+
+@pytest.mark.parametrize("width", hopper.WIDTHS)
 def test_attention_on_a_gpu(width):
-    """Runs in Mosaic GPU's own interpreter, and lowers for a GPU that this machine does not have."""
     arrays = history(width)
     found = attention_gpu.attend(*arrays, interpret=InterpretGPUParams())
     exact = OPERATIONS["attend"].implementations["plain"](*map(as_float32, arrays))
     assert not np.any(np.asarray(found[1])) and measuring.error(as_float32(found), exact) < 0.01
     attend = functools.partial(attention.multi_head_attention, implementation="pallas")
-    assert "mosaic_gpu" in jax.jit(attend).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    trained = jax.jit(jax.value_and_grad(lambda *arrays: as_float32(attend(*arrays)).sum()))
-    assert "mosaic_gpu" in trained.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered_for_nvidia(attend, *arrays)
+    assert lowered_for_nvidia(jax.value_and_grad(lambda *given: as_float32(attend(*given)).sum()), *arrays)
 
 
 @pytest.mark.parametrize("width, dtype, complaint", [
@@ -128,21 +167,33 @@ def test_attention_on_a_gpu_refuses(monkeypatch, width, dtype, complaint):
         attention.look_up(*arguments("look_up", "odd"), implementation="pallas")
 
 
+def test_encoding_and_alignment_on_a_gpu_refuse_wide_rows(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(NotImplementedError, match="latents are 65 wide, expected at most 64 on a GPU"):
+        quantization.encode(jnp.zeros((1, 3, 65)), jnp.zeros((5, 65)), implementation="pallas")
+    with pytest.raises(NotImplementedError, match="latents are 65 wide, expected at most 64 on a GPU"):
+        losses.codebook_alignment(
+            *jnp.zeros((2, 2, 3, 65)), jnp.zeros((3, 4, 65)), jnp.zeros((2, 3, 4, 65)),
+            *jnp.zeros((2, 2, 3, 3, 65)), implementation="pallas")
+
+
 @pytest.mark.parametrize("capability, complaint", [
     ("9.0", None), ("8.0", "compute capability 8.0, expected 9.x"), ("10.0", "compute capability 10.0"),
     ("gfx942", "compute capability gfx942"),
 ])
-def test_attention_on_a_gpu_is_for_hopper(monkeypatch, capability, complaint):
+def test_kernels_for_nvidia_are_for_hopper(monkeypatch, capability, complaint):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     gpu = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
-    arrays = history(16)
-    if complaint is None:
-        assert kernels.pick("attend", "pallas", *arrays) is not None
-        return
-    with pytest.raises(NotImplementedError, match=complaint):
-        kernels.pick("attend", "pallas", *arrays)
-    assert kernels.pick("attend", None, *arrays) is None
+    calls = {"attend": history(16)} | {name: arguments(name, "odd") for name in ("encode", "align")}
+    assert calls.keys() == set(kernels.ON_GPU)
+    for name, arrays in calls.items():
+        if complaint is None:
+            assert kernels.pick(name, "pallas", *arrays) is not None
+            continue
+        with pytest.raises(NotImplementedError, match=complaint):
+            kernels.pick(name, "pallas", *arrays)
+        assert kernels.pick(name, None, *arrays) is None
 
 
 # What a kernel refuses
