@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
@@ -28,9 +27,8 @@ def align(
     targets, *of_outputs = _side(outputs, personalized, attended, width)
     rows = points.shape[2]
     found = hopper.call(
-        _kernel, points, targets, *of_latents, *of_outputs, grid=(requests, rows // ROWS),
-        grid_names=("request", "row"), out_type=jax.ShapeDtypeStruct((requests, rows), jnp.float32),
-        interpret=interpret,
+        _kernel, points, targets, *of_latents, *of_outputs, programs=requests * (rows // ROWS),
+        out_type=jax.ShapeDtypeStruct((requests, rows), jnp.float32), interpret=interpret,
         scratch_types=[gpu.SMEM((ROWS, width), jnp.float32, transforms=swizzled(width, jnp.float32)),
                        *[gpu.SMEM((TERMS, ROWS, width), jnp.bfloat16, transforms=swizzled(width))] * 2,
                        gpu.SMEM((ROWS,), jnp.float32), gpu.Barrier()])
@@ -45,8 +43,8 @@ def _side(points, words, chosen, width):
     points, words, chosen = (calling.padded(array.astype(jnp.float32), -1, width)
                              for array in (points, words, chosen))
     firsts = words[:, :, :1]
-    before = jnp.moveaxis(jnp.cumsum(chosen, axis=2) - chosen, 2, 1)
-    residuals = calling.padded(points[:, None] - before - firsts, 2, ROWS)
+    before = jnp.cumsum(jnp.pad(chosen[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0))), axis=2)
+    residuals = calling.padded(points[:, None] - jnp.moveaxis(before, 2, 1) - firsts, 2, ROWS)
     moved = calling.padded(words - firsts, 2, COLUMNS)
     real = jnp.arange(moved.shape[2]) < words.shape[2]
     return residuals, hopper.across(2 * moved), jnp.where(real, jnp.sum(moved**2, axis=-1), hopper.NEVER)
@@ -56,7 +54,7 @@ def _kernel(
     cast, points_ref, targets_ref, words_ref, lengths_ref, personalized_ref, personal_lengths_ref, output_ref,
     rows_ref, left_ref, right_ref, total_ref, barrier,
 ):
-    request, start = lax.axis_index("request"), lax.axis_index("row") * ROWS
+    request, start = hopper.place(points_ref.shape[2])
     levels, _, width = points_ref.shape[1:]
     one_per_row, one_per_column = gpu.Layout.WGMMA.reduce(1), gpu.Layout.WGMMA.reduce(0)
 
@@ -66,7 +64,8 @@ def _kernel(
     def load(source_ref, level, terms_ref):
         gpu.copy_gmem_to_smem(source_ref.at[request, level, pl.ds(start, ROWS)], rows_ref, barrier)
         gpu.barrier_wait(barrier)
-        for term, part in enumerate(hopper.terms(cast(rows_ref[...], gpu.Layout.WGMMA))):
+        points = cast(rows_ref[...], gpu.Layout.WGMMA)
+        for term, part in enumerate(hopper.terms(points, in_kernel=True)):
             terms_ref[term] = part
         gpu.commit_smem()
 
@@ -83,8 +82,11 @@ def _kernel(
     def add(_, words, lengths, personalized, personal_lengths, carry):
         scores = scores_of(left_ref, words, lengths)
         targets = scores_of(right_ref, personalized, personal_lengths)
-        gaps = scores - targets
-        return expect(scores, gaps, carry[0]), expect(targets, gaps, carry[1])
+        (_, seen, _), _, start = carry
+        # Any start changes both expectations alike; this one keeps gaps, and so their roundings, small.
+        start = jnp.where(seen > 0, start, scores.max(axis=1) - targets.max(axis=1))
+        gaps = scores - targets - by_row(start)
+        return expect(scores, gaps, carry[0]), expect(targets, gaps, carry[1]), start
 
     divergence = filled(0.0)
     for level in range(levels):
@@ -92,10 +94,10 @@ def _kernel(
         load(targets_ref, level, right_ref)
         factor = gpu.BlockSpec((TERMS * width, COLUMNS), lambda block: (0, block), transforms=swizzled(width))
         length = gpu.BlockSpec((COLUMNS,), lambda block: (block,))
-        (_, total, expected), (_, other_total, other) = gpu.emit_pipeline(
+        (_, total, expected), (_, other_total, other), _ = gpu.emit_pipeline(
             add, grid=(lengths_ref.shape[2] // COLUMNS,), max_concurrent_steps=2,
             in_specs=[factor, length, factor, length],
-            init_carry=((filled(MASKED), filled(0.0), filled(0.0)),) * 2,
+            init_carry=(*((filled(MASKED), filled(0.0), filled(0.0)),) * 2, filled(0.0)),
         )(words_ref.at[0, level], lengths_ref.at[0, level], personalized_ref.at[request, level],
           personal_lengths_ref.at[request, level])
         divergence += jnp.maximum(expected / total - other / other_total, 0.0)

@@ -40,7 +40,7 @@ def attend(
     found = hopper.call(
         functools.partial(_kernel, each), flat, jnp.swapaxes(keys, 1, 2), values, seen,
         out_type=jax.ShapeDtypeStruct(flat.shape, flat.dtype),
-        grid=(len(flat), flat.shape[1] // ROWS), grid_names=("one", "row"), interpret=interpret,
+        programs=len(flat) * (flat.shape[1] // ROWS), interpret=interpret,
         scratch_types=[
             *(gpu.SMEM((ROWS, columns), jnp.bfloat16, transforms=swizzled(width))
               for columns in (width, COLUMNS)), gpu.Barrier()])
@@ -50,7 +50,7 @@ def attend(
 def _kernel(
     each, cast, query_ref, key_ref, value_ref, seen_ref, output_ref, rows_ref, weights_ref, barrier,
 ):
-    one, start = lax.axis_index("one"), lax.axis_index("row") * ROWS
+    one, start = hopper.place(query_ref.shape[1])
     width, length = value_ref.shape[2], value_ref.shape[1]
     gpu.copy_gmem_to_smem(query_ref.at[one, pl.ds(start, ROWS)], rows_ref, barrier)
     gpu.barrier_wait(barrier)

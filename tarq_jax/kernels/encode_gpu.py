@@ -5,6 +5,7 @@ terms hold a product of two, so that codes are those of float32 arithmetic. Code
 shared memory; the nearest of each block competes with the nearest so far, and brings its vector along.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,9 +35,10 @@ def encode(levels: Sequence[jax.Array], latents: jax.Array, *, interpret: Any = 
                       axis=2)  # the terms of each block of codewords
     points = calling.padded(_widened(latents, width) - firsts[0], 0, ROWS)
     found = hopper.call(
-        _kernel, points, hopper.across(moved), words.reshape(len(levels), -1, width), offsets,
+        functools.partial(_kernel, [len(level) for level in levels]),
+        points, hopper.across(moved), words.reshape(len(levels), -1, width), offsets,
         out_type=jax.ShapeDtypeStruct((len(levels), len(points)), jnp.int32),
-        grid=(len(points) // ROWS,), grid_names=("row",), interpret=interpret,
+        programs=len(points) // ROWS, interpret=interpret,
         scratch_types=[gpu.SMEM((ROWS, width), jnp.float32, transforms=swizzled(width, jnp.float32)),
                        gpu.SMEM((TERMS, ROWS, width), jnp.bfloat16, transforms=swizzled(width)),
                        gpu.SMEM((ROWS, COLUMNS), jnp.bfloat16, transforms=swizzled(width)),
@@ -50,17 +52,17 @@ def _widened(rows: jax.Array, width: int) -> jax.Array:
 
 
 def _kernel(
-    cast, latent_ref, across_ref, words_ref, offset_ref, output_ref, rows_ref, points_ref, chosen_ref,
+    sizes, cast, latent_ref, across_ref, words_ref, offset_ref, output_ref, rows_ref, points_ref, chosen_ref,
     codes_ref, barrier,
 ):
-    start = lax.axis_index("row") * ROWS
+    _, start = hopper.place(latent_ref.shape[0])
     width, length = words_ref.shape[2], offset_ref.shape[1]
     one_per_row, one_per_column = gpu.Layout.WGMMA.reduce(1), gpu.Layout.WGMMA.reduce(0)
     gpu.copy_gmem_to_smem(latent_ref.at[pl.ds(start, ROWS)], rows_ref, barrier)
     gpu.barrier_wait(barrier)
     residual = cast(rows_ref[...], gpu.Layout.WGMMA)
 
-    def nearest(index, across, words, offset_row, carry):
+    def nearest(size, index, across, words, offset_row, carry):
         best, code, vector = carry
         scores = hopper.inner_products(points_ref, across) - by_column(cast(offset_row[...], one_per_column))
         here = scores.max(axis=1)
@@ -70,16 +72,18 @@ def _kernel(
         gpu.commit_smem()
         found = product(width, *((chosen_ref, words.at[pl.ds(term * COLUMNS, COLUMNS)])
                                  for term in range(TERMS)))
-        nearer = here > best
-        return (jnp.where(nearer, here, best), jnp.where(nearer, index[0] * COLUMNS + place, code),
+        nearer, valid = here > best, here > -jnp.inf
+        code = jnp.where(nearer, index[0] * COLUMNS + place, code)
+        # Where a score is NaN, the code is the last one, for good, as by XLA.
+        return (jnp.where(valid, jnp.maximum(best, here), jnp.inf), jnp.where(valid, code, size - 1),
                 jnp.where(by_row(nearer, width), found, vector))
 
-    for level in range(len(words_ref)):
-        for term, part in enumerate(hopper.terms(residual)):
+    for level, size in enumerate(sizes):
+        for term, part in enumerate(hopper.terms(residual, in_kernel=True)):
             points_ref[term] = part
         gpu.commit_smem()
         _, code, vector = gpu.emit_pipeline(
-            nearest, grid=(length // COLUMNS,), max_concurrent_steps=2,
+            functools.partial(nearest, size), grid=(length // COLUMNS,), max_concurrent_steps=2,
             in_specs=[
                 gpu.BlockSpec((TERMS * width, COLUMNS), lambda block: (0, block), transforms=swizzled(width)),
                 gpu.BlockSpec((TERMS * COLUMNS, width), lambda block: (block, 0), transforms=swizzled(width)),

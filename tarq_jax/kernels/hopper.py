@@ -32,25 +32,31 @@ def refuse_device() -> str | None:
 
 
 def call(
-    kernel: Callable[..., None], *arguments: jax.Array, out_type: Any, grid: Sequence[int],
-    grid_names: Sequence[str], scratch_types: Sequence[Any], interpret: Any = None,
+    kernel: Callable[..., None], *arguments: jax.Array, out_type: Any, programs: int,
+    scratch_types: Sequence[Any], interpret: Any = None,
 ) -> jax.Array:
     """`pallas.mosaic_gpu.kernel`, which gives the kernel a function that casts to a layout first.
 
     Args:
-      kernel: function of that cast, and of the references to arguments, results and scratch memory.
+      kernel: function of that cast, and of the references to arguments, result and scratch memory.
       arguments: arrays.
       out_type: shape and type of the result.
-      grid: see `pallas.mosaic_gpu.kernel`; so are the names of its axes and the scratch memory.
-      grid_names: one name per axis.
+      programs: how many run; on one axis, because CUDA limits all axes but one to 65,535.
       scratch_types: types of scratch references.
       interpret: parameters of the interpreter; None to compile.
     """
     # The interpreter has no layouts.
     cast: Cast = gpu.layout_cast if interpret is None else lambda array, layout: array
     options = {} if interpret is None else {"interpret": interpret}
-    return gpu.kernel(functools.partial(kernel, cast), out_type=out_type, grid=tuple(grid),
-                      grid_names=tuple(grid_names), scratch_types=list(scratch_types), **options)(*arguments)
+    return gpu.kernel(functools.partial(kernel, cast), out_type=out_type,
+                      grid=(programs,), grid_names=("program",), scratch_types=list(scratch_types),
+                      **options)(*arguments)
+
+
+def place(rows: int) -> tuple[jax.Array, jax.Array]:
+    """The matrix of this program and its first row there, in a stack of matrices of `rows` rows each."""
+    program, tiles = jax.lax.axis_index("program"), rows // ROWS
+    return jax.lax.div(program, tiles), jax.lax.rem(program, tiles) * ROWS
 
 
 def where_possible(
@@ -93,11 +99,16 @@ def refuse_wide(**arrays: jax.Array) -> str | None:
     return None
 
 
-def terms(array: jax.Array) -> list[jax.Array]:
-    """Arrays of bfloat16 that add up to one of float32."""
+def terms(array: jax.Array, *, in_kernel: bool = False) -> list[jax.Array]:
+    """Arrays of bfloat16 that add up to one of float32.
+
+    Outside a kernel `reduce_precision` rounds, because XLA takes a conversion there and back for the identity
+    on a GPU, and would leave one term. Mosaic does not, and has no `reduce_precision`.
+    """
     parts = []
     for _ in range(TERMS):
-        parts.append(array.astype(jnp.bfloat16))
+        rounded = array if in_kernel else jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
+        parts.append(rounded.astype(jnp.bfloat16))
         array = array - parts[-1].astype(jnp.float32)
     return parts
 
@@ -110,12 +121,13 @@ def across(words: jax.Array) -> jax.Array:
 def inner_products(points_ref: Any, across_ref: Any) -> jax.Array:
     """Inner products in float32: terms [TERMS, 64, D] with `across` of codewords, [TERMS * D, columns].
 
-    Of the nine products of terms, six matter in float32.
+    Of the nine products of terms, six matter in float32. The small ones come first, as tensor cores truncate
+    what they add to a large sum.
     """
     width, columns = points_ref.shape[-1], across_ref.shape[-1]
     return product(columns, *(
-        (points_ref.at[left], across_ref.at[pl.ds(right * width, width)])
-        for left in range(TERMS) for right in range(TERMS - left)))
+        (points_ref.at[left], across_ref.at[pl.ds((order - left) * width, width)])
+        for order in reversed(range(TERMS)) for left in range(order + 1)))
 
 
 def by_row(array: jax.Array, columns: int = COLUMNS) -> jax.Array:
