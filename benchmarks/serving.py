@@ -40,13 +40,14 @@ from benchmarks.serving_contenders import (
     make_contenders,
     make_dataset,
     tarq_name,
+    user_stages,
 )
 from benchmarks.timing import in_turns
 from tarq_jax import cli, reporting
 from tarq_jax.data import Dataset
-from tarq_jax.models import TwoTower
 from tarq_jax.serving import Scorer
 from tarq_jax.serving.index import round_up
+from tarq_jax.serving.method import SERVED
 from tarq_jax.types import Batch
 
 REPORT = flags.DEFINE_string("report", None, "Folder for a page with figures.",
@@ -74,11 +75,11 @@ class Plan(NamedTuple):
     growth: tuple[int, int] = (10_000, 50_000)
     few: int = 512  # candidates at which the item side is measured separately too, for crossovers
     seconds: float = 2.0
-    least: int = 3  # calls at least
+    least: int = 9  # calls at least
     top_k: int = 500
 
 
-OF_USER = {TWO_TOWER: ("towers",), IN_BLOCKS: ("encoder",)}  # measured once for all methods
+SHARED = {"towers": TWO_TOWER, "encoder": IN_BLOCKS}  # parts that are measured once, in that model
 
 TINY = Plan(
     Sizes(items=1_100, width=8, heads=2, hidden=(4,), levels=2, codewords=8, few_codewords=4, features=3),
@@ -110,8 +111,9 @@ class Bench(NamedTuple):
         return np.random.default_rng(2).permutation(self.plan.sizes.items)[:count] + 1
 
     def slots(self, name: str, count: int) -> np.ndarray:
-        """The candidates' slots in the index, padded by repetition to a number that is scored."""
-        return np.resize(self.scorers[name].index.slots_of(self.candidates(count)), round_up(count))
+        """The candidates' slots in the index, ascending as in a request, the last repeated as padding."""
+        slots = np.sort(self.scorers[name].index.slots_of(self.candidates(count)))
+        return np.pad(slots, (0, round_up(count) - len(slots)), mode="edge")
 
 
 def load(plan: Plan, folder: Path, console: Console, models: Collection[str] = ()) -> Bench:
@@ -176,11 +178,8 @@ def request_rows(bench: Bench, parts: Sequence[dict[str, Any]], console: Console
 
 
 def user_side_parts(contender: Contender) -> list[tuple[str, str]]:
-    """(model, part) whose measurements apply to the contender; all models share their encoders' cost."""
-    found = [(TWO_TOWER, "towers")]
-    if not isinstance(contender.module, TwoTower):
-        found.append((IN_BLOCKS, "encoder"))
-    return [*found, (contender.name, "codebooks")]
+    """(model, part) whose measurements apply to the contender."""
+    return [(SHARED.get(part, contender.name), part) for part in user_stages(contender.module, SERVED)]
 
 
 def memory(bench: Bench, parts: Sequence[dict[str, Any]], name: str, count: int, length: int
@@ -216,7 +215,7 @@ def parts_at(bench: Bench, count: int, length: int) -> dict[serving_claims.Part,
             continue
         slots = bench.slots(name, count)
         if at_history:
-            of_user = ("codebooks", *OF_USER.get(name, ()))
+            of_user = ("codebooks", *(part for part, model in SHARED.items() if model == name))
             if made.method.name == "dot":
                 of_user += ("personalized",)
             found |= {(name, part, 0, length): value for part, value in serving_parts.user_parts(

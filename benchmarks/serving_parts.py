@@ -12,7 +12,7 @@
 
 Items come from the index, user-side inputs are random. FLOPs and exponentials are XLA's count for the same
 part without blocks, because XLA counts the body of a loop once. Bytes are those of arguments and results:
-each is read or written once, tables completely.
+each is read or written once, a user's tables completely, of the index only the gathered rows.
 """
 
 import inspect
@@ -114,7 +114,9 @@ def _gather(method: Method, index: Index, slots: np.ndarray, items: Any, state: 
         return {name: rows(values, slots) for name, values in arrays.items()}
 
     arrays = jax.device_put({name: index.arrays[name] for name in kept})
-    return compiled(gather, gather, arrays, jnp.asarray(slots))
+    part = compiled(gather, gather, arrays, jnp.asarray(slots))
+    gathered = sum(values.nbytes // len(values) for values in arrays.values()) * len(slots)
+    return part._replace(cost=part.cost._replace(bytes=2 * gathered + slots.nbytes))
 
 
 def answer_parts(slots: np.ndarray, top_k: int) -> dict[str, Part]:

@@ -5,11 +5,11 @@
 
 TARQ, two-tower and target attention, of one size with random weights, are tested one after the other. Each is
 served by its own process on loopback, with the default settings of `tarq_jax.serving.server`, and has to
-rank all its items and return the best 500. The first stage sends one request at a time, the second measures
-the most answers per second. From then on arrivals are Poisson and do not wait for answers, and latency counts
-from the time at which a request was due. Load rises in stages to twice what the service can sustain. It stays
-there while bad requests are sent, the service is swapped to other artefacts, and a damaged artefact is
-refused. Then the process is killed and restarted under half the load, and at the end one request at a time is
+rank all its items and return the best 500. After a warm-up, one request at a time is sent, then more and more
+until answers per second no longer rise. From then on arrivals are Poisson and do not wait for answers, and
+latency counts from the time at which a request was due. Load rises in stages to twice what the service can
+sustain. It stays there while bad requests are sent, the service is swapped to other artefacts, and a damaged
+artefact is refused. Then the process is killed and restarted under half the load, and at the end one request at a time is
 sent again. Load generator and service share the machine. `--quick` runs everything with numbers that mean
 nothing.
 """
@@ -34,7 +34,7 @@ from benchmarks.serving_contenders import (
     tarq_name,
 )
 from benchmarks.serving_report import of_kind
-from benchmarks.stress_report import AFTERWARDS, ALONE, HELD, KILLED
+from benchmarks.stress_report import AFTERWARDS, ALONE, HELD, KILLED, RAMP, SATURATED, WARM
 from benchmarks.stress_service import (
     TOKEN,
     Outcome,
@@ -55,7 +55,8 @@ QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes and short stages, to check
 HELD_SECONDS = flags.DEFINE_float("held_seconds", 90.0, "Seconds of twice the load.", lower_bound=1.0)
 JSON = cli.json_flag()
 
-MARGIN = 3.0  # times the rate of one request at a time: more than batching can gain
+GROWTH = 1.5  # of the rate, from stage to stage, while the most answers per second is searched
+RISING = 1.05  # times the most so far; fewer answers per second end the search
 
 
 class Plan(NamedTuple):
@@ -143,17 +144,25 @@ class Trial:
 
 def undergo(trial: Trial, plan: Plan) -> None:
     """Runs all stages on a service, one after the other."""
+    trial.one_at_a_time(WARM)
     alone = trial.one_at_a_time(ALONE)
-    rate = MARGIN * 1e3 / alone["latency_p50_ms"]
-    most = trial.under("as much as it answers", rate, plan.stage)["answered_per_second"]
-    for share in plan.shares:  # of the most so far: some services answer more if they refuse less
-        most = max(most, trial.under("ramp", share * most, plan.stage, share=share)["answered_per_second"])
+    most = most_answers(trial, 1e3 / alone["latency_p50_ms"], plan.stage)
+    for share in plan.shares:
+        trial.under(RAMP, share * most, plan.stage, share=share)
     with repeatedly(trial.act("swap", swap), plan.swap_every), \
             repeatedly(trial.act("hostile", send_hostile), plan.hostile_every):
         trial.under(HELD, plan.shares[-1] * most, plan.held, share=plan.shares[-1])
     with repeatedly(trial.act("kill", kill), plan.killed / 4, most=1):
         trial.under(KILLED, 0.5 * most, plan.killed, share=0.5)
     trial.one_at_a_time(AFTERWARDS)
+
+
+def most_answers(trial: Trial, rate: float, seconds: float) -> float:
+    """Answers per second when more than that is sent: the rate grows until they no longer rise."""
+    most = 0.0
+    while (found := trial.under(SATURATED, rate, seconds)["answered_per_second"]) > RISING * most:
+        most, rate = found, GROWTH * rate
+    return max(most, found)
 
 
 def run(plan: Plan, console: Console) -> Iterator[dict[str, Any]]:

@@ -9,22 +9,22 @@ import numpy as np
 
 Name = TypeVar("Name", bound=Hashable)
 
-SHORT = 0.02  # seconds; a shorter call is made twice per turn, the first time uncounted
+SHORT = 0.25  # seconds; a shorter call is made twice per turn, the first time uncounted
 
 
 def in_turns(
-    calls: Mapping[Name, Callable[[], Any]], *, seconds: float, least: int = 3, most: int = 100,
+    calls: Mapping[Name, Callable[[], Any]], *, seconds: float, least: int = 5, most: int = 100,
 ) -> dict[Name, np.ndarray]:
     """Seconds of each call, measured in turns, so that other work of the machine affects all calls equally.
 
     Each is called for about `seconds`, at least `least` and at most `most` times, spread evenly over the
-    turns. Each short call is preceded by an uncounted one, which brings its data into the cache, as if
-    nothing else ran.
+    turns. Each call is preceded by an uncounted one, which brings its data into the cache, as if nothing else
+    ran, unless it takes so long that no cache helps.
     """
     counts, short = {}, {}
     for name, call in calls.items():
         jax.block_until_ready(call())  # compiles, or touches memory for the first time
-        once = seconds_of(call)
+        once = min(seconds_of(call) for _ in range(3))
         counts[name] = int(np.clip(seconds / max(once, 1e-9), least, most))
         short[name] = once < SHORT
     turns = max(counts.values(), default=0)

@@ -93,7 +93,7 @@ def ours(workload: Workload) -> Contender:
 
 
 def pytorch(workload: Workload, compiled: bool, threads: int, device: str = "cpu") -> Contender:
-    """The PyTorch peer, eager or under `torch.compile`, with the fused AdamW."""
+    """The PyTorch peer, eager or with model and codebook update under `torch.compile`; AdamW is fused."""
     import torch
 
     from benchmarks.peers import from_flax, torch_tarq
@@ -117,7 +117,8 @@ def pytorch(workload: Workload, compiled: bool, threads: int, device: str = "cpu
     loss_weights = torch.tensor([config.loss_weights[name] for name in torch_tarq.LOSSES], device=device)
     batches = [torch_tarq.TorchBatch(*(column.to(device) for column in from_flax.torch_batch(batch)))
                for batch in workload.batches]
-    forward = torch.compile(model) if compiled else model
+    forward, update = ((torch.compile(model), torch.compile(torch_tarq.update_codebook)) if compiled
+                       else (model, torch_tarq.update_codebook))
 
     def take(index):
         if torch.get_num_threads() != threads:
@@ -128,8 +129,7 @@ def pytorch(workload: Workload, compiled: bool, threads: int, device: str = "cpu
         (losses * loss_weights).sum().backward()
         optimizer.step()
         schedule.step()
-        torch_tarq.update_codebook(
-            model, codebook, codes, residuals, batch.weights > 0, config.codebook.decay)
+        update(model, codebook, codes, residuals, batch.weights > 0, config.codebook.decay)
         return losses
 
     where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device

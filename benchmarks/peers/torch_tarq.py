@@ -216,12 +216,12 @@ def update_codebook(model: TorchTarq, codebook: Codebook, codes: Tensor, residua
                     decay: float) -> None:
     """Updates the statistics in place, and in order 1 sets the codewords to the running means."""
     levels, size = codebook.counts.shape
-    real = mask.flatten()
+    real = mask.to(residuals.dtype).flatten()[:, None].expand(-1, levels).flatten()
     first = size * torch.arange(levels, device=codes.device)
-    index = (codes.flatten(0, 1)[real] + first).flatten()  # of all levels at once
-    counts = torch.bincount(index, minlength=levels * size).view(levels, size)
+    index = (codes.flatten(0, 1) + first).flatten()  # of all levels at once
+    counts = torch.zeros(levels * size, device=codes.device).index_add_(0, index, real).view(levels, size)
     sums = torch.zeros(levels * size, residuals.shape[-1], device=codes.device).index_add_(
-        0, index, residuals.flatten(0, 1)[real].flatten(0, 1)).view_as(codebook.sums)
+        0, index, residuals.flatten(0, 2) * real[:, None]).view_as(codebook.sums)
     codebook.counts.mul_(decay).add_(counts, alpha=1.0 - decay)
     codebook.sums.mul_(decay).add_(sums, alpha=1.0 - decay)
     if model.sizes.order == 1:

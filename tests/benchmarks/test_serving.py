@@ -75,6 +75,21 @@ def test_a_breakdown_sums_to_the_request(rows):
             assert sum(spent) == pytest.approx(row["request_ms"])
 
 
+def test_methods_are_charged_only_with_the_encoders_that_they_have(rows):
+    found = {row["model"]: row for row in rows if row["kind"] == "breakdown"}
+    assert {name for name, row in found.items() if "encoder_ms" in row} == {IN_BLOCKS, SCALAR, ORDER_1}
+    assert {name for name, row in found.items() if "codebooks_ms" in row} == {SCALAR, ORDER_1}
+    assert all("towers_ms" in row for row in found.values())
+
+
+def test_a_gather_moves_only_the_rows_that_it_reads(bench):
+    made, slots = bench.contenders[TWO_TOWER], bench.slots(TWO_TOWER, 600)
+    assert len(slots) == 1_024 and (np.diff(slots) >= 0).all() and len(set(slots)) == 600
+    part = serving_parts.item_parts(made, bench.scorers[TWO_TOWER].index, slots, 6, ["gather"])["gather"]
+    vector, bias = 8 * 4, 4  # bytes of an item
+    assert part.cost.bytes in (2 * 1_024 * vector + slots.nbytes, 2 * 1_024 * (vector + bias) + slots.nbytes)
+
+
 def test_costs_are_counted_without_loops(bench):
     """Attention in blocks costs as much as all together: M x N x D products twice, M x N x H exponentials."""
     made, slots = bench.contenders[IN_BLOCKS], bench.slots(IN_BLOCKS, 1_100)
@@ -93,12 +108,12 @@ def test_the_page(rows, tmp_path):
 
 
 def test_calls_are_spread_over_turns():
-    """Makes as many calls as fit, but at least `least`; an untimed call precedes each, as calls are short."""
+    """After four calls to prepare, as many as fit, but at least `least`, each after an uncounted one."""
     made = []
     calls = {name: lambda name=name: made.append(name) for name in "ab"}
     times = in_turns(calls, seconds=0.0, least=3)
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
-    assert made == ["a", "a", "b", "b", *["a", "a", "b", "b"] * 3]
+    assert made == [*"aaaabbbb", *"aabb" * 3]
 
 
 def test_ratios_by_hand():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from benchmarks import stress_report
+from benchmarks import stress, stress_report
 from benchmarks.stress_service import repeatedly
 
 MODEL = "two-tower"
@@ -32,8 +32,10 @@ def memory(at, value):
 
 
 ROWS = [
-    stage(stress_report.ALONE), stage("ramp", at=-18.0, share=1.0, answered=200.0),
-    stage("ramp", at=-9.0, share=2.0, p99=22.0, answered=180.0, rate=380.0),
+    stage(stress_report.WARM, p99=40.0), stage(stress_report.ALONE, answered=300.0),
+    stage(stress_report.SATURATED, at=-27.0, answered=190.0),
+    stage(stress_report.RAMP, at=-18.0, share=1.0, answered=200.0),
+    stage(stress_report.RAMP, at=-9.0, share=2.0, p99=22.0, answered=180.0, rate=380.0),
     stage(stress_report.HELD, p99=500.0, errors=1), stage(stress_report.KILLED, errors=7),
     stage(stress_report.AFTERWARDS, p99=11.0),
     *[second(float(at)) for at in range(9)],
@@ -62,6 +64,18 @@ def test_claims_by_hand():
 def test_p99_is_held_to_twice_that_without_load_and_the_delay():
     slower = [row | {"latency_p99_ms": 22.1} if row.get("share") == 2.0 else row for row in ROWS]
     assert next(stress_report.claims(MODEL, slower))["verdict"] == "missed"
+
+
+def test_the_most_answers_are_searched_until_they_no_longer_rise():
+    sent = []
+
+    class Trial:
+        def under(self, name, rate, seconds):
+            sent.append(rate)
+            return {"answered_per_second": min(rate, 1_000 - rate / 4)}  # refusing costs some answers too
+
+    assert stress.most_answers(Trial(), 200.0, 8.0) == 1_000 - 1_012.5 / 4
+    assert sent == [200.0, 300.0, 450.0, 675.0, 1_012.5, 1_518.75]
 
 
 def test_the_page(tmp_path):
