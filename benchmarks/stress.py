@@ -9,9 +9,9 @@ rank all its items and return the best 500. After a warm-up, one request at a ti
 until answers per second no longer rise. From then on arrivals are Poisson and do not wait for answers, and
 latency counts from the time at which a request was due. Load rises in stages to twice what the service can
 sustain. It stays there while bad requests are sent, the service is swapped to other artefacts, and a damaged
-artefact is refused. Then the process is killed and restarted under half the load, and at the end one request at a time is
-sent again. Load generator and service share the machine. `--quick` runs everything with numbers that mean
-nothing.
+artefact is refused. Then the process is killed and restarted under half the load, and at the end one request
+at a time is sent again. Load generator and service share the machine. `--quick` runs everything with numbers
+that mean nothing.
 """
 
 import os
