@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,12 +44,21 @@ def markdown(title: str, parts: Mapping[str, Section]) -> str:
     for name, part in parts.items():
         lines += ["", f"## {part.title}", "", *(f"- {sentence}" for sentence in part.sentences)]
         if part.rows:
-            lines += ["", "| " + " | ".join(key.replace("_", " ") for key in part.rows[0]) + " |",
-                      "|" + " --- |" * len(part.rows[0])]
-            lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in part.rows]
+            lines += ["", *markdown_table([key.replace("_", " ") for key in part.rows[0]], (
+                [_cell(value) for value in row.values()] for row in part.rows))]
         if part.image:
             lines += ["", f"![{part.caption}]({name}.png)", "", part.caption]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown.
+
+    Example:
+      >>> markdown_table(["model", "ms"], [["TARQ", "1.5"]])
+      ['| model | ms |', '| --- | --- |', '| TARQ | 1.5 |']
+    """
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
 def _section(section: Section) -> str:
