@@ -244,7 +244,7 @@ def test_the_configured_age_reaches_the_step(tiny_config):
     settings, still = tiny_config.codebook, optax.sgd(0.0)  # only revival moves codewords
     settings.learning, settings.decay, settings.revive_every, settings.start = "gradient", DECAY, 1, 0
     settings.dead, settings.max_age = "age", 2
-    state = make_state(optimizer=still, counts=np.tile([5.0, 5.0, 5.0, 0.0], (LEVELS, 1)))  # by count: 3 alone
+    state = make_state(optimizer=still, counts=np.tile([5.0, 5.0, 5.0, 0.0], (LEVELS, 1)))  # by count: 3
     away = 1e3 * np.array([[0.0], [1.0], [1.0], [1.0]], np.float32)
     codebook = state.codebook.replace(codewords=state.codebook.codewords + away,
                                       ages=jnp.tile(jnp.array([0.0, 2.0, 3.0, 1.0]), (LEVELS, 1)))
