@@ -120,6 +120,13 @@ def test_a_workdir_of_another_run_is_refused(done, train):
     assert line.startswith("error: ") and "config.seed=0" in line and "7" in line and str(done[1]) in line
 
 
+def test_a_workdir_in_use_is_refused_with_noresume(done, train):
+    refused = train(done[1], "--noresume")
+    assert refused.returncode == 1
+    line, = refused.stderr.splitlines()
+    assert line.startswith(f"error: {done[1]} holds a checkpoint of step 12, expected none with --noresume")
+
+
 def test_a_learning_rate_that_blows_up(done, train, tmp_path):
     flags = "--config.model.name=two_tower", "--config.optimizer.learning_rate=1e30"
     process = train(tmp_path / "run", *flags)

@@ -25,6 +25,19 @@ code = [name for name in sys.modules
 print(json.dumps({"ids": ranking.ids.tolist(), "code": code, "facts": scorer.facts}))
 """
 
+SEVERAL = """
+import sys
+from absl import flags
+from tarq_jax.serving import export
+run, out, *pairs = sys.argv[1:]
+for pair in pairs:
+    steps, seed = pair.split(",")[:2]
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["export", f"--run={run}", f"--out={out}/{pair}", "--codewords=8", "--order=0",
+                 "--platforms=cpu", f"--fine_tune={steps}", f"--seed={seed}"])
+    export.main()
+"""
+
 
 @pytest.fixture(scope="module")
 def runs(command, tmp_path_factory):
@@ -69,6 +82,22 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
     assert shapes["ids"] == [1024 if "--capacity=600" in flags else 512]
     if "--levels=2" in flags:
         assert shapes["codes"] == [512, 3] and "correction" not in shapes
+    types = {array: facts["dtype"] for array, facts in index["facts"]["arrays"].items()}
+    vectors = {"first", "vector", "embedding"} & types.keys()
+    assert {types[array] for array in vectors} == {"int8" if "--vectors=int8" in flags else "float32"}
+    scaled = {array for array in vectors if f"{array}_scale" in types}
+    assert scaled == (vectors if "--vectors=int8" in flags else set())
+
+
+def test_steps_and_seed_reach_the_conversion(command, runs, tmp_path):
+    """Weights decide the fingerprint: it is the same for the same flags, and another for other flags."""
+    names = "0,0", "0,0,again", "0,1", "2,0"
+    done = command("-c", SEVERAL, runs / "target_attention", tmp_path, *names)
+    assert done.returncode == 0, done.stderr
+    same, again, seeded, tuned = (
+        json.loads((tmp_path / name / "index" / "manifest.json").read_text())["fingerprint"]
+        for name in names)
+    assert same == again and len({same, seeded, tuned}) == 3
 
 
 def test_a_method_of_ones_own(runs):

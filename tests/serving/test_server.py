@@ -1,10 +1,12 @@
 """The commands: a service in its own process, the request and load commands, and how the service ends."""
 
 import concurrent.futures
+import functools
 import json
 import signal
 import socket
 import threading
+import time
 
 import pytest
 import served
@@ -47,24 +49,28 @@ def ready(url):
 def test_commands_and_drain(started, command, tmp_path):
     """After SIGTERM, requests are still answered for a while and /readyz fails; then the exit code is 0."""
     (tmp_path / "token").write_text("secret\n")
-    process, url = started(f"--token_file={tmp_path / 'token'}", "--drain_seconds=3")
+    token = f"--token_file={tmp_path / 'token'}"
+    process, url = started(token, "--drain_seconds=3")
     (tmp_path / "request.json").write_text(json.dumps(GOOD))
     asked = [*REQUEST, f"--url={url}", f"--request={tmp_path / 'request.json'}", "--top_k=3", "--wait=60"]
-    done = command(*asked, f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'rows.json'}")
+    done = command(*asked, token, f"--json={tmp_path / 'rows.json'}")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["rank"] for row in rows] == [1, 2, 3] and rows[0].keys() == {"rank", "id", "score"}
     with Client(url, token="secret") as client:
         assert client.score(GOOD, top_k=3).ids == [row["id"] for row in rows]
     (tmp_path / "two.json").write_text(json.dumps(GOOD | {"top_k": 2}))
-    done = command(*REQUEST, f"--url={url}", f"--request={tmp_path / 'two.json'}",
-                   f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'rows.json'}")
+    done = command(*REQUEST, f"--url={url}", f"--request={tmp_path / 'two.json'}", token,
+                   f"--json={tmp_path / 'rows.json'}")
     assert [row["rank"] for row in json.loads((tmp_path / "rows.json").read_text())] == [1, 2], done.stderr
+    done = command(*asked, "--candidates=4,5", token, f"--json={tmp_path / 'rows.json'}")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["id"] for row in rows} == {4, 5}, done.stderr
     done = command(*asked, "--history=1,2")
     assert done.returncode == 1 and "'authorization'" in done.stderr and len(done.stderr.splitlines()) == 1
 
     load = (*LOAD, f"--url={url}", "--rate=40", "--seconds=2", "--history_length=3", "--num_candidates=4",
-            "--top_k=2", f"--token_file={tmp_path / 'token'}", f"--json={tmp_path / 'load.json'}")
+            "--top_k=2", token, f"--json={tmp_path / 'load.json'}")
     done = command(*load)
     assert done.returncode == 0, done.stderr
     row, = json.loads((tmp_path / "load.json").read_text())
@@ -88,6 +94,32 @@ def test_commands_and_drain(started, command, tmp_path):
         stop.set()
         asking.result()
     assert (process.wait(60), process.stderr.read()) == (0, "")
+
+
+def test_limits_queue_and_delay_of_the_flags(started):
+    """Batches of three only, so that a request that is alone waits for others, and longer than by default."""
+    _, url = started("--max_body=2000", "--max_history=4", "--max_candidates=2", "--max_top_k=2", "--queue=1",
+                     "--delay_ms=3000", "--batch_sizes=3")
+    ask = functools.partial(services.Running(url, None).ask, "POST", "/score")
+    longer = {side: values * 2 for side, values in GOOD["history"].items()}
+    for body, expected in ((b" " * 2001, (413, "body has more than 2000 bytes")),
+                           (GOOD | {"history": longer}, (422, "has 8 values, expected at most 4")),
+                           (GOOD | {"candidates": [4, 5, 6]}, (422, "has 3 values, expected at most 2")),
+                           (GOOD | {"top_k": 3}, (422, "'top_k' is 3, expected an integer in [1, 2]"))):
+        found = ask(body)
+        assert found.status == expected[0] and expected[1] in found.json["error"]
+
+    def in_flight():
+        return b"tarq_in_flight 1.0" in services.Running(url, None).ask("GET", "/metrics").body
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        start = time.monotonic()
+        first = pool.submit(ask, GOOD | {"candidates": [4, 5]})
+        services.wait_for(in_flight)
+        second = ask(GOOD)
+        assert second.status == 503 and "too busy (full)" in second.json["error"]
+        assert first.result().status == 200 and set(first.result().json["ids"]) == {4, 5}
+        assert time.monotonic() - start > 2.5
 
 
 def test_an_interrupt_ends_at_once(started):

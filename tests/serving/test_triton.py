@@ -8,10 +8,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import served
 
@@ -46,6 +50,98 @@ def test_answers(scorer):
     last = json.loads(found[3])
     assert set(last["ids"]) == {4, 5} and last["unknown"] == [999]
     assert all(isinstance(one, ValueError) for one in answers(loaded, "v", [b"{", wrong]))
+
+
+def check(scorer, found, *candidates):
+    """Asserts that answers to the first request are those of the scorer, each for its candidates."""
+    for answer, chosen in zip(found, candidates, strict=True):
+        expected = scorer.score(REQUESTS[0], chosen, top_k=3)
+        assert answer["ids"] == expected.ids.tolist()
+        assert answer["scores"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
+
+
+class Tensor(NamedTuple):
+    """What the model uses of Triton's class; arrays themselves stand for their DLPack capsules."""
+
+    name: str
+    values: np.ndarray
+
+    def as_numpy(self):
+        return self.values
+
+    def to_dlpack(self):
+        return self.values
+
+    @classmethod
+    def from_dlpack(cls, name, capsule):
+        return cls(name, np.from_dlpack(capsule))
+
+
+class TritonError(NamedTuple):
+    """As in Triton, where its codes are attributes of the class."""
+
+    message: str
+    code: int
+    INVALID_ARG = 3
+
+
+class InferenceResponse(NamedTuple):
+    """As in Triton; its tensors and its error can be read."""
+
+    output_tensors: list
+    error: Any = None
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """A stand-in for Triton's Python module, which exists only inside a server, so that the model runs.
+
+    Where there is a server, `test_a_real_server` uses the real one. A request is a dictionary of tensors.
+    """
+    module = types.SimpleNamespace(
+        Tensor=Tensor, TritonError=TritonError, InferenceResponse=InferenceResponse,
+        get_input_tensor_by_name=lambda request, name: request[name])
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
+
+
+@pytest.fixture
+def model(backend, artefact, tmp_path):
+    """The class in the written `model.py`, and what Triton passes to `initialize`."""
+    out = tmp_path / "models" / "tarq"
+    triton.write(artefact(), out, batch=9, delay=0.0)
+    made = runpy.run_path(str(out / "1" / "model.py"))["TritonPythonModel"]
+    return made(), {"model_repository": str(out), "model_version": "1",
+                    "model_config": json.dumps({"max_batch_size": 9})}
+
+
+def test_requests_are_answered_in_order_and_a_wrong_one_fails_alone(model, scorer):
+    made, arguments = model
+    made.initialize(arguments)
+    assert made._scorer.ready
+    texts = [body(), body(candidates=[4, 5])], [body(), body(top_k=0)], 6 * [body(candidates=[7, 9])]
+    first, wrong, last = made.execute([
+        {"request": Tensor("request", np.array(each, object)[:, None])} for each in texts])
+    written = Path(arguments["model_repository"]) / "1" / "artefact"
+    for response, candidates in ((first, (None, [4, 5])), (last, 6 * ([7, 9],))):
+        assert response.error is None
+        (name, found), = response.output_tensors
+        assert (name, found.shape, found.dtype) == ("answer", (len(candidates), 1), object)
+        found = [json.loads(text) for text in found[:, 0]]
+        check(scorer(), found, *candidates)
+        assert {answer["version"] for answer in found} == {version_name(written, written / "index")}
+    assert wrong.output_tensors == [] and wrong.error.code == TritonError.INVALID_ARG
+    assert wrong.error.message.startswith("text 1: 'top_k' is 0, expected an integer in [1, ")
+
+
+def test_a_model_that_cannot_be_served_does_not_start(model, monkeypatch):
+    made, arguments = model
+    with (Path(arguments["model_repository"]) / "1" / "artefact" / "index" / "ids.npy").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=r"ids\.npy has "):
+        made.initialize(arguments)
+    monkeypatch.setattr(Tensor, "from_dlpack", lambda name, capsule: Tensor(name, capsule * 0))
+    with pytest.raises(ValueError, match="it was built for NumPy 1, expected that of Triton"):
+        made.initialize(arguments)
 
 
 def test_the_command(command, wrong_call, artefact, tmp_path):
@@ -162,13 +258,7 @@ def test_a_real_server(start, artefact, scorer, tmp_path):
     url = start()
     assert url, (tmp_path / "log").read_text()[-2000:]
 
-    def check(found, *candidates):
-        for answer, chosen in zip(found, candidates, strict=True):
-            expected = scorer().score(REQUESTS[0], chosen, top_k=3)
-            assert answer["ids"] == expected.ids.tolist()
-            assert answer["scores"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
-
-    check(infer(url, body(), body(candidates=[4, 5])), None, [4, 5])
+    check(scorer(), infer(url, body(), body(candidates=[4, 5])), None, [4, 5])
     status, error = infer(url, body(), body(top_k=0))
     assert status == 400 and error.startswith("text 1: 'top_k' is 0, expected an integer in [1, ")
     before = executions(url)
@@ -176,7 +266,7 @@ def test_a_real_server(start, artefact, scorer, tmp_path):
         first, wrong, *others = pool.map(
             lambda text: infer(url, text), [body(), b"{", body(candidates=[7, 9]), body()])
     for found, chosen in zip((first, *others), (None, [7, 9], None), strict=True):
-        check(found, chosen)
+        check(scorer(), found, chosen)
     assert wrong[0] == 400 and "text 0: body is '{'" in wrong[1]
     assert executions(url) == before + 1
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import os
 
 import jax
@@ -41,6 +42,14 @@ def same_bits():
 def untimed():
     """The rows without the columns that differ from run to run."""
     return lambda rows: [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def short_histories(tiny_dataset):
+    """The data of `tiny`, but the histories of training have from none to five events."""
+    train, ends = tiny_dataset.splits["train"], np.cumsum(np.arange(40) % 6)
+    short = dataclasses.replace(train, history=train.history[:ends[-1]], history_offsets=np.append(0, ends))
+    return dataclasses.replace(tiny_dataset, splits={**tiny_dataset.splits, "train": short})
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tarq_jax.config import BEST
-from tarq_jax.training import checkpoint, loop
+from tarq_jax.training import checkpoint, loop, restore
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -100,7 +100,8 @@ def test_the_best_is_kept_besides(name, best, tiny_config, tiny_dataset, finishe
     assert values[kept] == values[best]
 
 
-def test_the_best_is_tested(tiny_config, tiny_dataset, tmp_path, silent, same_bits):
+def test_the_best_is_tested(tiny_config, tiny_dataset, tmp_path, silent, same_bits, monkeypatch):
+    """And it is what `load_run` gives, from which a run is exported; the newest state is another one."""
     tiny_config.eval_every, tiny_config.best_metric, tiny_config.checkpoints_kept = 1, "auc", 1
     result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -111,3 +112,8 @@ def test_the_best_is_tested(tiny_config, tiny_dataset, tmp_path, silent, same_bi
     with checkpoint.manager(tmp_path, kept=1, best_metric="auc") as checkpoints:
         assert int(result.state.step) in checkpoints.all_steps()
         assert 6 in checkpoints.all_steps()
+    assert int(result.state.step) < 6
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    run = restore.load_run(tmp_path)
+    same_bits(run.state, result.state)
+    assert run.steps == 6

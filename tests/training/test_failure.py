@@ -159,14 +159,11 @@ def test_the_same_step_fails_again_and_is_replayed(poisoned, tiny_config, tmp_pa
     assert all(np.isfinite(row["value"]) for row in replay.replay(tmp_path, healthy))
 
 
-def test_a_replay_has_the_batches_of_training(tiny_dataset, tiny_config, tmp_path, monkeypatch):
+def test_a_replay_has_the_batches_of_training(short_histories, tiny_config, tmp_path, monkeypatch):
     """Batches come from the same buckets; at the failed step it uses the batch that was kept."""
-    train, ends = tiny_dataset.splits["train"], np.cumsum(np.arange(40) % 6)
-    short = dataclasses.replace(train, history=train.history[:ends[-1]], history_offsets=np.append(0, ends))
-    dataset = dataclasses.replace(tiny_dataset, splits={**tiny_dataset.splits, "train": short})
     tiny_config.data.buckets, tiny_config.codebook.start = (2,), 5
-    batches = data.train_batches(dataset, "train", batch_size=8, seed=0, buckets=(2,),
-                                 **setup.batch_shapes(dataset))
+    batches = data.train_batches(short_histories, "train", batch_size=8, seed=0, buckets=(2,),
+                                 **setup.batch_shapes(short_histories))
     expected, seen = [next(batches) for _ in range(5)], []
     assert {batch.history_mask.shape for batch in expected} == {(8, 2), (8, 5)}
 
@@ -174,7 +171,7 @@ def test_a_replay_has_the_batches_of_training(tiny_dataset, tiny_config, tmp_pat
         seen.append(jax.device_get(batch))
         return state, {}
 
-    monkeypatch.setattr(loop, "load_data", lambda config: dataset)
+    monkeypatch.setattr(loop, "load_data", lambda config: short_histories)
     monkeypatch.setattr(setup, "compile_step", lambda *_: take_step)
     monkeypatch.setattr(replay, "_rows", lambda *_: iter(()))
     replay.replay(tmp_path, failure.FailedStep(5, expected[4], tiny_config.to_dict()))

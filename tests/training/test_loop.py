@@ -14,6 +14,7 @@ import pytest
 
 from tarq_jax import data, metrics
 from tarq_jax.training import checkpoint, loop, setup, sharding
+from tarq_jax.training.evaluate import SCORES
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -83,6 +84,36 @@ def test_evaluation_on_the_way(tiny_config, tiny_dataset, tmp_path, silent, fini
     validated = [line["step"] for line in lines_of(tmp_path) if "validation/tarq/auc" in line]
     assert validated == [4]
     same_bits(result.state, finished[1].state)
+
+
+def test_the_scores_of_the_test_are_saved_if_asked_for(
+        finished, tiny_config, tiny_dataset, tmp_path, silent):
+    """The run is finished, so that only its test is repeated."""
+    assert not (finished[0] / SCORES).exists()
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    tiny_config.save_scores = True
+    rows = loop.train(tiny_config, tiny_dataset, tmp_path, silent).rows
+    with np.load(tmp_path / SCORES) as scores:
+        for row in rows:
+            found = metrics.auc(scores["labels"], scores[row["model"]], scores["weights"])
+            assert found == row["auc"] and len(scores["users"]) == 72
+
+
+def test_batches_come_from_the_buckets(tiny_config, short_histories, tmp_path, silent, monkeypatch):
+    compiled, shapes = setup.compile_step, []
+
+    def watched_step(*arguments):
+        step = compiled(*arguments)
+
+        def take_step(state, batch):
+            shapes.append(batch.history_mask.shape)
+            return step(state, batch)
+        return take_step
+
+    monkeypatch.setattr(setup, "compile_step", watched_step)
+    tiny_config.model.name, tiny_config.data.buckets = "two_tower", (2,)
+    loop.train(tiny_config, short_histories, tmp_path, silent)
+    assert len(shapes) == tiny_config.steps and set(shapes) == {(8, 2), (8, 5)}
 
 
 @pytest.mark.parametrize("where", ["parameters", "codebook"])

@@ -1,10 +1,13 @@
 """From settings to modules: settings of single models reach them, and missing data is reported."""
 
+import jax.numpy as jnp
 import pytest
 import workloads
 
+from tarq_jax import quantization
 from tarq_jax.config import COMPARED, MODELS
-from tarq_jax.models import FirstOrderTarq, TwoTower
+from tarq_jax.models import Compute, FirstOrderTarq, Tarq, TwoTower
+from tarq_jax.models.embedding import Tables
 from tarq_jax.training.modules import MODULES, make_module
 
 
@@ -30,6 +33,32 @@ def test_settings_reach_the_baselines(tiny_config):
     for name in workloads.BASELINES:
         assert type(module(name)) is type(workloads.BASELINES[name])
         assert (module(name).width, module(name).num_heads, module(name).hidden) == (4, 2, (4,))
+
+
+@pytest.mark.parametrize(("order", "expected"), [(0, Tarq), (1, FirstOrderTarq)])
+def test_settings_reach_tarq(tiny_config, order, expected):
+    """None of them is at its default, so that a module that ignores one differs."""
+    settings = tiny_config.model
+    settings.order, settings.num_levels, settings.head, settings.decoded = order, 5, "dot", "item"
+    settings.aligned_share, settings.student_gradient = 0.5, "teacher"
+    settings.assign, settings.pass_through = "cosine", "rotation"
+    settings.dtype, settings.remat, settings.attention_block = "bfloat16", True, 4
+    module = make_module(settings, workloads.SCHEMA)
+    assert type(module) is expected
+    assert (module.width, module.num_heads, module.hidden, module.num_levels) == (4, 2, (4,), 5)
+    assert (module.head, module.decoded, module.aligned_share) == ("dot", "item", 0.5)
+    assert module.student_gradient == "teacher" and module.pass_through is quantization.rotate
+    assert module.encode.keywords == {"assign": quantization.nearest_by_cosine}
+    assert module.compute == Compute(jnp.dtype("bfloat16"), True, 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_settings_of_precision_and_memory_reach_every_model(tiny_config, name):
+    settings, tables = tiny_config.model, Tables(multiple=8)
+    settings.name, settings.category = name, "item_id"
+    settings.dtype, settings.remat, settings.attention_block = "bfloat16", True, 4
+    module = make_module(settings, workloads.SCHEMA, tables)
+    assert module.compute == Compute(jnp.dtype("bfloat16"), True, 4) and module.tables is tables
 
 
 @pytest.mark.parametrize("category", ["", "item_price", "event_type", "nothing"])

@@ -8,6 +8,7 @@ import pytest
 from tarq_jax import data, losses
 from tarq_jax.config import COMPARED, MODELS
 from tarq_jax.models import Tarq
+from tarq_jax.models.embedding import ONE_DEVICE
 from tarq_jax.training import setup
 from tarq_jax.training.objectives import STUDENT, TEACHER, WITHOUT_CODEBOOK, build, tarq
 
@@ -70,6 +71,20 @@ def test_the_loss_is_the_weighted_sum(parts):
     expected = np.dot(weights, [metrics[f"loss/{name}"] for name in LOSSES])
     np.testing.assert_allclose([value, metrics["loss"]], expected, rtol=1e-5)
     assert all(size(found[name]) > 0.0 for name in (*STUDENT_ONLY, "codewords", "teacher"))
+
+
+def test_the_configured_weights_reach_the_loss(tiny_config, tiny_dataset):
+    weights = np.arange(2.0, 10.0)
+    tiny_config.loss_weights.update(dict(zip(LOSSES, weights.tolist(), strict=True)))
+    objective = setup.make_objective(tiny_config, tiny_dataset, ONE_DEVICE)
+    batch = next(data.train_batches(
+        tiny_dataset, "train", batch_size=8, seed=0, **setup.batch_shapes(tiny_dataset)))
+    codewords = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    params = random_parameters(objective.init, batch, codewords)
+    value, aux = jax.jit(objective.loss)(params, codewords, batch, True)
+    values = np.array([aux.metrics[f"loss/{name}"] for name in LOSSES])
+    assert (values > 1e-3).all()
+    np.testing.assert_allclose(value, np.dot(weights, values), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -239,6 +239,22 @@ def test_the_configuration_reaches_the_step(mode, tiny_config):
                      *(state.replace(rng=0) for state in states))
 
 
+def test_the_configured_age_reaches_the_step(tiny_config):
+    """All latents choose codeword 0, so the others are a step older when revival looks for dead ones."""
+    settings, still = tiny_config.codebook, optax.sgd(0.0)  # only revival moves codewords
+    settings.learning, settings.decay, settings.revive_every, settings.start = "gradient", DECAY, 1, 0
+    settings.dead, settings.max_age = "age", 2
+    state = make_state(optimizer=still, counts=np.tile([5.0, 5.0, 5.0, 0.0], (LEVELS, 1)))  # by count: 3
+    away = 1e3 * np.array([[0.0], [1.0], [1.0], [1.0]], np.float32)
+    codebook = state.codebook.replace(codewords=state.codebook.codewords + away,
+                                      ages=jnp.tile(jnp.array([0.0, 2.0, 3.0, 1.0]), (LEVELS, 1)))
+    before = np.asarray(codebook.codewords)
+    new, _ = setup.compile_step(tiny_config, OBJECTIVE, still)(
+        state.replace(codebook=codebook), make_batch(0))
+    moved = np.any(np.asarray(new.codebook.codewords) != before, axis=-1)
+    np.testing.assert_array_equal(moved, np.tile([False, True, True, False], (LEVELS, 1)))
+
+
 @pytest.mark.parametrize("mode", ["sgd", "", None, dict().update])
 def test_unknown_modes(mode):
     with pytest.raises(ValueError, match=r"mode is .*, expected 'gradient' or 'ema'"):
