@@ -116,19 +116,19 @@ def is_slowdown(text: str, operations: Collection[str]) -> bool:
 def chosen(words: Sequence[str]) -> list[Key]:
     """The programs that the command line asks for; unknown names and wrong slowdowns are a wrong call."""
     implementations = {name for operation in OPERATIONS.values() for name in operation.implementations}
-    for what, names, known in (("operation", words, OPERATIONS), ("--workload", WORKLOAD.value, WORKLOADS),
-                               ("--implementation", IMPLEMENTATION.value, implementations)):
-        for name in names:
-            if name not in known:
-                cli.wrong_call(f"{what} is {name!r}, expected some of {', '.join(sorted(known))}")
-    operations = list(words) or list(OPERATIONS)
+    operations, workloads = list(words) or list(OPERATIONS), cli.names(WORKLOAD, WORKLOADS)
+    for name in operations:
+        if name not in OPERATIONS:
+            cli.wrong_call(f"operation is {name!r}, expected some of {', '.join(sorted(OPERATIONS))}")
+    if IMPLEMENTATION.value:
+        implementations = set(cli.names(IMPLEMENTATION, implementations))
+    elif jax.default_backend() == "cpu":
+        implementations.discard("pallas")  # interpreted there
     for text in SLOWDOWN.value:
         if not is_slowdown(text, operations):
             cli.wrong_call(f"--slowdown is {text!r}, expected OPERATION=FACTOR with one of "
                            f"{', '.join(sorted(operations))} and a factor of at least 1")
-    if not IMPLEMENTATION.value and jax.default_backend() == "cpu":
-        implementations.discard("pallas")  # interpreted there
-    return measuring.keys(operations, WORKLOAD.value, list(IMPLEMENTATION.value or implementations))
+    return measuring.keys(operations, workloads, list(implementations))
 
 
 def _key(row: Mapping[str, Any]) -> Key:
