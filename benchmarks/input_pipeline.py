@@ -128,7 +128,8 @@ def in_own_process(directory: Path, setting: Setting) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", code, str(directory), json.dumps(setting)],
                           capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"measuring {setting} failed: {done.stderr.strip().splitlines()[-1]}")
+        last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]  # as if it was killed
+        raise OSError(f"measuring {setting} ended with code {done.returncode}: {last[0]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
