@@ -28,7 +28,8 @@ from rich.progress import track
 from tarq_jax import cli, data, reporting
 from tarq_jax.data.records import make_requests, ragged_index
 
-REQUESTS = flags.DEFINE_integer("requests", 60_000, "Requests on disk.", lower_bound=20_000)
+REQUESTS = flags.DEFINE_integer("requests", 60_000, "Requests on disk.", lower_bound=20_000,
+                                allow_override=True)
 JSON = cli.json_flag()
 
 BATCH, HISTORY, CANDIDATES = 64, 50, 16
