@@ -10,14 +10,15 @@ The implementations are measured in turns. Each row gives the milliseconds to lo
 and interquartile range over all calls in all processes), the speed-up over `plain`, MB of output and
 temporary memory, the lower bound on this device from the FLOPs and exponentials of `plain` and from the bytes
 of arguments and results, the share of that bound that is reached, and the difference from the numbers of
-`plain`. `benchmarks.verdicts` defines when a program is called slower; the exit code is then 1.
+`plain`. `benchmarks.verdicts` defines when a program is called slower; the exit code is then 1. Programs that
+could not be compared are listed.
 """
 
 import json
 import math
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,46 @@ def earlier(path: str) -> dict[str, list[float]]:
                        "`python -m benchmarks --json=FILE` wrote")
 
 
+def comparable(wanted: Sequence[Key]) -> dict[str, list[float]]:
+    """The times in the file of `--against`, if it is given; too few for a verdict are a wrong call."""
+    if AGAINST.value is None:
+        return {}
+    if REVISION.value:
+        cli.wrong_call(f"--against is {AGAINST.value!r} and --revision is {REVISION.value!r}, expected one")
+    found = earlier(AGAINST.value)
+    plain = [key.implementation == "plain" for key in wanted if key.name in found]
+    if all(plain) or not any(plain):
+        cli.wrong_call(f"--against={AGAINST.value} has times of {sum(plain)} `plain` and "
+                       f"{len(plain) - sum(plain)} other programs that are asked for, expected some of both: "
+                       "`plain` ones tell the speed of the machine")
+    return found
+
+
+def is_slowdown(text: str, operations: Collection[str]) -> bool:
+    """Whether the text is OPERATION=FACTOR, with one of the operations and a finite factor of at least 1."""
+    name, _, factor = text.partition("=")
+    try:
+        return name in operations and 1.0 <= float(factor) < math.inf
+    except ValueError:
+        return False
+
+
 def chosen(words: Sequence[str]) -> list[Key]:
-    """The programs that the command line asks for; unknown names are a wrong call."""
+    """The programs that the command line asks for; unknown names and wrong slowdowns are a wrong call."""
     implementations = {name for operation in OPERATIONS.values() for name in operation.implementations}
-    for what, names, known in (("operation", words, OPERATIONS), ("--workload", WORKLOAD.value, WORKLOADS),
-                               ("--implementation", IMPLEMENTATION.value, implementations)):
-        for name in names:
-            if name not in known:
-                cli.wrong_call(f"{what} is {name!r}, expected some of {', '.join(sorted(known))}")
-    if not IMPLEMENTATION.value and jax.default_backend() == "cpu":
+    operations, workloads = list(words) or list(OPERATIONS), cli.names(WORKLOAD, WORKLOADS)
+    for name in operations:
+        if name not in OPERATIONS:
+            cli.wrong_call(f"operation is {name!r}, expected some of {', '.join(sorted(OPERATIONS))}")
+    if IMPLEMENTATION.value:
+        implementations = set(cli.names(IMPLEMENTATION, implementations))
+    elif jax.default_backend() == "cpu":
         implementations.discard("pallas")  # interpreted there
-    return measuring.keys(list(words) or list(OPERATIONS), WORKLOAD.value,
-                          list(IMPLEMENTATION.value or implementations))
+    for text in SLOWDOWN.value:
+        if not is_slowdown(text, operations):
+            cli.wrong_call(f"--slowdown is {text!r}, expected OPERATION=FACTOR with one of "
+                           f"{', '.join(sorted(operations))} and a factor of at least 1")
+    return measuring.keys(operations, workloads, list(implementations))
 
 
 def _key(row: Mapping[str, Any]) -> Key:
@@ -108,7 +137,8 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 def main(words: Sequence[str]) -> None:
     """Measures what the flags ask for and prints the table."""
-    wanted, old, console = chosen(words), earlier(AGAINST.value) if AGAINST.value else {}, Console()
+    wanted, console = chosen(words), Console()
+    old = comparable(wanted)
     with tempfile.TemporaryDirectory() as folder:
         trees = {"new": comparing.ROOT}
         if REVISION.value:
@@ -130,6 +160,11 @@ def main(words: Sequence[str]) -> None:
     if JSON.value:
         reporting.write_rows([{"device": machine["device"]} | row for row in rows], JSON.value)
     wrong = wrong_of(rows)
+    if old or "old" in trees:
+        for name, reason in comparing.not_compared(found, verdict_of).items():
+            console.print(f"not compared: {name}: {reason}", soft_wrap=True, markup=False, highlight=False)
+        if not verdict_of:
+            wrong.append("no program could be compared")
     slower = [f"slower: {_key(row).name} x {row['change']:.2f}" for row in rows
               if row.get("verdict") == "slower"]
     if wrong or slower:

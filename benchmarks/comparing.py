@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,11 +81,12 @@ def ask_machine(seconds: float) -> dict[str, Any]:
         return worker.ask(peaks=seconds)
 
 
-def with_plain(keys: Sequence[Key], names: Sequence[str]) -> list[Key]:
-    """The keys with these names, and their `plain` versions."""
-    chosen = [key for key in keys if key.name in names]
-    beside = {key._replace(implementation="plain") for key in chosen}
-    return [key for key in keys if key in chosen or key in beside]
+def with_plain(keys: Sequence[Key], names: Sequence[str], running: Collection[str]) -> list[Key]:
+    """The keys with these names, and their `plain` versions; if none of these is `running`, all that are."""
+    chosen = {key for key in keys if key.name in names}
+    plain = {key for key in keys if key.implementation == "plain" and key.name in running}
+    beside = {key._replace(implementation="plain") for key in chosen} & plain
+    return [key for key in keys if key in chosen | (beside or plain)]
 
 
 def times_of(found: Mapping[Key, Series]) -> dict[str, list[float]]:
@@ -149,8 +150,15 @@ def compare(
                 else verdicts.against(times["new"], before))
 
     found = measure(keys, trees, **options)
+    running = times_of(found["new"]).keys() & (times_of(found["old"]) if "old" in trees else before).keys()
     return found, verdicts.settled(
-        judge(found), lambda names: judge(measure(with_plain(keys, names), trees, **options)))
+        judge(found), lambda names: judge(measure(with_plain(keys, names, running), trees, **options)))
+
+
+def not_compared(found: Mapping[str, Mapping[Key, Series]], judged: Collection[str]) -> dict[str, str]:
+    """Why programs that ran have no verdict, by program name; the arguments are the results of `compare`."""
+    return {key.name: found["old"][key].described["note"] if "old" in found else "not in the file"
+            for key, series in found["new"].items() if series.times and key.name not in judged}
 
 
 def _measure_group(
@@ -161,7 +169,7 @@ def _measure_group(
     running = []
     for key in members:
         for name, worker in workers.items():
-            described = worker.ask(key=key)
+            described = worker.ask(key=key, may_lack=name == "old")
             found[name][key].described.update(described)
             if "error" in described:
                 running.append((key, worker, found[name][key].times))

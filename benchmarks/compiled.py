@@ -44,9 +44,17 @@ def shapes_of(key: Key) -> Any:
 
 
 def for_tpu(keys: list[Key], topology: str, console: Console) -> Iterator[dict[str, Any]]:
-    """A row per program."""
-    description = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, chips_per_host_bounds=(2, 2, 1))
+    """A row per program.
+
+    Raises:
+      ValueError: libtpu does not know the topology, or is not installed.
+    """
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, chips_per_host_bounds=(2, 2, 1))
+    except RuntimeError as error:
+        raise ValueError(f"cannot compile for {topology!r}, expected a topology of libtpu, which "
+                         f"`pip install -e '.[tpu]'` installs: {error}") from None
     chip: Any = description.devices[0]
     for key in track(keys, f"compiling for {topology}", console=console):
         placed = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(chip))
@@ -81,7 +89,7 @@ def main() -> None:
     """Compiles what the flags ask for and prints both tables."""
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read TPU programs without a TPU
     console = Console()
-    keys = measuring.keys(list(OPERATIONS), WORKLOAD.value, IMPLEMENTATIONS)
+    keys = measuring.keys(list(OPERATIONS), cli.names(WORKLOAD, WORKLOADS), IMPLEMENTATIONS)
     first = [row for topology in TOPOLOGY.value for row in for_tpu(keys, topology, console)]
     second = list(rooflines([key for key in keys if key.implementation == "plain"]))
     reporting.print_table(first, "compiled for a TPU", FIRST)

@@ -84,7 +84,10 @@ def measure(sizes: Sizes, count: int, length: int, top_k: int, seconds: float, c
 
 def main() -> None:
     """Measures what the flags ask for and prints the table."""
-    rows = measure(Sizes(), COUNT.value, LENGTH.value, TOP_K.value, SECONDS.value, Console(stderr=True))
+    sizes = Sizes()
+    if COUNT.value > sizes.items:
+        cli.wrong_call(f"--count is {COUNT.value}, expected at most {sizes.items}, the number of items")
+    rows = measure(sizes, COUNT.value, LENGTH.value, TOP_K.value, SECONDS.value, Console(stderr=True))
     reporting.print_table(rows, "whole requests")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)

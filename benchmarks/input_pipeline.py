@@ -28,7 +28,8 @@ from rich.progress import track
 from tarq_jax import cli, data, reporting
 from tarq_jax.data.records import make_requests, ragged_index
 
-REQUESTS = flags.DEFINE_integer("requests", 60_000, "Requests on disk.", lower_bound=20_000)
+REQUESTS = flags.DEFINE_integer("requests", 60_000, "Requests on disk.", lower_bound=20_000,
+                                allow_override=True)
 JSON = cli.json_flag()
 
 BATCH, HISTORY, CANDIDATES = 64, 50, 16
@@ -128,7 +129,8 @@ def in_own_process(directory: Path, setting: Setting) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", code, str(directory), json.dumps(setting)],
                           capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"measuring {setting} failed: {done.stderr.strip().splitlines()[-1]}")
+        last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]  # as if it was killed
+        raise OSError(f"measuring {setting} ended with code {done.returncode}: {last[0]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -25,7 +25,8 @@ from benchmarks.timing import in_turns
 from tarq_jax import cli, quantization, reporting
 
 SIZES = flags.DEFINE_list("latents", ["10000", "100000"], "Numbers of latents.")
-THREADS = flags.DEFINE_integer("threads", 2, "Threads of the peers; JAX uses all cores available to it.")
+THREADS = flags.DEFINE_integer("threads", 2, "Threads of the peers; JAX uses all cores available to it.",
+                               lower_bound=1)
 JSON = cli.json_flag()
 
 LEVELS, CODEWORDS, WIDTH = 3, 256, 64
@@ -165,7 +166,8 @@ def compare(num: int, console: Console) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Compares for each number of latents and prints the table."""
-    rows = [row for num in SIZES.value for row in compare(int(num), Console())]
+    counts = cli.whole_numbers(SIZES, f"whole numbers of at least {CODEWORDS}", least=CODEWORDS)
+    rows = [row for num in counts for row in compare(num, Console())]
     reporting.print_table(rows, f"L={LEVELS}, K={CODEWORDS}, D={WIDTH}, {THREADS.value} threads")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)

@@ -40,8 +40,8 @@ CHIPS = {
     "H100": Chip(989e12, 80e9, 3350e9, 450e9, 8, 50e9),
     "H200": Chip(989e12, 141e9, 4800e9, 450e9, 8, 50e9),
 }
-# Passes over a table by an optimizer that visits every row: the gradient is made and read, parameters and
-# optimizer state are read and written.
+# Passes over a table by an optimizer that visits every row: the gradient is made, read for its norm and read
+# for the update, parameters and optimizer state are read and written.
 TABLE_PASSES = {"adamw": 3 + 2 + 4, "lazy_adam": 3 + 2 + 4, "rowwise_adagrad": 3 + 2}
 
 

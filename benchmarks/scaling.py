@@ -14,8 +14,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# XLA takes the last of equal flags, and JAX looks for no GPU.
+os.environ["XLA_FLAGS"] = " ".join([
+    *os.environ.get("XLA_FLAGS", "").split(), "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0"])
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import ml_collections

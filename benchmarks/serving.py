@@ -324,6 +324,9 @@ def main() -> None:
     candidates, histories = numbers(CANDIDATES, plan.candidates), numbers(HISTORIES, plan.histories)
     plan = plan._replace(candidates=tuple(sorted({*candidates, plan.main[0], *plan.growth})),
                          histories=tuple(sorted({*histories, plan.main[1]})))
+    if plan.candidates[-1] > plan.sizes.items:
+        cli.wrong_call(f"--candidates has {plan.candidates[-1]}, expected at most {plan.sizes.items}, the "
+                       "number of items")
     rows = run(plan, Console(stderr=True))
     print_tables(rows, plan)
     if JSON.value:

@@ -9,7 +9,8 @@ unchanged. AUC is computed on the requests' own candidates and labels. Run the c
 """
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,19 @@ JSON = cli.json_flag()
 BATCH = 100  # requests at a time
 
 
-def served(reference: Run) -> Iterator[tuple[str, Method]]:
-    """(name, method) of everything to compare, the reference first."""
+def conversions() -> list[tuple[int, int]]:
+    """(order, codewords) of all conversions that the flags ask for."""
+    orders = [int(order) for order in cli.names(ORDERS, ("0", "1"))]
+    return list(itertools.product(orders, cli.whole_numbers(
+        CODEWORDS, "whole numbers of at least 2", least=2)))
+
+
+def served(reference: Run, converted: Sequence[tuple[int, int]]) -> Iterator[tuple[str, Method]]:
+    """(name, method) of everything to compare, the reference first, then its conversions."""
     yield "target attention", method_of(reference)
-    for order in ORDERS.value:
-        for codewords in CODEWORDS.value:
-            yield f"converted, order {order}, K={codewords}", method_of(
-                reference, codewords=int(codewords), order=int(order))
+    for order, codewords in converted:
+        yield f"converted, order {order}, K={codewords}", method_of(
+            reference, codewords=codewords, order=order)
     for path in RUNS.value:
         run = load_run(Path(path))
         if run.dataset.schema != reference.dataset.schema:
@@ -94,10 +101,11 @@ def quality(dataset: Dataset, scores: np.ndarray, reference: np.ndarray) -> dict
 
 def main() -> None:
     """Compares what the flags ask for and prints the table."""
+    converted = conversions()
     run = load_run(Path(ATTENTION.value))
     rows: list[dict[str, Any]] = []
     reference = None
-    for name, method in track(list(served(run)), "ranking", console=Console(stderr=True)):
+    for name, method in track(list(served(run, converted)), "ranking", console=Console(stderr=True)):
         scores = scores_of(method, run.dataset)
         reference = scores if reference is None else reference
         rows.append({"model": name, "seed": run.config.seed, **quality(run.dataset, scores, reference)})

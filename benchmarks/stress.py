@@ -91,7 +91,7 @@ class Trial:
         """Prepares the requests; sends nothing yet."""
         self.rows: list[dict[str, Any]] = []
         self._name, self._plan, self._service, self._console = name, plan, service, console
-        self._start = time.perf_counter()
+        self._start, self._stages = time.perf_counter(), 0
         with service.client() as client:
             self._bodies = load.make_requests(
                 client, history=plan.history, candidates=0, top_k=plan.top_k, seed=0)
@@ -105,6 +105,7 @@ class Trial:
     def _stage(self, name: str, sent: list[load.Sent], began: float, seconds: float, **facts: Any
                ) -> dict[str, Any]:
         found = load.summary(sent, seconds)
+        self._stages += 1
         self._keep("stage", stage=name, second=began, seconds=seconds, **facts, **found)
         for second in range(int(seconds)):
             part = [one._replace(due=one.due - second) for one in sent if second <= one.due < second + 1]
@@ -123,7 +124,7 @@ class Trial:
     def under(self, name: str, rate: float, seconds: float, **facts: Any) -> dict[str, Any]:
         """Sends `rate` requests per second, whether they are answered or not."""
         self._console.print(f"{self._name}: {name}, {rate:,.0f} requests a second for {seconds:.0f} s")
-        began, times = self._clock(), load.arrivals(rate, seconds, len(self.rows))
+        began, times = self._clock(), load.arrivals(rate, seconds, self._stages)
         sent = load.send(self._service.url, self._bodies, times, connections=self._plan.connections,
                          token=TOKEN)
         return self._stage(name, sent, began, seconds, rate=rate, **facts)

@@ -16,6 +16,7 @@ WARM, SATURATED = "warming up", "as much as it answers"  # names of stages
 ALONE, AFTERWARDS = "one at a time", "one at a time, after all that"
 RAMP, HELD, KILLED = "ramp", "held, with swaps and bad requests", "killed and started again"
 DELAY_MS = 1e3 * Options.delay  # of micro-batching, by default
+REFUSED, BUSY = "refused", "status 503"  # beginnings of outcomes of bad requests that are as they should be
 GROWTH = 1.05  # largest allowed growth of memory from the first to the last third of some stages
 FILE = "stress.png"
 
@@ -40,6 +41,9 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
     for what, of in (("swap", "swaps that did not end as they should"),
                      ("hostile", "bad requests that were not refused by name")):
         yield claim(of, sum(not row["fine"] for row in kind("event", what=what)), 0)
+    for begin, of in ((REFUSED, "bad requests read and refused by name"),
+                      (BUSY, "bad requests told 503 instead")):
+        yield claim(of, sum(row["outcome"].startswith(begin) for row in kind("event", what="hostile")))
     ramp, held = kind("stage", stage=RAMP), kind("stage", stage=HELD)
     yield claim("growth of memory while load rises", memory_growth(rows, ramp), GROWTH)
     yield claim("growth of memory while held, with swaps", memory_growth(rows, held), GROWTH)

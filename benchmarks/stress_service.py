@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks.serving_contenders import Contender
+from benchmarks.stress_report import BUSY, REFUSED
 from tarq_jax.data import Dataset
 from tarq_jax.serving import build
 from tarq_jax.serving.artefact import read_index, write_index
@@ -92,7 +93,7 @@ class Service:
         Raises:
           OSError: the process ended, or did not become ready.
         """
-        self._folder = folder
+        self._folder, self._printed = folder, folder / "stderr"
         (folder / "token").write_text(TOKEN)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
@@ -102,10 +103,11 @@ class Service:
     def start(self) -> float:
         """Starts the process; returns the seconds until it was ready."""
         began = time.perf_counter()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tarq_jax.serving.server", f"--artefact={self._folder / '1'}",
-             f"--port={self._port}", f"--token_file={self._folder / 'token'}", "--nolog_requests"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with self._printed.open("wb") as file:  # a pipe that nobody reads would block the service when full
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tarq_jax.serving.server", f"--artefact={self._folder / '1'}",
+                 f"--port={self._port}", f"--token_file={self._folder / 'token'}", "--nolog_requests"],
+                stdout=subprocess.DEVNULL, stderr=file)
         while not self._is_ready():
             if not self.alive or time.perf_counter() - began > READY:
                 raise OSError(f"the service did not get ready: {self.end()[-500:]}")
@@ -143,7 +145,7 @@ class Service:
     def restart(self) -> float:
         """Kills the process with SIGKILL and starts it again; returns the seconds until it was ready."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
         return self.start()
 
     def end(self) -> str:
@@ -153,10 +155,11 @@ class Service:
                 self._process.send_signal(signal.SIGTERM)
                 time.sleep(0.3)
         try:
-            return self._process.communicate(timeout=30)[1]
+            self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._process.communicate()[1]
+            self._process.wait()
+        return self._printed.read_text(errors="replace")
 
     def __enter__(self) -> "Service":
         return self
@@ -187,9 +190,9 @@ def send_hostile(service: Service, number: int) -> Outcome:
             client.post("/score", body)
         return Outcome(name, "answered", False)
     except Wrong as error:
-        return Outcome(name, f"refused: {str(error)[:80]}", True)
+        return Outcome(name, f"{REFUSED}: {str(error)[:80]}", True)
     except Unavailable as error:
-        return Outcome(name, f"status {error.status}", error.status == 503)
+        return Outcome(name, BUSY if error.status == 503 else f"status {error.status}", error.status == 503)
     except OSError as error:
         return Outcome(name, repr(error)[:80], False)
 

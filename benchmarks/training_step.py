@@ -30,8 +30,8 @@ from tarq_jax.training import setup
 from tarq_jax.types import Batch
 
 CONFIG_NAMES = flags.DEFINE_list("configs", ["order 1", "order 0"], "Configurations to measure.")
-ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each contender.")
-STEPS = flags.DEFINE_integer("steps", 10, "Steps per turn.")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each contender.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 10, "Steps per turn.", lower_bound=1)
 THREADS = flags.DEFINE_list("threads", ["2", "1"], "PyTorch's threads; JAX uses all cores.")
 DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "Of PyTorch; has to be that of JAX.")
 JSON = cli.json_flag()
@@ -162,10 +162,9 @@ def seconds_of_turns(contenders: list[Contender], console: Console, title: str) 
     return seconds
 
 
-def compare(name: str, console: Console) -> Iterator[dict[str, Any]]:
+def compare(name: str, threads: list[int], console: Console) -> Iterator[dict[str, Any]]:
     """A row per contender: candidate examples per second, and its time divided by ours."""
     workload = make_workload(CONFIGS[name].get_config())
-    threads = [int(number) for number in THREADS.value] if DEVICE.value == "cpu" else [1]
     peers = [pytorch(workload, compiled, number, DEVICE.value)
              for number in threads for compiled in (False, True)]
     differences = [check_same(ours(workload), peer, TOLERANCE[DEVICE.value]) for peer in peers]
@@ -182,10 +181,13 @@ def compare(name: str, console: Console) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measures what the flags ask for and prints the table."""
+    names = cli.names(CONFIG_NAMES, CONFIGS)
+    threads = cli.whole_numbers(THREADS, "numbers of threads like 2,1")
     if (found := jax.default_backend().replace("gpu", "cuda")) != DEVICE.value:
         cli.wrong_call(f"--device is {DEVICE.value!r}, expected {found!r}, on which JAX runs")
     jax.config.update("jax_default_matmul_precision", "highest")
-    rows = [row for name in CONFIG_NAMES.value for row in compare(name, Console())]
+    threads = threads if DEVICE.value == "cpu" else [1]
+    rows = [row for name in names for row in compare(name, threads, Console())]
     reporting.print_table(rows, "a training step")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)

@@ -60,10 +60,17 @@ def in_turns(new: Times, old: Times) -> dict[str, Verdict]:
 
 
 def against(new: Times, old: Times) -> dict[str, Verdict]:
-    """Verdicts for new processes against those of another time."""
+    """Verdicts for new processes against those of another time.
+
+    Raises:
+      ValueError: programs are in both, but no `plain` one, so the machine may be another or slower.
+    """
     common = [name for name in new if name in old]
     still = [np.median(new[name]) / np.median(old[name]) for name in common if "/plain/" in name]
-    drift = float(np.median(still)) if still else 1.0
+    if common and not still:
+        raise ValueError(f"only {', '.join(common)} ran both times, expected a `plain` program among them: "
+                         "it tells the speed of the machine")
+    drift = float(np.median(still)) if common else 1.0
     return {name: Verdict(tuple(one / other / drift
                                 for one, other in itertools.product(new[name], old[name])))
             for name in common}

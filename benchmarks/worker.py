@@ -8,10 +8,12 @@ Reads one JSON object per line from standard input, and answers each with anothe
     {"key": [operation, workload, implementation, direction]}
                                       compiles that program: memory, cost, error
     {"key": ..., "seconds": 0.1}      runs it for that long: milliseconds of each call
+    {"key": ..., "may_lack": true}    as above, for a revision that may lack what the program calls
     {"forget": true}                  frees all programs
 
-If something cannot be done, the answer has a `note`. With OPERATION=FACTOR, all calls of that operation
-except `plain` take FACTOR times as long, to test whether this is noticed.
+If a program does not support its arguments, or its revision lacks something, the answer has a `note`; any
+other error ends the process. With OPERATION=FACTOR, all calls of that operation except `plain` take FACTOR
+times as long, to test whether this is noticed.
 """
 
 import functools
@@ -28,7 +30,6 @@ from benchmarks.timing import seconds_of
 from tarq_jax import memory
 
 MOST = 200  # calls in a turn
-SHORT = 0.02  # seconds; before a shorter call another is made, uncounted, to bring its data into the cache
 
 
 @functools.cache
@@ -54,7 +55,7 @@ def describe(key: Key) -> dict[str, Any]:
 
 
 def times(key: Key, seconds: float, slowdowns: dict[str, float]) -> list[float]:
-    """Milliseconds of each call."""
+    """Milliseconds of each call, after an uncounted one, as other programs had the cache before."""
     found, factor = program(key), slowdowns.get(key.operation, 1.0)
     if key.implementation == "plain":
         factor = 1.0
@@ -67,9 +68,8 @@ def times(key: Key, seconds: float, slowdowns: dict[str, float]) -> list[float]:
             pass
         return result
 
-    calls = [seconds_of(call)]
-    if calls[0] < SHORT:
-        calls = []
+    jax.block_until_ready(found.call())
+    calls: list[float] = []
     while not calls or (sum(calls) < seconds and len(calls) < MOST):
         calls.append(seconds_of(call))
     return [1e3 * value for value in calls]
@@ -83,11 +83,12 @@ def answer(request: dict[str, Any], slowdowns: dict[str, float]) -> dict[str, An
         program.cache_clear()
         return {}
     key = Key(*request["key"])
+    lacking = (KeyError, TypeError, AttributeError) if request.get("may_lack") else ()
     try:
         if "seconds" in request:
             return {"times": times(key, request["seconds"], slowdowns)}
         return describe(key)
-    except (NotImplementedError, KeyError, TypeError, AttributeError) as reason:  # older code lacks it
+    except (NotImplementedError, *lacking) as reason:
         return {"note": f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"}
 
 

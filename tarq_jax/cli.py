@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -56,6 +56,13 @@ def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> l
     if any(int(text) >= 2**31 for text in flag.value):
         wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected numbers below 2**31")
     return [int(text) for text in flag.value]
+
+
+def names(flag: flags.FlagHolder, known: Collection[str]) -> list[str]:
+    """The names of a list flag, in their order; none, or any that is not known, are a wrong call."""
+    if not flag.value or not set(flag.value) <= set(known):
+        wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected some of {', '.join(sorted(known))}")
+    return list(flag.value)
 
 
 def seed_flag(text: str) -> flags.FlagHolder:

@@ -47,6 +47,16 @@ def test_seeds_are_those_of_jax(seeds, capsys):
     assert cli.seeds(types.SimpleNamespace(value=["4294967295", "0"])) == [4294967295, 0]
 
 
+@pytest.mark.parametrize("names", ["", "a,c"])
+def test_names_are_known_ones(names, capsys):
+    flag = types.SimpleNamespace(name="letters", value=names.split(",") if names else [])
+    with pytest.raises(SystemExit) as ended:
+        cli.names(flag, {"b": 1, "a": 2})
+    assert ended.value.code == cli.WRONG_CALL
+    assert f"--letters is {names!r}, expected some of a, b" in capsys.readouterr().err
+    assert cli.names(types.SimpleNamespace(value=["b", "a"]), "ab") == ["b", "a"]
+
+
 def test_workdir_is_required(wrong_call):
     assert "--workdir" in wrong_call("train.py", SYNTHETIC)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,10 @@ def test_an_earlier_file(tmp_path):
     ([], {"against": "nowhere.json"}, "--against=nowhere.json: FileNotFoundError"),
     ([], {"against": "setup.cfg"}, "--against=setup.cfg: JSONDecodeError"),
     ([], {"revision": "nothing"}, "--revision is 'nothing': fatal: not a valid object name"),
+    ([], {"against": "a.json", "revision": "HEAD"}, "--against is 'a.json' and --revision is 'HEAD', expe"),
+    (["top_k"], {"slowdown": ["encode=2"]}, "--slowdown is 'encode=2', expected OPERATION=FACTOR with one"),
+    *(([], {"slowdown": [text]}, f"--slowdown is {text!r}, expected OPERATION=FACTOR with one of align, att")
+      for text in ("foo", "foo=2", "encode", "encode=x", "encode=0.5", "encode=nan", "encode=inf")),
 ])
 def test_wrong_calls(capsys, words, flags, complaint):
     if not FLAGS.is_parsed():
@@ -55,6 +60,63 @@ def test_wrong_calls(capsys, words, flags, complaint):
     with flagsaver.flagsaver(**flags), pytest.raises(SystemExit) as ended:
         benchmarks.__main__.main(words)
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
+@pytest.fixture
+def file_of(tmp_path):
+    """A function that writes a file with a time for each of some implementations of a look-up."""
+    def write(implementations):
+        keys = [Key("look_up", "paper", implementation, "forward") for implementation in implementations]
+        (path := tmp_path / "old.json").write_text(json.dumps(
+            [key._asdict() | {"processes_ms": [1.0]} for key in keys]))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("there, asked, counts", [
+    (["plain", "xla"], "encode", "0 `plain` and 0 other"), (["xla"], "look_up", "0 `plain` and 1 other"),
+    (["plain"], "look_up", "1 `plain` and 0 other")])
+def test_a_file_of_other_programs_is_refused(capsys, file_of, there, asked, counts):
+    with flagsaver.flagsaver(against=file_of(there)), pytest.raises(SystemExit) as ended:
+        benchmarks.__main__.main([asked])
+    assert ended.value.code == 2 and f"has times of {counts} programs" in capsys.readouterr().err
+
+
+def test_what_has_no_verdict_is_listed(capsys, file_of, monkeypatch):
+    def found(times):
+        return {"new": {Key("look_up", "paper", way, "forward"): comparing.Series({}, times)
+                        for way in ("plain", "one_hot")}}
+
+    monkeypatch.setattr(comparing, "ask_machine", lambda _: {"peaks": [1.0, 1.0, 1.0], "device": "none"})
+    monkeypatch.setattr(comparing, "compare", lambda *_, **options: (
+        found([[2.0]]), {"look_up/paper/plain/forward": verdicts.Verdict((1.0,))}))
+    with flagsaver.flagsaver(against=file_of(["plain", "xla"])):
+        benchmarks.__main__.main(["look_up"])
+        listed = capsys.readouterr().out.splitlines()
+        assert "not compared: look_up/paper/one_hot/forward: not in the file" in listed
+        assert not any("not compared: look_up/paper/plain" in line for line in listed)
+        monkeypatch.setattr(comparing, "compare", lambda *_, **options: (found([]), {}))
+        with pytest.raises(ValueError, match="no program could be compared"):
+            benchmarks.__main__.main(["look_up"])
+
+
+def test_why_an_older_revision_has_no_verdict():
+    keys = [Key("look_up", "odd", way, "forward") for way in ("plain", "xla", "pallas")]
+    ran, lacks = comparing.Series({"error": 0.0}, [[1.0]]), comparing.Series({"note": "TypeError: align"}, [])
+    found = {"new": dict(zip(keys, (ran, ran, lacks), strict=True)),
+             "old": dict(zip(keys, (ran, lacks, lacks), strict=True))}
+    assert comparing.not_compared(found, [keys[0].name]) == {"look_up/odd/xla/forward": "TypeError: align"}
+
+
+def test_suspects_are_measured_with_plain_programs_that_run():
+    """Their own, or else all: without any, a slower machine would look like slower programs."""
+    keys = [Key(name, "odd", way, "forward") for name in ("encode", "expand") for way in ("plain", "xla")]
+    encode_plain, encode, expand_plain, expand = keys
+    running = [encode_plain.name, encode.name, expand.name]
+    assert comparing.with_plain(keys, [encode.name], running) == [encode_plain, encode]
+    assert comparing.with_plain(keys, [expand.name], running) == [encode_plain, expand]
+    assert comparing.with_plain(keys, [expand.name], [expand_plain.name]) == [expand_plain, expand]
 
 
 def test_a_worker_that_dies_is_told():
@@ -71,7 +133,27 @@ def test_what_cannot_run_is_noted(monkeypatch):
     monkeypatch.setattr(measuring, "MOST_MB", 0)
     found = worker.answer({"key": ["top_k", "single", "xla", "forward"]}, {})
     assert found["note"].startswith("NotImplementedError: takes ")
-    assert "KeyError" in worker.answer({"key": ["gone", "single", "xla", "forward"]}, {})["note"]
+
+
+def test_only_an_older_revision_may_lack_something():
+    from benchmarks import worker
+
+    request = {"key": ["gone", "single", "xla", "forward"]}
+    assert "KeyError" in worker.answer(request | {"may_lack": True}, {})["note"]
+    with pytest.raises(KeyError, match="gone"):
+        worker.answer(request, {})
+
+
+def test_only_the_older_tree_may_lack_something():
+    class Recorded:
+        def ask(self, **request):
+            asked.append(request)
+            return {}
+
+    asked, key = [], Key("look_up", "odd", "xla", "forward")
+    series = {name: {key: comparing.Series({}, [])} for name in ("new", "old")}
+    comparing._measure_group([key], {"new": Recorded(), "old": Recorded()}, 0.1, series)
+    assert [request["may_lack"] for request in asked if "key" in request] == [False, True]
 
 
 @pytest.mark.parametrize("found, expected, error", [
@@ -109,6 +191,15 @@ def test_a_slowdown_is_one():
     assert min(slow) > 5 * min(usual)
 
 
+def test_the_first_call_of_a_turn_is_not_counted(monkeypatch):
+    from benchmarks import worker
+
+    pauses = iter([0.1, *[0.0] * worker.MOST])
+    monkeypatch.setattr(worker, "program", lambda key: measuring.Program(
+        lambda: time.sleep(next(pauses)), {}))
+    assert max(worker.times(Key("top_k", "odd", "xla", "forward"), 0.02, {})) < 90
+
+
 # Verdicts
 
 
@@ -137,6 +228,12 @@ def test_a_faster_machine_changes_no_verdict_against_a_file(drift, factor):
     found = verdicts.against(new, old)
     assert found[name].word == {0.5: "faster", 1.0: "same", 2.0: "slower"}[factor]
     assert found[plain].word == "same"
+
+
+def test_without_plain_programs_the_speed_of_the_machine_is_unknown():
+    with pytest.raises(ValueError, match="only encode/odd/xla/forward ran both times, expected a `plain`"):
+        verdicts.against(times([1.0]), times([1.0]))
+    assert verdicts.against(times([1.0]), {}) == {}
 
 
 @pytest.mark.parametrize("again, word", [([1.3, 1.2, 1.4], "slower"), ([1.0, 0.9, 1.1], "same")])

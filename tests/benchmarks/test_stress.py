@@ -1,13 +1,16 @@
 """The stress test: its claims checked by hand, its page, and one whole run at a tiny size."""
 
+import contextlib
 import json
 import math
+import sys
 import threading
 
 import pytest
 
-from benchmarks import stress, stress_report
-from benchmarks.stress_service import repeatedly
+from benchmarks import stress, stress_report, stress_service
+from benchmarks.stress_service import repeatedly, send_hostile
+from tarq_jax.serving.client import Unavailable, Wrong
 
 MODEL = "two-tower"
 
@@ -22,9 +25,9 @@ def second(at):
             "latency_p50_ms": None if at == 1.0 else 3.0, "latency_p99_ms": None if at == 1.0 else 9.0}
 
 
-def event(what, fine=True, seconds=1.0):
+def event(what, fine=True, seconds=1.0, outcome="y"):
     return {"kind": "event", "model": MODEL, "second": 2.0, "seconds": seconds, "what": what, "detail": "x",
-            "outcome": "y", "fine": fine}
+            "outcome": outcome, "fine": fine}
 
 
 def memory(at, value):
@@ -41,7 +44,8 @@ ROWS = [
     *[second(float(at)) for at in range(9)],
     *[memory(float(at), value) for at, value in enumerate((100, 102, 101, 0, 999, math.nan, 110, 111, 112))],
     memory(9.5, 500.0), memory(-18.0, 50.0), memory(-10.0, 900.0), memory(-1.0, 52.0),
-    event("swap"), event("swap", fine=False), event("hostile"), event("kill", seconds=4.5)]
+    event("swap"), event("swap", fine=False), event("kill", seconds=4.5),
+    *[event("hostile", outcome=outcome) for outcome in ("refused: id is 1.5", "status 503", "status 503")]]
 
 
 def test_claims_by_hand():
@@ -51,6 +55,8 @@ def test_claims_by_hand():
         "requests lost, but while killed": (1, "missed"),
         "swaps that did not end as they should": (1, "missed"),
         "bad requests that were not refused by name": (0, "met"),
+        "bad requests read and refused by name": (1, None),
+        "bad requests told 503 instead": (2, None),
         "growth of memory while load rises": (pytest.approx(52 / 50), "met"),
         "growth of memory while held, with swaps": (pytest.approx(111 / 101), "missed"),
         "seconds from the kill until ready": (4.5, None),
@@ -102,6 +108,64 @@ def test_repeatedly():
         while len(numbers) == after:
             third.wait(0.001)
     assert numbers[after:] == [0]
+
+
+@pytest.mark.parametrize("error, outcome, fine", [
+    (Wrong("id is 1.5"), f"{stress_report.REFUSED}: id is 1.5", True),
+    (Unavailable(503, "busy", None), stress_report.BUSY, True),
+    (Unavailable(500, "bug", None), "status 500", False)])
+def test_a_bad_request_is_refused_or_comes_at_a_busy_time(error, outcome, fine):
+    class Refusing:
+        @contextlib.contextmanager
+        def client(self):
+            yield self
+
+        def post(self, path, body):
+            raise error
+
+    assert send_hostile(Refusing(), 0)[1:] == (outcome, fine)
+
+
+def test_a_service_that_dies_prints_as_much_as_it_likes(tmp_path, monkeypatch):
+    """More than a pipe holds, which nobody reads while the service runs."""
+    server = tmp_path / "server"
+    server.write_text("#!/bin/sh\nhead -c 300000 /dev/zero >&2\necho its last words >&2\n")
+    server.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(server))
+    monkeypatch.setattr(stress_service, "READY", 5.0)
+    with pytest.raises(OSError, match=r"the service did not get ready: .*its last words"):
+        stress_service.Service(tmp_path)
+
+
+def test_arrivals_do_not_depend_on_samples_of_memory(monkeypatch, silent):
+    class Idle:
+        url = ""
+
+        def memory_mb(self):
+            return 1.0
+
+        @contextlib.contextmanager
+        def client(self):
+            yield self
+
+    def times_of_stages(samples):
+        sent = []
+
+        def send(url, bodies, times, **options):
+            sent.append(times)
+            return []
+
+        monkeypatch.setattr(stress.load, "send", send)
+        trial = stress.Trial(MODEL, stress.TINY, Idle(), silent)
+        for _ in range(2):
+            trial.under("ramp", 10.0, 2.0)
+            for _ in range(samples):
+                trial.sample_memory()
+        return sent
+
+    monkeypatch.setattr(stress.load, "make_requests", lambda *_, **options: [b""])
+    first, second = times_of_stages(0)
+    assert [first, second] == times_of_stages(3) and first != second
 
 
 @pytest.mark.slow
