@@ -165,8 +165,11 @@ def _stressed(rows: Sequence[Row]) -> dict[str, str]:
     def claim(what: str, digits: int) -> str:
         row = claims[what]
         value = f"{row['value']:.{digits}f}"
-        return value if row["most"] is None else (
+        return value if not row["most"] else (
             f"{value} (at most {row['most']:.{digits}f}: {row['verdict']})")
+
+    def values(*whats: str) -> str:
+        return " / ".join(claim(what, 0) for what in whats)
 
     def outcomes(row: Row) -> str:
         return " / ".join(f"{row[what]:,}" for what in ("answered", "rejected", "errors"))
@@ -189,8 +192,10 @@ def _stressed(rows: Sequence[Row]) -> dict[str, str]:
         "memory during these 90 s, last third divided by first":
             claim("growth of memory while held, with swaps", 2),
         "seconds of each swap, in order": " / ".join(swaps),
-        "swaps / bad requests with a wrong outcome": " / ".join(f"{claims[what]['value']:.0f}" for what in (
-            "swaps that did not end as they should", "bad requests that were not refused by name")),
+        "swaps that did not end as they should": claim("swaps that did not end as they should", 0),
+        "bad requests refused by name / told 503 / neither": values(
+            "bad requests read and refused by name", "bad requests told 503 instead",
+            "bad requests that were not refused by name"),
         "requests lost while killed; seconds until ready again":
             f"{claim('requests lost while killed', 0)}; {claim('seconds from the kill until ready', 1)}",
         "p50 one at a time, afterwards divided by before":
