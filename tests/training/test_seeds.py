@@ -95,13 +95,18 @@ def test_every_seed_is_a_run_of_its_own(together):
         assert entry["config"]["seed"] == seed
 
 
-def test_scores_are_those_that_rows_were_made_of(together):
+def test_scores_are_those_that_rows_were_made_of(together, tiny_dataset):
     root, rows = together
+    split = tiny_dataset.splits["test"]
+    users = np.repeat(split.user, np.diff(split.candidate_offsets))
     for seed, workdir in folders(root).items():
         with np.load(workdir / SCORES) as scores:
+            np.testing.assert_array_equal(scores["users"], users)
             for row in rows[seed]:
-                found = metrics.auc(scores["labels"], scores[row["model"]], scores["weights"])
-                assert found == pytest.approx(row["auc"], abs=1e-12)
+                labels, found, weights = scores["labels"], scores[row["model"]], scores["weights"]
+                assert metrics.auc(labels, found, weights) == pytest.approx(row["auc"], abs=1e-12)
+                grouped = metrics.grouped_auc(labels, found, users, weights).value
+                assert grouped == pytest.approx(row["gauc"], abs=1e-12)
 
 
 def test_devices_share_seeds(together):
