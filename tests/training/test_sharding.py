@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 from tarq_jax import data
 from tarq_jax.training import hlo, loop, parallel, setup, sharding
-from tarq_jax.training.optimizers import make_optimizer
 
 BY_MODEL = (("embedding$", ("model",)),)
 BY_BOTH = (("item_id/embedding$", (("data", "model"),)),)
@@ -31,7 +30,7 @@ class Run:
         self.objective = setup.build(
             self.config.model, self.config.loss_weights, dataset.schema,
             sharding.make_tables(self.config, self.mesh), self.way.axis_name)
-        optimizer = make_optimizer(self.config) if optimizer is None else optimizer
+        optimizer = setup.make_optimizer(self.config) if optimizer is None else optimizer
         self.start = setup.init_state(self.config, self.objective, optimizer, dataset, self.mesh)
         self.step = setup.compile_step(self.config, self.objective, optimizer, self.mesh, self.start)
 
