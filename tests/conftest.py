@@ -114,8 +114,8 @@ def tiny_config() -> ml_collections.ConfigDict:
 
 @pytest.fixture(scope="session")
 def silent() -> Console:
-    """A console whose output is discarded."""
-    return Console(file=io.StringIO())
+    """A console whose output is discarded; a test that reads output makes one of its own."""
+    return Console(file=io.StringIO(), quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +164,16 @@ def few_programs_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled_once() -> Iterator[None]:
-    """Runs with equal settings share objectives and compiled steps, as tracing dominates tiny runs."""
+    """Runs with equal settings share objectives, optimizers and compiled steps: tracing dominates tiny runs.
+
+    All tests that run after the first that asks for this share them too, until the session ends. A key must
+    hold all that the function reads, in particular the optimizer itself: a test may give one of its own.
+    """
     from tarq_jax.training import seeds, setup
 
-    build, compile_step, compile_seeds = setup.build, setup.compile_step, seeds.compile_step
-    objectives, steps = {}, {}
+    build, make_optimizer = setup.build, setup.make_optimizer
+    compile_step, compile_seeds = setup.compile_step, seeds.compile_step
+    objectives, optimizers, steps = {}, {}, {}
 
     def shared_build(model, loss_weights, schema, *how):
         key = model.to_json(), loss_weights.to_json(), schema, how
@@ -176,21 +181,28 @@ def compiled_once() -> Iterator[None]:
             objectives[key] = build(model, loss_weights, schema, *how)
         return objectives[key]
 
+    def shared_optimizer(config):
+        key = config.optimizer.to_json(), config.steps
+        if key not in optimizers:
+            optimizers[key] = make_optimizer(config)
+        return optimizers[key]
+
     def shared_step(config, objective, optimizer, mesh=None, state=None):
-        key = (objective, config.codebook.to_json(), config.optimizer.to_json(), config.steps,
-               config.accumulate, config.parallel, config.mesh.to_json(), mesh)
+        key = (objective, optimizer, config.codebook.to_json(), config.accumulate, config.parallel,
+               config.mesh.to_json(), mesh)  # these also decide the shardings of a fresh state
         if key not in steps:
             steps[key] = compile_step(config, objective, optimizer, mesh, state)
         return steps[key]
 
     def shared_seeds(config, objective, optimizer, mesh):
-        key = objective, config.codebook.to_json(), config.optimizer.to_json(), config.steps, mesh
+        key = objective, optimizer, config.codebook.to_json(), config.accumulate, mesh
         if key not in steps:
             steps[key] = compile_seeds(config, objective, optimizer, mesh)
         return steps[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "build", shared_build)
+        patch.setattr(setup, "make_optimizer", shared_optimizer)
         patch.setattr(setup, "compile_step", shared_step)
         patch.setattr(seeds, "compile_step", shared_seeds)
         yield

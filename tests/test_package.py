@@ -1,5 +1,6 @@
 """The package as users import it."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -70,16 +71,47 @@ def test_imports_point_one_way():
         "reporting": set(),
         "signals": set(),
     }
+    seen = set()
+    for part, path, node in nodes():
+        for name in imported(node):
+            package, _, module = name.partition(".")
+            assert not getattr(node, "level", 0), f"{path}:{node.lineno} is relative"
+            if package == tarq_jax.__name__:
+                found = module.partition(".")[0]
+                assert found == part or found in below[part], f"{path}:{node.lineno} imports {name}"
+                seen.add((part, found))
+    assert ("losses", "quantization") in seen and ("training", "models") in seen
+
+
+def test_the_core_never_jits_and_reads_no_configuration():
+    """It leaves both to its callers, as CONTRIBUTING says."""
+    core = {"types", "schema", "kernels", "quantization", "blockwise", "attention", "approximate_attention",
+            "expansion", "corrections", "shards", "checks", "losses", "metrics", "models"}
+    seen = set()
+    for part, path, node in nodes():
+        if part in core:
+            for name in {*imported(node), getattr(node, "attr", "")}:
+                words = name.split(".")
+                refused = {"jit", "pjit", "pmap", "ml_collections", "absl"}.intersection(words)
+                assert not refused and words[:2] != ["tarq_jax", "config"], f"{path}:{node.lineno}: {name}"
+            seen.add(part)
+    assert seen == core
+
+
+def nodes():
+    """(part of the package, path, node) for every node of the syntax of every module."""
     root = Path(tarq_jax.__file__).parent
-    for path in root.rglob("*.py"):
-        part = path.relative_to(root).with_suffix("").parts[0]
-        if part == "__init__":
-            continue
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if words[:1] == ["from"] and words[1].startswith("tarq_jax"):
-                names = [words[1].removeprefix("tarq_jax").strip(".").split(".")[0]]
-                if names == [""]:
-                    names = [name.strip(",()") for name in words[3:]]
-                for name in names:
-                    assert name == part or name in below[part], f"{path.relative_to(root)}: {line}"
+    for path in sorted(root.rglob("*.py")):
+        path = path.relative_to(root)
+        if path != Path("__init__.py"):
+            for node in ast.walk(ast.parse((root / path).read_text())):
+                yield path.with_suffix("").parts[0], path, node
+
+
+def imported(node):
+    """The full names that a node imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []

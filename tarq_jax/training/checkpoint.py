@@ -4,6 +4,7 @@ Saving is atomic and runs in the background. A checkpoint holds parameters, opti
 their statistics, the random key and the step. The position in the data follows from the step.
 """
 
+import dataclasses
 import functools
 import math
 import shutil
@@ -43,13 +44,12 @@ def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.Check
     """
     if "[" in (path := str(Path(workdir).resolve())):
         raise ValueError(f"workdir is {path!r}, expected a path without '['")
-    goodness = functools.partial(_goodness, best_metric)
-    policies = [preservation_policy.LatestN(kept)]
+    policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(kept)]
     if best_metric:
-        policies.append(preservation_policy.BestN(
-            n=1, get_metric_fn=goodness, keep_checkpoints_without_metrics=False))
+        policies.append(_Best(best_metric))
     options = ocp.CheckpointManagerOptions(
-        create=True, best_fn=goodness if best_metric else None,  # without `best_fn` Orbax drops the metrics
+        create=True,  # without `best_fn` Orbax drops the metrics
+        best_fn=functools.partial(_goodness, best_metric) if best_metric else None,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies))
     return ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
 
@@ -198,8 +198,23 @@ def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:
 
 def best_step(checkpoints: ocp.CheckpointManager, best_metric: str) -> int | None:
     """The step with the best validation metric, the earliest of equals; None if none was evaluated."""
-    measured = {step: checkpoints.metrics(step) for step in sorted(checkpoints.all_steps())}
-    found = {step: _goodness(best_metric, metrics) for step, metrics in measured.items() if metrics}
+    return _best({step: checkpoints.metrics(step) for step in checkpoints.all_steps()}, best_metric)
+
+
+@dataclasses.dataclass
+class _Best(preservation_policy.PreservationPolicy):
+    """Keeps the checkpoint that `best_step` finds; of equals, Orbax's `BestN` would keep the latest."""
+
+    best_metric: str
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Whether each of the checkpoints is kept."""
+        best = _best({info.step: info.metrics for info in checkpoints}, self.best_metric)
+        return [info.step == best for info in checkpoints]
+
+
+def _best(measured: Mapping[int, Mapping[str, float] | None], best_metric: str) -> int | None:
+    found = {step: _goodness(best_metric, metrics) for step, metrics in sorted(measured.items()) if metrics}
     found = {step: good for step, good in found.items() if good > -math.inf}
     return max(found, key=lambda step: found[step], default=None)
 

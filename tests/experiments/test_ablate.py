@@ -57,13 +57,14 @@ def study(tmp_path_factory, tiny_dataset, silent, compiled_once, one_device):
         return ablation_command.ablate(make_variants(), SEEDS, workdir, silent), workdir
 
 
-def test_a_row_for_each_run(study):
+def test_a_row_for_each_run(study, tiny_dataset):
     rows, workdir = study
+    users = len(np.unique(tiny_dataset.splits["test"].user))
     assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for v in CHANGES for s in SEEDS]
     assert rows == run_table.read(workdir / run_table.FILE)
     for row in rows:
         assert {"auc", "gauc", "log_loss", "parameters", "device", *run_table.COLUMNS} <= row.keys()
-        assert "version_jax" in row
+        assert "version_jax" in row and len(row["influence"]) == users
         assert ("teacher_auc" in row) == (row["model"] == "tarq")
     assert len({row["auc"] for row in rows}) == 4
 

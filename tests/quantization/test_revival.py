@@ -1,5 +1,7 @@
 """Dead codewords and their revival, also over a mesh."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -83,6 +85,15 @@ def test_revive_draws_by_squared_distance_one_after_the_other(half_dead):
     after = np.minimum(before, np.sum((points[:, None] - points) ** 2, axis=-1))  # [drawn first, M]
     second = first @ (after / after.sum(axis=-1, keepdims=True))
     np.testing.assert_allclose(hits.mean(axis=0), [first, second], atol=0.02)
+
+
+def test_every_level_draws_by_itself(half_dead):
+    """Also where codewords, residuals and what is dead are the same at all levels."""
+    codebook, dead = jax.tree.map(lambda leaf: np.stack([leaf[0]] * 3), (half_dead[0], half_dead[2]))
+    residuals = np.stack([half_dead[1][..., 0, :]] * 3, axis=-2)
+    drawn = [revive(jax.random.key(seed), codebook, residuals, dead).codewords for seed in range(5)]
+    for one, other in itertools.combinations(range(3), 2):
+        assert any((codewords[one] != codewords[other]).any() for codewords in drawn)
 
 
 def test_revive_puts_no_two_codewords_on_the_same_spot(half_dead):

@@ -103,6 +103,7 @@ def test_random_codebook():
     )
     assert codebook.codewords.shape == codebook.sums.shape == (2, 64, 32)
     assert float(codebook.codewords.std()) == pytest.approx(3.0, rel=0.05)
+    assert (codebook.codewords[0] != codebook.codewords[1]).all()
     np.testing.assert_array_equal(codebook.counts, np.ones((2, 64)))
     np.testing.assert_allclose(quantization.ema_codewords(codebook).codewords, codebook.codewords, rtol=1e-5)
     assert not quantization.dead_by_count(codebook, min_usage=0.9).any()

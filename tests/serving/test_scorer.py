@@ -12,7 +12,9 @@ import served
 from tarq_jax import quantization
 from tarq_jax.corrections import damping, damping_radius
 from tarq_jax.serving import Scorer, add, build, change, grow, remove
-from tarq_jax.serving.model import select
+from tarq_jax.serving.index import SLOTS
+from tarq_jax.serving.model import ENCODE_BATCH, select
+from tarq_jax.serving.scorer import SPARSE
 from tarq_jax.serving.vectors import read
 
 REQUESTS = served.world().requests
@@ -59,6 +61,20 @@ def test_a_subset_scores_as_it_does_among_all(scorer, name):
         assert sorted(ranking.ids) == sorted(chosen)
         np.testing.assert_allclose(
             ranking.scores, served.expected(name)[row][ranking.ids - 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", served.METHODS)
+def test_scores_do_not_depend_on_the_slot(scorer, artefact, name):
+    """All slots are scored, in blocks of 512; here all items are in the second block."""
+    whole = Scorer.load(
+        artefact(name), batch_sizes=(1,), candidate_sizes=(), top_k=5, like=scorer(name))
+    index = whole.index
+    moved = dataclasses.replace(
+        index, ids=np.roll(index.ids, 600), served=np.roll(index.served, 600),
+        arrays={array: np.roll(values, 600, axis=0) for array, values in index.arrays.items()})
+    assert (moved.slots_of(ITEMS) >= SLOTS).all()
+    for scores in map(by_id, (whole.score(REQUESTS[0]), whole.with_index(moved).score(REQUESTS[0]))):
+        np.testing.assert_allclose(scores, served.expected(name)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "vectors", "bound"), [
@@ -151,6 +167,9 @@ def test_unknown_and_repeated_candidates(scorer):
     nothing = scorer().score(REQUESTS[0], [99])
     assert (len(nothing.ids), len(nothing.scores), nothing.unknown.tolist()) == (0, 0, [99])
     assert len(scorer().score(REQUESTS[0], []).ids) == 0
+    assert SPARSE * 2 < scorer().index.capacity  # so few are sorted, not marked among all slots
+    assert scorer().score(REQUESTS[0], [5, 5]).ids.tolist() == [5]
+    assert sorted(scorer().score(REQUESTS[0], [7, 5]).ids) == [5, 7]
 
 
 def test_batches_of_any_size(scorer):
@@ -210,6 +229,17 @@ def test_encoded_items_are_those_of_the_index(scorer):
         for array, values in scorer(name).encode(items).items():
             assert values.dtype == index.arrays[array].dtype
             np.testing.assert_allclose(values, index.arrays[array][slots], rtol=1e-5, atol=1e-5)
+
+
+def test_any_number_of_items_is_encoded(scorer):
+    """Beyond a batch, each row is that of its item."""
+    rows = 1 + np.arange(ENCODE_BATCH + 6) % len(ITEMS)
+    items = served.world().dataset.items
+    few, many = (scorer("tarq_mlp").encode({name: values[chosen] for name, values in items.items()})
+                 for chosen in (ITEMS, rows))
+    assert many.keys() == few.keys()
+    for name, values in many.items():
+        np.testing.assert_allclose(values, few[name][rows - 1], rtol=0, atol=1e-6)
 
 
 def test_new_items_of_a_conversion(scorer):

@@ -1,5 +1,6 @@
 """Ratios, resampling, multiple tests and power, compared with scipy, statsmodels and closed forms."""
 
+import itertools
 import math
 
 import numpy as np
@@ -160,6 +161,19 @@ def test_permutation_is_exact_for_few():
     signs = np.array(np.meshgrid(*[[1, -1]] * 5)).reshape(5, -1)
     expected = np.mean(abs(signs.T @ differences) >= abs(differences.sum()) - 1e-12)
     assert paired_permutation(first, second) == pytest.approx(expected)
+
+
+def test_permutations_are_drawn_where_there_are_many():
+    """2^14 permutations, of which all or some are looked at; the seed decides which."""
+    rng = np.random.default_rng(6)
+    first, second = rng.normal(0.45, 1.0, 14), rng.normal(size=14)
+    signs = np.array(list(itertools.product([1, -1], repeat=14)))
+    exact = np.mean(abs(signs @ (first - second)) >= abs((first - second).sum()) - 1e-12)
+    assert 0.02 < exact < 0.5
+    assert paired_permutation(first, second, replicates=2**14) == pytest.approx(exact)
+    drawn = [paired_permutation(first, second, replicates=8000, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn == pytest.approx([exact] * 3, abs=4 * math.sqrt(exact * (1 - exact) / 8000))
 
 
 def test_adjusted_p_values_are_those_of_r():

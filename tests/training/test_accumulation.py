@@ -1,7 +1,6 @@
 """Micro-batches: the step equals that of the whole batch, and nothing moves between devices."""
 
 import functools
-import itertools
 import re
 
 import jax
@@ -20,16 +19,19 @@ close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 @pytest.fixture(scope="module")
 def problem(tiny_dataset):
-    """A step by its number of micro-batches, a state with its codebook in use, and uneven batches of 8."""
+    """A step by its number of micro-batches, a state with its codebook in use, and uneven batches of 8.
+
+    Revival is due in the second of the steps.
+    """
     config = tiny.make_config()
     objective = setup.build(config.model, config.loss_weights, tiny_dataset.schema)
     optimizer = optax.sgd(0.05, momentum=0.9)
     state = setup.init_state(config, objective, optimizer, tiny_dataset)
-    state = state.replace(step=state.step + config.codebook.start)
+    state = state.replace(step=state.step + config.codebook.start + 1)
 
     @functools.cache
-    def step(accumulate):
-        config.accumulate = accumulate
+    def step(accumulate, revive_every=config.codebook.revive_every):
+        config.accumulate, config.codebook.revive_every = accumulate, revive_every
         return setup.compile_step(config, objective, optimizer)
 
     batches = data.train_batches(
@@ -63,9 +65,16 @@ def test_equals_the_step_on_the_whole_batch(problem, num):
         assert found_metrics.keys() == metrics.keys()
         for name, value in metrics.items():
             close(found_metrics[name], value, rtol=1e-3, err_msg=name)
-    moved = [np.abs(after.codebook.codewords - before.codebook.codewords).max()
-             for (before, _), (after, _) in itertools.pairwise(whole)]
-    assert max(moved) > 0.1  # otherwise nothing was revived
+    first, second = zip(*(found[:2] for found in (whole, run(step(1, revive_every=0), state, batches[:2]))),
+                        strict=True)
+    assert not moved(*first).any()
+    assert moved(*second).any() and not moved(*second).all()  # the dead ones, by revival
+
+
+def moved(one, other):
+    """Which codewords of two entries of `run` differ, [L, K]."""
+    difference = one[0].codebook.codewords - other[0].codebook.codewords
+    return np.abs(difference).max(axis=-1) > 1e-3
 
 
 def test_dealing_keeps_rows_on_their_device():

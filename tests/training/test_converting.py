@@ -94,8 +94,13 @@ def test_more_codewords_than_items_that_training_shows(model):
 def test_calibration_is_of_training_requests(model):
     sizes = [len(mask) for _, _, mask in conversion.calibration(model, requests=20)]
     assert sizes == [8, 8, 8]
-    keys, values, mask = next(conversion.calibration(model, requests=3))
+    batch = next(data.train_batches(
+        model.dataset, "train", batch_size=3, seed=5, **setup.batch_shapes(model.dataset)))
+    keys, values, mask = next(conversion.calibration(model, requests=3, seed=5))
     assert keys.shape == values.shape == (3, 2, mask.shape[1], 2)
+    for found, expected in zip((keys, values), model.parts.keys_values(model.params, batch), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(mask, batch.history_mask)
 
 
 def test_random_candidates(tiny_dataset, batch):

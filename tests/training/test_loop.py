@@ -249,6 +249,25 @@ def test_kmeans_runs_on_real_latents_of_training(tiny_config, tiny_dataset, fini
     assert state.codebook.counts.sum() == pytest.approx(tiny_config.codebook.init_latents * 2, rel=1e-5)
 
 
+def test_latents_are_of_candidates_of_training(tiny_config, tiny_dataset):
+    """None is of padding, though requests have 1 to 3 candidates; the seed decides which they are."""
+    shown, splits = {"train": np.arange(1, 31), "test": np.arange(31, 61)}, {}
+    for name, ids in shown.items():
+        lengths = np.tile([1, 3, 1], len(ids) // 5)
+        splits[name] = data.records.make_requests(
+            np.ones_like(lengths), ids[:len(lengths)], np.ones_like(lengths), ids, lengths, ids % 2)
+    dataset = dataclasses.replace(tiny_dataset, splits=splits)
+    found = []
+    for tiny_config.seed in (0, 0, 1):
+        found.append(setup.draw_latents(
+            tiny_config, lambda batch: batch.candidates["item_id"][..., None], dataset,
+            setup.batch_shapes(dataset)))
+        assert found[-1].shape == (tiny_config.codebook.init_latents, 1)
+        assert set(found[-1].ravel()) <= set(shown["train"])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()
+
+
 def test_batch_shapes_cover_every_split(tiny_dataset):
     longer = data.synthetic.generate(data.SyntheticOptions(
         num_items=60, num_clusters=8, history_length=9, num_candidates=5, train_requests=3,

@@ -266,9 +266,31 @@ def test_a_fresh_workdir_gives_the_state_back(tiny_config, tiny_dataset, tmp_pat
     assert restored.state is state and not any(restored.counted)
 
 
-def test_the_run_went_through_all_that_it_has_to_survive(finished, tiny_dataset):
-    """The reference run covers everything: k-means ran, revival moved codewords, statistics changed."""
-    state = finished[1].state
+def test_the_run_went_through_all_that_it_has_to_survive(
+        finished, tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
+    """The reference run covers everything: k-means ran before step 4, which then revived dead codewords."""
+    state, initialise, fitted = finished[1].state, setup.initialise_codebook, []
+
+    def watched(*arguments):
+        started = initialise(*arguments)
+        fitted.append(moved(started.codebook, arguments[2].codebook))
+        return started
+
+    monkeypatch.setattr(setup, "initialise_codebook", watched)
+    tiny_config.codebook.revive_every = 0
+    loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    assert len(fitted) == 1 and fitted[0].all()
+    losses = [[json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()[:5]]
+              for workdir in (finished[0], tmp_path)]
+    assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-5) and losses[0][4] != losses[1][4]
+    with checkpoint.manager(finished[0]) as saved, checkpoint.manager(tmp_path) as unrevived:
+        revived = moved(*(checkpoint.restore_step(each, 4, state).codebook for each in (saved, unrevived)))
+    assert revived.any() and not revived.all()
     assert int(state.step) == 6
     assert np.isfinite(state.codebook.codewords).all() and np.ptp(state.codebook.counts) > 0
     assert len(tiny_dataset.splits["train"]) // 8 == 5  # the sixth step is in the second epoch
+
+
+def moved(codebook, other):
+    """Which codewords differ, [L, K]."""
+    return np.abs(codebook.codewords - other.codewords).max(axis=-1) > 1e-3

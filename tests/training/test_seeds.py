@@ -39,6 +39,11 @@ def saved_state(workdir, config, dataset):
         return checkpoint.restore_latest(checkpoints, fresh, config, dataset.schema).state
 
 
+def newest_meta(workdir):
+    with checkpoint.manager(workdir) as checkpoints:
+        return checkpoint.newest_meta(checkpoints)
+
+
 def assert_close(found, expected, rtol=1e-3):
     """Compares states whose arithmetic ran in another order.
 
@@ -88,20 +93,36 @@ def test_every_seed_is_a_run_of_its_own(together):
     assert len({row[0]["log_loss"] for row in rows.values()}) == len(SEEDS)
     for seed, workdir in folders(root).items():
         assert json.loads((workdir / "results.json").read_text()) == rows[seed]
-        with checkpoint.manager(workdir) as checkpoints:
-            meta = checkpoint.newest_meta(checkpoints)
+        meta = newest_meta(workdir)
         assert meta["config"]["seed"] == seed
         entry, = provenance.read(workdir)
         assert entry["config"]["seed"] == seed
 
 
-def test_scores_are_those_that_rows_were_made_of(together):
+def test_every_seed_has_its_share_of_the_time(together):
+    """Steps 2 and 6 are counted, each of 8 requests of 3 candidates: the others follow a pause."""
     root, rows = together
     for seed, workdir in folders(root).items():
+        candidates, seconds, _ = newest_meta(workdir)["counted"]
+        assert candidates == 2 * 8 * 3
+        for row in rows[seed]:
+            assert row["train_seconds"] == pytest.approx(seconds)
+            assert row["examples_per_second"] == pytest.approx(candidates / seconds)
+    assert len({row[0]["train_seconds"] for row in rows.values()}) == 1
+
+
+def test_scores_are_those_that_rows_were_made_of(together, tiny_dataset):
+    root, rows = together
+    split = tiny_dataset.splits["test"]
+    users = np.repeat(split.user, np.diff(split.candidate_offsets))
+    for seed, workdir in folders(root).items():
         with np.load(workdir / SCORES) as scores:
+            np.testing.assert_array_equal(scores["users"], users)
             for row in rows[seed]:
-                found = metrics.auc(scores["labels"], scores[row["model"]], scores["weights"])
-                assert found == pytest.approx(row["auc"], abs=1e-12)
+                labels, found, weights = scores["labels"], scores[row["model"]], scores["weights"]
+                assert metrics.auc(labels, found, weights) == pytest.approx(row["auc"], abs=1e-12)
+                grouped = metrics.grouped_auc(labels, found, users, weights).value
+                assert grouped == pytest.approx(row["gauc"], abs=1e-12)
 
 
 def test_devices_share_seeds(together):

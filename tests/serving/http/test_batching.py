@@ -23,6 +23,7 @@ from tarq_jax.serving.http.batching import (
     useful_sizes,
     whole_seconds,
 )
+from tarq_jax.serving.http.metrics import Metrics
 
 SECONDS = {1: 1.0, 2: 1.5, 4: 2.0}
 
@@ -122,6 +123,16 @@ def test_a_batch_fills_while_another_runs():
     outcomes, batches = simulate([0.0, 0.6, 0.8, 1.0])
     assert batches == [(0.5, [0]), (1.5, [1, 2, 3])]
     assert [time for time, _ in outcomes] == [1.5, 3.5, 3.5, 3.5]
+
+
+def test_metrics_tell_how_long_the_first_of_a_batch_waited():
+    """The same arrivals: one item waits 0.5 and runs 1.0, three of which the first waits 0.9 run 2.0."""
+    metrics = Metrics()
+    simulate([0.0, 0.6, 0.8, 1.0], on_batch=metrics.batch)
+    value = metrics.registry.get_sample_value
+    for name, total in (("tarq_wait_seconds", 1.4), ("tarq_batch_seconds", 3.0), ("tarq_batch_size", 4.0)):
+        assert (value(f"{name}_count"), value(f"{name}_sum")) == (2.0, pytest.approx(total))
+    assert [value("tarq_wait_seconds_bucket", {"le": le}) for le in ("0.25", "0.5", "1.0")] == [0.0, 1.0, 2.0]
 
 
 def test_late_comers_still_get_their_delay():
