@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Callable
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # parameters of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
 def give_back() -> bool:
@@ -16,14 +16,12 @@ def keep_freed() -> bool:
     """Makes glibc keep freed memory instead of returning it to the system; False with other C libraries.
 
     XLA programs on CPU allocate their buffers anew in each call. glibc maps and unmaps each buffer of 32 MiB
-    or more, and each of 64 MiB or more whatever its settings if a thread has a heap of its own; the system
-    then clears the pages again in every call. That is up to two fifths of the time of a training step. With
-    this setting all threads share one heap, and the process keeps as much memory as it has ever needed. Call
-    it before other threads start.
+    or more, so the system must clear its pages again in every call. With this setting, the process keeps as
+    much memory as it has ever needed. Threads other than the first keep only buffers below 64 MiB, unless all
+    share one heap (`MALLOC_ARENA_MAX=1`), which in turn makes small allocations slower.
     """
     mallopt = _of_glibc("mallopt")
-    return mallopt is not None and all(
-        mallopt(*setting) for setting in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)))
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:
