@@ -120,8 +120,11 @@ def test_encoding_on_a_gpu(width, centre):
     latents = jnp.asarray(rng.normal(size=(70, width)) + 3 * centre, jnp.float32)
     found = encode_gpu.encode(levels, latents, interpret=InterpretGPUParams())
     np.testing.assert_array_equal(found, quantization.encode(levels, latents).codes)
+
+
+def test_encoding_lowers_for_a_gpu():
     encode = functools.partial(quantization.encode, implementation="pallas")
-    assert lowered_for_nvidia(lambda *given: encode(*given).codes, levels, latents)
+    levels, latents = [jnp.ones((size, 24)) for size in (70, 1)], jnp.ones((70, 24))
     total = jax.value_and_grad(lambda *given: encode(*given).quantized.sum())
     assert lowered_for_nvidia(total, levels, latents)
     both = [[level] * 2 for level in levels], [latents] * 2
@@ -129,6 +132,7 @@ def test_encoding_on_a_gpu(width, centre):
         jnp.stack, both, is_leaf=lambda leaf: isinstance(leaf[0], jax.Array)))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 def test_encoding_of_nan_on_a_gpu():
     """The codes of latents that are not finite are the last ones, as by XLA."""
     rng = np.random.default_rng(0)
@@ -146,8 +150,11 @@ def test_alignment_on_a_gpu(workload):
     arrays = arguments("align", workload)
     found = align_gpu.align(*arrays, interpret=InterpretGPUParams())
     assert measuring.error(found, expected("align", workload)) < 1e-6
+
+
+def test_alignment_lowers_for_a_gpu():
+    arrays = arguments("align", "odd")
     align = functools.partial(losses.codebook_alignment, implementation="pallas")
-    assert lowered_for_nvidia(align, *arrays)
     assert lowered_for_nvidia(jax.vmap(align), *(jnp.stack([array] * 2) for array in arrays))
     assert lowered_for_nvidia(jax.value_and_grad(lambda *given: align(*given).sum()), *arrays)
 
