@@ -41,7 +41,6 @@ TOP_K = flags.DEFINE_integer("top_k", 500, "Best candidates to return.", lower_b
 JSON = cli.json_flag()
 
 CHECKED = 1_000  # candidates whose scores are compared
-LEAST = 9  # calls of each method
 
 
 def contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
@@ -77,7 +76,7 @@ def measure(sizes: Sizes, count: int, length: int, top_k: int, seconds: float, c
             differences[made.name] = serving.difference_of(
                 made.name, made.reference, scorer, dataset, history, checked)
             calls[made.name] = functools.partial(scorer.score, request, ids, top_k=top_k)
-        times = in_turns(calls, seconds=seconds, least=LEAST)
+        times = in_turns(calls, seconds=seconds, least=serving.Plan().least)
     return [{"kind": "request", "model": name, "candidates": count, "history": length}
             | serving.latency(found) | {"difference": differences[name]} for name, found in times.items()]
 

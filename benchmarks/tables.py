@@ -6,6 +6,7 @@ A page marks the place of a table by `<!-- table NAME -->` and `<!-- end -->`; l
 are replaced. A test compares the pages with the files.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +26,9 @@ PLACE = re.compile(r"(?<=<!-- table )(\w+)( -->\n)(?:\n|\|.*\n)*(?=<!-- end -->)
 Row = Mapping[str, Any]
 
 
-def read(name: str) -> list[dict[str, Any]]:
-    """The rows of a result file."""
+@functools.cache
+def read(name: str) -> list[Row]:
+    """The rows of a result file; several tables show the same file."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
@@ -148,10 +150,11 @@ def frontier() -> list[str]:
 def stress() -> list[str]:
     """A column per service."""
     rows = read("stress")
-    services = [_stressed([row for row in rows if row.get("model") == model])
-                for model in dict.fromkeys(row["model"] for row in rows if "model" in row)]
-    return markdown_table(["", *(service.pop("") for service in services)],
-                    [[what, *(service[what] for service in services)] for what in services[0]])
+    services = {model: _stressed([row for row in rows if row.get("model") == model])
+                for model in dict.fromkeys(row["model"] for row in rows if "model" in row)}
+    lines = next(iter(services.values()))
+    return markdown_table(["", *services], [
+        [what, *(found[what] for found in services.values())] for what in lines])
 
 
 def _stressed(rows: Sequence[Row]) -> dict[str, str]:
@@ -160,7 +163,7 @@ def _stressed(rows: Sequence[Row]) -> dict[str, str]:
     alone, held, twice = (stages[name] for name in (
         stress_report.ALONE, stress_report.HELD, stress_report.RAMP))
     refused = [f"{100 * row['rejected'] / row['sent']:.1f}" for row in rows
-               if row["kind"] == "stage" and row.get("share") in (0.25, 0.5, 0.75)]
+               if row["kind"] == "stage" and row["stage"] == stress_report.RAMP and row["share"] < 1]
 
     def claim(what: str, digits: int) -> str:
         row = claims[what]
@@ -176,20 +179,19 @@ def _stressed(rows: Sequence[Row]) -> dict[str, str]:
 
     swaps = [f"{row['seconds']:.1f}" for row in rows if row["kind"] == "event" and row["what"] == "swap"]
     return {
-        "": rows[0]["model"],
         "one at a time: p50 / p99, ms": f"{alone['latency_p50_ms']:.1f} / {alone['latency_p99_ms']:.1f}",
         "most answers per second": claim("answers a second at best", 0),
-        "refused with 503 at a quarter / half / three quarters of them, %": " / ".join(refused[:3]),
+        "refused with 503 at a quarter / half / three quarters of them, %": " / ".join(refused),
         "twice the load: answered / refused with 503 / lost": outcomes(twice),
         "p50 of answers, ms": f"{twice['latency_p50_ms']:.1f}",
         "p99 of answers, ms": claim("p99 of answers under twice the load, ms", 1),
         "p99 of a 503, ms": f"{twice['rejected_p99_ms']:.1f}",
         "memory while load rises, last third divided by first": claim("growth of memory while load rises", 2),
-        "90 s at twice the load with swaps and bad requests: answered / refused with 503 / lost":
-            outcomes(held),
-        "p50 / p99 of answers during these 90 s, ms":
+        f"{held['seconds']:.0f} s at twice the load with swaps and bad requests: "
+        "answered / refused with 503 / lost": outcomes(held),
+        "p50 / p99 of answers meanwhile, ms":
             f"{held['latency_p50_ms']:.0f} / {held['latency_p99_ms']:.0f}",
-        "memory during these 90 s, last third divided by first":
+        "memory meanwhile, last third divided by first":
             claim("growth of memory while held, with swaps", 2),
         "seconds of each swap, in order": " / ".join(swaps),
         "swaps that did not end as they should": claim("swaps that did not end as they should", 0),
@@ -220,7 +222,7 @@ def microbenchmarks() -> list[str]:
         rows.append([f"`{operation}`", direction, short(plain.get("run_ms")), short(xla["run_ms"]),
                      ", ".join(others) or "-", bound, f"{short(xla['peak_mb'])} ({memory})"])
     return markdown_table(["operation", "direction", "textbook", "XLA", "other ways", "bound, by",
-                     "XLA, MB without its arguments (textbook's)"], rows)
+                           "XLA, MB without its arguments (textbook's)"], rows)
 
 
 def input_pipeline() -> list[str]:

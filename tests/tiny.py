@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 
 from tarq_jax.config import default_config, smoke
 from tarq_jax.data import Dataset, SyntheticOptions, synthetic
 from tarq_jax.training import sharding
+from tarq_jax.types import Codebook
 
 
 def make_config() -> ml_collections.ConfigDict:
@@ -25,6 +27,11 @@ def make_config() -> ml_collections.ConfigDict:
     config.codebook.revive_every, config.codebook.decay, config.codebook.min_usage = 2, 0.5, 0.6
     config.recall_k = 2
     return config
+
+
+def moved(codebook: Codebook, other: Codebook) -> np.ndarray:
+    """Which codewords of two codebooks differ, [L, K]."""
+    return np.abs(codebook.codewords - other.codewords).max(axis=-1) > 1e-3
 
 
 def make_dataset() -> Dataset:

@@ -64,9 +64,22 @@ def pick(
     if platform == "gpu" and operation not in ON_GPU:
         refusal = "this is a GPU, and the kernel is for a TPU"
     refusal = refusal or getattr(module, f"refuse_{operation}")(*arguments)
+    if platform == "gpu":
+        refusal = refusal or _refuse_device()
     if refusal and implementation == "pallas":
         raise NotImplementedError(f"{operation} has no kernel for this: {refusal}; use implementation='xla'")
     return None if refusal else getattr(module, operation)
+
+
+def _refuse_device() -> str | None:
+    """Why no kernel can run on the GPU of this machine; None if they can.
+
+    This is separate from other refusals, because code may be lowered for another GPU than this machine's.
+    """
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    if str(capability).split(".")[0] == "9":
+        return None
+    return f"this GPU is of compute capability {capability}, expected 9.x: wgmma is on Hopper alone"
 
 
 def with_derivative_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ def refuse_align(
     if refusal:
         return refusal
     if jax.default_backend() == "gpu":
-        return hopper.refuse_wide(latents=latents) or hopper.refuse_device()
+        return hopper.refuse_wide(latents=latents)
     return calling.too_large(codewords=codewords, personalized=personalized[0])
 
 

@@ -25,7 +25,7 @@ def refuse_attend(
     """Why `attend` cannot take these arguments; None if it can."""
     on_gpu = None
     if jax.default_backend() == "gpu":
-        on_gpu = attention_gpu.refusal(queries, keys, values) or hopper.refuse_device()
+        on_gpu = attention_gpu.refusal(queries, keys, values)
     return on_gpu or refuse_expand(queries, keys, values, mask)
 
 

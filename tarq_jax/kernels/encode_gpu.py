@@ -22,7 +22,7 @@ from tarq_jax.kernels.hopper import COLUMNS, ROWS, TERMS, by_column, by_row, pro
 def encode(levels: Sequence[jax.Array], latents: jax.Array, *, interpret: Any = None) -> jax.Array:
     """As `tarq_jax.kernels.encode.encode`; `interpret` as in `pallas.mosaic_gpu.kernel`."""
     size, width = len(latents), hopper.width_for(latents.shape[-1])
-    length = calling.block_of(max(map(len, levels)), 2**30, COLUMNS)
+    length = -(-max(map(len, levels)) // COLUMNS) * COLUMNS
     # Relative to the level's first codeword, so that products keep their precision far from the origin: a
     # codeword that is subtracted brings along the first one of the next level.
     firsts = _widened(jnp.stack([level[0] for level in levels]), width)

@@ -20,17 +20,6 @@ WIDTHS = (16, 32, 64)  # of rows in shared memory: 32, 64 or 128 bytes in bfloat
 Cast = Callable[[jax.Array, Any], jax.Array]  # of an array in registers to a layout
 
 
-def refuse_device() -> str | None:
-    """Why no kernel can run on the GPU of this machine; None if they can.
-
-    This is separate from other refusals, because code may be lowered for another GPU than this machine's.
-    """
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    if str(capability).split(".")[0] == "9":
-        return None
-    return f"this GPU is of compute capability {capability}, expected 9.x: wgmma is on Hopper alone"
-
-
 def call(
     kernel: Callable[..., None], *arguments: jax.Array, out_type: Any, programs: int,
     scratch_types: Sequence[Any], interpret: Any = None,

@@ -8,6 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from tarq_jax import reporting
 from tarq_jax.cli import Interrupted
@@ -273,7 +274,7 @@ def test_the_run_went_through_all_that_it_has_to_survive(
 
     def watched(*arguments):
         started = initialise(*arguments)
-        fitted.append(moved(started.codebook, arguments[2].codebook))
+        fitted.append(tiny.moved(started.codebook, arguments[2].codebook))
         return started
 
     monkeypatch.setattr(setup, "initialise_codebook", watched)
@@ -284,13 +285,9 @@ def test_the_run_went_through_all_that_it_has_to_survive(
               for workdir in (finished[0], tmp_path)]
     assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-5) and losses[0][4] != losses[1][4]
     with checkpoint.manager(finished[0]) as saved, checkpoint.manager(tmp_path) as unrevived:
-        revived = moved(*(checkpoint.restore_step(each, 4, state).codebook for each in (saved, unrevived)))
+        revived = tiny.moved(*(checkpoint.restore_step(each, 4, state).codebook
+                               for each in (saved, unrevived)))
     assert revived.any() and not revived.all()
     assert int(state.step) == 6
     assert np.isfinite(state.codebook.codewords).all() and np.ptp(state.codebook.counts) > 0
     assert len(tiny_dataset.splits["train"]) // 8 == 5  # the sixth step is in the second epoch
-
-
-def moved(codebook, other):
-    """Which codewords differ, [L, K]."""
-    return np.abs(codebook.codewords - other.codewords).max(axis=-1) > 1e-3

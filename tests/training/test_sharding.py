@@ -127,16 +127,13 @@ def test_those_steps_used_and_revived_the_codebook(on_one, on_eight, tiny_datase
     np.testing.assert_array_equal(books[0].codewords, books[2].codewords)  # not in use yet
     never, fitted = Run(tiny_dataset, devices=jax.devices()[:1], **SGD, **{"codebook.revive_every": 0}), []
     history = never.train(4, fitted.append)[1]
-    assert moved(fitted[0].codebook, books[2]).all()  # k-means
+    assert tiny.moved(fitted[0].codebook, books[2]).all()  # k-means
     for (_, metrics), (_, expected) in zip(history, on_one[1][:4], strict=True):
         close(metrics["loss"], expected["loss"])
-    revived = moved(books[3], history[3][0])
+    revived = tiny.moved(books[3], history[3][0])
     assert revived.any() and not revived.all()  # the dead ones
 
 
-def moved(codebook, other):
-    """Which codewords differ, [L, K]."""
-    return np.abs(codebook.codewords - other.codewords).max(axis=-1) > 1e-3
 
 
 @pytest.fixture(scope="module")
