@@ -72,10 +72,10 @@ def start_command() -> Iterator[Callable[..., subprocess.Popen]]:
     """As `command` on one device, but returns while the process runs; at the end it kills what still runs."""
     started = []
 
-    def start(*arguments: object) -> subprocess.Popen:
+    def start(*arguments: object, stdout: io.TextIOBase | int = subprocess.DEVNULL) -> subprocess.Popen:
         started.append(subprocess.Popen(
             [sys.executable, *map(str, arguments)], cwd=ROOT, env=_environment((), 1, {}),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            stdout=stdout, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
     yield start

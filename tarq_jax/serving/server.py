@@ -57,6 +57,16 @@ def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
     return tuple(sorted(set(cli.whole_numbers(flag, "positive numbers"))))
 
 
+def options() -> Options:
+    """The options of the service, by the flags."""
+    limits = Limits(body=BODY.value, history=HISTORY.value, candidates=CANDIDATES.value, top_k=TOP_K.value,
+                    seconds=TIMEOUT.value / 1e3)
+    return Options(
+        limits=limits, token=cli.read_token(TOKEN), delay=DELAY.value / 1e3,
+        budget=None if BUDGET.value is None else BUDGET.value / 1e3, queue=QUEUE.value,
+        batch_sizes=numbers(BATCHES), candidate_sizes=numbers(SIZES))
+
+
 def listen() -> socket.socket:
     """A socket that listens already, before anything slow is done."""
     family = socket.AF_INET6 if ":" in HOST.value else socket.AF_INET
@@ -65,8 +75,7 @@ def listen() -> socket.socket:
 
 def main() -> None:
     """Reads the flags and runs the service."""
-    batch_sizes, candidate_sizes, token = numbers(BATCHES), numbers(SIZES), cli.read_token(TOKEN)
-    artefact = Path(ARTEFACT.value)
+    chosen, artefact = options(), Path(ARTEFACT.value)
     if not artefact.is_dir():
         raise ValueError(f"{artefact} is no folder, expected what `python -m tarq_jax.serving.export` wrote")
     with listen() as listener:
@@ -75,13 +84,8 @@ def main() -> None:
         except ModuleNotFoundError as error:
             raise ValueError(f"{error.name} is missing, expected `pip install 'tarq_jax[serve]'`") from None
 
-        limits = Limits(body=BODY.value, history=HISTORY.value, candidates=CANDIDATES.value,
-                        top_k=TOP_K.value, seconds=TIMEOUT.value / 1e3)
-        options = Options(
-            limits=limits, token=token, delay=DELAY.value / 1e3, queue=QUEUE.value, batch_sizes=batch_sizes,
-            budget=BUDGET.value / 1e3 if BUDGET.value else None, candidate_sizes=candidate_sizes)
         logs.start()
-        running.serve(artefact, options, listener, drain=DRAIN.value, log_requests=LOG.value)
+        running.serve(artefact, chosen, listener, drain=DRAIN.value, log_requests=LOG.value)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ import json
 import threading
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from tarq_jax.serving import request
 from tarq_jax.serving.client import Client, Unavailable, Wrong
 
 ANSWER = {"version": "1", "ids": [3], "scores": [0.5], "unknown": [], "skipped": 0}
@@ -102,6 +105,11 @@ def test_retries_where_it_is_busy():
         with pytest.raises(Unavailable):
             client.score({})
         assert len(asked) == 2
+    flags.FLAGS.mark_as_parsed()
+    with answering(busy) as (url, asked), flagsaver.flagsaver(url=url, retries=2, history=["1"]):
+        with pytest.raises(Unavailable):
+            request.main()
+        assert len(asked) == 3
     with answering(reply({"error": "wrong"}, 422)) as (url, asked), Client(url, retries=5) as client:
         with pytest.raises(Wrong):
             client.score({})

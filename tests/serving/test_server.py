@@ -10,12 +10,16 @@ import time
 
 import pytest
 import served
+from absl import flags
+from absl.testing import flagsaver
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
 import services
 
+from tarq_jax.serving import server
 from tarq_jax.serving.client import Client
+from tarq_jax.serving.http.options import Limits, Options
 
 SERVER, REQUEST, LOAD = (("-m", f"tarq_jax.serving.{name}") for name in ("server", "request", "load"))
 FLAGS = ("--batch_sizes=1,3", "--candidate_sizes=512", "--max_top_k=20", "--budget_ms=30000",
@@ -27,10 +31,11 @@ GOOD = served.world().requests[0]
 def started(artefact, start_command, tmp_path):
     """Starts a service; returns its process, and its URL as soon as it is ready."""
 
-    def start(*flags):
+    def start(*flags, **settings):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        process = start_command(*SERVER, f"--artefact={artefact()}", f"--port={port}", *FLAGS, *flags)
+        process = start_command(*SERVER, f"--artefact={artefact()}", f"--port={port}", *FLAGS, *flags,
+                                **settings)
         url = f"http://127.0.0.1:{port}"
         services.wait_for(lambda: process.poll() is not None or ready(url))
         return process, url
@@ -96,10 +101,26 @@ def test_commands_and_drain(started, command, tmp_path):
     assert (process.wait(60), process.stderr.read()) == (0, "")
 
 
-def test_limits_queue_and_delay_of_the_flags(started):
+def test_flags_are_the_options():
+    given = {"max_body": 1, "max_history": 2, "max_candidates": 3, "max_top_k": 4, "timeout_ms": 5.0,
+             "delay_ms": 6.0, "budget_ms": 7.0, "queue": 8, "batch_sizes": ["9", "3", "9"],
+             "candidate_sizes": ["10"]}
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(artefact="unused"):
+        assert server.options() == Options()
+    with flagsaver.flagsaver(artefact="unused", **given):
+        assert server.options() == Options(
+            limits=Limits(1, 2, 3, 4, 0.005), delay=0.006, budget=0.007, queue=8, batch_sizes=(3, 9),
+            candidate_sizes=(10,))
+    with flagsaver.flagsaver(artefact="unused", host="127.0.0.2", port=0), server.listen() as listener:
+        assert listener.getsockname()[0] == "127.0.0.2"
+
+
+def test_limits_queue_and_delay_of_the_flags(started, tmp_path):
     """Batches of three only, so that a request that is alone waits for others, and longer than by default."""
-    _, url = started("--max_body=2000", "--max_history=4", "--max_candidates=2", "--max_top_k=2", "--queue=1",
-                     "--delay_ms=3000", "--batch_sizes=3")
+    with (tmp_path / "log").open("w") as log:
+        _, url = started("--max_body=2000", "--max_history=4", "--max_candidates=2", "--max_top_k=2",
+                         "--queue=1", "--delay_ms=3000", "--batch_sizes=3", stdout=log)
     ask = functools.partial(services.Running(url, None).ask, "POST", "/score")
     longer = {side: values * 2 for side, values in GOOD["history"].items()}
     for body, expected in ((b" " * 2001, (413, "body has more than 2000 bytes")),
@@ -120,13 +141,23 @@ def test_limits_queue_and_delay_of_the_flags(started):
         assert second.status == 503 and "too busy (full)" in second.json["error"]
         assert first.result().status == 200 and set(first.result().json["ids"]) == {4, 5}
         assert time.monotonic() - start > 2.5
+    assert logged(tmp_path / "log") == [413, 422, 422, 422, 503, 200]
 
 
-def test_an_interrupt_ends_at_once(started):
-    process, url = started("--drain_seconds=600")
+def logged(file):
+    """The statuses of the requests in a service's log."""
+    lines = map(json.loads, file.read_text().splitlines())
+    return [line["status"] for line in lines if line["event"] == "request"]
+
+
+def test_an_interrupt_ends_at_once(started, tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        process, url = started("--drain_seconds=600", "--nolog_requests", stdout=log)
     assert ready(url)
+    assert services.Running(url, None).ask("POST", "/score", {"user": {}}).status == 422
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
+    assert "drains" in (tmp_path / "log").read_text() and not logged(tmp_path / "log")
 
 
 def test_a_second_signal_does_not_wait(started):
