@@ -10,6 +10,7 @@ is the median over parts of further epochs. With `buckets`, histories have mixed
 share of padded positions.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -67,15 +68,11 @@ def prepare(folder: Path) -> dict[str, Path]:
     """Prepared directories, by kind of history lengths."""
     full = data.prepare("synthetic", data_dir=folder, train_requests=REQUESTS.value, validation_requests=0,
                         test_requests=0, history_length=HISTORY, num_candidates=CANDIDATES)
-    from tarq_jax.data import builders
+    from tarq_jax.data import builders, synthetic
 
-    class Mixed(builders.TarqSynthetic, skip_registration=True):  # type: ignore[call-arg]
-        contents = shortened(full)
-
+    source = dataclasses.replace(synthetic.SOURCE, name="mixed", generate=lambda _: shortened(full))
     options = data.SyntheticOptions(train_requests=REQUESTS.value, seed=1)
-    builders._generate(Mixed, folder, options, None)
-    mixed, = (path for path in folder.glob("mixed/*/*") if path.is_dir())
-    return {"50": full, "mixed": mixed}
+    return {"50": full, "mixed": builders.prepare(source, folder, options)}
 
 
 def drop_from_cache(directory: Path) -> None:

@@ -88,7 +88,7 @@ def prepare(name: str, *, data_dir: str | Path, beam_arguments: Sequence[str] = 
     values = make_options(BUILDERS[name], options)
     from tarq_jax.data import builders  # imported here because it takes seconds
 
-    return builders.prepare(name, data_dir, values, beam_arguments)
+    return builders.prepare(BUILDERS[name], data_dir, values, beam_arguments)
 
 
 def load_prepared(directory: str | Path, *, stream: bool = False) -> Dataset:

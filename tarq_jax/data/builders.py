@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from tarq_jax.data import (
-    impressions,
-    movielens,
-    records,
-    sequences,
-    synthetic,
-    taobao_ads,
-    taobao_userbehavior,
-)
+from tarq_jax.data import records
 from tarq_jax.data.options import AnySource, PipelineSource, Source, fingerprint
 from tarq_jax.data.records import Dataset
 from tarq_jax.data.rows import RowReport, check_report, merge_reports
@@ -36,20 +28,19 @@ LOCAL = ("--runner=FnApiRunner",)  # the runner that DirectRunner uses if it can
 
 # tfds has no type annotations, so mypy does not know this keyword.
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """What all builders share; a subclass only names its source.
+    """What both builders share.
 
     The configuration is named by a fingerprint of options and files, so that a change of either is prepared
     as a new data set. Schema, info and fingerprint are in the metadata: a prepared directory describes
     itself.
     """
 
-    SOURCE: AnySource
     code_path = None  # no checksum files beside the code; tfds would look for them with an optional package
 
-    def __init__(self, *, data_dir: str | Path, options: Any):
-        """A builder for the data set with these options, stored under `data_dir`."""
-        self.options = options
-        config = tfds.core.BuilderConfig(name=fingerprint(self.SOURCE, options),
+    def __init__(self, *, data_dir: str | Path, source: AnySource, options: Any):
+        """A builder for the data set that the source makes from the options, stored under `data_dir`."""
+        self.source, self.options, self.name = source, options, f"tarq_{source.name}"
+        config = tfds.core.BuilderConfig(name=fingerprint(source, options), version=source.version,
                                          description=json.dumps(dataclasses.asdict(options)))
         super().__init__(data_dir=data_dir, config=config)
 
@@ -57,7 +48,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         features = {name: tfds.features.Tensor(shape=(None, *shape), dtype=dtype.type, encoding="bytes")
                     for name, (dtype, shape) in records.column_fields(schema).items()}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
-                                     description=self.SOURCE.description,
+                                     description=self.source.description,
                                      disable_shuffling=True,  # keeps record n = block n
                                      metadata=tfds.core.MetadataDict(
                                          metadata, fingerprint=self.builder_config.name))
@@ -67,14 +58,14 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
 
 class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
-    """Stores the data set that `SOURCE.generate` makes from the options."""
+    """Stores the data set that `Source.generate` makes from the options."""
 
-    SOURCE: Source
+    source: Source
 
-    @cached_property
+    @functools.cached_property
     def contents(self) -> Dataset:
         """The generated data set."""
-        dataset = self.SOURCE.generate(self.options)
+        dataset = self.source.generate(self.options)
         records.check_dataset(dataset)
         return dataset
 
@@ -99,16 +90,16 @@ class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg
 
 
 class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg]
-    """Runs the pipeline of `SOURCE` on a Beam runner.
+    """Runs the pipeline of a `PipelineSource` on a Beam runner.
 
     The pipeline writes the facts that only it can find, such as sizes of vocabularies, to files beside the
     records, where workers can write in any case. The builder then moves them into the metadata.
     """
 
-    SOURCE: PipelineSource
+    source: PipelineSource
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self._make_info(self.SOURCE.schema(self.options), {})
+        return self._make_info(self.source.schema(self.options), {})
 
     def _split_generators(self, dl_manager, pipeline):
         del dl_manager  # nothing is downloaded
@@ -116,7 +107,7 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
 
         from tarq_jax.data.beam.plan import plan_source, write_fact
 
-        plan = plan_source(self.SOURCE, pipeline, self.options)
+        plan = plan_source(self.source, pipeline, self.options)
         self._facts = {name: self.data_path / f"fact-{name}.json" for name in plan.facts}
         for name, fact in plan.facts.items():
             _ = fact | f"Write {name}" >> beam.Map(write_fact, str(self._facts[name]))
@@ -129,7 +120,7 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
             kind, _, key = name.partition("-")
             facts[kind][key] = json.loads(path.read_text())
             path.unlink()
-        schema = self.SOURCE.schema(self.options)
+        schema = self.source.schema(self.options)
         fields = [dataclasses.replace(field, size=facts["size"].get(field.name, field.size))
                   for field in schema.fields]
         reports = [RowReport.from_json(report) for report in facts["rows"].values()]
@@ -140,62 +131,18 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
             "info": {"rows": merge_reports(reports).to_json()}})
 
 
-class TarqSynthetic(RequestBuilder):
-    """`tarq_jax.data.synthetic` as a tfds data set."""
-
-    SOURCE = synthetic.SOURCE
-    VERSION = tfds.core.Version(SOURCE.version)
-
-
-class TarqMovielens(RequestBuilder):
-    """`tarq_jax.data.movielens` as a tfds data set."""
-
-    SOURCE = movielens.SOURCE
-    VERSION = tfds.core.Version(SOURCE.version)
-
-
-class TarqSequences(RequestBuilder):
-    """`tarq_jax.data.sequences` as a tfds data set."""
-
-    SOURCE = sequences.SOURCE
-    VERSION = tfds.core.Version(SOURCE.version)
-
-
-class TarqTaobaoUserbehavior(PipelineBuilder):
-    """`tarq_jax.data.taobao_userbehavior` as a tfds data set."""
-
-    SOURCE = taobao_userbehavior.SOURCE
-    VERSION = tfds.core.Version(SOURCE.version)
-
-
-class TarqTaobaoAds(PipelineBuilder):
-    """`tarq_jax.data.taobao_ads` as a tfds data set."""
-
-    SOURCE = taobao_ads.SOURCE
-    VERSION = tfds.core.Version(SOURCE.version)
-
-
-class TarqImpressions(PipelineBuilder):
-    """`tarq_jax.data.impressions` as a tfds data set."""
-
-    SOURCE = impressions.SOURCE
-    VERSION = tfds.core.Version(SOURCE.version)
-
-
-_BUILDERS: dict[str, type[_Builder]] = {cls.SOURCE.name: cls for cls in (
-    TarqSynthetic, TarqMovielens, TarqSequences, TarqTaobaoUserbehavior, TarqTaobaoAds, TarqImpressions)}
-
-
 def _is_prepared(directory: Path) -> bool:
     """tfds renames a directory to its final name only when it is complete."""
     return (directory / "dataset_info.json").is_file()
 
 
-def prepare(name: str, data_dir: str | Path, options: Any, beam_arguments: Sequence[str] = ()) -> Path:
+def prepare(
+    source: AnySource, data_dir: str | Path, options: Any, beam_arguments: Sequence[str] = (),
+) -> Path:
     """Prepares a data set unless its directory exists already, and returns the directory.
 
     Args:
-      name: a key of `tarq_jax.data.BUILDERS`.
+      source: what makes the data set.
       data_dir: directory of prepared data sets.
       options: options of that source.
       beam_arguments: arguments of the runner, such as `--runner=DataflowRunner`, for a source that a pipeline
@@ -207,14 +154,14 @@ def prepare(name: str, data_dir: str | Path, options: Any, beam_arguments: Seque
     Raises:
       ValueError: too many rows are malformed, or a pipeline is needed and Beam is not installed.
     """
-    cls = _BUILDERS[name]
     root = epath.Path(data_dir).expanduser().resolve()
-    directory = root / cls.name / fingerprint(cls.SOURCE, options) / str(cls.VERSION)
+    directory = root / f"tarq_{source.name}" / fingerprint(source, options) / source.version
     if not _is_prepared(directory):
-        logging.getLogger(__name__).info("preparing %s in %s", cls.name, directory)
-        download = tfds.download.DownloadConfig(beam_options=_beam_options(cls.SOURCE, beam_arguments))
+        logging.getLogger(__name__).info("preparing %s in %s", source.name, directory)
+        download = tfds.download.DownloadConfig(beam_options=_beam_options(source, beam_arguments))
+        builder = RequestBuilder if isinstance(source, Source) else PipelineBuilder
         try:
-            _generate(cls, root, options, download)
+            _generate(functools.partial(builder, data_dir=root, source=source, options=options), download)
         except OSError:
             if not _is_prepared(directory):  # otherwise another process has prepared it meanwhile
                 raise
@@ -233,12 +180,11 @@ def _beam_options(source: AnySource, arguments: Sequence[str]) -> Any:
     return PipelineOptions(list(arguments or LOCAL))
 
 
-def _generate(cls: type[_Builder], data_dir: Path, options: Any, download: Any) -> None:
+def _generate(make_builder: Callable[[], _Builder], download: Any) -> None:
     """Runs a builder quietly: tfds prints to stdout, which belongs to the results of commands."""
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):
-        cls(data_dir=data_dir, options=options).download_and_prepare(
-            file_format="array_record", download_config=download)
+        make_builder().download_and_prepare(file_format="array_record", download_config=download)
 
 
 def read(directory: str | Path, *, stream: bool = False) -> Dataset:

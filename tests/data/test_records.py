@@ -122,7 +122,7 @@ def test_other_options_are_prepared_anew_and_equal_ones_are_not(tmp_path, monkey
     load("synthetic", data_dir=tmp_path, **small)
     load("synthetic", data_dir=tmp_path, **small, seed=1)
     assert len(list(tmp_path.glob("tarq_synthetic/*"))) == 2
-    monkeypatch.setattr(builders.TarqSynthetic, "_split_generators", None)  # preparing again would fail
+    monkeypatch.setattr(builders.RequestBuilder, "_split_generators", None)  # preparing again would fail
     load("synthetic", data_dir=tmp_path, **small)
 
 
