@@ -11,16 +11,16 @@ and interquartile range over all calls in all processes), the speed-up over `pla
 temporary memory, the lower bound on this device from the FLOPs and exponentials of `plain` and from the bytes
 of arguments and results, the share of that bound that is reached, and the difference from the numbers of
 `plain`. `benchmarks.verdicts` defines when a program is called slower; the exit code is then 1. Programs that
-could not be compared are listed.
+could not be compared are listed. What seems to differ from a file is measured in turns with the revision that
+the file names, if the library had no changes then; so the file may be of another day.
 """
 
 import json
 import math
-import subprocess
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from benchmarks.measuring import Key
 from benchmarks.operations import OPERATIONS
 from benchmarks.workloads import WORKLOADS
 from tarq_jax import cli, reporting
+from tarq_jax.training import provenance
 
 WORKLOAD = flags.DEFINE_list("workload", ["paper"], f"Some of {', '.join(WORKLOADS)}.", allow_override=True)
 IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Default: all that run on this device.")
@@ -79,29 +80,52 @@ def wrong_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if row.get("error") is not None and not row["error"] <= measuring.WORST]
 
 
-def earlier(path: str) -> dict[str, list[float]]:
-    """Times of each process, by program name, from a file; if this command did not write it, a wrong call."""
+class Earlier(NamedTuple):
+    """What a file of an earlier call says."""
+
+    times: dict[str, list[float]]  # of each process, by program name
+    device: str | None
+    revision: str | None  # of the library; see `tarq_jax.training.provenance`
+
+
+def earlier(path: str) -> Earlier:
+    """Reads a file; if this command did not write it, a wrong call."""
     try:
         rows = json.loads(Path(path).read_text())
-        return {_key(row).name: row["processes_ms"] for row in rows if row.get("processes_ms")}
+        times = {_key(row).name: row["processes_ms"] for row in rows if row.get("processes_ms")}
+        facts = rows[0] if rows else {}
+        return Earlier(times, facts.get("device"), facts.get("revision"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         cli.wrong_call(f"--against={path}: {type(error).__name__}: {error}; expected a file that "
                        "`python -m benchmarks --json=FILE` wrote")
 
 
-def comparable(wanted: Sequence[Key]) -> dict[str, list[float]]:
-    """The times in the file of `--against`, if it is given; too few for a verdict are a wrong call."""
+def comparable(wanted: Sequence[Key]) -> Earlier:
+    """What the file of `--against` says, if it is given; too few times for a verdict are a wrong call."""
     if AGAINST.value is None:
-        return {}
+        return Earlier({}, None, None)
     if REVISION.value:
         cli.wrong_call(f"--against is {AGAINST.value!r} and --revision is {REVISION.value!r}, expected one")
     found = earlier(AGAINST.value)
-    plain = [key.implementation == "plain" for key in wanted if key.name in found]
+    plain = [key.implementation == "plain" for key in wanted if key.name in found.times]
     if all(plain) or not any(plain):
         cli.wrong_call(f"--against={AGAINST.value} has times of {sum(plain)} `plain` and "
                        f"{len(plain) - sum(plain)} other programs that are asked for, expected some of both: "
                        "`plain` ones tell the speed of the machine")
     return found
+
+
+def tree_to_compare(old: Earlier, folder: Path) -> Path | None:
+    """The tree of `--revision` or of the file, in `folder`; None if the file's cannot be had."""
+    revision = REVISION.value or old.revision
+    if not revision:
+        return None
+    try:
+        return comparing.tree_of(revision, folder)
+    except (OSError, ValueError) as error:  # no git, or no such revision
+        if REVISION.value:
+            cli.wrong_call(f"--revision is {revision!r}: {error}")
+        return None
 
 
 def is_slowdown(text: str, operations: Collection[str]) -> bool:
@@ -140,17 +164,21 @@ def main(words: Sequence[str]) -> None:
     wanted, console = chosen(words), Console()
     old = comparable(wanted)
     with tempfile.TemporaryDirectory() as folder:
-        trees = {"new": comparing.ROOT}
-        if REVISION.value:
-            try:
-                trees["old"] = comparing.tree_of(REVISION.value, Path(folder))
-            except subprocess.CalledProcessError as error:
-                cli.wrong_call(f"--revision is {REVISION.value!r}: {error.stderr.decode().strip()}")
-
+        other = tree_to_compare(old, Path(folder))
+        if old.times and other is None:
+            console.print(f"revision {old.revision} of {AGAINST.value} cannot be measured again: verdicts "
+                          "are by the file alone", soft_wrap=True, markup=False, highlight=False)
         machine = comparing.ask_machine(SECONDS.value)
-        found, verdict_of = comparing.compare(
-            wanted, trees, old, processes=PROCESSES.value, seconds=SECONDS.value,
-            slowdowns=SLOWDOWN.value, console=console)
+        if old.device not in (None, machine["device"]):
+            cli.wrong_call(f"--against={AGAINST.value} is of device {old.device!r}, expected "
+                           f"{machine['device']!r}")
+        options: dict[str, Any] = {
+            "processes": PROCESSES.value, "seconds": SECONDS.value, "slowdowns": SLOWDOWN.value,
+            "console": console}
+        if other or old.times:
+            found, verdict_of = comparing.compare(wanted, other, old.times, **options)
+        else:
+            found, verdict_of = comparing.measure(wanted, {"new": comparing.ROOT}, **options), {}
     rows = rows_of(found["new"], Peaks(*machine["peaks"]))
     for row in rows:
         if verdict := verdict_of.get(_key(row).name):
@@ -158,9 +186,10 @@ def main(words: Sequence[str]) -> None:
                     "change_high": max(verdict.ratios), "verdict": verdict.word}
     reporting.print_table(rows, machine["device"], COLUMNS)
     if JSON.value:
-        reporting.write_rows([{"device": machine["device"]} | row for row in rows], JSON.value)
+        facts = {"device": machine["device"], "revision": provenance.revision()}
+        reporting.write_rows([facts | row for row in rows], JSON.value)
     wrong = wrong_of(rows)
-    if old or "old" in trees:
+    if old.times or REVISION.value:
         for name, reason in comparing.not_compared(found, verdict_of).items():
             console.print(f"not compared: {name}: {reason}", soft_wrap=True, markup=False, highlight=False)
         if not verdict_of:

@@ -67,10 +67,12 @@ class Worker:
 
 
 def tree_of(revision: str, folder: Path) -> Path:
-    """Writes a revision's library with today's benchmarks; raises CalledProcessError if git fails."""
-    archive = subprocess.run(["git", "archive", "--format=tar", revision, "tarq_jax"], cwd=ROOT, check=True,
-                             capture_output=True).stdout
-    subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+    """Writes a revision's library with today's benchmarks; raises ValueError if git has no such revision."""
+    archive = subprocess.run(["git", "archive", "--format=tar", revision, "tarq_jax"], cwd=ROOT,
+                             capture_output=True)
+    if archive.returncode:
+        raise ValueError(archive.stderr.decode().strip())
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
     return folder
 
@@ -131,28 +133,35 @@ def measure(
 
 
 def compare(
-    keys: Sequence[Key], trees: Mapping[str, Path], before: verdicts.Times, **options: Any
+    keys: Sequence[Key], old: Path | None, before: verdicts.Times | None = None, **options: Any,
 ) -> tuple[dict[str, dict[Key, Series]], dict[str, verdicts.Verdict]]:
     """Measures, and measures programs that look different a second time before judging them.
 
     Args:
       keys: as for `measure`.
-      trees: "new" is compared with "old" if that is given.
-      before: otherwise, the times of an earlier call with which "new" is compared.
+      old: tree with which this one is compared; may be None if `before` is given.
+      before: its times, measured earlier; then only programs that look different are measured in turns.
       **options: as for `measure`.
 
     Returns:
       The first measurements, as from `measure`, and verdicts by program name.
     """
+    trees = {"new": ROOT} | ({"old": old} if old and not before else {})
+    screened = bool(before and old)
+
     def judge(found):
-        times = {name: times_of(programs) for name, programs in found.items()}
-        return (verdicts.in_turns(times["new"], times["old"]) if "old" in trees
-                else verdicts.against(times["new"], before))
+        new = times_of(found["new"])
+        return verdicts.against(new, before) if before else verdicts.in_turns(new, times_of(found["old"]))
+
+    def again(names):
+        suspects = with_plain(keys, names, running)
+        if screened:
+            return compare(suspects, old, **options)[1]
+        return judge(measure(suspects, trees, **options))
 
     found = measure(keys, trees, **options)
-    running = times_of(found["new"]).keys() & (times_of(found["old"]) if "old" in trees else before).keys()
-    return found, verdicts.settled(
-        judge(found), lambda names: judge(measure(with_plain(keys, names, running), trees, **options)))
+    running = times_of(found["new"]).keys() & (before or times_of(found["old"])).keys()
+    return found, verdicts.settled(judge(found), again, both=not screened)
 
 
 def not_compared(found: Mapping[str, Mapping[Key, Series]], judged: Collection[str]) -> dict[str, str]:

@@ -4,7 +4,8 @@
 
 The library is compared with itself, while two of four operations, drawn anew each time, take 1.3 times as
 long in one of the two copies. The command counts the verdicts, for measurements in turns (as with
-`--revision`) and for comparisons with the numbers of the previous repeat (as with `--against`).
+`--revision`) and for comparisons with the numbers of the previous repeat (as with `--against` and a file that
+names its revision).
 """
 
 from collections import Counter
@@ -31,7 +32,7 @@ def compare(slowed: list[str], before: dict[str, list[float]] | None, console: C
 
     Args:
       slowed: names of the operations that are slowed down.
-      before: times of another comparison with which the new ones are compared; None measures in turns.
+      before: times of the unchanged library from another comparison; None measures all in turns.
       console: where progress is shown.
 
     Returns:
@@ -39,10 +40,8 @@ def compare(slowed: list[str], before: dict[str, list[float]] | None, console: C
     """
     keys = [key for key in measuring.keys(list(TRIED), [WORKLOAD], ["plain", "xla"])
             if key.direction == "forward"]
-    trees = {"new": comparing.ROOT} | ({"old": comparing.ROOT} if before is None else {})
-
     found, judged = comparing.compare(
-        keys, trees, before or {}, processes=PROCESSES, seconds=SECONDS, console=console,
+        keys, comparing.ROOT, before, processes=PROCESSES, seconds=SECONDS, console=console,
         slowdowns=[f"{name}={FACTOR.value}" for name in slowed])
     return judged, comparing.times_of(found.get("old", {}))
 

@@ -3,13 +3,15 @@
 A program is measured in several processes, because the placement of memory can favour one process. The lower
 quartile of each process's times counts, because disturbances only add time. For each pair of a new and an old
 process, the ratio of their times is taken. The program is called slower if the median ratio is above
-`TOLERANCE` and at least `SHARE` of the ratios are above 1. A program whose median ratio is beyond the
-tolerance is measured again, and both measurements count. Faster is defined likewise.
+`TOLERANCE` and at least `SHARE` of the ratios are above 1. Faster is defined likewise. A program whose median
+ratio is above `SUSPECT`, or below its inverse, is measured again before it is judged.
 
-If both versions are measured in turns, the processes that took turns are pairs. If the old numbers come from
-a file, each new process is paired with each old one. All ratios are then divided by the change of the
-machine's speed: the median ratio of the `plain` implementations, which belong to the benchmarks and do not
-change with the library.
+If both versions are measured in turns, the processes that took turns are pairs, and both measurements count.
+If the old numbers come from a file, each new process is paired with each old one. All ratios are then divided
+by the change of the machine's speed: the median ratio of the `plain` implementations, which belong to the
+benchmarks and do not change with the library. This only finds suspects: they are then measured in turns with
+the revision that the file names, and only that counts. If the file names none that can be measured, both
+measurements against the file count.
 """
 
 import itertools
@@ -18,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOLERANCE, SHARE = 1.12, 5 / 6
+TOLERANCE, SHARE, SUSPECT = 1.12, 5 / 6, 1.06
 
 Times = Mapping[str, Sequence[float]]  # name of a program -> typical time of each process
 
@@ -44,7 +46,7 @@ class Verdict(NamedTuple):
     @property
     def suspect(self) -> bool:
         """Whether to measure again."""
-        return not 1 / TOLERANCE <= self.ratio <= TOLERANCE
+        return not 1 / SUSPECT <= self.ratio <= SUSPECT
 
 
 def in_turns(new: Times, old: Times) -> dict[str, Verdict]:
@@ -77,15 +79,16 @@ def against(new: Times, old: Times) -> dict[str, Verdict]:
 
 
 def settled(
-    first: Mapping[str, Verdict], again: Callable[[list[str]], Mapping[str, Verdict]]
+    first: Mapping[str, Verdict], again: Callable[[list[str]], Mapping[str, Verdict]], *, both: bool = True,
 ) -> dict[str, Verdict]:
-    """Measures suspects again; their verdicts then count both measurements.
+    """Measures suspects again.
 
     Args:
       first: verdicts by program name.
-      again: program names -> verdicts of a second measurement of these programs.
+      again: program names -> verdicts of a second measurement of these programs, if it can measure them.
+      both: whether suspects are judged by both measurements; otherwise only by the second.
     """
     suspects = [name for name, found in first.items() if found.suspect]
     second = again(suspects) if suspects else {}
-    return {name: Verdict(found.ratios + second[name].ratios) if name in suspects else found
-            for name, found in first.items()}
+    return dict(first) | {
+        name: Verdict(first[name].ratios * both + second[name].ratios) for name in suspects if name in second}

@@ -33,13 +33,38 @@ def test_rows_and_verdicts_against_a_revision(command, tmp_path):
         assert row["run_ms"] > 0 and row["compile_ms"] > 0 and len(row["processes_ms"]) == 1
         assert row["error"] < measuring.WORST and row["bound_ms"] > 0 and row["change"] > 0
     assert rows["xla", "forward"]["verdict"] == "slower" and rows["xla", "forward"]["change"] > 10
+    assert len({row["revision"] for row in rows.values()}) == 1 and row["device"] == "cpu"
 
 
 def test_an_earlier_file(tmp_path):
     path, key = tmp_path / "earlier.json", Key("look_up", "single", "xla", "forward")
-    path.write_text(json.dumps([key._asdict() | {"processes_ms": [1.0, 2.0]},
-                                key._asdict() | {"workload": "paper", "note": "takes 9 MB"}]))
-    assert benchmarks.__main__.earlier(str(path)) == {key.name: [1.0, 2.0]}
+    facts = {"device": "cpu", "revision": "123abc"}
+    path.write_text(json.dumps([key._asdict() | facts | {"processes_ms": [1.0, 2.0]},
+                                key._asdict() | facts | {"workload": "paper", "note": "takes 9 MB"}]))
+    assert benchmarks.__main__.earlier(str(path)) == ({key.name: [1.0, 2.0]}, "cpu", "123abc")
+
+
+@pytest.mark.parametrize("in_turns, word", [([1.0, 1.0, 1.0], "same"), ([1.3, 1.3, 1.4], "slower")])
+def test_what_differs_from_a_file_is_judged_in_turns(monkeypatch, tmp_path, in_turns, word):
+    """Only what differs, and only by what was measured in turns; without a tree, by the file."""
+    keys = [Key("encode", "odd", way, "forward") for way in ("plain", "xla", "blocks")]
+    plain, xla, _ = keys
+    before, asked = {key.name: [1.0, 1.0] for key in keys}, []
+
+    def measure(wanted, trees, **_):
+        asked.append((wanted, list(trees)))
+        new = {xla: in_turns if "old" in trees else [1.5, 1.6]}
+        return {tree: {key: comparing.Series({}, [[time] for time in (
+            new.get(key, [1.0] * 3) if tree == "new" else [1.0] * 3)]) for key in wanted} for tree in trees}
+
+    monkeypatch.setattr(comparing, "measure", measure)
+    _, judged = comparing.compare(keys, tmp_path, before)
+    assert asked[:2] == [(keys, ["new"]), ([plain, xla], ["new", "old"])]
+    words = {name: verdict.word for name, verdict in judged.items()}
+    assert words == dict.fromkeys(before, "same") | {xla.name: word}
+    asked.clear()
+    _, judged = comparing.compare(keys, None, before)
+    assert judged[xla.name].word == "slower" and {trees for _, (trees, *_) in asked} == {"new"}
 
 
 @pytest.mark.parametrize("words, flags, complaint", [
@@ -62,13 +87,16 @@ def test_wrong_calls(capsys, words, flags, complaint):
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
 
 
+MACHINE = {"peaks": [1.0, 1.0, 1.0], "device": "none"}
+
+
 @pytest.fixture
 def file_of(tmp_path):
     """A function that writes a file with a time for each of some implementations of a look-up."""
-    def write(implementations):
+    def write(implementations, **facts):
         keys = [Key("look_up", "paper", implementation, "forward") for implementation in implementations]
         (path := tmp_path / "old.json").write_text(json.dumps(
-            [key._asdict() | {"processes_ms": [1.0]} for key in keys]))
+            [key._asdict() | {"processes_ms": [1.0]} | facts for key in keys]))
         return str(path)
 
     return write
@@ -83,17 +111,27 @@ def test_a_file_of_other_programs_is_refused(capsys, file_of, there, asked, coun
     assert ended.value.code == 2 and f"has times of {counts} programs" in capsys.readouterr().err
 
 
+def test_a_file_of_another_device_is_refused(capsys, file_of, monkeypatch):
+    monkeypatch.setattr(comparing, "ask_machine", lambda _: MACHINE)
+    against = file_of(["plain", "xla"], device="TPU v6", revision="no such revision")
+    with flagsaver.flagsaver(against=against), pytest.raises(SystemExit):
+        benchmarks.__main__.main(["look_up"])
+    found = capsys.readouterr()
+    assert "is of device 'TPU v6', expected 'none'" in found.err and "no such revision of" in found.out
+
+
 def test_what_has_no_verdict_is_listed(capsys, file_of, monkeypatch):
     def found(times):
         return {"new": {Key("look_up", "paper", way, "forward"): comparing.Series({}, times)
                         for way in ("plain", "one_hot")}}
 
-    monkeypatch.setattr(comparing, "ask_machine", lambda _: {"peaks": [1.0, 1.0, 1.0], "device": "none"})
+    monkeypatch.setattr(comparing, "ask_machine", lambda _: MACHINE)
     monkeypatch.setattr(comparing, "compare", lambda *_, **options: (
         found([[2.0]]), {"look_up/paper/plain/forward": verdicts.Verdict((1.0,))}))
     with flagsaver.flagsaver(against=file_of(["plain", "xla"])):
         benchmarks.__main__.main(["look_up"])
         listed = capsys.readouterr().out.splitlines()
+        assert "revision None of" in listed[0] and "cannot be measured again" in listed[0]
         assert "not compared: look_up/paper/one_hot/forward: not in the file" in listed
         assert not any("not compared: look_up/paper/plain" in line for line in listed)
         monkeypatch.setattr(comparing, "compare", lambda *_, **options: (found([]), {}))
