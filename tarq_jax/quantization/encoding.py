@@ -9,7 +9,7 @@ does, also takes a keyword `where` [M] bool, which marks the real points.
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import chex
@@ -191,7 +191,8 @@ def beam_encode(
     """Residual quantization that keeps the best `beam` partial sums at each level (Babenko et al. 2014).
 
     The error is never larger than that of `encode`: where the beam finds nothing nearer, the greedy codes
-    are kept. With `beam=1` it equals `encode`.
+    are kept. With `beam=1` it equals `encode`. Takes memory for the products of all pairs of codewords of
+    two levels, K_l x K_m numbers.
 
     Args:
       codewords: [L, K, D], or L arrays [K_l, D].
@@ -213,7 +214,9 @@ def beam_encode(
     levels = as_levels(codewords, latents)
     if beam == 1 or len(levels) == 1 or not latents.size:
         return encode(levels, latents, block=block)
-    return _encode_by(functools.partial(_best_codes, levels, beam=beam), levels, latents, block)
+    fixed = jax.lax.stop_gradient(levels)
+    codes_of = functools.partial(_best_codes, levels=fixed, products=_products(fixed), beam=beam)
+    return _encode_by(codes_of, levels, latents, block)
 
 
 def _encode_by(
@@ -284,23 +287,36 @@ def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: 
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: len(points)], found)
 
 
-def _best_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) -> jax.Array:
+def _best_codes(
+    latents: jax.Array, levels: tuple[jax.Array, ...], products: Sequence[Sequence[jax.Array]], beam: int,
+) -> jax.Array:
     """Codes [M, L] found by a beam, or the greedy codes where the beam's are not nearer; latents [M, D]."""
     greedy = encode(levels, latents, implementation="xla")
-    found = with_codes(levels, latents, _beam_codes(levels, latents, beam))
+    found = with_codes(levels, latents, _beam_codes(latents, levels, products, beam))
     better = _squared_error(found, latents) < _squared_error(greedy, latents)
     return jnp.where(better[:, None], found.codes, greedy.codes)
 
 
-def _beam_codes(levels: tuple[jax.Array, ...], latents: jax.Array, beam: int) -> jax.Array:
-    """Codes [M, L] of the best path that a beam finds, for latents [M, D]."""
+def _products(levels: tuple[jax.Array, ...]) -> list[list[jax.Array]]:
+    """For each level, `<b, c>` for the codewords b of each level before it and its own c: [K_b, K_c]."""
+    levels = (levels[0] - levels[0][0], *levels[1:])  # as `_beam_codes` centres them
+    return [[before @ level.T for before in levels[:index]] for index, level in enumerate(levels)]
+
+
+def _beam_codes(
+    latents: jax.Array, levels: tuple[jax.Array, ...], products: Sequence[Sequence[jax.Array]], beam: int,
+) -> jax.Array:
+    """Codes [M, L] of the best path that a beam finds, for latents x [M, D].
+
+    Codeword c adds `<x - b_1 - ... - b_l, c> - |c|^2 / 2` to half the negative squared error of a path
+    `b_1, ..., b_l`. Products of codewords come from `products`, so that those with x serve all paths.
+    """
     latents, first = _centred(latents, levels[0])
-    levels = (first, *levels[1:])
     codes: list[jax.Array] = []  # codes of the paths that are kept, [M, beam] per level
     scores = jnp.zeros((len(latents), 1))  # scores of these paths: half the negative squared error
-    for index, level in enumerate(levels):
-        residuals = latents[:, None] - sum(level[code] for level, code in zip(levels, codes, strict=False))
-        totals = (scores[..., None] + _half_scores(residuals, level)).reshape(len(latents), -1)
+    for index, level in enumerate((first, *levels[1:])):
+        taken = sum(pairs[code] for pairs, code in zip(products[index], codes, strict=True))
+        totals = (scores[..., None] + _half_scores(latents, level)[:, None] - taken).reshape(len(latents), -1)
         kept = 1 if index == len(levels) - 1 else min(beam, totals.shape[1])
         scores, best = _top(totals, kept)
         parents, code = jnp.divmod(best, len(level))
