@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from tarq_jax import own
+from tarq_jax import user_code
 
 COMPARED = ("two_tower", "two_tower_large", "target_attention", "tarq")  # trained in a comparison by default
 MODELS = (*COMPARED, "cold", "inttower", "linear_attention", "sdim", "eta", "sim", "din")
@@ -171,7 +171,7 @@ def _one_of(*choices: str | int) -> Rule:
 
 def is_model(name: Any) -> bool:
     """Whether `name` is a model of the library, or MODULE:FUNCTION of a module that Python finds."""
-    return name in MODELS or (isinstance(name, str) and own.is_there(name))
+    return name in MODELS or (isinstance(name, str) and user_code.is_there(name))
 
 
 MODEL_NAME = (f"one of {MODELS}, or MODULE:FUNCTION of a module that Python finds, for a model of your own "
@@ -332,7 +332,7 @@ def check_codebook(config: ml_collections.ConfigDict) -> None:
 
 def own_code(config: ml_collections.ConfigDict) -> dict[str, str]:
     """A hash of the source file of each MODULE:FUNCTION in the settings; what it imports is not hashed."""
-    return {name: own.source_of(name) for name in (config.model.name, config.data.name) if ":" in name}
+    return {name: user_code.source_of(name) for name in (config.model.name, config.data.name) if ":" in name}
 
 
 def variants_of(study: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tarq_jax import own
+from tarq_jax import user_code
 from tarq_jax.data import impressions, movielens, sequences, synthetic, taobao_ads, taobao_userbehavior
 from tarq_jax.data.collate import collate
 from tarq_jax.data.hashing import hash_ids
@@ -60,7 +60,7 @@ def _load_own(name: str, stream: bool, options: Mapping[str, Any]) -> Dataset:
     if stream:
         raise ValueError(f"config.data.stream is True, expected False with config.data.name={name!r}: what a "
                          "function makes is in memory")
-    dataset = own.call("config.data.name", name, Dataset, **options)
+    dataset = user_code.call("config.data.name", name, Dataset, **options)
     if missing := {"train", "test"} - dataset.splits.keys():
         raise ValueError(f"{name} gives the splits {sorted(dataset.splits)}, expected {sorted(missing)} too")
     check_dataset(dataset)

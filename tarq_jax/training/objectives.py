@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from tarq_jax import losses, own, shards
+from tarq_jax import losses, shards, user_code
 from tarq_jax.models import Tarq
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionWeights, TarqOutput
@@ -240,7 +240,7 @@ def build(
       ValueError: the model needs a field that the data does not have, or its function is missing.
     """
     if ":" in model.name:
-        return own.call(
+        return user_code.call(
             "config.model.name", model.name, Objective, model, loss_weights, schema, tables, axis_name)
     module = make_module(model, schema, tables)
     if not isinstance(module, Tarq):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tarq_jax import own, quantization
+from tarq_jax import quantization, user_code
 from tarq_jax.config import validate
 from tarq_jax.models import FirstOrderTarq, TwoTower
 from tarq_jax.training import loop, provenance, setup
@@ -91,7 +91,7 @@ def test_it_is_trained_as_the_librarys_are(named, tiny_config, tiny_dataset, tmp
     assert found["model"] == config.model.name
     assert {name: found[name] for name in measured} == {name: expected[name] for name in measured}
     entry, = provenance.read(tmp_path / "b")
-    assert entry["own"] == {config.model.name: own.source_of(config.model.name)}
+    assert entry["own"] == {config.model.name: user_code.source_of(config.model.name)}
 
 
 def test_rows_in_a_table_of_several():
@@ -141,10 +141,11 @@ def test_a_validation_split_that_is_not_there(tiny_config, tiny_dataset):
 def test_hash_of_a_file(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "made_up.py").write_text("def make(): ...\n")
-    before = own.source_of("made_up:make")
+    before = user_code.source_of("made_up:make")
     (tmp_path / "made_up.py").write_text("def make(): return 1\n")
-    assert len(before) == 16 and before != own.source_of("made_up:make")
-    session = "from tarq_jax import own; print(own.source_of('__main__:make'), end='')"
+    assert len(before) == 16 and before != user_code.source_of("made_up:make")
+    session = "from tarq_jax import user_code; print(user_code.source_of('__main__:make'), end='')"
     done = subprocess.run([sys.executable, "-c", session], capture_output=True, text=True, check=True)
     assert done.stdout == ""  # code typed in a session is in no file
-    assert own.source_of("nowhere:make") == own.source_of("sys:exit") == "" != own.source_of("json:loads")
+    assert user_code.source_of("nowhere:make") == user_code.source_of("sys:exit") == ""
+    assert user_code.source_of("json:loads")

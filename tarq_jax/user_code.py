@@ -1,4 +1,4 @@
-"""Functions of your own that a configuration names as MODULE:FUNCTION: a model, a data set."""
+"""Functions of the user's own that a configuration names as MODULE:FUNCTION: a model, a data set."""
 
 import hashlib
 import importlib
