@@ -21,6 +21,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.peers import check_installed
 from benchmarks.timing import in_turns
 from tarq_jax import cli, quantization, reporting
 
@@ -167,6 +168,7 @@ def compare(num: int, console: Console) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Compares for each number of latents and prints the table."""
     counts = cli.whole_numbers(SIZES, f"whole numbers of at least {CODEWORDS}", least=CODEWORDS)
+    check_installed("faiss", "torch", "vector_quantize_pytorch")
     rows = [row for num in counts for row in compare(num, Console())]
     reporting.print_table(rows, f"L={LEVELS}, K={CODEWORDS}, D={WIDTH}, {THREADS.value} threads")
     if JSON.value:

@@ -24,6 +24,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.peers import check_installed
 from configs import synthetic, synthetic_order_0
 from tarq_jax import cli, data, reporting
 from tarq_jax.training import setup
@@ -185,6 +186,7 @@ def main() -> None:
     threads = cli.whole_numbers(THREADS, "numbers of threads like 2,1")
     if (found := jax.default_backend().replace("gpu", "cuda")) != DEVICE.value:
         cli.wrong_call(f"--device is {DEVICE.value!r}, expected {found!r}, on which JAX runs")
+    check_installed("torch")
     jax.config.update("jax_default_matmul_precision", "highest")
     threads = threads if DEVICE.value == "cpu" else [1]
     rows = [row for name in names for row in compare(name, threads, Console())]

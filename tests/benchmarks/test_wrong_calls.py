@@ -1,5 +1,7 @@
 """Wrong calls of benchmarks end at once, with a line that names the flag, its value and what was expected."""
 
+import sys
+
 import pytest
 from absl.flags import FLAGS
 from absl.testing import flagsaver
@@ -33,6 +35,14 @@ def test_flags(capsys, module, flags, complaint):
     with flagsaver.flagsaver(**flags), pytest.raises(SystemExit) as ended:
         module.main()
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_a_missing_peer_is_told_before_anything_is_measured(monkeypatch):
+    if not FLAGS.is_parsed():
+        FLAGS.mark_as_parsed()
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    with flagsaver.flagsaver(), pytest.raises(ValueError, match=r"torch is missing, expected .*\[bench\]"):
+        training_step.main()
 
 
 def test_it_is_said_what_compiles_for_tpus(command):
