@@ -133,7 +133,8 @@ def measure(
 
 
 def compare(
-    keys: Sequence[Key], old: Path | None, before: verdicts.Times | None = None, **options: Any,
+    keys: Sequence[Key], old: Path | None, before: verdicts.Times | None = None, *, processes: int,
+    **options: Any,
 ) -> tuple[dict[str, dict[Key, Series]], dict[str, verdicts.Verdict]]:
     """Measures, and measures programs that look different a second time before judging them.
 
@@ -141,27 +142,26 @@ def compare(
       keys: as for `measure`.
       old: tree with which this one is compared; may be None if `before` is given.
       before: its times, measured earlier; then only programs that look different are measured in turns.
+      processes: as for `measure`; the second time there are more.
       **options: as for `measure`.
 
     Returns:
       The first measurements, as from `measure`, and verdicts by program name.
     """
-    trees = {"new": ROOT} | ({"old": old} if old and not before else {})
-    screened = bool(before and old)
+    new, both = {"new": ROOT}, {"new": ROOT} | ({"old": old} if old else {})
 
     def judge(found):
-        new = times_of(found["new"])
-        return verdicts.against(new, before) if before else verdicts.in_turns(new, times_of(found["old"]))
+        times = {name: times_of(programs) for name, programs in found.items()}
+        return (verdicts.in_turns(times["new"], times["old"]) if "old" in times
+                else verdicts.against(times["new"], before or {}))
 
     def again(names):
         suspects = with_plain(keys, names, running)
-        if screened:
-            return compare(suspects, old, **options)[1]
-        return judge(measure(suspects, trees, **options))
+        return judge(measure(suspects, both, processes=verdicts.AGAIN * processes, **options))
 
-    found = measure(keys, trees, **options)
+    found = measure(keys, new if before else both, processes=processes, **options)
     running = times_of(found["new"]).keys() & (before or times_of(found["old"])).keys()
-    return found, verdicts.settled(judge(found), again, both=not screened)
+    return found, verdicts.settled(judge(found), again)
 
 
 def not_compared(found: Mapping[str, Mapping[Key, Series]], judged: Collection[str]) -> dict[str, str]:

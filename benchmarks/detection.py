@@ -61,6 +61,9 @@ def main() -> None:
                 operation, _, implementation, _ = name.split("/")
                 kind = "slowed" if operation in slowed and implementation != "plain" else "same"
                 counts[how, kind, verdict.word] += 1
+                if verdict.word != ("slower" if kind == "slowed" else "same"):
+                    ratios = ", ".join(f"{ratio:.2f}" for ratio in verdict.ratios)
+                    console.print(f"{how}: {name}, {kind}, is called {verdict.word}: {ratios}")
     rows: list[dict[str, Any]] = [
         {"compared": how, "program": kind, "factor": FACTOR.value if kind == "slowed" else 1.0,
          **{word: counts[how, kind, word] for word in ("slower", "same", "faster")}}

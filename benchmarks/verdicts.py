@@ -3,15 +3,16 @@
 A program is measured in several processes, because the placement of memory can favour one process. The lower
 quartile of each process's times counts, because disturbances only add time. For each pair of a new and an old
 process, the ratio of their times is taken. The program is called slower if the median ratio is above
-`TOLERANCE` and at least `SHARE` of the ratios are above 1. Faster is defined likewise. A program whose median
-ratio is above `SUSPECT`, or below its inverse, is measured again before it is judged.
+`TOLERANCE` and at least `SHARE` of the ratios are above 1. Faster is defined likewise.
 
-If both versions are measured in turns, the processes that took turns are pairs, and both measurements count.
-If the old numbers come from a file, each new process is paired with each old one. All ratios are then divided
-by the change of the machine's speed: the median ratio of the `plain` implementations, which belong to the
-benchmarks and do not change with the library. This only finds suspects: they are then measured in turns with
-the revision that the file names, and only that counts. If the file names none that can be measured, both
-measurements against the file count.
+A program whose median ratio is above `SUSPECT`, or below its inverse, is measured again, in `AGAIN` times as
+many processes. The second measurement alone decides: the first was chosen because it is extreme.
+
+If both versions are measured in turns, the processes that took turns are pairs. If the old numbers come from
+a file, each new process is paired with each old one. All ratios are then divided by the change of the
+machine's speed: the median ratio of the `plain` implementations, which belong to the benchmarks and do not
+change with the library. Suspects are then measured in turns with the revision that the file names, or against
+the file again if that cannot be measured.
 """
 
 import itertools
@@ -20,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOLERANCE, SHARE, SUSPECT = 1.12, 5 / 6, 1.06
+TOLERANCE, SHARE = 1.14, 5 / 6  # 1.14 is as far from 1 as from 1.3
+SUSPECT, AGAIN = 1.06, 2
 
 Times = Mapping[str, Sequence[float]]  # name of a program -> typical time of each process
 
@@ -79,16 +81,14 @@ def against(new: Times, old: Times) -> dict[str, Verdict]:
 
 
 def settled(
-    first: Mapping[str, Verdict], again: Callable[[list[str]], Mapping[str, Verdict]], *, both: bool = True,
+    first: Mapping[str, Verdict], again: Callable[[list[str]], Mapping[str, Verdict]]
 ) -> dict[str, Verdict]:
-    """Measures suspects again.
+    """Measures suspects again; the second measurement decides where there is one.
 
     Args:
       first: verdicts by program name.
-      again: program names -> verdicts of a second measurement of these programs, if it can measure them.
-      both: whether suspects are judged by both measurements; otherwise only by the second.
+      again: program names -> verdicts of a second measurement of these programs, and perhaps of others.
     """
     suspects = [name for name, found in first.items() if found.suspect]
     second = again(suspects) if suspects else {}
-    return dict(first) | {
-        name: Verdict(first[name].ratios * both + second[name].ratios) for name in suspects if name in second}
+    return {name: second.get(name, found) if name in suspects else found for name, found in first.items()}

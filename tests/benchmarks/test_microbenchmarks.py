@@ -46,25 +46,26 @@ def test_an_earlier_file(tmp_path):
 
 @pytest.mark.parametrize("in_turns, word", [([1.0, 1.0, 1.0], "same"), ([1.3, 1.3, 1.4], "slower")])
 def test_what_differs_from_a_file_is_judged_in_turns(monkeypatch, tmp_path, in_turns, word):
-    """Only what differs, and only by what was measured in turns; without a tree, by the file."""
+    """Only what differs, in more processes, which alone decide; without a tree, against the file again."""
     keys = [Key("encode", "odd", way, "forward") for way in ("plain", "xla", "blocks")]
     plain, xla, _ = keys
     before, asked = {key.name: [1.0, 1.0] for key in keys}, []
 
-    def measure(wanted, trees, **_):
-        asked.append((wanted, list(trees)))
+    def measure(wanted, trees, processes):
+        asked.append((wanted, list(trees), processes))
         new = {xla: in_turns if "old" in trees else [1.5, 1.6]}
         return {tree: {key: comparing.Series({}, [[time] for time in (
             new.get(key, [1.0] * 3) if tree == "new" else [1.0] * 3)]) for key in wanted} for tree in trees}
 
     monkeypatch.setattr(comparing, "measure", measure)
-    _, judged = comparing.compare(keys, tmp_path, before)
-    assert asked[:2] == [(keys, ["new"]), ([plain, xla], ["new", "old"])]
+    _, judged = comparing.compare(keys, tmp_path, before, processes=3)
+    assert asked == [(keys, ["new"], 3), ([plain, xla], ["new", "old"], 6)]
     words = {name: verdict.word for name, verdict in judged.items()}
     assert words == dict.fromkeys(before, "same") | {xla.name: word}
     asked.clear()
-    _, judged = comparing.compare(keys, None, before)
-    assert judged[xla.name].word == "slower" and {trees for _, (trees, *_) in asked} == {"new"}
+    _, judged = comparing.compare(keys, None, before, processes=3)
+    assert judged[xla.name].word == "slower"
+    assert asked == [(keys, ["new"], 3), ([plain, xla], ["new"], 6)]
 
 
 @pytest.mark.parametrize("words, flags, complaint", [
@@ -287,18 +288,19 @@ def test_suspects_are_measured_again(again, word):
     assert asked == ["a"] and found["a"].word == word and found["b"].word == "same"
 
 
-def test_false_alarms_and_misses_at_a_noise_of_five_percent():
+def test_false_alarms_and_misses_at_a_noise_of_eight_percent():
+    """Of 2,000 programs, at most 2 that did not change are called something else; 19 slower ones missed."""
     rng = np.random.default_rng(0)
 
-    def judge(factor):
-        new, old = np.exp(0.05 * rng.standard_normal((2, 3)))
-        return verdicts.in_turns(times(factor * new), times(old))
+    def judge(factor, processes):
+        ratios = factor * np.exp(0.08 * rng.standard_normal(processes))
+        return verdicts.in_turns(times(ratios), times(np.ones(processes)))
 
     def words(factor):
-        return [next(iter(verdicts.settled(judge(factor), lambda _: judge(factor)).values())).word
-                for _ in range(2000)]
+        return [next(iter(verdicts.settled(judge(factor, 3), lambda _: judge(factor, 3 * verdicts.AGAIN))
+                          .values())).word for _ in range(2000)]
 
-    assert words(1.0).count("same") > 1995 and words(1.3).count("slower") > 1960
+    assert words(1.0).count("same") >= 1998 and words(1.3).count("slower") > 1980
 
 
 def test_bounds():

@@ -1,5 +1,6 @@
 """Ratios, resampling, multiple tests and power, compared with scipy, statsmodels and closed forms."""
 
+import gc
 import itertools
 import math
 
@@ -12,6 +13,14 @@ from statsmodels.stats import power as statsmodels_power
 
 from tarq_jax import metrics, statistics
 from tarq_jax.statistics import Estimate, adjust, bootstrap, cuped, lift, paired_permutation, ratio
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """statsmodels collects all garbage in every call: a second each in a process with many programs."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def users_of(rng, size=4000, rate=0.2):
@@ -185,7 +194,7 @@ def test_adjusted_p_values_are_those_of_r():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-@settings(max_examples=10, deadline=None)  # statsmodels collects all garbage of the process in every call
+@settings(max_examples=10, deadline=None)
 def test_adjusting_keeps_the_order(values):
     holm, hochberg = adjust(values), adjust(values, "benjamini_hochberg")
     assert (holm >= hochberg - 1e-12).all() and (hochberg >= np.array(values) - 1e-12).all()
