@@ -156,18 +156,19 @@ def compare(
                 else verdicts.against(times["new"], before or {}))
 
     def again(names):
-        suspects = with_plain(keys, names, running)
+        suspects = [key for key in keys if key.name in names] if old else with_plain(keys, names, running)
         return judge(measure(suspects, both, processes=verdicts.AGAIN * processes, **options))
 
     found = measure(keys, new if before else both, processes=processes, **options)
-    running = times_of(found["new"]).keys() & (before or times_of(found["old"])).keys()
+    running = times_of(found["new"]).keys() & (before or {}).keys()
     return found, verdicts.settled(judge(found), again)
 
 
 def not_compared(found: Mapping[str, Mapping[Key, Series]], judged: Collection[str]) -> dict[str, str]:
-    """Why programs that ran have no verdict, by program name; the arguments are the results of `compare`."""
+    """Why programs of the library that ran have no verdict; the arguments are the results of `compare`."""
     return {key.name: found["old"][key].described["note"] if "old" in found else "not in the file"
-            for key, series in found["new"].items() if series.times and key.name not in judged}
+            for key, series in found["new"].items()
+            if series.times and key.implementation != "plain" and key.name not in judged}
 
 
 def _measure_group(

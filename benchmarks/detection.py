@@ -58,8 +58,7 @@ def main() -> None:
             found, times = compare(slowed, old, console)
             before = times or before
             for name, verdict in found.items():
-                operation, _, implementation, _ = name.split("/")
-                kind = "slowed" if operation in slowed and implementation != "plain" else "same"
+                kind = "slowed" if name.split("/")[0] in slowed else "same"
                 counts[how, kind, verdict.word] += 1
                 if verdict.word != ("slower" if kind == "slowed" else "same"):
                     ratios = ", ".join(f"{ratio:.2f}" for ratio in verdict.ratios)
