@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
     def __init__(self, *, data_dir: str | Path, source: AnySource, options: Any):
         """A builder for the data set that the source makes from the options, stored under `data_dir`."""
-        self.source, self.options, self.name = source, options, f"tarq_{source.name}"
+        self.source, self.options, self.name = source, options, _name(source)
         config = tfds.core.BuilderConfig(name=fingerprint(source, options), version=source.version,
                                          description=json.dumps(dataclasses.asdict(options)))
         super().__init__(data_dir=data_dir, config=config)
@@ -131,6 +131,10 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
             "info": {"rows": merge_reports(reports).to_json()}})
 
 
+def _name(source: AnySource) -> str:
+    return f"tarq_{source.name}"
+
+
 def _is_prepared(directory: Path) -> bool:
     """tfds renames a directory to its final name only when it is complete."""
     return (directory / "dataset_info.json").is_file()
@@ -155,13 +159,11 @@ def prepare(
       ValueError: too many rows are malformed, or a pipeline is needed and Beam is not installed.
     """
     root = epath.Path(data_dir).expanduser().resolve()
-    directory = root / f"tarq_{source.name}" / fingerprint(source, options) / source.version
+    directory = root / _name(source) / fingerprint(source, options) / source.version
     if not _is_prepared(directory):
         logging.getLogger(__name__).info("preparing %s in %s", source.name, directory)
-        download = tfds.download.DownloadConfig(beam_options=_beam_options(source, beam_arguments))
-        builder = RequestBuilder if isinstance(source, Source) else PipelineBuilder
         try:
-            _generate(functools.partial(builder, data_dir=root, source=source, options=options), download)
+            _generate(source, root, options, beam_arguments)
         except OSError:
             if not _is_prepared(directory):  # otherwise another process has prepared it meanwhile
                 raise
@@ -180,11 +182,14 @@ def _beam_options(source: AnySource, arguments: Sequence[str]) -> Any:
     return PipelineOptions(list(arguments or LOCAL))
 
 
-def _generate(make_builder: Callable[[], _Builder], download: Any) -> None:
+def _generate(source: AnySource, data_dir: Path, options: Any, beam_arguments: Sequence[str]) -> None:
     """Runs a builder quietly: tfds prints to stdout, which belongs to the results of commands."""
+    download = tfds.download.DownloadConfig(beam_options=_beam_options(source, beam_arguments))
+    builder = RequestBuilder if isinstance(source, Source) else PipelineBuilder
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):
-        make_builder().download_and_prepare(file_format="array_record", download_config=download)
+        builder(data_dir=data_dir, source=source, options=options).download_and_prepare(
+            file_format="array_record", download_config=download)
 
 
 def read(directory: str | Path, *, stream: bool = False) -> Dataset:
