@@ -21,11 +21,14 @@ import io  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterator, Mapping  # noqa: E402
+from contextlib import AbstractContextManager  # noqa: E402
 from types import MappingProxyType  # noqa: E402
 
 import ml_collections  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+from absl.flags import FLAGS  # noqa: E402
+from absl.testing import flagsaver  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from tarq_jax.data import Dataset  # noqa: E402
@@ -65,6 +68,13 @@ def command() -> Command:
     command sees; `environment` holds further variables.
     """
     return _run
+
+
+@pytest.fixture
+def with_flags() -> Callable[..., AbstractContextManager]:
+    """A context in which flags of commands that this process has imported have the values given."""
+    FLAGS.mark_as_parsed()
+    return flagsaver.flagsaver
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.flags import FLAGS
-from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,10 +77,8 @@ def test_what_differs_from_a_file_is_judged_in_turns(monkeypatch, tmp_path, in_t
     *(([], {"slowdown": [text]}, f"--slowdown is {text!r}, expected OPERATION=FACTOR with one of align, att")
       for text in ("foo", "foo=2", "encode", "encode=x", "encode=0.5", "encode=nan", "encode=inf")),
 ])
-def test_wrong_calls(capsys, words, flags, complaint):
-    if not FLAGS.is_parsed():
-        FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**flags), pytest.raises(SystemExit) as ended:
+def test_wrong_calls(capsys, words, flags, complaint, with_flags):
+    with with_flags(**flags), pytest.raises(SystemExit) as ended:
         benchmarks.__main__.main(words)
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
 
@@ -105,22 +101,22 @@ def file_of(tmp_path):
 @pytest.mark.parametrize("there, asked, counts", [
     (["plain", "xla"], "encode", "0 `plain` and 0 other"), (["xla"], "look_up", "0 `plain` and 1 other"),
     (["plain"], "look_up", "1 `plain` and 0 other")])
-def test_a_file_of_other_programs_is_refused(capsys, file_of, there, asked, counts):
-    with flagsaver.flagsaver(against=file_of(there)), pytest.raises(SystemExit) as ended:
+def test_a_file_of_other_programs_is_refused(capsys, file_of, there, asked, counts, with_flags):
+    with with_flags(against=file_of(there)), pytest.raises(SystemExit) as ended:
         benchmarks.__main__.main([asked])
     assert ended.value.code == 2 and f"has times of {counts} programs" in capsys.readouterr().err
 
 
-def test_a_file_of_another_device_is_refused(capsys, file_of, monkeypatch):
+def test_a_file_of_another_device_is_refused(capsys, file_of, monkeypatch, with_flags):
     monkeypatch.setattr(comparing, "ask_machine", lambda _: MACHINE)
     against = file_of(["plain", "xla"], device="TPU v6", revision="no such revision")
-    with flagsaver.flagsaver(against=against), pytest.raises(SystemExit):
+    with with_flags(against=against), pytest.raises(SystemExit):
         benchmarks.__main__.main(["look_up"])
     found = capsys.readouterr()
     assert "is of device 'TPU v6', expected 'none'" in found.err and "no such revision of" in found.out
 
 
-def test_what_has_no_verdict_is_listed(capsys, file_of, monkeypatch):
+def test_what_has_no_verdict_is_listed(capsys, file_of, monkeypatch, with_flags):
     def found(times):
         return {"new": {Key("look_up", "paper", way, "forward"): comparing.Series({}, times)
                         for way in ("plain", "xla", "one_hot")}}
@@ -128,7 +124,7 @@ def test_what_has_no_verdict_is_listed(capsys, file_of, monkeypatch):
     monkeypatch.setattr(comparing, "ask_machine", lambda _: MACHINE)
     monkeypatch.setattr(comparing, "compare", lambda *_, **options: (
         found([[2.0]]), {"look_up/paper/xla/forward": verdicts.Verdict((1.0,))}))
-    with flagsaver.flagsaver(against=file_of(["plain", "xla"])):
+    with with_flags(against=file_of(["plain", "xla"])):
         benchmarks.__main__.main(["look_up"])
         listed = capsys.readouterr().out.splitlines()
         assert "revision None of" in listed[0] and "cannot be measured again" in listed[0]

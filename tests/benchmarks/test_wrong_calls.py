@@ -4,7 +4,6 @@ import sys
 
 import pytest
 from absl.flags import FLAGS
-from absl.testing import flagsaver
 
 from benchmarks import frontier, serving, training_step
 
@@ -29,19 +28,15 @@ def test_commands(command, module, wrong, complaint):
     (serving, {"candidates": ["9", "200000"]}, "--candidates has 200000, expected at most 100000, the num"),
     (frontier, {"count": 200_000}, "--count is 200000, expected at most 100000, the number of items"),
 ])
-def test_flags(capsys, module, flags, complaint):
-    if not FLAGS.is_parsed():
-        FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**flags), pytest.raises(SystemExit) as ended:
+def test_flags(capsys, module, flags, complaint, with_flags):
+    with with_flags(**flags), pytest.raises(SystemExit) as ended:
         module.main()
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
 
 
-def test_a_missing_peer_is_told_before_anything_is_measured(monkeypatch):
-    if not FLAGS.is_parsed():
-        FLAGS.mark_as_parsed()
+def test_a_missing_peer_is_told_before_anything_is_measured(monkeypatch, with_flags):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
-    with flagsaver.flagsaver(), pytest.raises(ValueError, match=r"torch is missing, expected .*\[bench\]"):
+    with with_flags(), pytest.raises(ValueError, match=r"torch is missing, expected .*\[bench\]"):
         training_step.main()
 
 

@@ -6,8 +6,6 @@ import json
 import threading
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from tarq_jax.serving import request
 from tarq_jax.serving.client import Client, Unavailable, Wrong
@@ -96,7 +94,7 @@ def test_another_server_is_no_service(content, words):
             client.score({})
 
 
-def test_retries_where_it_is_busy():
+def test_retries_where_it_is_busy(with_flags):
     busy = reply({"error": "busy"}, 503)
     with answering(busy, busy, reply(ANSWER)) as (url, asked), Client(url, retries=2) as client:
         assert client.score({}).ids == [3]
@@ -105,8 +103,7 @@ def test_retries_where_it_is_busy():
         with pytest.raises(Unavailable):
             client.score({})
         assert len(asked) == 2
-    flags.FLAGS.mark_as_parsed()
-    with answering(busy) as (url, asked), flagsaver.flagsaver(url=url, retries=2, history=["1"]):
+    with answering(busy) as (url, asked), with_flags(url=url, retries=2, history=["1"]):
         with pytest.raises(Unavailable):
             request.main()
         assert len(asked) == 3

@@ -10,8 +10,6 @@ import time
 
 import pytest
 import served
-from absl import flags
-from absl.testing import flagsaver
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
@@ -101,18 +99,17 @@ def test_commands_and_drain(started, command, tmp_path):
     assert (process.wait(60), process.stderr.read()) == (0, "")
 
 
-def test_flags_are_the_options():
+def test_flags_are_the_options(with_flags):
     given = {"max_body": 1, "max_history": 2, "max_candidates": 3, "max_top_k": 4, "timeout_ms": 5.0,
              "delay_ms": 6.0, "budget_ms": 7.0, "queue": 8, "batch_sizes": ["9", "3", "9"],
              "candidate_sizes": ["10"]}
-    flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(artefact="unused"):
+    with with_flags(artefact="unused"):
         assert server.options() == Options()
-    with flagsaver.flagsaver(artefact="unused", **given):
+    with with_flags(artefact="unused", **given):
         assert server.options() == Options(
             limits=Limits(1, 2, 3, 4, 0.005), delay=0.006, budget=0.007, queue=8, batch_sizes=(3, 9),
             candidate_sizes=(10,))
-    with flagsaver.flagsaver(artefact="unused", host="127.0.0.2", port=0), server.listen() as listener:
+    with with_flags(artefact="unused", host="127.0.0.2", port=0), server.listen() as listener:
         assert listener.getsockname()[0] == "127.0.0.2"
 
 
