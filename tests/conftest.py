@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,9 @@ for name, value in XLA_FLAGS.items():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# The objects of traced programs live long, so that collections of garbage walk over many and find little.
+gc.set_threshold(20_000)
 
 import io  # noqa: E402
 import subprocess  # noqa: E402
@@ -164,8 +168,6 @@ def few_programs_in_memory() -> Iterator[None]:
     """Drops compiled programs after a module if there are many, as each takes several memory maps."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
-        import gc
-
         import jax
 
         jax.clear_caches()
