@@ -20,7 +20,19 @@ from tarq_jax import cli, reporting
 from tarq_jax.experiments.page import markdown_table
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (RESULTS / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "README.md", RESULTS / "README.md", ROOT / "docs" / "kernels.md")
+STUDIES = {"synthetic": "synthetic", "MovieLens-100K": "movielens_100k", "LastFM": "lastfm"}
+PARTS = {"no_teacher": "teacher without a loss of its own",
+         "gradient_to_teacher": "student's gradient reaches the teacher",
+         "head_scalar": "head `scalar` instead of `mlp`",
+         "head_dot": "head `dot` instead of `mlp`",
+         "codewords_16": "K=16 instead of 64",
+         "order_0": "look-ups of order 0 (the paper's) instead of 1",
+         "no_guidance": "neither distillation nor output reconstruction",
+         "random_codebook": "random instead of k-means initialisation",
+         "no_revival": "no revival",
+         "learned_by_gradient": "codewords learned by gradient instead of EMA",
+         "target_attention": "full target attention"}
 PLACE = re.compile(r"(?<=<!-- table )(\w+)( -->\n)(?:\n|\|.*\n)*(?=<!-- end -->)")
 
 Row = Mapping[str, Any]
@@ -147,6 +159,27 @@ def frontier() -> list[str]:
         for row in sorted(read("frontier_latency"), key=lambda row: row["latency_p50_ms"])])
 
 
+def _differences() -> list[dict[str, str]]:
+    """By study: the AUC of each variant minus that of the reference, in the report's order."""
+    return [{row["variant"]: f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+             for row in read(f"ablation/{folder}/summary") if row.get("difference") is not None}
+            for folder in STUDIES.values()]
+
+
+def ablation() -> list[str]:
+    """Every variant, in the order of the first study."""
+    found = _differences()
+    return markdown_table(["variant", *STUDIES], [
+        [f"`{name}`", *(study[name] for study in found)] for name in found[0]])
+
+
+def parts() -> list[str]:
+    """What single parts of TARQ contribute, in words."""
+    found = _differences()
+    return markdown_table(["changed", *STUDIES], [
+        [what, *(study[name] for study in found)] for name, what in PARTS.items()])
+
+
 def stress() -> list[str]:
     """A column per service."""
     rows = read("stress")
@@ -235,7 +268,7 @@ def input_pipeline() -> list[str]:
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {table.__name__: table for table in (
     quantization, training_step, serving_ratios, serving_growth, serving_requests, serving_parts,
-    serving_crossovers, frontier, stress, microbenchmarks, input_pipeline)}
+    serving_crossovers, frontier, ablation, parts, stress, microbenchmarks, input_pipeline)}
 
 
 def rendered(page: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import tables
 
 
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: str(page.relative_to(tables.ROOT)))
 def test_tables_are_those_of_the_files(page):
     assert page.read_text() == tables.rendered(page), "call `python -m benchmarks.tables`"
 
