@@ -2,12 +2,13 @@
 
     python -m tarq_jax.experiments.ab --data=runs/ab.csv --simulate=200000
 
-The file of `--data` has a header and one row per user (or bucket of users): `user`, `arm`, `impressions`,
-`clicks`, `orders`, `revenue`. It may also have the same counts for a period before the test,
-`pre_impressions` and so on, which CUPED uses. CTR is clicks over impressions, CVR orders over clicks, GMV
-revenue per user. `--simulate` first writes the file, which must not exist yet, with the lifts that the TARQ
-paper reports. Intervals are by the delta method over users, and for GMV, whose tail is heavy, by bootstrap,
-too. p-values are adjusted over all metrics and arms by Holm.
+The file of `--data` has a header and one row per user: `user`, `arm`, `impressions`, `clicks`, `orders`,
+`revenue`. If a row is a bucket of users, `users` says how many. The file may also have the same counts
+for a period before the test, `pre_impressions` and so on, which CUPED uses. CTR is clicks over
+impressions, CVR orders over clicks, GMV revenue per user. `--simulate` first writes the file, which must
+not exist yet, with the lifts that the TARQ paper reports. Intervals are by the delta method over users,
+and for GMV, whose tail is heavy, by bootstrap, too. p-values are adjusted over all metrics and arms by
+Holm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from scipy import stats
 
 from tarq_jax import cli, reporting, statistics
 from tarq_jax.experiments import ab_rows
+from tarq_jax.experiments.ab_rows import USERS
 from tarq_jax.statistics.ratio import ROUNDING
 
 DATA = flags.DEFINE_string("data", None, "File of rows, CSV or Parquet.", required=True)
@@ -37,9 +39,9 @@ SIMULATE = flags.DEFINE_integer("simulate", 0, "Users to simulate first, at leas
                                 lower_bound=0)
 JSON = cli.json_flag()
 
-METRICS = {"ctr": ("clicks", "impressions"), "cvr": ("orders", "clicks"), "gmv": ("revenue", None)}
-REPORTED = {"ctr": 0.0057, "cvr": 0.0459, "gmv": 0.0747}  # relative lifts of the paper, section 4
-BUCKETS = 2000  # of users; the bootstrap draws buckets if an arm has more users than this
+METRICS = {"ctr": ("clicks", "impressions"), "cvr": ("orders", "clicks"), "gmv": ("revenue", USERS)}
+REPORTED = {"ctr": 0.0057, "cvr": 0.0459, "gmv": 0.0757}  # relative lifts that the paper reports
+BUCKETS = 2000  # of rows; the bootstrap draws buckets if an arm has more rows than this
 LEAST_SIMULATED = 100  # users; with fewer, an arm may have none
 MISMATCH = 0.001  # p-value below which the shares of the arms count as a mismatch
 
@@ -65,10 +67,9 @@ class Arm(NamedTuple):
 def ratio_of(arm: Arm, metric: str, prefix: str = "") -> statistics.Ratio:
     """The metric of one arm's users; ValueError if its denominator is 0."""
     top, bottom = METRICS[metric]
-    values = arm.columns[prefix + top]
     try:
         return statistics.ratio(
-            values, np.ones(len(values)) if bottom is None else arm.columns[prefix + bottom])
+            arm.columns[prefix + top], arm.columns[bottom if bottom == USERS else prefix + bottom])
     except ValueError as error:
         raise ValueError(f"{prefix}{metric} of arm {arm.name!r} cannot be computed: {error}") from error
 
@@ -80,10 +81,10 @@ def compare(treated: Arm, control: Arm, plan: Plan) -> list[dict[str, Any]]:
     instead of numbers; other rows are not affected.
     """
     rows: list[dict[str, Any]] = []
-    sizes = (len(treated.columns["impressions"]), len(control.columns["impressions"]))
+    sizes = (treated.columns[USERS].sum(), control.columns[USERS].sum())
     for metric, (top, bottom) in METRICS.items():
-        before = {f"pre_{name}" for name in (top, bottom) if name} <= control.columns.keys()
-        there = {"delta": True, "cuped": before, "bootstrap": bottom is None}
+        before = {f"pre_{name}" for name in (top, bottom) if name != USERS} <= control.columns.keys()
+        there = {"delta": True, "cuped": before, "bootstrap": bottom == USERS}
         own: list[dict[str, Any]] = [
             {"metric": metric, "arm": treated.name, "method": method} for method in there if there[method]]
         rows += own
@@ -122,7 +123,8 @@ def cuped_lift(ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Pl
     return statistics.lift(*ratios, before=before, level=plan.level)
 
 
-def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], plan: Plan) -> dict[str, Any]:
+def describe(found: statistics.Estimate, metric: str, sizes: tuple[float, float], plan: Plan
+             ) -> dict[str, Any]:
     """An estimated lift as columns, with the users needed to find the lift that the paper reports.
 
     Args:
@@ -147,9 +149,10 @@ def describe(found: statistics.Estimate, metric: str, sizes: tuple[int, int], pl
 def bootstrap_lift(
     ratios: Ratios, treated: Arm, control: Arm, metric: str, plan: Plan
 ) -> statistics.Estimate:
-    """Lift of means with a percentile interval; a large arm is resampled by `BUCKETS` buckets of users."""
+    """Lift of means with a percentile interval; an arm of many rows is resampled by `BUCKETS` buckets."""
     top, _ = METRICS[metric]
-    sums = [_bucket_sums(arm.columns[top], seed) for seed, arm in enumerate((treated, control))]
+    sums = [_bucket_sums(arm.columns[top], arm.columns[USERS], seed)
+            for seed, arm in enumerate((treated, control))]
     sizes = [len(part[0]) for part in sums]
 
     def lift(weights: np.ndarray) -> np.ndarray:
@@ -169,12 +172,12 @@ def bootstrap_lift(
 LIFTS = {"delta": delta_lift, "cuped": cuped_lift, "bootstrap": bootstrap_lift}
 
 
-def _bucket_sums(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of users of each bucket; if users are few, each is a bucket."""
+def _bucket_sums(values: np.ndarray, users: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of users of each bucket; if rows are few, each is a bucket."""
     if len(values) <= BUCKETS:
-        return values, np.ones(len(values))
+        return values, users
     bucket = np.random.default_rng(seed).permutation(len(values)) % BUCKETS
-    return np.bincount(bucket, values, BUCKETS), np.bincount(bucket, minlength=BUCKETS).astype(float)
+    return np.bincount(bucket, values, BUCKETS), np.bincount(bucket, users, BUCKETS)
 
 
 def analyse(table: ab_rows.Table, control: str, plan: Plan) -> list[dict[str, Any]]:
@@ -209,7 +212,7 @@ def analyse(table: ab_rows.Table, control: str, plan: Plan) -> list[dict[str, An
 
 def sample_ratio(table: ab_rows.Table, planned: Sequence[float]) -> tuple[np.ndarray, float]:
     """Users of each arm, and the p-value of a chi-squared test that they were assigned as planned."""
-    counts = np.bincount(table.arm, minlength=len(table.arms))
+    counts = np.bincount(table.arm, table.columns[USERS], len(table.arms)).astype(int)
     shares = np.array(planned, float) if len(planned) else np.ones(len(counts))
     if len(shares) != len(counts) or not (np.isfinite(shares) & (shares > 0)).all():
         raise ValueError(f"--ratio is {','.join(map(str, planned))!r}, expected {len(counts)} positive "

@@ -12,7 +12,9 @@ from tarq_jax.data.rows import NUM_SAMPLES, RowReport, check_report
 
 KEYS = ("user", "arm")
 COUNTS = ("impressions", "clicks", "orders", "revenue")
+USERS = "users"  # that a row counts; 1 where the column is missing
 BEFORE = tuple(f"pre_{name}" for name in COUNTS)  # of the same users, before the test
+MOST_USERS = 2**40  # of a row, so that sums of all rows are exact
 LONGEST_TEXT = 200  # characters of a row in a report
 TORN = "columns are not those of the header"
 
@@ -22,7 +24,7 @@ class Table(NamedTuple):
 
     arms: tuple[str, ...]  # names, sorted
     arm: np.ndarray  # [U] index of each user's arm
-    columns: Mapping[str, np.ndarray]  # `COUNTS`, and those of `BEFORE` that the file has, [U] float64 each
+    columns: Mapping[str, np.ndarray]  # `COUNTS`, `USERS`, and what the file has of `BEFORE`: [U] float64
 
     def of(self, arm: int) -> dict[str, np.ndarray]:
         """The columns of one arm's users."""
@@ -33,8 +35,9 @@ class Table(NamedTuple):
 def read(path: Path, *, max_bad_fraction: float = 0.0) -> tuple[Table, RowReport]:
     """Reads a file with a header and one row per user or bucket.
 
-    A row is bad if a key is empty, if a number is missing, not finite or negative, or if its columns are not
-    those of the header. A row with more clicks than impressions is not bad: clicks can arrive a day later.
+    A row is bad if a key is empty, if a number is missing, not finite or negative, if it counts no user or a
+    fraction of one, or if its columns are not those of the header. A row with more clicks than impressions is
+    not bad: clicks can arrive a day later.
 
     Args:
       path: Parquet if it ends in `.parquet`, else CSV.
@@ -58,7 +61,7 @@ def read(path: Path, *, max_bad_fraction: float = 0.0) -> tuple[Table, RowReport
     _check_names(path, table.column_names)
     if not table.num_rows:
         raise ValueError(f"{path} has no rows, expected one a user")
-    names = [*COUNTS, *(name for name in BEFORE if name in table.column_names)]
+    names = [*COUNTS, *(name for name in (USERS, *BEFORE) if name in table.column_names)]
     keys = {name: _text(path, name, table[name]) for name in KEYS}
     reasons = np.full(table.num_rows, "", dtype=object)
     for name in KEYS:
@@ -68,6 +71,9 @@ def read(path: Path, *, max_bad_fraction: float = 0.0) -> tuple[Table, RowReport
         columns[name] = _numbers(table[name])
         reasons[~np.isfinite(columns[name]) & (reasons == "")] = f"{name} is not a finite number"
         reasons[(columns[name] < 0) & (reasons == "")] = f"{name} is negative"
+    users = columns.setdefault(USERS, np.ones(table.num_rows))
+    countable = (users >= 1) & (users <= MOST_USERS) & (users == np.floor(users))
+    reasons[~countable & (reasons == "")] = f"{USERS} is not a positive whole number"
     report = _report(table, path, reasons, torn)
     check_report(report, path, max_bad_fraction)
     good = reasons == ""

@@ -84,6 +84,59 @@ def test_three_arms_are_each_compared_with_the_control(tmp_path):
     assert ab.sample_ratio(table, [])[1] < 0.1
 
 
+def test_the_lifts_of_the_paper():
+    assert ab.REPORTED == {"ctr": 0.0057, "cvr": 0.0459, "gmv": 0.0757}
+
+
+def test_buckets_count_their_users(tmp_path):
+    """Rows of two users each, the same ones: with sums of the same users, and with half of each for two."""
+    names = [*HEADER.split(","), *ab_rows.BEFORE]
+    values = np.array([line.split(",")[2:] for line in GOOD], float)
+    keys = [line.split(",")[:2] for line in GOOD]
+
+    def rows_of(scale, users):
+        lines = [",".join([*key, *map(str, scale * row), *map(str, scale * (row + 1))]) for key, row in
+                 zip(keys, values, strict=True)]
+        header = ",".join(names)
+        if users:
+            lines, header = [f"{line},{users}" for line in lines], f"{header},users"
+        table, _ = ab_rows.read(write(tmp_path, lines, header))
+        return ab.analyse(table, "control", plan(replicates=200)), ab.sample_ratio(table, [3, 2])
+
+    (alone, (few, p_few)), (pairs, (many, p_many)) = rows_of(1, 0), rows_of(2, 2)
+    assert few.tolist() == [20, 20] and many.tolist() == [40, 40] and p_many < p_few
+    for one, two in zip(alone, pairs, strict=True):
+        for name in ("control_value", "value", "lift", "low", "high", "p_value", "detectable_lift"):
+            assert two[name] == pytest.approx(one[name]), (one["metric"], one["method"], name)
+        assert two["users_for_reported"] == pytest.approx(2 * one["users_for_reported"], abs=1)
+    third = {row["method"]: row for row in rows_of(2, 3)[0] if row["metric"] == "gmv"}
+    assert set(third) == {"delta", "cuped", "bootstrap"}
+    assert third["delta"]["value"] == pytest.approx(alone[-1]["value"] * 2 / 3)
+
+
+def test_buckets_of_several_sizes_are_weighted(tmp_path):
+    """GMV is revenue over users, though one bucket has a hundred times the users of another."""
+    sizes = [100 if i % 5 == 0 else 1 for i in range(40)]
+    lines = [f"b{i},{'treatment' if i % 2 else 'control'},9,3,1,{(2.0 + i % 3) * size},{size}"
+             for i, size in enumerate(sizes)]
+    table, _ = ab_rows.read(write(tmp_path, lines, f"{HEADER},users"))
+    found = {row["method"]: row for row in ab.analyse(table, "control", plan()) if row["metric"] == "gmv"}
+    for arm, name in ((0, "control_value"), (1, "value")):
+        own = [(float(line.split(",")[5]), size) for i, (line, size) in enumerate(
+            zip(lines, sizes, strict=True)) if i % 2 == arm]
+        for method in ("delta", "bootstrap"):
+            assert found[method][name] == pytest.approx(sum(r for r, _ in own) / sum(u for _, u in own))
+    assert found["bootstrap"]["low"] < found["delta"]["lift"] < found["bootstrap"]["high"]
+
+
+@pytest.mark.parametrize("users", ["0", "1.5", "-2", "inf", "", "1e300"])
+def test_rows_that_count_no_users(users, tmp_path):
+    reason = {"-2": "users is negative", "inf": "users is not a finite", "": "users is not a finite"}
+    path = write(tmp_path, [*(f"{line},3" for line in GOOD), f"x,control,1,1,1,1,{users}"], f"{HEADER},users")
+    with pytest.raises(ValueError, match=reason.get(users, "users is not a positive whole number")):
+        ab_rows.read(path)
+
+
 def test_parquet_and_csv_say_the_same(simulated, tmp_path):
     from pyarrow import csv
 
