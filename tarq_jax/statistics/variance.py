@@ -1,12 +1,16 @@
 """The variance of a mean over S seeds and U test users, with seeds and data as separate sources."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import optimize, special
 
 from tarq_jax import checks
-from tarq_jax.statistics.estimates import Estimate, wald
+from tarq_jax.statistics.estimates import Estimate, check_level, wald
+
+SMALLEST = 1e-200  # p-values below this are 0; much below, `stdtrit` is wrong
 
 
 class Components(NamedTuple):
@@ -31,8 +35,11 @@ def over_seeds_and_data(values: ArrayLike, influence: ArrayLike, *, level: float
     `var_a / S + var_b / U + var_c / (S U)`. The spread of values over seeds estimates the first plus the last
     term. The spread over users of the influence, averaged over seeds, estimates the last two terms. The last
     term is then counted twice; the spread of the influence about that average estimates it, and it is
-    subtracted. Degrees of freedom are Satterthwaite's. These are moment estimators of crossed random effects;
-    their use for seeds and users is ours.
+    subtracted. These are moment estimators of crossed random effects; their use for seeds and users is ours.
+
+    A quantile is the mean of those of t with S - 1 and with U - 1 degrees of freedom, weighted by the two
+    variances (Cochran and Cox 1957, section 4.14). Unlike Satterthwaite's degrees, it holds its level with
+    two seeds, too, which may agree by chance.
 
     Args:
       values: [S], the metric of each seed, or a difference of two metrics of the same seed.
@@ -64,7 +71,25 @@ def over_seeds_and_data(values: ArrayLike, influence: ArrayLike, *, level: float
     between = float(values.var(ddof=1)) / seeds
     both = bessel * float(np.square(influence - average).sum()) / (seeds - 1) / seeds
     both = min(both, between, data)
-    total = between + data - both
-    degrees = total**2 / (between**2 / (seeds - 1) + data**2 / (units - 1)) if total else units - 1
-    return SeededEstimate(wald(float(values.mean()), total, level=level, degrees=degrees),
-                          Components(between - both, data - both, both))
+    share = between / (between + data) if between + data else 0.0
+    estimate = _mixed(float(values.mean()), between + data - both, (share, seeds - 1), (1 - share, units - 1),
+                      level=level)
+    return SeededEstimate(estimate, Components(between - both, data - both, both))
+
+
+def _mixed(value: float, variance: float, *parts: tuple[float, int], level: float) -> Estimate:
+    """As `wald`, with a quantile that is a mean of those of t; parts are (weight, degrees of freedom)."""
+    error = math.sqrt(variance)
+    if not error:
+        return wald(value, 0.0, level=level)
+
+    def quantile(tail: float) -> float:
+        return -sum(weight * special.stdtrit(degrees, tail) for weight, degrees in parts if weight)
+
+    def beyond(log_tail: float) -> float:
+        return quantile(math.exp(log_tail)) - abs(value) / error
+
+    half = quantile((1 - check_level(level)) / 2) * error
+    least, most = math.log(SMALLEST / 2), math.log(0.5)
+    p_value = 0.0 if beyond(least) < 0 else 2 * math.exp(optimize.brentq(beyond, least, most))
+    return Estimate(value, error, value - half, value + half, p_value)

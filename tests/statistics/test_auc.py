@@ -1,4 +1,4 @@
-"""Intervals and paired tests of AUC, compared with scikit-learn, the definition, and published values."""
+"""Intervals and paired tests of AUC, compared with scikit-learn, Stata, and the definition."""
 
 import numpy as np
 import pytest
@@ -46,6 +46,15 @@ def test_variance_is_the_definition(seed):
     assert found.standard_error == pytest.approx(np.sqrt(expected), abs=1e-12)
     areas = [roc_auc_score(labels, scores) for scores in (first, second)]
     assert found.value == pytest.approx(areas[0] - areas[1], abs=1e-12)
+
+
+def test_interval_is_that_of_stata():
+    """`roctab disease rating` in Stata's manual: the ratings of 109 CT images of Hanley and McNeil 1982."""
+    normal, abnormal = (33, 6, 6, 11, 2), (3, 2, 2, 11, 33)  # images by rating, from 1 to 5
+    labels = np.repeat([False, True], [sum(normal), sum(abnormal)])
+    found = auc_estimate(labels, np.repeat(np.tile(np.arange(1, 6), 2), normal + abnormal))
+    assert (round(found.value, 4), round(found.standard_error, 4)) == (0.8932, 0.0307)
+    assert (round(found.low, 5), round(found.high, 5)) == (0.83295, 0.95339)
 
 
 def test_interval_and_p_value():

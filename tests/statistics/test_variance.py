@@ -32,6 +32,27 @@ def test_without_seeds_noise_it_is_the_t_interval_over_users():
     assert found.p_value == pytest.approx(stats.ttest_1samp(users, 0.0).pvalue)
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_the_p_value_is_that_of_the_interval_that_ends_at_0(seeds):
+    rng = np.random.default_rng(seeds)
+    values, influence = layout(rng, seeds, 40, of_seeds=0.2)
+    p_value = over_seeds_and_data(values + 0.4, influence).estimate.p_value
+    assert 1e-6 < p_value < 1
+    found = over_seeds_and_data(values + 0.4, influence, level=1 - p_value).estimate
+    assert found.low == pytest.approx(0.0, abs=1e-9) and found.high > 0
+    assert over_seeds_and_data(values - values.mean(), influence).estimate.p_value == pytest.approx(1.0)
+    assert over_seeds_and_data(values + 1e200, influence).estimate.p_value < 1e-100
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("of_seeds", [0.0, 0.2, 1.0])
+def test_few_seeds_are_covered(seeds, of_seeds):
+    """Two seeds may agree by chance, which must not make users the only source of variance."""
+    rng = np.random.default_rng(4)
+    found = [over_seeds_and_data(*layout(rng, seeds, 100, of_seeds)).estimate for _ in range(1000)]
+    assert np.mean([one.low <= 0.0 <= one.high for one in found]) >= 0.935
+
+
 def test_one_seed_counts_data_alone():
     rng = np.random.default_rng(0)
     values, influence = layout(rng, 1, 40)
