@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the task could not be done, 2 a wrong call, 75 interrupted
 import functools
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -192,6 +193,11 @@ def _exit_code(main: Callable[[], None]) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         _complain(error)
         return FAILED
+
+
+def command_line(module: str) -> str:
+    """The command that runs a module with the arguments of this process."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def wrong_call(message: object) -> NoReturn:

@@ -32,7 +32,7 @@ COLUMNS = ("variant", "seeds", "auc", "auc_std", "gauc", "log_loss", "teacher_au
 
 
 def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[int], workdir: Path,
-           console: Console) -> list[dict[str, Any]]:
+           console: Console, *, command: str = "") -> list[dict[str, Any]]:
     """Trains the runs that are missing in the table of `workdir`.
 
     If a variant diverges, its missing runs get no rows, and training continues with the other variants.
@@ -42,6 +42,7 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
       seeds: seeds of initialisation, order of the data and k-means; the data themselves stay the same.
       workdir: where the table and the runs are kept.
       console: where progress is shown.
+      command: the command line, which the rows keep.
 
     Returns:
       The rows of these variants and seeds, in their order.
@@ -81,7 +82,7 @@ def ablate(variants: Mapping[str, ml_collections.ConfigDict], seeds: Sequence[in
                 continue
             settings = run_table.described(config)
             found = {seed: study.row_of_run(rows, settings, folders[seed]) | _origin(folders[seed])
-                     for seed, rows in trained.items()}
+                     | {"command": command} for seed, rows in trained.items()}
         added = [{**(run_table.find(known, row) or found[row["seed"]]), **row} for row in wanted]
         run_table.add(path, added)
         rows += added
@@ -114,7 +115,8 @@ def main() -> None:
     """Reads the flags, trains and prints the table."""
     seeds = cli.seeds(SEEDS)
     variants = cli.study(CONFIG.value, VARIANT.value)
-    rows = ablate(variants, seeds, Path(WORKDIR.value), Console())
+    command = cli.command_line("tarq_jax.experiments.ablate")
+    rows = ablate(variants, seeds, Path(WORKDIR.value), Console(), command=command)
     title = f"mean over seeds {', '.join(map(str, seeds))}, test split"
     rows = [scalars(row) for row in rows]
     reporting.print_table(reporting.summarise(rows, by="variant"), title, COLUMNS)

@@ -7,8 +7,6 @@ OUT/summary.json. Latencies of whole requests come from the rows that `benchmark
 """
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,9 @@ JSON = cli.json_flag()
 
 TABLE = ("variant", "seeds", "paired_seeds", "auc", "difference", "low", "high", "p_adjusted", "seeds_error",
          "data_error", "gap_recovered", "gap_low", "gap_high", "latency_ms")
-HEALTH = ("variant", "utilisation", "attention_error", "teacher_auc", "parameters", "train_seconds")
-CURVES = 8  # learning curves that a figure has room for
+HEALTH = ("variant", "seeds", "utilisation", "perplexity", "dead", "quantization_error", "attention_error",
+          "teacher_auc", "parameters", "train_seconds")
+CURVES = 8  # learning curves that a figure has room for; the reference and the ends of the gap come first
 
 
 def add_latencies(rows: Sequence[dict[str, Any]], methods: Mapping[str, str | None],
@@ -112,6 +111,9 @@ def sections(variants: Mapping[str, Any], rows: list[dict[str, Any]], reference:
     from tarq_jax.experiments.page import Section
 
     words = verdicts(rows, reference, level, study.gap(variants, level))
+    if others := study.of_other_origin(variants, reference):
+        words.append(f"Of another revision, other packages or another device than {reference}, which may "
+                     f"explain a difference: {', '.join(others)}.")
     parts = {"summary": Section("In words", words, _columns(rows, TABLE))}
     tested = [row for row in rows if "difference" in row]
     if tested:
@@ -132,16 +134,18 @@ def sections(variants: Mapping[str, Any], rows: list[dict[str, Any]], reference:
                                            quality.replace("_", " "), reference)),
             caption="Quality is of this study; latency the median of a whole request, of the serving "
                     "benchmark, at its sizes.")
-    curves = {name: curve for name in [row["variant"] for row in rows][:CURVES]
+    shown = dict.fromkeys([reference, *study.ENDS, *(row["variant"] for row in rows)])
+    curves = {name: curve for name in [name for name in shown if name in variants][:CURVES]
               if (curve := study.learning_curve(variants[name]))[0]}
     if curves:
         parts["learning"] = Section(
             "Learning curves", image=plots.png(plots.lines(curves, "step", "AUC, validation")),
-            caption=f"Mean over seeds, of the best {len(curves)}.")
+            caption="Mean over seeds, of the reference, the ends of the gap, and the best others.")
     health = [row for row in rows if "utilisation" in row]
     if health:
         parts["health"] = Section(
-            "Codebooks", ["Utilisation is that of the level that has least, on the test split."],
+            "Codebooks", ["On the test split, means over seeds; utilisation, perplexity and dead codewords "
+                          "are those of the worst level."],
             _columns(health, HEALTH))
     parts["provenance"] = Section("Where the numbers come from", [command, *provenance(variants)])
     return parts
@@ -157,11 +161,14 @@ def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[di
 def provenance(variants: Mapping[str, Any]) -> list[str]:
     """Seeds, data, code, packages and devices of all runs, one sentence each."""
     rows = [row for variant in variants.values() for row in variant.rows]
+    names = {json.loads(row["config"]).get("data", {}).get("name", "unknown") for row in rows}
     facts = {"seeds": "seed", "data fingerprint": "data", "revision": "revision", "device": "device"}
     packages = sorted({key for row in rows for key in row if key.startswith("version_")})
     facts |= {key.removeprefix("version_"): key for key in packages}
-    return [f"{name}: {', '.join(sorted({str(row.get(key, 'unknown')) for row in rows}))}"
-            for name, key in facts.items()]
+    commands = sorted({row["command"] for row in rows if row.get("command")})
+    return [*commands, f"data: {', '.join(sorted(names))}",
+            *(f"{name}: {', '.join(sorted({str(row.get(key, 'unknown')) for row in rows}))}"
+              for name, key in facts.items())]
 
 
 def read_serving(path: str | None) -> list[dict[str, Any]]:
@@ -200,7 +207,7 @@ def main() -> None:
         raise ValueError(f"--serving {SERVING.value} has no latencies for --point={','.join(POINT.value)}, "
                          f"expected one of {[f'{one},{other}' for one, other in sorted(points)]}")
     add_latencies(rows, methods, latencies)
-    command = shlex.join(["python", "-m", "tarq_jax.experiments.report", *sys.argv[1:]])
+    command = cli.command_line("tarq_jax.experiments.report")
     parts = sections(variants, rows, REFERENCE.value, level, command)
     out = Path(OUT.value or folder / "report")
     page.write(out, TITLE.value, parts)

@@ -19,6 +19,9 @@ from tarq_jax.statistics import Estimate
 from tarq_jax.training.evaluate import SCORES
 
 ENDS = ("two_tower", "target_attention")  # the variants at the two ends of the gap
+HEALTH = ("teacher_auc", "utilisation", "quantization_error", "attention_error", "parameters",
+          "train_seconds")
+WORST: Mapping[str, Callable[..., float]] = {"perplexity": min, "dead": max}  # columns of each level
 
 
 class Variant(NamedTuple):
@@ -207,15 +210,40 @@ def summary(variants: Mapping[str, Variant], reference: str, level: float = 0.95
                 row["seeds_error"] = max(parts.seeds, 0.0)**0.5
         if certain and (share := gap_recovered(variant, variants, level)) is not None:
             row |= {"gap_recovered": share.value, "gap_low": share.low, "gap_high": share.high}
-        for name in ("teacher_auc", "utilisation", "attention_error", "parameters", "train_seconds"):
-            if all(name in one for one in variant.rows):
-                row[name] = float(np.mean([one[name] for one in variant.rows]))
-        rows.append(row)
+        rows.append(row | _health(variant))
     tested = [row for row in rows if "p_value" in row]
     for row, p_value in zip(tested, statistics.adjust([row["p_value"] for row in tested]), strict=True):
         row["p_adjusted"] = float(p_value)
     order = comparable(rows, reference)
     return sorted(rows, key=lambda row: -order.get(row["variant"], -np.inf))
+
+
+def _health(variant: Variant) -> dict[str, float]:
+    """Means over seeds of what was measured beside the AUC; of metrics of each level, that of the worst."""
+    had = [name for name in variant.rows[0] if all(name in row for row in variant.rows)]
+
+    def mean(name: str) -> float:
+        return float(np.mean([row[name] for row in variant.rows]))
+
+    found = {name: mean(name) for name in HEALTH if name in had}
+    for name, worst in WORST.items():
+        if levels := [level for level in had if level.startswith(f"{name}_")]:
+            found[name] = worst(mean(level) for level in levels)
+    return found
+
+
+def of_other_origin(variants: Mapping[str, Variant], reference: str) -> list[str]:
+    """Variants whose code, packages or device are not those of the reference, on the seeds that both have."""
+    def origin(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in row.items()
+                if key in ("revision", "device") or key.startswith("version_")}
+
+    found = []
+    for name, variant in variants.items():
+        own, other = on_shared_seeds(variant, variants[reference]) or (variant, variant)
+        if any(origin(row) != origin(like) for row, like in zip(own.rows, other.rows, strict=True)):
+            found.append(name)
+    return found
 
 
 def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:

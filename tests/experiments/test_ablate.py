@@ -20,6 +20,7 @@ from tarq_jax.training.evaluate import SCORES, write_scores
 pytestmark = pytest.mark.usefixtures("compiled_once", "one_device")
 
 SEEDS = (4, 2)
+COMMAND = "python -m tarq_jax.experiments.ablate"
 CHANGES = {"tarq": {}, "again": {}, "two_tower": {"model": {"name": "two_tower"}}}
 COLD = {"model": {"name": "cold"}}
 CHEAP = {"tarq": COLD, "again": COLD, "two_tower": CHANGES["two_tower"]}  # if the model is irrelevant
@@ -54,7 +55,7 @@ def study(tmp_path_factory, tiny_dataset, silent, compiled_once, one_device):
     workdir = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "load_data", lambda config: tiny_dataset)
-        return ablation_command.ablate(make_variants(), SEEDS, workdir, silent), workdir
+        return ablation_command.ablate(make_variants(), SEEDS, workdir, silent, command=COMMAND), workdir
 
 
 def test_a_row_for_each_run(study, tiny_dataset):
@@ -64,7 +65,7 @@ def test_a_row_for_each_run(study, tiny_dataset):
     assert rows == run_table.read(workdir / run_table.FILE)
     for row in rows:
         assert {"auc", "gauc", "log_loss", "parameters", "device", *run_table.COLUMNS} <= row.keys()
-        assert "version_jax" in row and len(row["influence"]) == users
+        assert "version_jax" in row and row["command"] == COMMAND and len(row["influence"]) == users
         assert ("teacher_auc" in row) == (row["model"] == "tarq")
     assert len({row["auc"] for row in rows}) == 4
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from tarq_jax import metrics, statistics
-from tarq_jax.experiments import report, run_table, study
+from tarq_jax.experiments import plots, report, run_table, study
 from tarq_jax.training.evaluate import SCORES, write_scores
 
 USERS, EACH, SEEDS = 150, 4, (0, 1, 2, 3)
@@ -41,7 +41,8 @@ def write_study(root, signal=None, seeds=SEEDS):
                 json.dumps({"step": step, f"validation/{model}/auc": 0.5 + step / 100 + seed / 1000}) + "\n"
                 for step in (5, 10)))
             run = {"model": model, "auc": metrics.auc(labels, scores), "parameters": 9, "train_seconds": 2.0,
-                   **({"utilisation": 0.9} if model == "tarq" else {})}
+                   **({"utilisation": 0.9, "perplexity_1": 7.0 + seed, "perplexity_2": 5.0 + seed,
+                       "dead_1": 1.0, "dead_2": 0.0} if model == "tarq" else {})}
             rows.append(study.row_of_run([run], settings(variant), folder) | {
                 "variant": variant, "seed": seed, "settings": variant, "data": "d", "revision": "r",
                 "device": "cpu", "version_jax": "1"})
@@ -189,6 +190,8 @@ def test_summary(variants):
     areas = [row["auc"] for row in rows.values()]
     assert areas == sorted(areas, reverse=True)
     assert "p_value" not in rows["tarq"] and rows["tarq"]["utilisation"] == 0.9
+    assert (rows["tarq"]["perplexity"], rows["tarq"]["dead"]) == (6.5, 1.0)
+    assert "dead" not in rows["two_tower"]
     tested = [row for row in rows.values() if "p_value" in row]
     assert [row["p_adjusted"] for row in tested] == pytest.approx(
         statistics.adjust([row["p_value"] for row in tested]))
@@ -202,6 +205,36 @@ def test_verdicts_say_what_differs(variants):
     assert words[0].startswith("Below tarq (adjusted by Holm, 95%): two_tower -0.")
     assert "target_attention +0." in words[1] and "two_tower" not in words[1]
     assert words[2].startswith("Not significantly different from tarq") and words[2].endswith(": tarq_twin.")
+
+
+def test_variants_of_other_code_or_packages_are_named(variants):
+    def changed(name, **what):
+        rows = [row | what if row["seed"] == 3 else row for row in variants[name].rows]
+        return variants | {name: variants[name]._replace(rows=rows)}
+
+    assert study.of_other_origin(variants, "tarq") == []
+    assert study.of_other_origin(changed("two_tower", version_jax="2"), "tarq") == ["two_tower"]
+    assert study.of_other_origin(
+        changed("two_tower", device="gpu") | {"tarq": variants["tarq"].at((0, 1))}, "tarq") == []
+    other = changed("tarq", revision="s")
+    words = report.sections(other, study.summary(other, "tarq"), "tarq", 0.95, "")["summary"].sentences
+    assert words[-1].startswith("Of another revision, other packages or another device than tarq")
+    assert words[-1].endswith(": two_tower, tarq_twin, target_attention.")
+
+
+def test_reference_and_ends_have_learning_curves(variants, monkeypatch):
+    drawn, lines = [], plots.lines
+    monkeypatch.setattr(report, "CURVES", 3)
+    monkeypatch.setattr(plots, "lines", lambda curves, *labels: drawn.append(list(curves)) or lines(
+        curves, *labels))
+    report.sections(variants, study.summary(variants, "tarq_twin"), "tarq_twin", 0.95, "")
+    assert drawn == [["tarq_twin", "two_tower", "target_attention"]]
+
+
+def test_the_page_says_what_made_the_runs(variants):
+    rows = [row | {"command": "python -m x"} for row in variants["tarq"].rows]
+    said = report.provenance(variants | {"tarq": variants["tarq"]._replace(rows=rows)})
+    assert said[:2] == ["python -m x", "data: unknown"] and "revision: r" in said
 
 
 def test_learning_curves_are_means_over_seeds(variants):
