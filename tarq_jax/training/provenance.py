@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -29,13 +30,15 @@ def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str,
 
     Returns:
       `config`, all settings; `data`, the fingerprint of the data; `revision` of the code, see `revision`;
-      `packages`, their versions; `device`, number and kind; `own`, a hash of the file of each function that
-      the configuration names; `python`, its version.
+      `packages`, their versions; `device`, number and kind; `compiled`, how XLA compiles and multiplies;
+      `own`, a hash of the file of each function that the configuration names; `python`, its version.
     """
     return {
         "config": json.loads(config.to_json()), "data": dataset.fingerprint, "revision": revision(),
-        "packages": dict(versions()), "device": device(), "own": own_code(config),
-        "python": platform.python_version(),
+        "packages": dict(versions()), "device": device(),
+        "compiled": {"xla_flags": os.environ.get("XLA_FLAGS", ""), "x64": jax.config.jax_enable_x64,
+                     "matmul_precision": jax.config.jax_default_matmul_precision},
+        "own": own_code(config), "python": platform.python_version(),
     }
 
 
