@@ -19,6 +19,7 @@ from tarq_jax.reporting import replacing
 
 FILE = "provenance.json"
 PACKAGES = ("tarq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+COMPILED_BY = ("jax_default_matmul_precision", "jax_enable_x64")  # options of JAX that change numbers
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -36,8 +37,8 @@ def provenance(config: ml_collections.ConfigDict, dataset: Dataset) -> dict[str,
     return {
         "config": json.loads(config.to_json()), "data": dataset.fingerprint, "revision": revision(),
         "packages": dict(versions()), "device": device(),
-        "compiled": {"xla_flags": os.environ.get("XLA_FLAGS", ""), "x64": jax.config.jax_enable_x64,
-                     "matmul_precision": jax.config.jax_default_matmul_precision},
+        "compiled": {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+        | {name: getattr(jax.config, name) for name in COMPILED_BY},
         "own": own_code(config), "python": platform.python_version(),
     }
 
