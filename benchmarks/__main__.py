@@ -75,9 +75,9 @@ def rows_of(found: Mapping[Key, comparing.Series], peaks: Peaks) -> list[dict[st
 
 
 def wrong_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each program whose numbers differ too much from those of `plain`, if `plain` runs."""
-    return [f"{_key(row).name} {row.get('note', '')}" for row in rows
-            if row.get("error") is not None and not row["error"] <= measuring.WORST]
+    """A line for each program that failed, or whose numbers differ too much from those of `plain`."""
+    return [f"{_key(row).name} {row.get('note', '')}" for row in rows if row.get("failed") or (
+        row.get("error") is not None and not row["error"] <= measuring.WORST)]
 
 
 class Earlier(NamedTuple):
@@ -140,7 +140,8 @@ def is_slowdown(text: str, operations: Collection[str]) -> bool:
 def chosen(words: Sequence[str]) -> list[Key]:
     """The programs that the command line asks for; unknown names and wrong slowdowns are a wrong call."""
     implementations = {name for operation in OPERATIONS.values() for name in operation.implementations}
-    operations, workloads = list(words) or list(OPERATIONS), cli.names(WORKLOAD, WORKLOADS)
+    operations = list(dict.fromkeys(words)) or list(OPERATIONS)
+    workloads = cli.names(WORKLOAD, WORKLOADS)
     for name in operations:
         if name not in OPERATIONS:
             cli.wrong_call(f"operation is {name!r}, expected some of {', '.join(sorted(OPERATIONS))}")
@@ -152,7 +153,10 @@ def chosen(words: Sequence[str]) -> list[Key]:
         if not is_slowdown(text, operations):
             cli.wrong_call(f"--slowdown is {text!r}, expected OPERATION=FACTOR with one of "
                            f"{', '.join(sorted(operations))} and a factor of at least 1")
-    return measuring.keys(operations, workloads, list(implementations))
+    if not (found := measuring.keys(operations, workloads, list(implementations))):
+        cli.wrong_call(f"--implementation is {','.join(IMPLEMENTATION.value)!r}, expected some that "
+                       f"{', '.join(operations)} has")
+    return found
 
 
 def _key(row: Mapping[str, Any]) -> Key:

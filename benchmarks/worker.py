@@ -11,15 +11,16 @@ Reads one JSON object per line from standard input, and answers each with anothe
     {"key": ..., "may_lack": true}    as above, for a revision that may lack what the program calls
     {"forget": true}                  frees all programs
 
-If a program does not support its arguments, or its revision lacks something, the answer has a `note`; any
-other error ends the process. With OPERATION=FACTOR, all calls of that operation except `plain` take FACTOR
-times as long, to test whether this is noticed.
+If a program does not support its arguments, or its revision lacks something, the answer has a `note`; if XLA
+cannot compile or run it, also `failed`. Any other error ends the process. With OPERATION=FACTOR, all calls of
+that operation except `plain` take FACTOR times as long, to test whether this is noticed.
 """
 
 import functools
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -83,18 +84,37 @@ def answer(request: dict[str, Any], slowdowns: dict[str, float]) -> dict[str, An
         program.cache_clear()
         return {}
     key = Key(*request["key"])
-    lacking = (KeyError, TypeError, AttributeError) if request.get("may_lack") else ()
+    if "seconds" in request:
+        return {"times": times(key, request["seconds"], slowdowns)}
+    lacking = (KeyError, TypeError, AttributeError, ImportError) if request.get("may_lack") else ()
     try:
-        if "seconds" in request:
-            return {"times": times(key, request["seconds"], slowdowns)}
-        return describe(key)
+        described = describe(key)
     except (NotImplementedError, *lacking) as reason:
-        return {"note": f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"}
+        return {"note": noted(reason)}
+    except jax.errors.JaxRuntimeError as reason:
+        return {"note": noted(reason), "failed": True}
+    if lacking and (name := foreign(Path.cwd())):
+        return {"note": f"this revision has no {name}, which would come from another"}
+    return described
+
+
+def noted(reason: Exception) -> str:
+    """An error in one line."""
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+
+
+def foreign(tree: Path) -> str | None:
+    """A module of the library that is not from `tree`: an installed library has what the tree lacks."""
+    library = {name: Path(module.__file__).resolve() for name, module in sys.modules.items()
+               if name.split(".")[0] == "tarq_jax" and module.__file__}
+    return next((name for name, file in library.items() if not file.is_relative_to(tree.resolve())), None)
 
 
 def main() -> None:
     """Answers each line of standard input with a line of output."""
     memory.keep_freed()
+    if jax.default_backend() != "cpu":  # there, JAX multiplies float32 at lower precision unless told
+        jax.config.update("jax_default_matmul_precision", "highest")
     slowdowns = {name: float(factor) for name, factor in (text.split("=") for text in sys.argv[1:])}
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line), slowdowns)), flush=True)

@@ -60,10 +60,10 @@ def whole_numbers(flag: flags.FlagHolder, expected: str, *, least: int = 1) -> l
 
 
 def names(flag: flags.FlagHolder, known: Collection[str]) -> list[str]:
-    """The names of a list flag, in their order; none, or any that is not known, are a wrong call."""
+    """The names of a list flag, each once, in order; none, or any that is not known, are a wrong call."""
     if not flag.value or not set(flag.value) <= set(known):
         wrong_call(f"--{flag.name} is {','.join(flag.value)!r}, expected some of {', '.join(sorted(known))}")
-    return list(flag.value)
+    return list(dict.fromkeys(flag.value))
 
 
 def seed_flag(text: str) -> flags.FlagHolder:

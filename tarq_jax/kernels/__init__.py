@@ -16,10 +16,10 @@ Operations with a TPU kernel, and the functions that use them:
 - `align`, `losses.codebook_alignment`: both distributions of all levels in VMEM.
 
 For NVIDIA's Hopper there are kernels of `encode` and `align`, in float32 for rows of up to 64 numbers, and of
-`attend`, in bfloat16. Look-ups have none: XLA fuses a gather with the sum, and a GPU gathers fast.
-`personalized_codebook` is `attend` with codewords as queries. Top-k has no kernel: XLA's own reads the scores
-only once. Derivatives are those of the XLA implementation, which is recomputed for them, so that nothing
-large is kept.
+`attend`, in bfloat16. Look-ups have none: XLA fuses a gather with the sum, which we expect to be fast on a
+GPU. `personalized_codebook` is `attend` with codewords as queries. Top-k has no kernel: XLA's own takes a
+hundredth of a request's time on a CPU. Derivatives are those of the XLA implementation, which is recomputed
+for them, so that nothing large is kept.
 """
 
 import importlib

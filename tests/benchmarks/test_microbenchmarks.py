@@ -4,6 +4,7 @@ import json
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,10 +66,16 @@ def test_what_differs_from_a_file_is_judged_in_turns(monkeypatch, tmp_path, in_t
     assert asked == [(keys, ["new"], 3), ([plain, xla], ["new"], 6)]
 
 
+def test_each_name_counts_once(with_flags):
+    with with_flags(workload=["odd", "odd"], implementation=["xla"]):
+        assert benchmarks.__main__.chosen(["top_k", "top_k"]) == [Key("top_k", "odd", "xla", "forward")]
+
+
 @pytest.mark.parametrize("words, flags, complaint", [
     (["encoding"], {}, "operation is 'encoding', expected some of align, attend"),
     ([], {"workload": ["huge"]}, "--workload is 'huge'"),
     ([], {"implementation": ["cuda"]}, "--implementation is 'cuda'"),
+    (["encode"], {"implementation": ["one_hot"]}, "--implementation is 'one_hot', expected some that encode"),
     ([], {"against": "nowhere.json"}, "--against=nowhere.json: FileNotFoundError"),
     ([], {"against": "setup.cfg"}, "--against=setup.cfg: JSONDecodeError"),
     ([], {"revision": "nothing"}, "--revision is 'nothing': fatal: not a valid object name"),
@@ -167,6 +174,31 @@ def test_what_cannot_run_is_noted(monkeypatch):
     monkeypatch.setattr(measuring, "MOST_MB", 0)
     found = worker.answer({"key": ["top_k", "single", "xla", "forward"]}, {})
     assert found["note"].startswith("NotImplementedError: takes ")
+
+
+def test_what_xla_refuses_fails_alone(monkeypatch):
+    """The other programs are measured, and the command ends with code 1."""
+    from benchmarks import worker
+
+    def refused(key):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic\nfailed")
+
+    monkeypatch.setattr(worker, "describe", refused)
+    key = Key("top_k", "single", "xla", "forward")
+    found = worker.answer({"key": key}, {})
+    assert found == {"note": "JaxRuntimeError: INTERNAL: Mosaic failed", "failed": True}
+    assert benchmarks.__main__.wrong_of([key._asdict() | found]) == [f"{key.name} {found['note']}"]
+
+
+def test_an_older_tree_does_not_run_modules_of_another(monkeypatch, tmp_path):
+    from benchmarks import worker
+
+    assert worker.foreign(comparing.ROOT) is None
+    monkeypatch.setattr(worker, "describe", lambda key: {"error": 0.0})
+    request = {"key": ["top_k", "single", "xla", "forward"]}
+    monkeypatch.chdir(tmp_path)
+    assert worker.answer(request, {}) == {"error": 0.0}
+    assert "which would come from another" in worker.answer(request | {"may_lack": True}, {})["note"]
 
 
 def test_only_an_older_revision_may_lack_something():
