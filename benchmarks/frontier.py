@@ -32,6 +32,8 @@ from benchmarks.serving_contenders import (
 from benchmarks.timing import in_turns
 from tarq_jax import cli, reporting
 from tarq_jax.data import Dataset
+from tarq_jax.models import TwoTower
+from tarq_jax.serving import methods
 
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Seconds to measure each method.", lower_bound=0,
                              allow_override=True)
@@ -41,6 +43,7 @@ TOP_K = flags.DEFINE_integer("top_k", 500, "Best candidates to return.", lower_b
 JSON = cli.json_flag()
 
 CHECKED = 1_000  # candidates whose scores are compared
+LARGE = "two-tower of TARQ's size"
 
 
 def contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
@@ -48,8 +51,12 @@ def contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
     yield from make_contenders(sizes, dataset)
     few = sizes._replace(codewords=sizes.few_codewords)  # `make_contenders` has these sizes only for order 1
     yield from (made for made in make_contenders(few, dataset) if made.name.startswith("TARQ order 0"))
-    for name, module, method_of in approximations.modules(
-            schema=dataset.schema, width=sizes.width, num_heads=sizes.heads, hidden=sizes.hidden):
+    common: dict[str, Any] = {"schema": dataset.schema, "width": sizes.width, "num_heads": sizes.heads,
+                              "hidden": sizes.hidden}
+    large = TwoTower(**common | {"hidden": tuple(4 * size for size in sizes.hidden)}, num_encoders=2)
+    params = random_params(large, dataset)
+    yield Contender(LARGE, methods.from_module(large, params), large, logits_of(large, params))
+    for name, module, method_of in approximations.modules(**common):
         params = random_params(module, dataset)
         yield Contender(name, method_of(params), module, logits_of(module, params))
 

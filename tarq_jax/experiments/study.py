@@ -260,7 +260,8 @@ def settings(variant: Variant) -> dict[str, Any]:
 
 # Names in `benchmarks.serving` and `benchmarks.frontier` of the methods that serve models, except TARQ.
 METHODS = {
-    "two_tower": "two-tower", "target_attention": "target attention, in blocks", "cold": "COLD-style MLP",
+    "two_tower": "two-tower", "two_tower_large": "two-tower of TARQ's size",
+    "target_attention": "target attention, in blocks", "cold": "COLD-style MLP",
     "inttower": "IntTower", "linear_attention": "linear attention", "sdim": "SDIM", "eta": "ETA",
     "din": "DIN",
 }

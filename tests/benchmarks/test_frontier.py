@@ -20,7 +20,7 @@ def test_baselines_are_served_as_they_train(silent, monkeypatch):
         made for made in make(sizes, dataset) if made.name in (TWO_TOWER, COLD, IN_BLOCKS)))
     rows = frontier.measure(serving.TINY.sizes, 300, 21, 20, 0.0, silent)
     assert [row["model"] for row in rows] == [
-        TWO_TOWER, COLD, IN_BLOCKS, "linear attention", "SDIM", "ETA", "DIN", "IntTower"]
+        TWO_TOWER, COLD, IN_BLOCKS, frontier.LARGE, "linear attention", "SDIM", "ETA", "DIN", "IntTower"]
     assert {row["model"] for row in rows} == set(study.METHODS.values())
     for row in rows:
         assert row["difference"] < 1e-5 and 0 < row["latency_p50_ms"] <= row["latency_p99_ms"]

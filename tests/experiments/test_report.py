@@ -263,7 +263,7 @@ def test_latencies_are_of_the_same_method(variants):
     assert {row["variant"]: row.get("latency_ms") for row in rows} == {
         "two_tower": 1.0, "tarq": 2.0, "tarq_twin": 2.0, "target_attention": 9.0}
     assert study.latencies(SERVING, 10, 6) == {}
-    assert study.served_as(settings("two_tower_large")) is None
+    assert study.served_as(settings("sim")) is None
     assert study.served_as(settings("tarq", num_levels=4)) is None  # its latency was not measured
 
 
