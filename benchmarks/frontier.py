@@ -10,12 +10,13 @@ latency.
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
+from flax.linen import Module
 from rich.console import Console
 from rich.progress import track
 
@@ -34,6 +35,7 @@ from tarq_jax import cli, reporting
 from tarq_jax.data import Dataset
 from tarq_jax.models import TwoTower
 from tarq_jax.serving import methods
+from tarq_jax.serving.method import Method
 
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Seconds to measure each method.", lower_bound=0,
                              allow_override=True)
@@ -54,9 +56,9 @@ def contenders(sizes: Sizes, dataset: Dataset) -> Iterator[Contender]:
     common: dict[str, Any] = {"schema": dataset.schema, "width": sizes.width, "num_heads": sizes.heads,
                               "hidden": sizes.hidden}
     large = TwoTower(**common | {"hidden": tuple(4 * size for size in sizes.hidden)}, num_encoders=2)
-    params = random_params(large, dataset)
-    yield Contender(LARGE, methods.from_module(large, params), large, logits_of(large, params))
-    for name, module, method_of in approximations.modules(**common):
+    others: list[tuple[str, Module, Callable[[Any], Method]]] = [
+        (LARGE, large, functools.partial(methods.from_module, large)), *approximations.modules(**common)]
+    for name, module, method_of in others:
         params = random_params(module, dataset)
         yield Contender(name, method_of(params), module, logits_of(module, params))
 

@@ -134,9 +134,9 @@ def sections(variants: Mapping[str, Any], rows: list[dict[str, Any]], reference:
                                            quality.replace("_", " "), reference)),
             caption="Quality is of this study; latency the median of a whole request, of the serving "
                     "benchmark, at its sizes.")
-    shown = dict.fromkeys([reference, *study.ENDS, *(row["variant"] for row in rows)])
-    curves = {name: curve for name in [name for name in shown if name in variants][:CURVES]
-              if (curve := study.learning_curve(variants[name]))[0]}
+    first = dict.fromkeys([reference, *study.ENDS, *(row["variant"] for row in rows)])
+    shown = [name for name in first if name in variants][:CURVES]
+    curves = {name: curve for name in shown if (curve := study.learning_curve(variants[name]))[0]}
     if curves:
         parts["learning"] = Section(
             "Learning curves", image=plots.png(plots.lines(curves, "step", "AUC, validation")),
