@@ -238,12 +238,9 @@ def of_other_origin(variants: Mapping[str, Variant], reference: str) -> list[str
         return {key: value for key, value in row.items()
                 if key in ("revision", "device") or key.startswith("version_")}
 
-    found = []
-    for name, variant in variants.items():
-        own, other = on_shared_seeds(variant, variants[reference]) or (variant, variant)
-        if any(origin(row) != origin(like) for row, like in zip(own.rows, other.rows, strict=True)):
-            found.append(name)
-    return found
+    paired = {name: on_shared_seeds(variant, variants[reference]) for name, variant in variants.items()}
+    return [name for name, pair in paired.items() if pair and any(
+        origin(row) != origin(like) for row, like in zip(pair[0].rows, pair[1].rows, strict=True))]
 
 
 def learning_curve(variant: Variant) -> tuple[list[int], list[float]]:
