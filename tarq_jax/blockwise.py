@@ -18,17 +18,24 @@ from jax.custom_derivatives import SymbolicZero
 
 MASKED = -1e30  # replaces masked logits, so that their weight underflows to exactly 0
 
-LOGITS = 2**20  # number of logits beyond which they do not stay in the cache of a CPU
+CACHED = 2**20  # number of logits beyond which they do not stay in the cache of a CPU
+MOST = 2**24  # number of logits that are computed together elsewhere: 64 MB
 
 Summed = Callable[[jax.Array, jax.Array], Any]  # keys, values [..., N, E] -> pytree of [..., N, any]
 
 
 def best_block(rows: int, columns: int, block: int) -> int:
-    """`block` on a CPU whose cache cannot hold a [rows, columns] matrix of logits; otherwise 0, no blocks.
+    """How many rows to process together, given a [rows, columns] matrix of logits; 0 for all, no blocks.
 
-    In that case blocks take a half to a fifth of the time: `python -m benchmarks --workload=paper,long,many`.
+    On a CPU it is `block` if the cache cannot hold the matrix. Blocks then take a half to a fifth of the
+    time: `python -m benchmarks --workload=paper,long,many`. Elsewhere, where no blocks were measured, they
+    are as large as memory allows: `MOST` logits. A program that is exported for every size has none.
     """
-    return block if rows * columns > LOGITS and jax.default_backend() == "cpu" else 0
+    if not isinstance(rows * columns, int):  # symbolic
+        return 0
+    if jax.default_backend() == "cpu":
+        return block if rows * columns > CACHED else 0
+    return max(block, MOST // columns) if rows * columns > MOST else 0
 
 
 def refuse_negative(block: int | None) -> None:

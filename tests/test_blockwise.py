@@ -10,8 +10,10 @@ import reference
 from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 
-from tarq_jax import attention, expansion
+from tarq_jax import attention, expansion, quantization
+from tarq_jax.blockwise import best_block
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 LONG, BLOCK, MEGABYTE = 10_000, 256, 2**20
@@ -139,6 +141,22 @@ def test_types_are_kept():
     found = attend(5)(*inputs, mask)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), reference.attention(*make_inputs()), atol=0.05)
+
+
+@pytest.mark.parametrize("platform, rows, columns, block", [
+    ("cpu", 2**10, 2**10, 0), ("cpu", 2**10 + 1, 2**10, 512), ("cpu", 0, 2**10, 0),
+    ("tpu", 2**14, 2**10, 0), ("tpu", 2**15, 2**10, 2**14), ("gpu", 2**15, 2**20, 512),
+])
+def test_blocks_stay_in_the_cache_of_a_cpu_or_in_64_mb(monkeypatch, platform, rows, columns, block):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert best_block(rows, columns, 512) == block
+
+
+def test_programs_for_every_size_have_no_blocks():
+    items, = export.symbolic_shape("m")
+    specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 4, 3), (items, 3))]
+    exported = export.export(jax.jit(lambda *given: quantization.encode(*given).codes))(*specs)
+    assert exported.call(jnp.zeros((2, 4, 3)), jnp.zeros((5, 3))).tolist() == [[0, 0]] * 5
 
 
 # Memory of compiled programs, which do not run

@@ -1,10 +1,11 @@
 """Pallas kernels of the core operations, selected by their argument `implementation`.
 
 `"xla"` runs the plain JAX implementation. `"pallas"` runs a kernel of this package, or raises
-NotImplementedError with the reason. None runs the kernel only if the table `PREFERRED` lists it as faster
-and it supports the arguments; otherwise XLA. Only measurements (`python -m benchmarks`) may add entries to
-the table. On a TPU, Mosaic compiles a kernel; on a CPU the same kernel is interpreted, slowly, so that tests
-can compare its numbers. Under a mesh, call a kernel within `shard_map`, as XLA cannot partition it.
+NotImplementedError with the reason. None runs the kernel only if the table `PREFERRED` says that it is faster
+for these shapes, and it supports the arguments; otherwise XLA. Only measurements (`python -m benchmarks`) may
+add entries to the table. On a TPU, Mosaic compiles a kernel; on a CPU the same kernel is interpreted, slowly,
+so that tests can compare its numbers. Under a mesh, call a kernel within `shard_map`, as XLA cannot partition
+it.
 
 Operations with a TPU kernel, and the functions that use them:
 
@@ -36,8 +37,9 @@ Implementation = Literal["xla", "pallas"] | None
 MODULES = {"encode": "encode", "attend": "attention", "expand": "attention", "look_up": "look_up",
            "look_up_expansion": "look_up", "align": "align"}
 ON_GPU = ("encode", "attend", "align")  # the operations that have a kernel for NVIDIA GPUs
-# (operation, platform) -> "pallas", if the kernel was measured to be at least as fast. None measured yet.
-PREFERRED: Mapping[tuple[str, str], str] = {}
+# (operation, platform) -> whether the kernel was measured to be at least as fast for arguments of these
+# shapes. None measured yet.
+PREFERRED: Mapping[tuple[str, str], Callable[..., bool]] = {}
 
 
 def pick(
@@ -58,7 +60,8 @@ def pick(
     if implementation not in ("xla", "pallas", None):
         raise ValueError(f"implementation is {implementation!r}, expected 'xla', 'pallas' or None")
     platform = jax.default_backend()
-    if (implementation or PREFERRED.get((operation, platform), "xla")) == "xla":
+    preferred = PREFERRED.get((operation, platform), lambda *_: False)
+    if implementation == "xla" or (implementation is None and not preferred(*arguments)):
         return None
     module = importlib.import_module(f"tarq_jax.kernels.{MODULES[operation]}")
     if platform == "gpu" and operation not in ON_GPU:

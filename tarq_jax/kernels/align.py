@@ -21,7 +21,9 @@ def refuse_align(
         return refusal
     if jax.default_backend() == "gpu":
         return hopper.refuse_wide(latents=latents)
-    return calling.too_large(codewords=codewords, personalized=personalized[0])
+    levels, most, width = codewords.shape
+    working = ROWS * ((10 + 4 * levels) * calling.lanes(width) + 5 * calling.lanes(most))
+    return calling.too_large(copies=2, working=working, codewords=codewords, personalized=personalized[0])
 
 
 def align(

@@ -26,7 +26,7 @@ def refuse_attend(
     on_gpu = None
     if jax.default_backend() == "gpu":
         on_gpu = attention_gpu.refusal(queries, keys, values)
-    return on_gpu or refuse_expand(queries, keys, values, mask)
+    return on_gpu or _refuse(queries, keys, values, [values.shape[-1]])
 
 
 def refuse_expand(
@@ -34,7 +34,18 @@ def refuse_expand(
 ) -> str | None:
     """Why `expand` cannot take these arguments; None if it can."""
     del mask
-    return calling.empty(queries=queries, keys=keys) or calling.not_real(queries, keys, values)
+    width = keys.shape[-1]
+    return _refuse(queries, keys, values, [width, width, width * width],
+                   formed=3 * calling.lanes(width * width) // 2)
+
+
+def _refuse(queries, keys, values, widths, *, formed=0):
+    """Why sums of these widths cannot be computed; None if they can. `formed` is what a position forms."""
+    width = calling.lanes(queries.shape[-1])
+    working = (2 * calling.ROWS * (width + sum(map(calling.lanes, widths)))
+               + calling.POSITIONS * (4 * width + 3 * calling.ROWS + formed))
+    return (calling.empty(queries=queries, keys=keys) or calling.not_real(queries, keys, values)
+            or calling.too_large(working=working))
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:

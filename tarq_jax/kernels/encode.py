@@ -18,7 +18,9 @@ def refuse_encode(levels: Sequence[jax.Array], latents: jax.Array) -> str | None
         return refusal
     if jax.default_backend() == "gpu":
         return hopper.refuse_wide(latents=latents)
-    return calling.too_large(codewords=list(levels))
+    width, most = calling.lanes(latents.shape[-1]), max(map(len, levels))
+    working = 2 * most * width + calling.ROWS * (4 * width + 2 * calling.lanes(most))
+    return calling.too_large(working=working, codewords=list(levels))
 
 
 def encode(levels: Sequence[jax.Array], latents: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tarq_jax.blockwise import MASKED, refuse_negative
+from tarq_jax.blockwise import MASKED, best_block, refuse_negative
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
@@ -131,7 +131,7 @@ def bind_where(function: Callable[..., Tree], where: jax.Array | None) -> Callab
 
 def encode(
     codewords: Levels, latents: jax.Array, *, assign: Assign = nearest, where: jax.Array | None = None,
-    block: int = 0, implementation: Implementation = None,
+    block: int | None = None, implementation: Implementation = None,
 ) -> QuantizerOutput:
     """Greedy residual quantization: each level quantizes the residual of the levels before it.
 
@@ -142,8 +142,9 @@ def encode(
       where: [...] bool, latents that are real; passed on to an `assign` that has such a keyword. None if
         all are real.
       block: number of latents that go through all levels together, so that their distances stay in the
-        cache. With many latents on CPU, 2048 takes half the time. 0 encodes all latents together;
-        this is required if latents are split over devices, or if `assign` depends on the batch.
+        cache. 0 encodes all latents together: right if `jit` splits them over devices, which would exchange
+        blocks, and required if `assign` has `where`, because it depends on the batch. None chooses, see
+        `tarq_jax.blockwise.best_block`.
       implementation: see `tarq_jax.kernels`; the kernel chooses its own blocks.
 
     Returns:
@@ -171,11 +172,13 @@ def encode(
         codes_of = functools.partial(kernel, jax.lax.stop_gradient(levels))
         return _encode_by(codes_of, levels, latents, block=0)
     refuse_negative(block)
+    if block is None and "where" not in inspect.signature(assign).parameters:
+        block = best_block(math.prod(latents.shape[:-1]), max(map(len, levels)), 2048)
     if block:
         if "where" in inspect.signature(assign).parameters:
             raise ValueError(f"block is {block}, expected 0 with assign={assign}, which looks at all latents")
         def greedy_codes(points):
-            return encode(levels, points, assign=assign, implementation="xla").codes
+            return encode(levels, points, assign=assign, block=0, implementation="xla").codes
 
         return _encode_by(greedy_codes, levels, latents, block)
 
@@ -186,7 +189,7 @@ def encode(
 
 
 def beam_encode(
-    codewords: Levels, latents: jax.Array, *, beam: int, block: int = 0
+    codewords: Levels, latents: jax.Array, *, beam: int, block: int | None = None
 ) -> QuantizerOutput:
     """Residual quantization that keeps the best `beam` partial sums at each level (Babenko et al. 2014).
 
@@ -199,8 +202,8 @@ def beam_encode(
       latents: [..., D].
       beam: number of partial sums kept.
       block: number of latents searched together, so that memory is bounded and scores stay in the cache;
-        512 is fastest on CPU. 0 searches all together, with [M, beam, K] scores; this is required
-        if latents are split over devices.
+        512 is fastest on CPU. 0 searches all together, with [M, beam, K] scores: right if `jit` splits
+        latents over devices. None chooses, as for `encode`.
 
     Returns:
       As `encode`.
@@ -214,6 +217,8 @@ def beam_encode(
     levels = as_levels(codewords, latents)
     if beam == 1 or len(levels) == 1 or not latents.size:
         return encode(levels, latents, block=block)
+    if block is None:
+        block = best_block(math.prod(latents.shape[:-1]), beam * max(map(len, levels)), 512)
     fixed = jax.lax.stop_gradient(levels)
     codes_of = functools.partial(_best_codes, levels=fixed, products=_products(fixed), beam=beam)
     return _encode_by(codes_of, levels, latents, block)

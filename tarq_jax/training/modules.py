@@ -60,7 +60,8 @@ def of_tarq(model: ml_collections.ConfigDict) -> dict[str, Any]:
     return {
         "num_levels": model.num_levels, "head": model.head, "decoded": model.decoded,
         "aligned_share": model.aligned_share, "student_gradient": model.student_gradient,
-        "encode": functools.partial(quantization.encode, assign=ASSIGN[model.assign]),
+        # No blocks, because `jit` splits the batch over devices.
+        "encode": functools.partial(quantization.encode, assign=ASSIGN[model.assign], block=0),
         "pass_through": PASS_THROUGH[model.pass_through]}
 
 

@@ -18,7 +18,7 @@ from tarq_jax.types import Expansion
 
 KERNELS = [name for name, operation in OPERATIONS.items() if "pallas" in operation.implementations]
 WAYS = [(name, way) for name, operation in OPERATIONS.items() for way in operation.implementations
-        if way != "plain"]
+        if way not in ("plain", "xla_whole")]  # at the sizes of tests `xla` takes everything together
 
 
 @functools.cache
@@ -71,12 +71,33 @@ def test_kernels_in_bfloat16(name):
     assert measuring.error(jax.tree.map(as_float32, found), expected(name, "odd", dtype=jnp.bfloat16)) < 0.03
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_of_kernels_in_bfloat16(name):
+    operation = OPERATIONS[name]
+    function = operations.gradient(operation, operation.implementations["pallas"])
+    found = run(function, name, "pallas", "odd", jnp.bfloat16)
+    assert {leaf.dtype for leaf in found} == {jnp.dtype(jnp.bfloat16)}
+    exact = expected(name, "odd", "gradient", jnp.bfloat16)
+    assert measuring.error(jax.tree.map(as_float32, found), exact) < 0.1
+
+
+@pytest.mark.parametrize("name", ["attend", "personalize", "expand"])
+def test_kernels_where_the_mask_has_gaps(name):
+    """The first block of positions and single ones after it are masked."""
+    *others, mask = arguments(name, "blocks")
+    mask = jnp.asarray(np.random.default_rng(0).random(mask.shape) < 0.5).at[:, :600].set(False)
+    found, exact = (jax.jit(OPERATIONS[name].implementations[way])(*others, mask)
+                    for way in ("pallas", "plain"))
+    assert measuring.error(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("direction", ["forward", "gradient"])
 @pytest.mark.parametrize("workload", ["odd", "paper"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernels_lower_for_a_tpu(name, workload):
+def test_kernels_lower_for_a_tpu(name, workload, direction):
+    function = measuring.function_of(measuring.Key(name, workload, "pallas", direction))
     specs = jax.eval_shape(lambda: operations.make_arguments(OPERATIONS[name], WORKLOADS[workload]))
-    traced = jax.jit(OPERATIONS[name].implementations["pallas"]).trace(*specs)
-    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in jax.jit(function).trace(*specs).lower(lowering_platforms=("tpu",)).as_text()
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -150,6 +171,13 @@ def test_alignment_on_a_gpu(workload):
     arrays = arguments("align", workload)
     found = align_gpu.align(*arrays, interpret=InterpretGPUParams())
     assert measuring.error(found, expected("align", workload)) < 1e-6
+
+
+def test_alignment_on_a_gpu_with_several_blocks_of_codewords():
+    sizes = WORKLOADS["odd"]._replace(G=70, K=130)
+    arrays = operations.make_arguments(OPERATIONS["align"], sizes)
+    found = align_gpu.align(*arrays, interpret=InterpretGPUParams())
+    assert measuring.error(found, OPERATIONS["align"].implementations["plain"](*arrays)) < 1e-6
 
 
 def test_alignment_lowers_for_a_gpu():
@@ -243,7 +271,22 @@ def encode(**options):
     (lambda: quantization.encode(jnp.zeros((1, 3, 4)), jnp.zeros((0, 4)), implementation="pallas"),
      r"shape \(0, 4\)"),
     (lambda: quantization.encode(jnp.zeros((1, 2**14, 256)), jnp.zeros((5, 256)), implementation="pallas"),
-     "codewords take 16777216 bytes, expected at most"),
+     "codewords and blocks take 84934656 bytes of VMEM, expected at most 16777216"),
+    # blocks alone, whatever the tables
+    (lambda: quantization.encode(jnp.zeros((1, 2, 2**13)), jnp.zeros((5, 2**13)), implementation="pallas"),
+     "of VMEM"),
+    (lambda: attention.multi_head_attention(
+        *jnp.zeros((3, 1, 1, 2, 4096)), jnp.ones((1, 2), bool), implementation="pallas"), "blocks take"),
+    (lambda: expansion.expand(*jnp.zeros((1, 1, 3, 64)), *jnp.zeros((2, 1, 1, 3, 64)),
+                              jnp.ones((1, 3), bool), implementation="pallas"), "blocks take"),
+    (lambda: attention.look_up(jnp.zeros((1, 1, 4, 2**15)), jnp.zeros((1, 2, 1), int),
+                               implementation="pallas"), "personalized and blocks take"),
+    (lambda: expansion.look_up_expansion(
+        Expansion(jnp.zeros((1, 1, 4, 128)), jnp.zeros((1, 1, 4, 128, 128))), jnp.zeros((1, 2), int),
+        jnp.zeros((1, 1, 2, 128)), implementation="pallas"), "means and jacobians and blocks take"),
+    (lambda: losses.codebook_alignment(
+        *jnp.zeros((2, 1, 2, 2**13)), jnp.zeros((1, 4, 2**13)), jnp.zeros((1, 1, 4, 2**13)),
+        *jnp.zeros((2, 1, 2, 1, 2**13)), implementation="pallas"), "codewords and personalized and blocks"),
     (lambda: quantization.encode(jnp.zeros((1, 3, 4), jnp.float16), jnp.zeros((5, 4)),
                                  implementation="pallas"), "types are float16, float32"),
     (lambda: attention.look_up(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 0, 3), int), implementation="pallas"),
@@ -266,10 +309,12 @@ def test_unknown_implementations_are_refused():
 
 
 def test_none_falls_back_where_the_kernel_does_not_fit(monkeypatch):
-    monkeypatch.setattr(kernels, "PREFERRED", {("encode", jax.default_backend()): "pallas"})
+    monkeypatch.setattr(kernels, "PREFERRED", {
+        ("encode", jax.default_backend()): lambda levels, latents: latents.size > 100})
     codewords, latents = arguments("encode", "odd")
     kernel = jax.make_jaxpr(quantization.encode)(codewords, latents)
     assert "pallas_call" in str(kernel)
+    assert "pallas_call" not in str(jax.make_jaxpr(quantization.encode)(codewords, latents[:1, :2]))
     cosine = functools.partial(quantization.encode, assign=quantization.nearest_by_cosine)
     assert "pallas_call" not in str(jax.make_jaxpr(cosine)(codewords, latents))
 

@@ -261,6 +261,21 @@ def test_beam_in_blocks_is_the_same(quantized, block):
     jax.tree.map(np.testing.assert_array_equal, found, whole)
 
 
+@pytest.mark.parametrize("encoder, block", [
+    (quantization.encode, 2048), (functools.partial(quantization.beam_encode, beam=2), 512)])
+def test_blocks_are_chosen_by_size(encoder, block):
+    """2^20 logits are encoded together on a CPU; more go through in blocks."""
+    def text(count, **options):
+        return str(jax.make_jaxpr(functools.partial(encoder, **options))(
+            jnp.zeros((2, 256, 3)), jnp.zeros((2, count, 3))))
+
+    paths = 2 if block == 512 else 1
+    assert text(2048 // paths) == text(2048 // paths, block=0)
+    assert text(2049) == text(2049, block=block) != text(2049, block=0)
+    if paths == 1:  # all latents together where one's code depends on the others
+        assert text(2049, assign=quantization.balanced) == text(2049, assign=quantization.balanced, block=0)
+
+
 @examples
 @given(seeds)
 def test_top_equals_sorting(seed):
