@@ -22,13 +22,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
 
 from benchmarks import comparing, measuring
-from benchmarks.machine import Peaks
+from benchmarks.machine import Peaks, highest
 from benchmarks.measuring import Key
 from benchmarks.operations import OPERATIONS
 from benchmarks.workloads import WORKLOADS
@@ -36,7 +35,7 @@ from tarq_jax import cli, reporting
 from tarq_jax.training import provenance
 
 WORKLOAD = flags.DEFINE_list("workload", ["paper"], f"Some of {', '.join(WORKLOADS)}.", allow_override=True)
-IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Default: all that run on this device.")
+IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Default: all, without kernels on a CPU.")
 SECONDS = flags.DEFINE_float("seconds", 0.3, "Seconds to run each program in each process.", lower_bound=0.01,
                              allow_override=True)
 PROCESSES = flags.DEFINE_integer("processes", 3, "Processes that measure each program.", lower_bound=1)
@@ -66,10 +65,9 @@ def rows_of(found: Mapping[Key, comparing.Series], peaks: Peaks) -> list[dict[st
                 row["speedup"] = float(np.median(np.concatenate(plain.times))) / row["run_ms"]
         if plain and "flops" in plain.described and "bytes" in row:
             cost = plain.described
-            bounds = peaks.bounds(cost["flops"], row["bytes"], cost["exponentials"])
-            name = max(bounds, key=lambda name: bounds[name])
-            row |= {"bound": name.removesuffix("_bound_ms"), "bound_ms": bounds[name]}
-            row["roofline_share"] = bounds[name] / row["run_ms"] if "run_ms" in row else math.nan
+            row |= highest(peaks.bounds(cost["flops"], row["bytes"], cost["exponentials"]))
+            if "run_ms" in row:
+                row["roofline_share"] = row["bound_ms"] / row["run_ms"]
         rows.append(row)
     return rows
 
@@ -147,8 +145,6 @@ def chosen(words: Sequence[str]) -> list[Key]:
             cli.wrong_call(f"operation is {name!r}, expected some of {', '.join(sorted(OPERATIONS))}")
     if IMPLEMENTATION.value:
         implementations = set(cli.names(IMPLEMENTATION, implementations))
-    elif jax.default_backend() == "cpu":
-        implementations.discard("pallas")  # interpreted there
     for text in SLOWDOWN.value:
         if not is_slowdown(text, operations):
             cli.wrong_call(f"--slowdown is {text!r}, expected OPERATION=FACTOR with one of "
@@ -176,9 +172,11 @@ def main(words: Sequence[str]) -> None:
         if old.device not in (None, machine["device"]):
             cli.wrong_call(f"--against={AGAINST.value} is of device {old.device!r}, expected "
                            f"{machine['device']!r}")
+        if machine["platform"] == "cpu" and not IMPLEMENTATION.value:  # kernels would be interpreted
+            wanted = [key for key in wanted if key.implementation != "pallas"]
         options: dict[str, Any] = {
-            "processes": PROCESSES.value, "seconds": SECONDS.value, "slowdowns": SLOWDOWN.value,
-            "console": console}
+            "machine": machine, "processes": PROCESSES.value, "seconds": SECONDS.value,
+            "slowdowns": SLOWDOWN.value, "console": console}
         if other or old.times:
             found, verdict_of = comparing.compare(wanted, other, old.times, **options)
         else:

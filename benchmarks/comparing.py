@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,10 @@ from tarq_jax import reporting
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = 5  # of each program in each process, unless its time is used up earlier
-LEAST = 2  # calls of a program in a process, whatever its time
+SAME = "the same program as xla"
+LEAST = 4  # calls of a program in a process, whatever its time
+EXCLUSIVE = ("tpu",)  # platforms whose devices only one process can use
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU that a process takes when it starts
 
 
 class Series(NamedTuple):
@@ -39,7 +42,7 @@ class Worker:
 
     def __init__(self, tree: Path, slowdowns: Sequence[str] = ()):
         """Starts the process."""
-        environment = os.environ | {"PYTHONPATH": str(tree)}
+        environment = {MEMORY: "0.45"} | os.environ | {"PYTHONPATH": str(tree)}  # two may run at a time
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *slowdowns], cwd=tree, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -78,9 +81,9 @@ def tree_of(revision: str, folder: Path) -> Path:
 
 
 def ask_machine(seconds: float) -> dict[str, Any]:
-    """The device and peaks of this machine."""
+    """Kind, platform and peaks of the device of this machine, whose other devices are not used."""
     with Worker(ROOT) as worker:
-        return worker.ask(peaks=seconds)
+        return worker.ask(device=True) | worker.ask(peaks=seconds)
 
 
 def with_plain(keys: Sequence[Key], names: Sequence[str], running: Collection[str]) -> list[Key]:
@@ -97,16 +100,18 @@ def times_of(found: Mapping[Key, Series]) -> dict[str, list[float]]:
 
 
 def measure(
-    keys: Sequence[Key], trees: Mapping[str, Path], *, processes: int, seconds: float,
-    slowdowns: Sequence[str] = (), console: Console | None = None,
+    keys: Sequence[Key], trees: Mapping[str, Path], *, machine: Mapping[str, Any], processes: int,
+    seconds: float, slowdowns: Sequence[str] = (), console: Console | None = None,
 ) -> dict[str, dict[Key, Series]]:
     """Measures every program in every tree.
 
-    Programs with the same operation, workload and direction take turns, in all trees.
+    Programs with the same operation, workload and direction take turns, in all trees; where only one process
+    can use a device, processes of the trees take turns instead.
 
     Args:
       keys: programs to measure.
       trees: folders with `tarq_jax` and `benchmarks`, by name.
+      machine: from `ask_machine`.
       processes: number of processes, one after the other; each measures everything.
       seconds: time for each program in each process.
       slowdowns: see `benchmarks.worker`; they apply only to the tree "new".
@@ -119,12 +124,15 @@ def measure(
     groups: dict[tuple[str, ...], list[Key]] = {}
     for key in keys:
         groups.setdefault((key.operation, key.workload, key.direction), []).append(key)
+    alone = machine["platform"] in EXCLUSIVE
+    together = [{name: tree} for name, tree in trees.items()] if alone else [trees]
     with reporting.progress_bar(console or Console(quiet=True)) as bar:
-        task = bar.add_task("measuring", total=processes * len(groups), note="")
-        for _ in range(processes):
+        task = bar.add_task("measuring", total=processes * len(together) * len(groups), note="")
+        for part in processes * together:
             with ExitStack() as stack:
                 workers = {name: stack.enter_context(Worker(tree, slowdowns if name == "new" else ()))
-                           for name, tree in trees.items()}
+                           for name, tree in part.items()}
+                _check_devices(workers.values(), machine["device"])
                 for group, members in groups.items():
                     bar.update(task, note=" ".join(group))
                     _measure_group(members, workers, seconds, found)
@@ -171,15 +179,30 @@ def not_compared(found: Mapping[str, Mapping[Key, Series]], judged: Collection[s
             if series.times and key.implementation != "plain" and key.name not in judged}
 
 
+def _check_devices(workers: Iterable[Worker], expected: str) -> None:
+    """Raises OSError if a worker has another device: JAX takes the CPU if it cannot start a GPU."""
+    for worker in workers:
+        if (found := worker.ask(device=True)["device"]) != expected:
+            raise OSError(f"a process that measures has device {found!r}, expected {expected!r}")
+
+
 def _measure_group(
     members: Sequence[Key], workers: Mapping[str, Worker], seconds: float,
     found: Mapping[str, dict[Key, Series]],
 ) -> None:
-    """Adds the measurements of one process of each tree to `found`."""
-    running = []
+    """Adds the measurements of one process of each tree to `found`.
+
+    What has the same program as `xla`, such as blocks where it chooses these, is not run again.
+    """
+    running, programs = [], dict[str, str]()
     for key in members:
         for name, worker in workers.items():
             described = worker.ask(key=key, may_lack=name == "old")
+            if key.implementation == "xla" and "program" in described:
+                programs[name] = described["program"]
+            elif programs.get(name) == described.get("program", ""):
+                del described["error"]
+                described["note"] = SAME
             found[name][key].described.update(described)
             if "error" in described:
                 running.append((key, worker, found[name][key].times))

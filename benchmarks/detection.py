@@ -26,13 +26,15 @@ TRIED = ("align", "encode", "expand", "look_up")
 WORKLOAD, PROCESSES, SECONDS = "config", 3, 0.2
 
 
-def compare(slowed: list[str], before: dict[str, list[float]] | None, console: Console) -> tuple[
-        dict[str, verdicts.Verdict], dict[str, list[float]]]:
+def compare(
+    slowed: list[str], before: dict[str, list[float]] | None, machine: dict[str, Any], console: Console,
+) -> tuple[dict[str, verdicts.Verdict], dict[str, list[float]]]:
     """Compares the slowed library with the unchanged one.
 
     Args:
       slowed: names of the operations that are slowed down.
       before: times of the unchanged library from another comparison; None measures all in turns.
+      machine: from `comparing.ask_machine`.
       console: where progress is shown.
 
     Returns:
@@ -41,21 +43,21 @@ def compare(slowed: list[str], before: dict[str, list[float]] | None, console: C
     keys = [key for key in measuring.keys(list(TRIED), [WORKLOAD], ["plain", "xla"])
             if key.direction == "forward"]
     found, judged = comparing.compare(
-        keys, comparing.ROOT, before, processes=PROCESSES, seconds=SECONDS, console=console,
-        slowdowns=[f"{name}={FACTOR.value}" for name in slowed])
+        keys, comparing.ROOT, before, machine=machine, processes=PROCESSES, seconds=SECONDS,
+        console=console, slowdowns=[f"{name}={FACTOR.value}" for name in slowed])
     return judged, comparing.times_of(found.get("old", {}))
 
 
 def main() -> None:
     """Repeats the comparison and prints the counts."""
     rng, console, counts = np.random.default_rng(0), Console(), Counter[tuple[str, str, str]]()
-    before: dict[str, list[float]] = {}
+    before, machine = dict[str, list[float]](), comparing.ask_machine(SECONDS)
     for index in range(REPEATS.value):
         slowed = [str(name) for name in rng.choice(TRIED, len(TRIED) // 2, replace=False)]
         console.print(f"repeat {index + 1} of {REPEATS.value}, slowed down: {', '.join(slowed)}")
         comparisons = {"in turns": None, "against a file": before} if before else {"in turns": None}
         for how, old in comparisons.items():
-            found, times = compare(slowed, old, console)
+            found, times = compare(slowed, old, machine, console)
             before = times or before
             for name, verdict in found.items():
                 kind = "slowed" if name.split("/")[0] in slowed else "same"

@@ -4,6 +4,7 @@ Benchmarks and tests share this table. `plain` is the textbook form of an operat
 implementations are compared with it.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,6 +62,12 @@ def _by_implementation(function: Function, plain: Function, **others: Function) 
         return lambda *arguments: function(*arguments, implementation=name)
 
     return {"plain": plain, "xla": of("xla"), "pallas": of("pallas"), **others}
+
+
+def _blocks(function: Function, block: int) -> dict[str, Function]:
+    """What `xla` chooses between by size and device: blocks, and everything together."""
+    return {"xla_blocks": functools.partial(function, block=block, implementation="xla"),
+            "xla_whole": functools.partial(function, block=0, implementation="xla")}
 
 
 def _encode_plain(codewords, latents):
@@ -151,10 +158,6 @@ def _align_plain(latents, outputs, codewords, personalized, chosen, attended):
     return total
 
 
-def _align(*arguments, **options):
-    return losses.codebook_alignment(*arguments, **options)
-
-
 SELECTED = 500  # candidates that top-k selects
 
 
@@ -170,24 +173,21 @@ def _top_k(scores):
 OPERATIONS: Mapping[str, Operation] = {
     "encode": Operation(
         {"codewords": "LKD", "latents": "BGD"}, ("codewords",),
-        _by_implementation(
-            _encode, _encode_plain, xla_blocks=lambda *arguments: _encode(*arguments, block=2048))),
+        _by_implementation(_encode, _encode_plain, **_blocks(_encode, 2048))),
     "attend": Operation(
         {"queries": "BHGE", "keys": "BHNE", "values": "BHNE", "mask": "BN?"}, ("queries", "keys", "values"),
         _by_implementation(
             attention.multi_head_attention, _attend_plain, dot_product_attention=_dot_product_attention,
-            xla_blocks=lambda *arguments: attention.multi_head_attention(*arguments, block=512))),
+            **_blocks(attention.multi_head_attention, 512))),
     "personalize": Operation(
         {"queries": "LHKE", "keys": "BLHNE", "values": "BLHNE", "mask": "BN?"},
         ("queries", "keys", "values"),
         _by_implementation(
             attention.personalized_codebook, _attend_plain,
-            xla_blocks=lambda *arguments: attention.personalized_codebook(*arguments, block=512))),
+            **_blocks(attention.personalized_codebook, 512))),
     "expand": Operation(
         {"queries": "HKE", "keys": "BHNE", "values": "BHNE", "mask": "BN?"}, ("queries", "keys", "values"),
-        _by_implementation(
-            expansion.expand, _expand_plain,
-            xla_blocks=lambda *arguments: expansion.expand(*arguments, block=512))),
+        _by_implementation(expansion.expand, _expand_plain, **_blocks(expansion.expand, 512))),
     "look_up": Operation(
         {"personalized": "BLKD", "codes": "BGL<K"}, ("personalized",),
         _by_implementation(attention.look_up, _look_up_plain, one_hot=_look_up_one_hot)),
@@ -201,8 +201,8 @@ OPERATIONS: Mapping[str, Operation] = {
         {"latents": "BGD", "outputs": "BGD", "codewords": "LKD", "personalized": "BLKD", "chosen": "BGLD",
          "attended": "BGLD"},
         ("latents", "codewords", "personalized"),
-        _by_implementation(
-            _align, _align_plain, xla_blocks=lambda *arguments: _align(*arguments, block=256))),
+        _by_implementation(losses.codebook_alignment, _align_plain,
+                           **_blocks(losses.codebook_alignment, 256))),
     # No kernel: XLA's top-k takes a hundredth of a request's time.
     "top_k": Operation({"scores": "BG"}, (), {"plain": _top_k_plain, "xla": _top_k}),
 }

@@ -67,8 +67,7 @@ def relative_error(latents: np.ndarray, quantized: np.ndarray) -> float:
 
 def ours(latents: np.ndarray, beam: int, refined: bool) -> Quantizer:
     """tarq_jax: k-means level by level, optionally refined by least squares over all levels."""
-    encode = (functools.partial(quantization.encode, block=2048) if beam == 1 else
-              functools.partial(quantization.beam_encode, beam=beam, block=512))
+    encode = quantization.encode if beam == 1 else functools.partial(quantization.beam_encode, beam=beam)
     fit = quantization.kmeans_codebook
     if refined:
         fit = functools.partial(quantization.fit_codebook, encode=encode)

@@ -9,6 +9,7 @@ where XLA fuses less than on an accelerator. Statistics of codebooks (the same o
 revival (at most 65,536 latents, occasionally) are left out.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from tarq_jax.training import exchange
@@ -26,8 +27,12 @@ class Chip(NamedTuple):
     link: float  # bytes per second that it sends to devices in its island, one direction
     island: int  # devices that such links connect
     beyond: float  # bytes per second that it sends out of its island, one direction
+    exponentials: float = math.inf  # per second; infinite where the vendor publishes no number
 
 
+# Exponentials per second: 16 per clock and multiprocessor (CUDA C++ Programming Guide, throughput of
+# arithmetic), on 132 multiprocessors at 1.83 GHz, the clock that gives 989 TFLOP/s.
+HOPPER = 132 * 16 * 1.83e9
 CHIPS = {
     # cloud.google.com/tpu/docs/v5e: 400 GB/s both ways; 6.4 Tb/s of data-centre network per pod of 256
     "TPU v5e": Chip(197e12, 16e9, 819e9, 200e9, 256, 3.1e9),
@@ -37,8 +42,8 @@ CHIPS = {
     # cloud.google.com/tpu/docs/v6e: 800 GB/s both ways; 25.6 Tb/s of data-centre network per pod of 256
     "TPU v6e": Chip(918e12, 32e9, 1640e9, 400e9, 256, 12.5e9),
     # nvidia.com H100 SXM: NVLink 900 GB/s both ways between 8 GPUs; beyond, one 400 Gb/s NIC per GPU
-    "H100": Chip(989e12, 80e9, 3350e9, 450e9, 8, 50e9),
-    "H200": Chip(989e12, 141e9, 4800e9, 450e9, 8, 50e9),
+    "H100": Chip(989e12, 80e9, 3350e9, 450e9, 8, 50e9, HOPPER),
+    "H200": Chip(989e12, 141e9, 4800e9, 450e9, 8, 50e9, HOPPER),
 }
 # Passes over a table by an optimizer that visits every row: the gradient is made, read for its norm and read
 # for the update, parameters and optimizer state are read and written.

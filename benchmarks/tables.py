@@ -258,6 +258,31 @@ def microbenchmarks() -> list[str]:
                            "XLA, MB without its arguments (textbook's)"], rows)
 
 
+def rooflines() -> list[str]:
+    """Lower bounds in microseconds on other chips, at the sizes of a request."""
+    chips = ("TPU v5e", "TPU v6e", "H100", "H200")
+    found = {(row["operation"], row["direction"], row["chip"]): row for row in read("compiled")
+             if row["workload"] == "paper" and "bound" in row}
+    return markdown_table(["operation", "direction", *chips], [
+        [f"`{operation}`", direction, *(f"{1e3 * row['bound_ms']:.1f}, {row['bound']}" for row in (
+            found[operation, direction, chip] for chip in chips))]
+        for operation, direction in dict.fromkeys(key[:2] for key in found)])
+
+
+def compiled() -> list[str]:
+    """MB that programs for a v5e read and write, at the sizes of a request."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in read("compiled"):
+        if row["workload"] == "paper" and "v5" in row["chip"] and "temporary_mb" in row:
+            form = "xla" if row["implementation"] == "xla_whole" else row["implementation"]
+            found.setdefault((row["operation"], row["direction"]), {})[form] = (
+                f"{row['bytes_accessed_mb']:,.0f}" + (
+                    f" (temporary {row['temporary_mb']:,.0f})" if row["temporary_mb"] >= 1 else ""))
+    return markdown_table(["operation", "direction", "textbook", "XLA", "kernel"], [
+        [f"`{operation}`", direction, *(forms.get(form, "-") for form in ("plain", "xla", "pallas"))]
+        for (operation, direction), forms in found.items()])
+
+
 def input_pipeline() -> list[str]:
     """Candidate examples per second by source and readers."""
     return markdown_table(["source", "readers", "examples/s", "cold, one epoch", "first batch, ms"], [
@@ -268,7 +293,8 @@ def input_pipeline() -> list[str]:
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {table.__name__: table for table in (
     quantization, training_step, serving_ratios, serving_growth, serving_requests, serving_parts,
-    serving_crossovers, frontier, ablation, parts, stress, microbenchmarks, input_pipeline)}
+    serving_crossovers, frontier, ablation, parts, stress, microbenchmarks, rooflines, compiled,
+    input_pipeline)}
 
 
 def rendered(page: Path) -> str:

@@ -1,7 +1,6 @@
 """The microbenchmarks run, compare revisions and give verdicts."""
 
 import json
-import sys
 import time
 
 import jax
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import benchmarks.__main__
-from benchmarks import comparing, measuring, verdicts
+from benchmarks import comparing, machine, measuring, verdicts
 from benchmarks.machine import Peaks
 from benchmarks.measuring import Key
 
@@ -90,7 +89,7 @@ def test_wrong_calls(capsys, words, flags, complaint, with_flags):
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
 
 
-MACHINE = {"peaks": [1.0, 1.0, 1.0], "device": "none"}
+MACHINE = {"peaks": [1.0, 1.0, 1.0], "device": "none", "platform": "cpu"}
 
 
 @pytest.fixture
@@ -172,8 +171,10 @@ def test_what_cannot_run_is_noted(monkeypatch):
     from benchmarks import worker
 
     monkeypatch.setattr(measuring, "MOST_MB", 0)
-    found = worker.answer({"key": ["top_k", "single", "xla", "forward"]}, {})
-    assert found["note"].startswith("NotImplementedError: takes ")
+    worker.program.cache_clear()
+    found = worker.answer({"key": ["encode", "single", "plain", "forward"]}, {})
+    worker.program.cache_clear()
+    assert found["note"].startswith("takes ") and found["flops"] > 0 and "error" not in found
 
 
 def test_what_xla_refuses_fails_alone(monkeypatch):
@@ -210,16 +211,80 @@ def test_only_an_older_revision_may_lack_something():
         worker.answer(request, {})
 
 
-def test_only_the_older_tree_may_lack_something():
-    class Recorded:
-        def ask(self, **request):
-            asked.append(request)
-            return {}
+class Recorded:
+    """A worker that answers by a function of the request, and keeps the requests."""
 
-    asked, key = [], Key("look_up", "odd", "xla", "forward")
-    series = {name: {key: comparing.Series({}, [])} for name in ("new", "old")}
-    comparing._measure_group([key], {"new": Recorded(), "old": Recorded()}, 0.1, series)
-    assert [request["may_lack"] for request in asked if "key" in request] == [False, True]
+    def __init__(self, answer=lambda request: {}):
+        self.asked, self._answer = [], answer
+
+    def ask(self, **request):
+        self.asked.append(request)
+        return self._answer(request)
+
+
+def test_only_the_older_tree_may_lack_something():
+    workers, key = {"new": Recorded(), "old": Recorded()}, Key("look_up", "odd", "xla", "forward")
+    series = {name: {key: comparing.Series({}, [])} for name in workers}
+    comparing._measure_group([key], workers, 0.1, series)
+    assert [worker.asked[0]["may_lack"] for worker in workers.values()] == [False, True]
+
+
+def test_the_same_program_is_not_run_twice():
+    def answer(request):
+        if "seconds" in request:
+            return {"times": [1.0]}
+        programs = {"plain": "a", "xla": "b", "xla_blocks": "b", "xla_whole": "c"}
+        return {"error": 0.0, "program": programs[request["key"].implementation]} if "key" in request else {}
+
+    keys = [Key("encode", "odd", way, "forward") for way in ("plain", "xla", "xla_blocks", "xla_whole")]
+    found = {"new": {key: comparing.Series({}, []) for key in keys}}
+    comparing._measure_group(keys, {"new": Recorded(answer)}, 0.001, found)
+    assert {key.implementation for key, series in found["new"].items() if series.times} == {
+        "plain", "xla", "xla_whole"}
+    assert found["new"][keys[2]].described == {"program": "b", "note": comparing.SAME}
+
+
+@pytest.mark.parametrize("platform, most", [("cpu", 2), ("tpu", 1)])
+def test_a_tpu_is_used_by_one_process_at_a_time(monkeypatch, platform, most):
+    running, seen = [], []
+
+    class Process(Recorded):
+        def __enter__(self):
+            running.append(self)
+            seen.append(len(running))
+            return self
+
+        def __exit__(self, *_):
+            running.remove(self)
+
+    def worker(tree, slowdowns):
+        return Process(lambda request: {"device": "this"} if "device" in request else {})
+
+    monkeypatch.setattr(comparing, "Worker", worker)
+    trees, machine = {"new": comparing.ROOT, "old": comparing.ROOT}, {"device": "this", "platform": platform}
+    comparing.measure([Key("encode", "odd", "xla", "forward")], trees, machine=machine, processes=2,
+                      seconds=0.1)
+    assert max(seen) == most and len(seen) == 4
+    with pytest.raises(OSError, match="has device 'this', expected 'another'"):
+        comparing.measure([], trees, machine=machine | {"device": "another"}, processes=1, seconds=0.1)
+
+
+def test_the_parent_leaves_the_device_to_its_workers(command):
+    """A TPU can be used by one process only."""
+    done = command("-c", "from benchmarks import __main__, compiled; import jax; "
+                         "print(jax._src.xla_bridge.backends_are_initialized())")
+    assert done.stdout.split() == ["False"], done.stderr
+
+
+def test_kernels_are_not_measured_where_they_are_interpreted(monkeypatch, with_flags):
+    asked = []
+    monkeypatch.setattr(comparing, "measure", lambda keys, *_, **options: asked.append(
+        {key.implementation for key in keys}) or {"new": {}})
+    for platform, chosen in (("cpu", []), ("gpu", []), ("cpu", ["pallas"])):
+        monkeypatch.setattr(comparing, "ask_machine", lambda _, name=platform: MACHINE | {"platform": name})
+        with with_flags(implementation=chosen):
+            benchmarks.__main__.main(["look_up"])
+    assert asked == [{"plain", "xla", "one_hot"}, {"plain", "xla", "pallas", "one_hot"}, {"pallas"}]
 
 
 @pytest.mark.parametrize("found, expected, error", [
@@ -264,6 +329,8 @@ def test_the_first_call_of_a_turn_is_not_counted(monkeypatch):
     monkeypatch.setattr(worker, "program", lambda key: measuring.Program(
         lambda: time.sleep(next(pauses)), {}))
     assert max(worker.times(Key("top_k", "odd", "xla", "forward"), 0.02, {})) < 90
+    pauses = iter([0.3])  # a long call counts, as no cache helps it
+    assert len(worker.times(Key("top_k", "odd", "xla", "forward"), 0.02, {})) == 1
 
 
 # Verdicts
@@ -334,4 +401,32 @@ def test_false_alarms_and_misses_at_a_noise_of_eight_percent():
 def test_bounds():
     assert Peaks(1e9, 1e9, 1e9).bounds(2e6, 3e6, 1e6) == {
         "flop_bound_ms": 2.0, "byte_bound_ms": 3.0, "exp_bound_ms": 1.0}
-    assert sys.modules[Peaks.__module__].__doc__
+
+
+def test_rows_have_the_share_of_the_bound_that_is_reached():
+    """FLOPs and exponentials are those of `plain`, bytes those of the program; time is the median."""
+    keys = [Key("encode", "odd", way, "forward") for way in ("plain", "xla")]
+    plain = {"flops": 2e6, "exponentials": 1e3, "bytes": 9e9, "error": 0.0}
+    series = comparing.Series(plain, [[8.0, 8.0], [9.0]]), comparing.Series(
+        {"flops": 1.0, "bytes": 1e6, "error": 0.0}, [[4.0, 5.0, 40.0]])
+    _, row = benchmarks.__main__.rows_of(dict(zip(keys, series, strict=True)), Peaks(1e9, 1e9, 1e9))
+    assert (row["bound"], row["bound_ms"], row["roofline_share"]) == ("flop", 2.0, 0.4)
+    assert row["run_ms"] == 5.0 and row["speedup"] == 1.6 and row["calls"] == 3
+    unknown = {keys[0]: comparing.Series({"error": 0.0}, []), keys[1]: series[1]}
+    assert "bound" not in benchmarks.__main__.rows_of(unknown, Peaks(1e9, 1e9, 1e9))[1]
+
+
+@pytest.mark.parametrize("load", [machine.ON_CPU, machine.ELSEWHERE])
+def test_peaks_are_rates_of_what_ran(monkeypatch, load):
+    """The same rates, whether much or little is measured together: 2 N^3 FLOPs, 8 bytes a number."""
+    monkeypatch.setattr(machine, "MATRIX", 8)
+    monkeypatch.setattr(machine, "CHANGED", 4)
+    monkeypatch.setattr(machine, "ON_CPU", load._replace(exponentials=2))
+
+    def in_turns(calls, seconds):
+        for call in calls.values():
+            assert np.isfinite(np.asarray(call())).all()
+        return {name: np.array([2.0, 1.0]) for name in calls}
+
+    monkeypatch.setattr(machine, "in_turns", in_turns)
+    assert machine.peaks() == (load.repeats * 1024, load.repeats * 32, 32)
