@@ -1,5 +1,6 @@
 """Measures programs in separate processes; programs of several revisions take turns."""
 
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from benchmarks import verdicts
 from benchmarks.measuring import Key
+from benchmarks.timing import SHORT
 from tarq_jax import reporting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,9 +194,11 @@ def _measure_group(
 ) -> None:
     """Adds the measurements of one process of each tree to `found`.
 
-    What has the same program as `xla`, such as blocks where it chooses these, is not run again.
+    What has the same program as `xla`, such as blocks where it chooses these, is not run again. Programs that
+    take long run after the others: they may take gigabytes, which makes the next calls of others slow.
     """
-    running, programs = [], dict[str, str]()
+    running = {"short": list[tuple[Key, Worker, list[list[float]]]](), "long": []}
+    programs: dict[str, str] = {}
     for key in members:
         for name, worker in workers.items():
             described = worker.ask(key=key, may_lack=name == "old")
@@ -203,12 +207,14 @@ def _measure_group(
             elif programs.get(name) == described.get("program", ""):
                 del described["error"]
                 described["note"] = SAME
+            once = described.pop("once_ms", 0.0)
             found[name][key].described.update(described)
             if "error" in described:
-                running.append((key, worker, found[name][key].times))
+                running["long" if once > 1e3 * SHORT else "short"].append(
+                    (key, worker, found[name][key].times))
                 found[name][key].times.append([])
-    for _ in range(TURNS):
-        for key, worker, times in running:
+    for part, _ in itertools.product(running.values(), range(TURNS)):
+        for key, worker, times in part:
             if sum(times[-1]) < 1e3 * seconds or len(times[-1]) < LEAST:
                 times[-1] += worker.ask(key=key, seconds=seconds / TURNS)["times"]
     for worker in workers.values():

@@ -7,7 +7,7 @@ Reads one JSON object per line from standard input, and answers each with anothe
     {"device": true}                  kind and platform of the device
     {"peaks": 0.3}                    its peak rates, each measured for that many seconds
     {"key": [operation, workload, implementation, direction]}
-                                      compiles that program: memory, cost, error
+                                      compiles that program: memory, cost, error, milliseconds of a call
     {"key": ..., "seconds": 0.1}      runs it for that long: milliseconds of each call
     {"key": ..., "may_lack": true}    as above, for a revision that may lack what the program calls
     {"forget": true}                  frees all programs
@@ -50,6 +50,7 @@ def describe(key: Key) -> dict[str, Any]:
     row = dict(found.row)
     if found.call is None:
         return row
+    row["once_ms"] = 1e3 * seconds_of(found.call)
     if plain.call is None:
         return row | {"error": None}  # nothing to compare with
     difference = measuring.error(found.call(), plain.call())

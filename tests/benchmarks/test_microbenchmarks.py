@@ -244,6 +244,21 @@ def test_the_same_program_is_not_run_twice():
     assert found["new"][keys[2]].described == {"program": "b", "note": comparing.SAME}
 
 
+def test_long_programs_run_after_the_others():
+    keys = [Key("align", "odd", way, "forward") for way in ("plain", "xla", "xla_whole")]
+
+    def answer(request):
+        if "seconds" in request:
+            return {"times": [1e3]}
+        return {"error": 0.0, "once_ms": 3e3 if request.get("key") == keys[0] else 1.0}
+
+    worker, found = Recorded(answer), {"new": {key: comparing.Series({}, []) for key in keys}}
+    comparing._measure_group(keys, {"new": worker}, 0.001, found)
+    ran = [request["key"] for request in worker.asked if "seconds" in request]
+    assert ran == comparing.LEAST * keys[1:] + comparing.LEAST * keys[:1]
+    assert found["new"][keys[0]].described == {"error": 0.0}
+
+
 @pytest.mark.parametrize("platform, most", [("cpu", 2), ("tpu", 1)])
 def test_a_tpu_is_used_by_one_process_at_a_time(monkeypatch, platform, most):
     running, seen = [], []
