@@ -243,17 +243,17 @@ def microbenchmarks() -> list[str]:
     for row in read("microbenchmarks"):
         if row["workload"] == "paper":
             found.setdefault((row["operation"], row["direction"]), {})[row["implementation"]] = row
-    names = {"xla_blocks": "blocks", "one_hot": "one-hot product", "sorted_segments": "sorted segments",
+    names = {"xla_blocks": "blocks", "xla_whole": "whole", "one_hot": "one-hot product",
+             "sorted_segments": "sorted segments",
              "dot_product_attention": "`jax.nn.dot_product_attention`"}
     rows = []
     for (operation, direction), ways in found.items():
         plain, xla = ways["plain"], ways["xla"]
-        others = [f"{names.get(name, name)} {short(row.get('run_ms'))}" for name, row in ways.items()
-                  if name not in ("plain", "xla")]
-        memory = short(plain["peak_mb"]) if "peak_mb" in plain else plain["note"].split(": ")[-1]
-        bound = f"{short(xla['bound_ms'])}, {xla['bound']}" if "bound_ms" in xla else "-"
+        others = [f"{names[name]} {short(row['run_ms'])}" for name, row in ways.items()
+                  if name not in ("plain", "xla") and "run_ms" in row]
         rows.append([f"`{operation}`", direction, short(plain.get("run_ms")), short(xla["run_ms"]),
-                     ", ".join(others) or "-", bound, f"{short(xla['peak_mb'])} ({memory})"])
+                     ", ".join(others) or "-", f"{short(xla['bound_ms'])}, {xla['bound']}",
+                     f"{short(xla['peak_mb'])} ({short(plain['peak_mb'])})"])
     return markdown_table(["operation", "direction", "textbook", "XLA", "other ways", "bound, by",
                            "XLA, MB without its arguments (textbook's)"], rows)
 
