@@ -6,13 +6,15 @@
     python -m benchmarks --against=FILE                   # is anything slower than in that file?
     python -m benchmarks --revision=HEAD~1                # ... or than in that revision, measured in turns
 
-The implementations are measured in turns. Each row gives the milliseconds to lower, compile and run (median
-and interquartile range over all calls in all processes), the speed-up over `plain`, MB of output and
-temporary memory, the lower bound on this device from the FLOPs and exponentials of `plain` and from the bytes
-of arguments and results, the share of that bound that is reached, and the difference from the numbers of
-`plain`. `benchmarks.verdicts` defines when a program is called slower; the exit code is then 1. Programs that
-could not be compared are listed. What seems to differ from a file is measured in turns with the revision that
-the file names, if the library had no changes then; so the file may be of another day.
+The implementations are measured in turns, those that take more than a quarter of a second after the others.
+Each row gives the milliseconds to lower, compile and run (median and interquartile range over all calls in
+all processes), the speed-up over `plain`, MB of output and temporary memory, the lower bound on this device,
+the share of that bound that is reached, and the difference from the numbers of `plain`. The bound is from the
+least FLOPs and exponentials of any form without loops, and from the bytes of arguments and results.
+
+`benchmarks.verdicts` defines when a program is called slower; the exit code is then 1. Programs that could
+not be compared are listed. What seems to differ from a file is measured in turns with the revision that the
+file names, if the library had no changes then; so the file may be of another day.
 """
 
 import json
@@ -63,9 +65,10 @@ def rows_of(found: Mapping[Key, comparing.Series], peaks: Peaks) -> list[dict[st
             row["processes_ms"] = series.typical
             if plain and plain.times:
                 row["speedup"] = float(np.median(np.concatenate(plain.times))) / row["run_ms"]
-        if plain and "flops" in plain.described and "bytes" in row:
-            cost = plain.described
-            row |= highest(peaks.bounds(cost["flops"], row["bytes"], cost["exponentials"]))
+        cost = measuring.least(found[form].described for form in (
+            key._replace(implementation=name) for name in measuring.COUNTED) if form in found)
+        if len(cost) == 2 and "bytes" in row:
+            row |= highest(peaks.bounds(moved=row["bytes"], **cost))
             if "run_ms" in row:
                 row["roofline_share"] = row["bound_ms"] / row["run_ms"]
         rows.append(row)

@@ -200,19 +200,20 @@ def _measure_group(
     running = {"short": list[tuple[Key, Worker, list[list[float]]]](), "long": []}
     programs: dict[str, str] = {}
     for key in members:
+        longest, entries = 0.0, []
         for name, worker in workers.items():
             described = worker.ask(key=key, may_lack=name == "old")
+            longest = max(longest, described.pop("once_ms", 0.0))
             if key.implementation == "xla" and "program" in described:
                 programs[name] = described["program"]
             elif programs.get(name) == described.get("program", ""):
-                del described["error"]
+                described.pop("error", None)
                 described["note"] = SAME
-            once = described.pop("once_ms", 0.0)
             found[name][key].described.update(described)
             if "error" in described:
-                running["long" if once > 1e3 * SHORT else "short"].append(
-                    (key, worker, found[name][key].times))
+                entries.append((key, worker, found[name][key].times))
                 found[name][key].times.append([])
+        running["long" if longest > 1e3 * SHORT else "short"] += entries
     for part, _ in itertools.product(running.values(), range(TURNS)):
         for key, worker, times in part:
             if sum(times[-1]) < 1e3 * seconds or len(times[-1]) < LEAST:

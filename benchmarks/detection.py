@@ -1,6 +1,6 @@
 """Does the comparison of `python -m benchmarks` notice a slowdown, and nothing else?
 
-    python -m benchmarks.detection --json=benchmarks/results/detection.json
+    python -m benchmarks.detection --operations=align,encode,expand,look_up --json=FILE
 
 The library is compared with itself, while half of the operations, drawn anew each time, take 1.3 times as
 long in one of the two copies. The command counts the verdicts, for measurements in turns (as with
@@ -21,6 +21,7 @@ from tarq_jax import cli, reporting
 
 REPEATS = flags.DEFINE_integer("repeats", 20, "Number of comparisons.", lower_bound=2)
 FACTOR = flags.DEFINE_float("factor", 1.3, "Factor by which times are increased.", lower_bound=1.0)
+TRIED = flags.DEFINE_list("operations", list(OPERATIONS), "Operations to measure.")
 JSON = cli.json_flag()
 
 WORKLOAD, PROCESSES, SECONDS = "config", 3, 0.2
@@ -40,7 +41,7 @@ def compare(
     Returns:
       Verdicts by program name, and the times of the unchanged library if it was measured in turns.
     """
-    keys = [key for key in measuring.keys(list(OPERATIONS), [WORKLOAD], ["plain", "xla"])
+    keys = [key for key in measuring.keys(TRIED.value, [WORKLOAD], ["plain", "xla"])
             if key.direction == "forward"]
     found, judged = comparing.compare(
         keys, comparing.ROOT, before, machine=machine, processes=PROCESSES, seconds=SECONDS,
@@ -50,10 +51,11 @@ def compare(
 
 def main() -> None:
     """Repeats the comparison and prints the counts."""
+    tried = cli.names(TRIED, OPERATIONS)
     rng, console, counts = np.random.default_rng(0), Console(), Counter[tuple[str, str, str]]()
     before, machine = dict[str, list[float]](), comparing.ask_machine(SECONDS)
     for index in range(REPEATS.value):
-        slowed = [str(name) for name in rng.choice(list(OPERATIONS), len(OPERATIONS) // 2, replace=False)]
+        slowed = [str(name) for name in rng.choice(tried, len(tried) // 2, replace=False)]
         console.print(f"repeat {index + 1} of {REPEATS.value}, slowed down: {', '.join(slowed)}")
         comparisons = {"in turns": None, "against a file": before} if before else {"in turns": None}
         for how, old in comparisons.items():

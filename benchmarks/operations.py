@@ -152,8 +152,9 @@ def _align_plain(latents, outputs, codewords, personalized, chosen, attended):
     for level, words in enumerate(codewords):
         squares = jnp.sum(jnp.square(latents[:, :, None] - words), axis=-1)
         attended_squares = jnp.sum(jnp.square(outputs[:, :, None] - personalized[:, None, level]), axis=-1)
-        log_p, log_q = jax.nn.log_softmax(-squares), jax.nn.log_softmax(-attended_squares)
-        total += jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
+        p, q = jax.nn.softmax(-squares), jax.nn.softmax(-attended_squares)
+        total += jnp.sum((p - q) * (jax.nn.log_softmax(-squares) - jax.nn.log_softmax(-attended_squares)),
+                         axis=-1)
         latents, outputs = latents - chosen[:, :, level], outputs - attended[:, :, level]
     return total
 

@@ -244,7 +244,7 @@ def microbenchmarks() -> list[str]:
         if row["workload"] == "paper":
             found.setdefault((row["operation"], row["direction"]), {})[row["implementation"]] = row
     names = {"xla_blocks": "blocks", "xla_whole": "whole", "one_hot": "one-hot product",
-             "sorted_segments": "sorted segments",
+             "sorted_segments": "sorted segments", "pallas": "kernel",
              "dot_product_attention": "`jax.nn.dot_product_attention`"}
     rows = []
     for (operation, direction), ways in found.items():
@@ -262,7 +262,7 @@ def rooflines() -> list[str]:
     """Lower bounds in microseconds on other chips, at the sizes of a request."""
     chips = ("TPU v5e", "TPU v6e", "H100", "H200")
     found = {(row["operation"], row["direction"], row["chip"]): row for row in read("compiled")
-             if row["workload"] == "paper" and "bound" in row}
+             if row.get("workload") == "paper" and "bound" in row}
     return markdown_table(["operation", "direction", *chips], [
         [f"`{operation}`", direction, *(f"{1e3 * row['bound_ms']:.1f}, {row['bound']}" for row in (
             found[operation, direction, chip] for chip in chips))]
@@ -273,14 +273,21 @@ def compiled() -> list[str]:
     """MB that programs for a v5e read and write, at the sizes of a request."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in read("compiled"):
-        if row["workload"] == "paper" and "v5" in row["chip"] and "temporary_mb" in row:
+        if row.get("workload") == "paper" and "v5" in row["chip"] and "temporary_mb" in row:
             form = "xla" if row["implementation"] == "xla_whole" else row["implementation"]
             found.setdefault((row["operation"], row["direction"]), {})[form] = (
-                f"{row['bytes_accessed_mb']:,.0f}" + (
+                short(row["bytes_accessed_mb"]) + (
                     f" (temporary {row['temporary_mb']:,.0f})" if row["temporary_mb"] >= 1 else ""))
     return markdown_table(["operation", "direction", "textbook", "XLA", "kernel"], [
         [f"`{operation}`", direction, *(forms.get(form, "-") for form in ("plain", "xla", "pallas"))]
         for (operation, direction), forms in found.items()])
+
+
+def limits() -> list[str]:
+    """The largest size of one axis that each kernel accepts; all chips have the same."""
+    found = {row["operation"]: row for row in read("compiled") if "largest" in row}
+    return markdown_table(["", *(f"`{name}`" for name in found)], [
+        ["largest", *(f"{row['axis']} = {row['largest']:,}" for row in found.values())]])
 
 
 def input_pipeline() -> list[str]:
@@ -294,7 +301,7 @@ def input_pipeline() -> list[str]:
 TABLES: Mapping[str, Callable[[], list[str]]] = {table.__name__: table for table in (
     quantization, training_step, serving_ratios, serving_growth, serving_requests, serving_parts,
     serving_crossovers, frontier, ablation, parts, stress, microbenchmarks, rooflines, compiled,
-    input_pipeline)}
+    limits, input_pipeline)}
 
 
 def rendered(page: Path) -> str:

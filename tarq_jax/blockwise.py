@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 MASKED = -1e30  # replaces masked logits, so that their weight underflows to exactly 0
 
 CACHED = 2**20  # number of logits beyond which they do not stay in the cache of a CPU
-MOST = 2**24  # number of logits that are computed together elsewhere: 64 MB
+MOST = 2**24  # number of logits of a request and head that are computed together elsewhere: 64 MB
 
 Summed = Callable[[jax.Array, jax.Array], Any]  # keys, values [..., N, E] -> pytree of [..., N, any]
 
@@ -27,9 +27,10 @@ Summed = Callable[[jax.Array, jax.Array], Any]  # keys, values [..., N, E] -> py
 def best_block(rows: int, columns: int, block: int) -> int:
     """How many rows to process together, given a [rows, columns] matrix of logits; 0 for all, no blocks.
 
-    On a CPU it is `block` if the cache cannot hold the matrix. Blocks then take a half to a fifth of the
-    time: `python -m benchmarks --workload=paper,long,many`. Elsewhere, where no blocks were measured, they
-    are as large as memory allows: `MOST` logits. A program that is exported for every size has none.
+    On a CPU it is `block` if the cache cannot hold the matrix. Blocks then take a fifth to nine tenths of the
+    time: `python -m benchmarks --workload=paper,many`. Elsewhere, where no blocks were measured, they are at
+    least `block` and only bound memory: to some `MOST` logits for each request, head and level. A program
+    that is exported for every size has none.
     """
     if not isinstance(rows * columns, int):  # symbolic
         return 0

@@ -147,7 +147,7 @@ def test_types_are_kept():
     ("cpu", 2**10, 2**10, 0), ("cpu", 2**10 + 1, 2**10, 512), ("cpu", 0, 2**10, 0),
     ("tpu", 2**14, 2**10, 0), ("tpu", 2**15, 2**10, 2**14), ("gpu", 2**15, 2**20, 512),
 ])
-def test_blocks_stay_in_the_cache_of_a_cpu_or_in_64_mb(monkeypatch, platform, rows, columns, block):
+def test_blocks_fit_the_cache_of_a_cpu_or_bound_memory(monkeypatch, platform, rows, columns, block):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert best_block(rows, columns, 512) == block
 

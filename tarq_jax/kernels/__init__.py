@@ -60,8 +60,7 @@ def pick(
     if implementation not in ("xla", "pallas", None):
         raise ValueError(f"implementation is {implementation!r}, expected 'xla', 'pallas' or None")
     platform = jax.default_backend()
-    preferred = PREFERRED.get((operation, platform), lambda *_: False)
-    if implementation == "xla" or (implementation is None and not preferred(*arguments)):
+    if implementation == "xla" or (implementation is None and not _preferred(operation, platform, arguments)):
         return None
     module = importlib.import_module(f"tarq_jax.kernels.{MODULES[operation]}")
     if platform == "gpu" and operation not in ON_GPU:
@@ -72,6 +71,13 @@ def pick(
     if refusal and implementation == "pallas":
         raise NotImplementedError(f"{operation} has no kernel for this: {refusal}; use implementation='xla'")
     return None if refusal else getattr(module, operation)
+
+
+def _preferred(operation: str, platform: str, arguments: Any) -> bool:
+    """Whether the kernel is known to be as fast: for no symbolic shapes, as they are of every size."""
+    faster = PREFERRED.get((operation, platform))
+    sizes = [size for leaf in jax.tree.leaves(arguments) for size in leaf.shape]
+    return faster is not None and all(isinstance(size, int) for size in sizes) and faster(*arguments)
 
 
 def _refuse_device() -> str | None:

@@ -22,8 +22,10 @@ def refuse_align(
     if jax.default_backend() == "gpu":
         return hopper.refuse_wide(latents=latents)
     levels, most, width = codewords.shape
-    working = ROWS * ((10 + 4 * levels) * calling.lanes(width) + 5 * calling.lanes(most))
-    return calling.too_large(copies=2, working=working, codewords=codewords, personalized=personalized[0])
+    rows = calling.block_of(latents.shape[1], ROWS)
+    working = rows * ((10 + 4 * levels) * calling.lanes(width) + 5 * calling.lanes(most))
+    return calling.too_large(copies=2, working=working, codewords=codewords,
+                             personalized=calling.part(personalized, 1))
 
 
 def align(

@@ -23,10 +23,10 @@ def refuse_attend(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> str | None:
     """Why `attend` cannot take these arguments; None if it can."""
-    on_gpu = None
+    del mask
     if jax.default_backend() == "gpu":
-        on_gpu = attention_gpu.refusal(queries, keys, values)
-    return on_gpu or _refuse(queries, keys, values, [values.shape[-1]])
+        return _refuse_any(queries, keys, values) or attention_gpu.refusal(queries, keys, values)
+    return _refuse(queries, keys, values, [values.shape[-1]])
 
 
 def refuse_expand(
@@ -42,10 +42,16 @@ def refuse_expand(
 def _refuse(queries, keys, values, widths, *, formed=0):
     """Why sums of these widths cannot be computed; None if they can. `formed` is what a position forms."""
     width = calling.lanes(queries.shape[-1])
-    working = (2 * calling.ROWS * (width + sum(map(calling.lanes, widths)))
-               + calling.POSITIONS * (4 * width + 3 * calling.ROWS + formed))
-    return (calling.empty(queries=queries, keys=keys) or calling.not_real(queries, keys, values)
-            or calling.too_large(working=working))
+    rows = calling.block_of(queries.shape[-2], calling.ROWS)
+    columns = calling.block_of(keys.shape[-2], calling.POSITIONS)
+    working = (2 * rows * (width + sum(map(calling.lanes, widths)))
+               + columns * (4 * width + 3 * rows + formed))
+    return _refuse_any(queries, keys, values) or calling.too_large(working=working)
+
+
+def _refuse_any(queries, keys, values):
+    """Why no kernel can take these arguments."""
+    return calling.empty(queries=queries, keys=keys) or calling.not_real(queries, keys, values)
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """What the TPU kernels share: calls, padding, products and checks of arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,21 +79,26 @@ def _pattern(width: int, of: Callable[[jax.Array, int], jax.Array]) -> jax.Array
     return (of(positions(shape, 1), width) == positions(shape, 0)).astype(jnp.float32)
 
 
+def part(array: jax.Array, axes: int, *shape: int) -> jax.ShapeDtypeStruct:
+    """The shape and type of an array without its first axes, or with another shape."""
+    return jax.ShapeDtypeStruct(shape or array.shape[axes:], array.dtype)
+
+
 def lanes(width: int) -> int:
     """The width that rows take in VMEM."""
     return -(-width // LANES) * LANES
 
 
-def too_large(*, copies: int = 1, working: int, **arrays: Sequence[jax.Array] | jax.Array) -> str | None:
+def too_large(*, copies: int = 1, working: int, **arrays: Any) -> str | None:
     """A message if a kernel would need more than `VMEM_BYTES`.
 
-    This is an estimate from above: libtpu compiles some sizes that it refuses, but none was found that it
-    accepts and libtpu does not.
+    This is an estimate from above: libtpu compiles some sizes that it refuses. `benchmarks.compiled` compiles
+    the largest that it accepts.
 
     Args:
       copies: how often each array is held, as a buffer that is filled meanwhile or as a term of a product.
       working: float32 numbers of blocks and of results on the way.
-      arrays: arrays, or lists of arrays, that the kernel reads whole.
+      arrays: arrays or their shapes and types, or lists of them, that the kernel reads whole.
     """
     size = 4 * working + copies * sum(
         leaf.size // leaf.shape[-1] * lanes(leaf.shape[-1]) * leaf.dtype.itemsize

@@ -1,6 +1,7 @@
 """Residual encoding on a TPU: a block of latents goes through all levels without leaving VMEM."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -19,7 +20,8 @@ def refuse_encode(levels: Sequence[jax.Array], latents: jax.Array) -> str | None
     if jax.default_backend() == "gpu":
         return hopper.refuse_wide(latents=latents)
     width, most = calling.lanes(latents.shape[-1]), max(map(len, levels))
-    working = 2 * most * width + calling.ROWS * (4 * width + 2 * calling.lanes(most))
+    rows = calling.block_of(math.prod(latents.shape[:-1]), calling.ROWS)
+    working = 2 * most * width + rows * (4 * width + 2 * calling.lanes(most))
     return calling.too_large(working=working, codewords=list(levels))
 
 

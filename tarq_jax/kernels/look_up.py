@@ -11,13 +11,13 @@ from tarq_jax.kernels import calling
 def refuse_look_up(personalized: jax.Array, codes: jax.Array) -> str | None:
     """Why `look_up` cannot take these arguments; None if it can."""
     return (calling.empty(personalized=personalized, codes=codes) or calling.not_real(personalized)
-            or calling.too_large(copies=3, working=_working(personalized.shape[-2], personalized.shape[-1]),
-                                 personalized=personalized[0]))
+            or calling.too_large(copies=3, working=_working(codes, *personalized.shape[-2:]),
+                                 personalized=calling.part(personalized, 1)))
 
 
-def _working(size: int, width: int) -> int:
+def _working(codes: jax.Array, size: int, width: int) -> int:
     """Numbers of one-hot codes for a table [size, width], and of results."""
-    return calling.ROWS * (calling.lanes(size) + 3 * calling.lanes(width))
+    return calling.block_of(codes.shape[1], calling.ROWS) * (calling.lanes(size) + 3 * calling.lanes(width))
 
 
 def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:
@@ -54,13 +54,19 @@ def refuse_look_up_expansion(
 ) -> str | None:
     """Why `look_up_expansion` cannot take these arguments; None if it can."""
     return (calling.empty(jacobians=jacobians, codes=codes) or calling.not_real(means, jacobians, residuals)
-            or calling.too_large(copies=2, working=_expansion_working(*means.shape[-2:]), means=means[0, 0],
-                                 jacobians=jacobians[0, 0].reshape(means.shape[-2], -1)))
+            or calling.too_large(copies=2, working=_expansion_working(codes, *means.shape[-2:]),
+                                 means=calling.part(means, 2), jacobians=_as_rows(jacobians)))
 
 
-def _expansion_working(size: int, width: int) -> int:
+def _expansion_working(codes: jax.Array, size: int, width: int) -> int:
     """As `_working`; codes are used twice, and Jacobians [E, E] are rows."""
-    return _working(size, width) + calling.ROWS * (calling.lanes(size) + calling.lanes(width**2))
+    return _working(codes, size, width) + calling.block_of(codes.shape[1], calling.ROWS) * (
+        calling.lanes(size) + calling.lanes(width**2))
+
+
+def _as_rows(jacobians):
+    *_, size, width, _ = jacobians.shape
+    return calling.part(jacobians, 0, size, width**2)
 
 
 def look_up_expansion(

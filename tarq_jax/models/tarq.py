@@ -1,5 +1,6 @@
 """TARQ: a student that looks target attention up in personalised codebooks (arXiv 2509.16931)."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -22,6 +23,9 @@ from tarq_jax.types import Batch, QuantizerOutput
 Head = Literal["scalar", "dot", "mlp"]
 Decoded = Literal["query", "item"]
 Reach = Literal["student", "backbone", "teacher"]
+
+# Without blocks, because `jit` may split a batch over devices.
+encode_batch = functools.partial(quantization.encode, block=0)
 
 
 class TarqOutput(struct.PyTreeNode):
@@ -95,7 +99,7 @@ class Tarq(nn.Module):
     decoded: Decoded = "query"
     aligned_share: float = 1.0
     student_gradient: Reach = "student"
-    encode: Callable[..., QuantizerOutput] = quantization.encode
+    encode: Callable[..., QuantizerOutput] = encode_batch
     pass_through: Callable[[jax.Array, jax.Array], jax.Array] = quantization.straight_through
     compute: Compute = Compute()
     tables: Tables = ONE_DEVICE

@@ -296,7 +296,7 @@ def _best_codes(
     latents: jax.Array, levels: tuple[jax.Array, ...], products: Sequence[Sequence[jax.Array]], beam: int,
 ) -> jax.Array:
     """Codes [M, L] found by a beam, or the greedy codes where the beam's are not nearer; latents [M, D]."""
-    greedy = encode(levels, latents, implementation="xla")
+    greedy = encode(levels, latents, block=0, implementation="xla")
     found = with_codes(levels, latents, _beam_codes(latents, levels, products, beam))
     better = _squared_error(found, latents) < _squared_error(greedy, latents)
     return jnp.where(better[:, None], found.codes, greedy.codes)

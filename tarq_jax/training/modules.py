@@ -23,6 +23,7 @@ from tarq_jax.models import (
 )
 from tarq_jax.models.approximate_attention import ApproximateAttention, by_category, by_hash
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
+from tarq_jax.models.tarq import encode_batch
 from tarq_jax.schema import Schema
 
 Supervised = TwoTower | TargetAttention | ApproximateAttention | Cold | IntTower  # trained on labels alone
@@ -60,14 +61,13 @@ def of_tarq(model: ml_collections.ConfigDict) -> dict[str, Any]:
     return {
         "num_levels": model.num_levels, "head": model.head, "decoded": model.decoded,
         "aligned_share": model.aligned_share, "student_gradient": model.student_gradient,
-        # No blocks, because `jit` splits the batch over devices.
-        "encode": functools.partial(quantization.encode, assign=ASSIGN[model.assign], block=0),
+        "encode": functools.partial(encode_batch, assign=ASSIGN[model.assign]),
         "pass_through": PASS_THROUGH[model.pass_through]}
 
 
 def as_served(module: Tarq, model: ml_collections.ConfigDict) -> Tarq:
     """The module with the code assignment that predictions use, see `SERVED_ASSIGN`."""
-    return module.clone(encode=functools.partial(quantization.encode, assign=SERVED_ASSIGN[model.assign]))
+    return module.clone(encode=functools.partial(encode_batch, assign=SERVED_ASSIGN[model.assign]))
 
 
 def _two_tower_large(model: ml_collections.ConfigDict, common: Common) -> TwoTower:

@@ -21,6 +21,19 @@ def test_an_accelerator_takes_everything_together_at_these_sizes(monkeypatch, na
     assert chosen == whole
 
 
+@pytest.mark.parametrize("name", compiled.GROWING)
+def test_the_largest_size_is_accepted_and_the_next_one_is_not(name):
+    sizes, axis = compiled.largest(name), compiled.GROWING[name]
+    assert getattr(sizes, axis) >= getattr(WORKLOADS["paper"], axis)
+
+    def trace(sizes):
+        jax.eval_shape(OPERATIONS[name].implementations["pallas"], *compiled.shapes_of(name, sizes))
+
+    trace(sizes)
+    with pytest.raises(NotImplementedError, match="of VMEM, expected at most"):
+        trace(sizes._replace(**{axis: getattr(sizes, axis) + compiled.STEP}))
+
+
 def test_each_form_is_compiled_once():
     keys = compiled.compiled_keys(["odd"])
     forms = {key.implementation for key in keys if key.operation == "encode"}

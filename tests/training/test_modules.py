@@ -48,7 +48,7 @@ def test_settings_reach_tarq(tiny_config, order, expected):
     assert (module.width, module.num_heads, module.hidden, module.num_levels) == (4, 2, (4,), 5)
     assert (module.head, module.decoded, module.aligned_share) == ("dot", "item", 0.5)
     assert module.student_gradient == "teacher" and module.pass_through is quantization.rotate
-    assert module.encode.keywords == {"assign": quantization.nearest_by_cosine}
+    assert module.encode.keywords == {"assign": quantization.nearest_by_cosine, "block": 0}
     assert module.compute == Compute(jnp.dtype("bfloat16"), True, 4)
 
 
