@@ -235,7 +235,7 @@ def test_cross_head(batch, tiny_config, tiny_dataset):
 def test_codes_that_are_served_do_not_depend_on_the_batch(tiny_config, tiny_dataset):
     tiny_config.model.assign = "balanced"
     objective = objective_of(tiny_config, tiny_dataset.schema, "examples.head:cross")
-    assert objective.module.encode.keywords == {"assign": quantization.nearest}
+    assert objective.module.encode.keywords == {"assign": quantization.nearest, "block": 0}
 
 
 def test_listwise_loss():
