@@ -65,8 +65,7 @@ def rows_of(found: Mapping[Key, comparing.Series], peaks: Peaks) -> list[dict[st
             row["processes_ms"] = series.typical
             if plain and plain.times:
                 row["speedup"] = float(np.median(np.concatenate(plain.times))) / row["run_ms"]
-        cost = measuring.least(found[form].described for form in (
-            key._replace(implementation=name) for name in measuring.COUNTED) if form in found)
+        cost = measuring.least(found[form].described for form in measuring.counted(key) if form in found)
         if len(cost) == 2 and "bytes" in row:
             row |= highest(peaks.bounds(moved=row["bytes"], **cost))
             if "run_ms" in row:

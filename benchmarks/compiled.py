@@ -47,11 +47,6 @@ GROWING = {"encode": "K", "attend": "D", "personalize": "D", "expand": "D", "loo
 STEP = 64
 
 
-def shapes_of(operation: str, sizes: Sizes, dtype: Any = jnp.float32) -> Any:
-    """Shapes of the arguments."""
-    return jax.eval_shape(lambda: operations.make_arguments(OPERATIONS[operation], sizes, dtype))
-
-
 def compiled_keys(workloads: Sequence[str]) -> list[Key]:
     """The programs to compile. None where XLA chooses blocks: it would choose those of this machine."""
     keys = measuring.keys(list(OPERATIONS), list(workloads), IMPLEMENTATIONS)
@@ -84,7 +79,7 @@ def compile_for(chip: Any, function: operations.Function, shapes: Any) -> Any:
 def for_tpu(keys: list[Key], chip: Any, console: Console) -> Iterator[dict[str, Any]]:
     """A row per program."""
     for key in track(keys, f"compiling for {chip.device_kind}", console=console):
-        shapes = shapes_of(key.operation, WORKLOADS[key.workload])
+        shapes = operations.specs(OPERATIONS[key.operation], WORKLOADS[key.workload])
         compiled = compile_for(chip, measuring.function_of(key), shapes)
         yield key._asdict() | {
             "chip": chip.device_kind, "temporary_mb": measuring.memory_of(compiled)["temporary_mb"],
@@ -96,7 +91,7 @@ def largest(operation: str) -> Sizes:
     sizes, axis = WORKLOADS["paper"], GROWING[operation]
 
     def takes(steps: int) -> bool:
-        shapes = shapes_of(operation, sizes._replace(**{axis: steps * STEP}))
+        shapes = operations.specs(OPERATIONS[operation], sizes._replace(**{axis: steps * STEP}))
         try:
             jax.eval_shape(OPERATIONS[operation].implementations["pallas"], *shapes)
         except NotImplementedError:
@@ -113,7 +108,8 @@ def at_the_limits(chip: Any, console: Console) -> Iterator[dict[str, Any]]:
     for operation, axis in track(GROWING.items(), f"limits on {chip.device_kind}", console=console):
         sizes, note = largest(operation), ""
         try:
-            compile_for(chip, OPERATIONS[operation].implementations["pallas"], shapes_of(operation, sizes))
+            compile_for(chip, OPERATIONS[operation].implementations["pallas"],
+                        operations.specs(OPERATIONS[operation], sizes))
         except jax.errors.JaxRuntimeError as error:
             note = str(error).splitlines()[0]
         yield {"chip": chip.device_kind, "operation": operation, "axis": axis,
@@ -126,13 +122,12 @@ def rooflines(keys: list[Key]) -> Iterator[dict[str, Any]]:
     Operations are counted in float32, because XLA adds conversions to programs in bfloat16.
     """
     def compiled(key, dtype):
-        shapes = shapes_of(key.operation, WORKLOADS[key.workload], dtype)
+        shapes = operations.specs(OPERATIONS[key.operation], WORKLOADS[key.workload], dtype)
         return jax.jit(measuring.function_of(key)).lower(*shapes).compile()
 
     for key in keys:
-        forms = [key._replace(implementation=name) for name in measuring.COUNTED
-                 if name in OPERATIONS[key.operation].implementations]
-        cost = measuring.least(measuring.cost_of(compiled(form, jnp.float32)) for form in forms)
+        cost = measuring.least(measuring.cost_of(compiled(form, jnp.float32))
+                               for form in measuring.counted(key))
         moved = measuring.memory_of(compiled(key, jnp.bfloat16))["bytes"]
         for name, chip in CHIPS.items():
             peaks = Peaks(chip.flops, chip.memory_bandwidth, chip.exponentials)

@@ -41,7 +41,7 @@ def compare(
     Returns:
       Verdicts by program name, and the times of the unchanged library if it was measured in turns.
     """
-    keys = [key for key in measuring.keys(TRIED.value, [WORKLOAD], ["plain", "xla"])
+    keys = [key for key in measuring.keys(cli.names(TRIED, OPERATIONS), [WORKLOAD], ["plain", "xla"])
             if key.direction == "forward"]
     found, judged = comparing.compare(
         keys, comparing.ROOT, before, machine=machine, processes=PROCESSES, seconds=SECONDS,

@@ -12,7 +12,6 @@ import numpy as np
 from benchmarks import operations
 from benchmarks.workloads import WORKLOADS
 
-COUNTED = ("plain", "xla_whole")  # forms whose costs XLA counts right, because they have no loops
 DIRECTIONS = ("forward", "gradient")
 LEAST = 0.01  # share of the largest number of all outputs; differences are relative to at least this
 WORST = 1e-3  # relative difference from `plain` above which numbers are called wrong
@@ -105,11 +104,17 @@ def cost_of(compiled: Any) -> dict[str, float]:
     return {name: value for name, value in found.items() if value >= 0}  # XLA says -1
 
 
+def counted(key: Key) -> list[Key]:
+    """The forms of a program whose costs XLA counts right, because they have no loops."""
+    return [key._replace(implementation=name) for name in ("plain", "xla_whole")
+            if name in operations.OPERATIONS[key.operation].implementations]
+
+
 def least(costs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The least FLOPs and exponentials of some forms of an operation; without what XLA knows of none."""
-    known = [{name: cost[name] for name in ("flops", "exponentials") if name in cost} for cost in costs]
-    return {name: min(cost[name] for cost in known if name in cost)
-            for name in ("flops", "exponentials") if any(name in cost for cost in known)}
+    costs = list(costs)
+    known = {name: [cost[name] for cost in costs if name in cost] for name in ("flops", "exponentials")}
+    return {name: min(values) for name, values in known.items() if values}
 
 
 def error(found: Any, expected: Any) -> float:

@@ -44,6 +44,11 @@ def make_arguments(operation: Operation, sizes: Sizes, dtype: Any = jnp.float32)
     return tuple(workloads.make(axes, sizes, rng, dtype) for axes in operation.arguments.values())
 
 
+def specs(operation: Operation, sizes: Sizes, dtype: Any = jnp.float32) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and types of `make_arguments`."""
+    return tuple(workloads.spec(axes, sizes, dtype) for axes in operation.arguments.values())
+
+
 def gradient(operation: Operation, function: Function) -> Function:
     """The gradient of half the sum of squares of a function's outputs, by the differentiable arguments."""
     places = [list(operation.arguments).index(name) for name in operation.differentiable]

@@ -47,6 +47,18 @@ WORKLOADS: Mapping[str, Sizes] = {
 }
 
 
+def spec(description: str, sizes: Sizes, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    """Shape and type of what `make` returns, without making it.
+
+    Example:
+      >>> spec("BGL<K", WORKLOADS["odd"])
+      ShapeDtypeStruct(shape=(2, 37, 3), dtype=int32)
+    """
+    axes, _, below = description.partition("<")
+    kind = jnp.int32 if below else jnp.bool_ if axes.endswith("?") else dtype
+    return jax.ShapeDtypeStruct(sizes.shape(axes.removesuffix("?")), kind)
+
+
 def make(description: str, sizes: Sizes, rng: np.random.Generator, dtype: Any = jnp.float32) -> jax.Array:
     """A random array.
 

@@ -75,9 +75,10 @@ def pick(
 
 def _preferred(operation: str, platform: str, arguments: Any) -> bool:
     """Whether the kernel is known to be as fast: for no symbolic shapes, as they are of every size."""
-    faster = PREFERRED.get((operation, platform))
+    if (faster := PREFERRED.get((operation, platform))) is None:
+        return False
     sizes = [size for leaf in jax.tree.leaves(arguments) for size in leaf.shape]
-    return faster is not None and all(isinstance(size, int) for size in sizes) and faster(*arguments)
+    return all(isinstance(size, int) for size in sizes) and faster(*arguments)
 
 
 def _refuse_device() -> str | None:

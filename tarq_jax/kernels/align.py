@@ -25,7 +25,7 @@ def refuse_align(
     rows = calling.block_of(latents.shape[1], ROWS)
     working = rows * ((10 + 4 * levels) * calling.lanes(width) + 5 * calling.lanes(most))
     return calling.too_large(copies=2, working=working, codewords=codewords,
-                             personalized=calling.part(personalized, 1))
+                             personalized=jax.ShapeDtypeStruct(codewords.shape, personalized.dtype))
 
 
 def align(

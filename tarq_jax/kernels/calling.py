@@ -79,11 +79,6 @@ def _pattern(width: int, of: Callable[[jax.Array, int], jax.Array]) -> jax.Array
     return (of(positions(shape, 1), width) == positions(shape, 0)).astype(jnp.float32)
 
 
-def part(array: jax.Array, axes: int, *shape: int) -> jax.ShapeDtypeStruct:
-    """The shape and type of an array without its first axes, or with another shape."""
-    return jax.ShapeDtypeStruct(shape or array.shape[axes:], array.dtype)
-
-
 def lanes(width: int) -> int:
     """The width that rows take in VMEM."""
     return -(-width // LANES) * LANES

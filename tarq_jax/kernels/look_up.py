@@ -10,14 +10,12 @@ from tarq_jax.kernels import calling
 
 def refuse_look_up(personalized: jax.Array, codes: jax.Array) -> str | None:
     """Why `look_up` cannot take these arguments; None if it can."""
+    *_, size, width = personalized.shape
+    rows = calling.block_of(codes.shape[1], calling.ROWS)
+    working = rows * (calling.lanes(size) + 3 * calling.lanes(width))  # one-hot codes, and results
     return (calling.empty(personalized=personalized, codes=codes) or calling.not_real(personalized)
-            or calling.too_large(copies=3, working=_working(codes, *personalized.shape[-2:]),
-                                 personalized=calling.part(personalized, 1)))
-
-
-def _working(codes: jax.Array, size: int, width: int) -> int:
-    """Numbers of one-hot codes for a table [size, width], and of results."""
-    return calling.block_of(codes.shape[1], calling.ROWS) * (calling.lanes(size) + 3 * calling.lanes(width))
+            or calling.too_large(copies=3, working=working, personalized=jax.ShapeDtypeStruct(
+                personalized.shape[1:], personalized.dtype)))
 
 
 def look_up(personalized: jax.Array, codes: jax.Array) -> jax.Array:
@@ -53,20 +51,14 @@ def refuse_look_up_expansion(
     means: jax.Array, jacobians: jax.Array, codes: jax.Array, residuals: jax.Array
 ) -> str | None:
     """Why `look_up_expansion` cannot take these arguments; None if it can."""
+    *_, size, width = means.shape
+    rows = calling.block_of(codes.shape[1], calling.ROWS)
+    # One-hot codes, which are used twice; results; chosen Jacobians, which are rows.
+    working = rows * (2 * calling.lanes(size) + 3 * calling.lanes(width) + calling.lanes(width**2))
     return (calling.empty(jacobians=jacobians, codes=codes) or calling.not_real(means, jacobians, residuals)
-            or calling.too_large(copies=2, working=_expansion_working(codes, *means.shape[-2:]),
-                                 means=calling.part(means, 2), jacobians=_as_rows(jacobians)))
-
-
-def _expansion_working(codes: jax.Array, size: int, width: int) -> int:
-    """As `_working`; codes are used twice, and Jacobians [E, E] are rows."""
-    return _working(codes, size, width) + calling.block_of(codes.shape[1], calling.ROWS) * (
-        calling.lanes(size) + calling.lanes(width**2))
-
-
-def _as_rows(jacobians):
-    *_, size, width, _ = jacobians.shape
-    return calling.part(jacobians, 0, size, width**2)
+            or calling.too_large(copies=2, working=working,
+                                 means=jax.ShapeDtypeStruct((size, width), means.dtype),
+                                 jacobians=jax.ShapeDtypeStruct((size, width**2), jacobians.dtype)))
 
 
 def look_up_expansion(

@@ -14,7 +14,7 @@ from benchmarks.workloads import WORKLOADS
                                   if "xla_whole" in operation.implementations])
 def test_an_accelerator_takes_everything_together_at_these_sizes(monkeypatch, name, workload):
     """So the programs that are compiled for a TPU are those that run there."""
-    specs = jax.eval_shape(lambda: operations.make_arguments(OPERATIONS[name], WORKLOADS[workload]))
+    specs = operations.specs(OPERATIONS[name], WORKLOADS[workload])
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     chosen, whole = (str(jax.make_jaxpr(OPERATIONS[name].implementations[way])(*specs))
                      for way in ("xla", "xla_whole"))
@@ -27,7 +27,7 @@ def test_the_largest_size_is_accepted_and_the_next_one_is_not(name):
     assert getattr(sizes, axis) >= getattr(WORKLOADS["paper"], axis)
 
     def trace(sizes):
-        jax.eval_shape(OPERATIONS[name].implementations["pallas"], *compiled.shapes_of(name, sizes))
+        jax.eval_shape(OPERATIONS[name].implementations["pallas"], *operations.specs(OPERATIONS[name], sizes))
 
     trace(sizes)
     with pytest.raises(NotImplementedError, match="of VMEM, expected at most"):
