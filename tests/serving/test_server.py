@@ -116,8 +116,8 @@ def test_flags_are_the_options(with_flags):
 def test_limits_queue_and_delay_of_the_flags(started, tmp_path):
     """Batches of three only, so that a request that is alone waits for others, and longer than by default."""
     with (tmp_path / "log").open("w") as log:
-        _, url = started("--max_body=2000", "--max_history=4", "--max_candidates=2", "--max_top_k=2",
-                         "--queue=1", "--delay_ms=3000", "--batch_sizes=3", stdout=log)
+        process, url = started("--max_body=2000", "--max_history=4", "--max_candidates=2", "--max_top_k=2",
+                               "--queue=1", "--delay_ms=3000", "--batch_sizes=3", stdout=log)
     ask = functools.partial(services.Running(url, None).ask, "POST", "/score")
     longer = {side: values * 2 for side, values in GOOD["history"].items()}
     for body, expected in ((b" " * 2001, (413, "body has more than 2000 bytes")),
@@ -138,6 +138,8 @@ def test_limits_queue_and_delay_of_the_flags(started, tmp_path):
         assert second.status == 503 and "too busy (full)" in second.json["error"]
         assert first.result().status == 200 and set(first.result().json["ids"]) == {4, 5}
         assert time.monotonic() - start > 2.5
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0  # a request is logged after its answer
     assert logged(tmp_path / "log") == [413, 422, 422, 422, 503, 200]
 
 
