@@ -206,6 +206,16 @@ def test_argmax_takes_the_first_of_equals():
     np.testing.assert_array_equal(encoding.argmax(scores), [1, 0, 2, 2])
 
 
+@pytest.mark.parametrize("size", [16, 17, 40, 300])  # one to sixteen parts of a row, which may overlap
+def test_argmax_of_rows_in_parts(size):
+    scores = np.random.default_rng(0).integers(-3, size // 5, (200, size)).astype(np.float32)  # with ties
+    scores[0], scores[1], scores[2] = -np.inf, np.nan, 5.0
+    scores[3, :-1] = -np.inf
+    expected = np.where(np.isnan(scores[:, 0]), size - 1, scores.argmax(axis=1))
+    np.testing.assert_array_equal(encoding.argmax(scores), expected)
+    np.testing.assert_array_equal(encoding.argmax(scores.T, axis=0), expected)
+
+
 # Beam search
 
 
