@@ -63,6 +63,10 @@ class ServiceTimes:
         """
         return self._padded(count) * (self._mean + 2 * self._deviation)
 
+    def usual(self, count: int) -> float:
+        """Seconds that a batch of `count` takes on average."""
+        return self._padded(count) * self._mean
+
     def observe(self, count: int, seconds: float) -> None:
         """Records that a batch of `count` took `seconds`."""
         factor = min(seconds / self._padded(count), LARGEST_JUMP * self._mean)
@@ -76,8 +80,7 @@ class ServiceTimes:
 class Load:
     """Work that arrives per second, in seconds of the largest batches: a running mean over `MEMORY` of them.
 
-    Refused requests count too, so that overload can be distinguished from a merely busy machine. Batches are
-    counted at their upper time estimate, so with variable batch times the bonus for bursts is smaller.
+    Refused requests count too, so that overload can be distinguished from a merely busy machine.
     """
 
     def __init__(self, now: float):
@@ -184,7 +187,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def budget(self) -> float:
         """Seconds from arrival to answer, at the present load."""
-        load = self.load.of(self._loop.time(), self._times.estimate(self.largest))
+        load = self.load.of(self._loop.time(), self._times.usual(self.largest))
         room = 0.0 if self._budget is not None else max(0.0, 1.0 - load / FULL)
         return self.least_budget * (1.0 + BURST * room) + self.patience
 
@@ -195,7 +198,7 @@ class Batcher(Generic[Item, Result]):
 
     def count(self) -> None:
         """Adds an arrived item to the load; `submit` does so itself, and `check` if it refuses the item."""
-        self.load.arrive(self._loop.time(), self._times.estimate(self.largest), self.largest)
+        self.load.arrive(self._loop.time(), self._times.usual(self.largest), self.largest)
 
     def check(self, arrived: float) -> None:
         """Raises Refused if an item that arrived then would be refused now.
