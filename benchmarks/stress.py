@@ -4,14 +4,14 @@
     python -m benchmarks.stress --json=benchmarks/results/stress.json --report=DIR
 
 TARQ, two-tower and target attention, of one size with random weights, are tested one after the other. Each is
-served by its own process on loopback, with the default settings of `tarq_jax.serving.server`, and has to
-rank all its items and return the best 500. After a warm-up, one request at a time is sent, then more and more
+served by its own process on loopback, with the default settings of `tarq_jax.serving.server`, and has to rank
+all its items and return the best 500. After a warm-up, one request at a time is sent, then more and more
 until answers per second no longer rise. From then on arrivals are Poisson and do not wait for answers, and
 latency counts from the time at which a request was due. Load rises in stages to twice what the service can
-sustain. It stays there while bad requests are sent, the service is swapped to other artefacts, and a damaged
-artefact is refused. Then the process is killed and restarted under half the load, and at the end one request
-at a time is sent again. Load generator and service share the machine. `--quick` runs everything with numbers
-that mean nothing.
+sustain. After one swap of each kind without load, the same load is sent for longer, together with bad
+requests and further swaps, one of them to a damaged artefact, which is refused. Then the process is killed
+and restarted under half the load, and at the end one request at a time is sent again. Load generator and
+service share the machine. `--quick` runs everything with numbers that mean nothing.
 """
 
 import os
@@ -36,6 +36,7 @@ from benchmarks.serving_contenders import (
 from benchmarks.serving_report import of_kind
 from benchmarks.stress_report import AFTERWARDS, ALONE, HELD, KILLED, RAMP, SATURATED, WARM
 from benchmarks.stress_service import (
+    SWAPS,
     TOKEN,
     Outcome,
     Service,
@@ -150,6 +151,8 @@ def undergo(trial: Trial, plan: Plan) -> None:
     most = most_answers(trial, 1e3 / alone["latency_p50_ms"], plan.stage)
     for share in plan.shares:
         trial.under(RAMP, share * most, plan.stage, share=share)
+    for number in range(-1, len(SWAPS) - 1):  # first to other programs, then back to those of before
+        trial.act("swap", swap)(number)
     with repeatedly(trial.act("swap", swap), plan.swap_every), \
             repeatedly(trial.act("hostile", send_hostile), plan.hostile_every):
         trial.under(HELD, plan.shares[-1] * most, plan.held, share=plan.shares[-1])

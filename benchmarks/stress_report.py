@@ -44,9 +44,10 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
     for begin, of in ((REFUSED, "bad requests read and refused by name"),
                       (BUSY, "bad requests told 503 instead")):
         yield claim(of, sum(row["outcome"].startswith(begin) for row in kind("event", what="hostile")))
-    ramp, held = kind("stage", stage=RAMP), kind("stage", stage=HELD)
-    yield claim("growth of memory while load rises", memory_growth(rows, ramp), GROWTH)
-    yield claim("growth of memory while held, with swaps", memory_growth(rows, held), GROWTH)
+    ramp, held = (thirds_of_memory(rows, kind("stage", stage=name)) for name in (RAMP, HELD))
+    yield claim("growth of memory while load rises", ramp[2] / ramp[0], GROWTH)
+    yield claim("growth of memory by the first swaps", held[0] / ramp[2])
+    yield claim("growth of memory while held, with swaps", held[2] / held[0], GROWTH)
     yield claim("seconds from the kill until ready", kind("event", what="kill")[0]["seconds"])
     yield claim("requests lost while killed", kind("stage", stage=KILLED)[0]["errors"])
     most = max(row["answered_per_second"] for row in stages if row["stage"] in (SATURATED, RAMP))
@@ -57,15 +58,15 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
                 afterwards["latency_p50_ms"] / alone["latency_p50_ms"])
 
 
-def memory_growth(rows: Rows, stages: Rows) -> float:
-    """Growth of memory over consecutive stages: median of the last third divided by that of the first."""
+def thirds_of_memory(rows: Rows, stages: Rows) -> list[float]:
+    """Median memory in each third of consecutive stages, in MB."""
     begin, end = stages[0]["second"], stages[-1]["second"] + stages[-1]["seconds"]
     thirds: list[list[float]] = [[], [], []]
     for row in rows:
         place = (row["second"] - begin) / (end - begin) if row["kind"] == "memory" else -1.0
         if 0 <= place < 1 and np.isfinite(row["memory_mb"]):
             thirds[int(3 * place)].append(row["memory_mb"])
-    return float(np.median(thirds[2]) / np.median(thirds[0]))
+    return [float(np.median(third)) for third in thirds]
 
 
 def write(rows: Rows, folder: Path) -> None:

@@ -220,13 +220,15 @@ def _stressed(rows: Sequence[Row]) -> dict[str, str]:
         "p99 of answers, ms": claim("p99 of answers under twice the load, ms", 1),
         "p99 of a 503, ms": f"{twice['rejected_p99_ms']:.1f}",
         "memory while load rises, last third divided by first": claim("growth of memory while load rises", 2),
+        "memory after one swap of each kind, divided by that before":
+            claim("growth of memory by the first swaps", 2),
         f"{held['seconds']:.0f} s at twice the load with swaps and bad requests: "
         "answered / refused with 503 / lost": outcomes(held),
         "p50 / p99 of answers meanwhile, ms":
             f"{held['latency_p50_ms']:.0f} / {held['latency_p99_ms']:.0f}",
         "memory meanwhile, last third divided by first":
             claim("growth of memory while held, with swaps", 2),
-        "seconds of each swap, in order": " / ".join(swaps),
+        "seconds of each swap, in order; the first five without load": " / ".join(swaps),
         "swaps that did not end as they should": claim("swaps that did not end as they should", 0),
         "bad requests refused by name / told 503 / neither": values(
             "bad requests read and refused by name", "bad requests told 503 instead",
