@@ -1,4 +1,4 @@
-"""Freed memory stays with the process if its C library, glibc, allows such a setting."""
+"""Heaps, and memory that was freed, with a C library that allows such settings: glibc."""
 
 import platform
 import subprocess
@@ -45,9 +45,37 @@ print(kept, memory.give_back() and used - resident())
 """
 
 
+HEAPS_OF_SIX_THREADS = """
+import ctypes, threading
+from tarq_jax import memory
+assert memory.few_heaps()
+libc, barrier = ctypes.CDLL(None), threading.Barrier(6)
+libc.malloc.restype = ctypes.c_void_p
+def use():
+    barrier.wait()
+    libc.malloc(1000)
+    barrier.wait()
+threads = [threading.Thread(target=use) for _ in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+def output(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
 def printed(program):
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return [int(word) for word in done.stdout.split()]
+    return [int(word) for word in output(program).split()]
+
+
+def test_threads_share_two_heaps():
+    assert output(HEAPS_OF_SIX_THREADS).count("<heap ") == 2
+    assert output(HEAPS_OF_SIX_THREADS.replace("memory.few_heaps()", "True")).count("<heap ") == 7
 
 
 def test_what_was_kept_is_given_back():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from tarq_jax import cli
+from tarq_jax import cli, memory
 from tarq_jax.serving.http.options import Limits, Options
 
 ARTEFACT = flags.DEFINE_string("artefact", None, "Artefact to serve; /swap names other folders beside it.",
@@ -75,6 +75,7 @@ def listen() -> socket.socket:
 
 def main() -> None:
     """Reads the flags and runs the service."""
+    memory.few_heaps()  # before JAX starts its threads
     chosen, artefact = options(), Path(ARTEFACT.value)
     if not artefact.is_dir():
         raise ValueError(f"{artefact} is no folder, expected what `python -m tarq_jax.serving.export` wrote")
