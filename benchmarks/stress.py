@@ -151,9 +151,10 @@ def undergo(trial: Trial, plan: Plan) -> None:
     most = most_answers(trial, 1e3 / alone["latency_p50_ms"], plan.stage)
     for share in plan.shares:
         trial.under(RAMP, share * most, plan.stage, share=share)
+    swap_to = trial.act("swap", swap)
     for number in range(-1, len(SWAPS) - 1):  # first to other programs, then back to those of before
-        trial.act("swap", swap)(number)
-    with repeatedly(trial.act("swap", swap), plan.swap_every), \
+        swap_to(number)
+    with repeatedly(swap_to, plan.swap_every), \
             repeatedly(trial.act("hostile", send_hostile), plan.hostile_every):
         trial.under(HELD, plan.shares[-1] * most, plan.held, share=plan.shares[-1])
     with repeatedly(trial.act("kill", kill), plan.killed / 4, most=1):
