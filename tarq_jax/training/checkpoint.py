@@ -30,6 +30,14 @@ FREE_TO_CHANGE = (*WITHOUT_EFFECT, "steps", "best_metric", "accumulate", "model.
                   "mesh.model", "mesh.rules")
 
 
+class _Manager(ocp.CheckpointManager):
+    """Never asks JAX whether to stop: only `distributed.interruptible` may, which counts its questions."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """False."""
+        return False
+
+
 def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.CheckpointManager:
     """Opens `workdir/checkpoints`; closing the manager waits for checkpoints that are being written.
 
@@ -51,7 +59,7 @@ def manager(workdir: Path, *, kept: int = 2, best_metric: str = "") -> ocp.Check
         create=True,  # without `best_fn` Orbax drops the metrics
         best_fn=functools.partial(_goodness, best_metric) if best_metric else None,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies))
-    return ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
+    return _Manager(Path(workdir).resolve() / "checkpoints", options=options)
 
 
 class Restored(NamedTuple):

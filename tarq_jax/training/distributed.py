@@ -5,10 +5,11 @@ each batch (`data_shard`). Only the first process prints. All hosts must see the
 """
 
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +56,7 @@ LAUNCHERS: Mapping[str, Launcher] = {
                                         _coordinator),
     "SLURM": Launcher(_several("SLURM_NTASKS")),
     "Open MPI": Launcher(_several("OMPI_COMM_WORLD_SIZE")),
-    "Cloud TPU": Launcher(lambda environment: "," in environment.get("TPU_WORKER_HOSTNAMES", "")),
+    "GKE": Launcher(lambda environment: "," in environment.get("TPU_WORKER_HOSTNAMES", "")),
     "TPU slices": Launcher(_several("MEGASCALE_NUM_SLICES")),
 }
 
@@ -107,6 +108,11 @@ def check_same(what: str, value: str) -> None:
         raise ValueError(f"{what} of processes {others} is not that of process 0, expected the same on all")
 
 
+# JAX has all processes stop at the number after the largest that any of them has asked about, so that these
+# numbers may neither skip any, as steps do where a run resumes, nor start again with the next model.
+_questions = itertools.count(1)
+
+
 class Interruption(NamedTuple):
     """What a run can ask about signals.
 
@@ -121,6 +127,13 @@ class Interruption(NamedTuple):
 
 
 @contextmanager
+def terminable() -> Iterator[None]:
+    """`signals.terminable` for a single process; with several, SIGTERM is left to JAX."""
+    with signals.terminable() if jax.process_count() == 1 else nullcontext():
+        yield
+
+
+@contextmanager
 def interruptible() -> Iterator[Interruption]:
     """Context in which SIGINT and SIGTERM are reported by the `Interruption`.
 
@@ -129,7 +142,7 @@ def interruptible() -> Iterator[Interruption]:
     the step at which they stop.
     """
     if jax.process_count() > 1:
-        yield Interruption(multihost_utils.reached_preemption_sync_point)
+        yield Interruption(lambda step: multihost_utils.reached_preemption_sync_point(next(_questions)))
         return
     with signals.interruptible() as caught:
         yield Interruption(lambda step: caught(), caught)

@@ -33,6 +33,7 @@ class Result(NamedTuple):
     state: TrainState
 
 
+@distributed.terminable()
 def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True) -> list[Row]:
     """Trains the baselines of the configuration, then its model, and makes one table of all results.
 
@@ -140,13 +141,13 @@ def train(
         buckets=config.data.buckets, shard=distributed.data_shard(), **shapes)
 
     with (
+        distributed.interruptible() as interruption,  # also while the last checkpoint is written
         full_disk_named(workdir),
         batch_kept(workdir, config, lambda step: next(batches_from(start_step=step - 1))),
         checkpoint.manager(
             workdir, kept=config.checkpoints_kept, best_metric=config.best_metric) as checkpoints,
         MetricsWriter(workdir, enabled=distributed.is_first()) as writer,
         progress_bar(console) as progress,
-        distributed.interruptible() as interruption,
     ):
         state, counted, damaged = checkpoint.restore_latest(checkpoints, state, config, dataset.schema)
         start = int(state.step)

@@ -91,7 +91,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
             jnp.stack([jax.random.key(seed) for seed in workdirs]), setup.example(dataset)))
     paths = paths_of(fresh[0].trainable)
     rows: dict[int, list[Row]] = {}
-    with contextlib.ExitStack() as stack, distributed.interruptible() as interruption:
+    with distributed.interruptible() as interruption, contextlib.ExitStack() as stack:
         groups: dict[int, list[tuple[Member, checkpoint.Restored]]] = {}
         for (seed, workdir), state in zip(workdirs.items(), fresh, strict=True):
             loop.check_saved(_with_seed(config, seed), dataset, workdir)

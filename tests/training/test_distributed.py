@@ -12,7 +12,7 @@ from tarq_jax import data
 from tarq_jax.training import checkpoint, distributed
 
 TRAIN = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 import tiny
 from rich.console import Console
 from tarq_jax import cli
@@ -33,6 +33,11 @@ config.steps = 2000 if stopped.isdecimal() else 6
 if stopped == "different":
     config.seed = int(os.environ["JAX_PROCESS_ID"])
 try:
+    if stopped == "between":
+        loop.train(config, tiny.make_dataset(), pathlib.Path(workdir) / "first", Console(file=sys.stderr))
+        if os.environ["JAX_PROCESS_ID"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(15)  # JAX looks for signals every few seconds
     result = loop.train(config, tiny.make_dataset(), pathlib.Path(workdir), Console(file=sys.stderr))
 except cli.Interrupted as interrupted:
     print(interrupted, file=sys.stderr)
@@ -100,10 +105,18 @@ def test_all_stop_at_the_step_that_one_is_told_to(run_processes, tmp_path):
         assert checkpoints.latest_step() == int(step) > 2
 
 
+@pytest.mark.slow
+def test_a_signal_between_two_models_stops_the_second(run_processes, tmp_path):
+    done = run_processes(2, "between", tmp_path)
+    assert [process.returncode for process in done] == [75, 75], done[0].stderr[-3000:]
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert list(checkpoints.all_steps()) == [1]
+
+
 @pytest.mark.parametrize(("environment", "launcher"), [
     ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, "SLURM"),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
-    ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, "Cloud TPU"),
+    ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, "GKE"),
     ({"MEGASCALE_NUM_SLICES": "2"}, "TPU slices"),
     ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
      "JAX_COORDINATOR_ADDRESS"),

@@ -7,6 +7,7 @@ import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
@@ -66,6 +67,35 @@ def test_interrupted_run_ends_in_the_same_bits(
     assert untimed(result.rows) == untimed(finished[1].rows)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_signals_while_the_last_state_is_written_lose_nothing(
+        tiny_config, tiny_dataset, tmp_path, silent, send, monkeypatch):
+    """Launchers repeat SIGTERM; the state is written in the background until the manager closes."""
+    close, unheld = ocp.CheckpointManager.close, []
+
+    def close_after_a_signal(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: unheld.append(1))
+    try:
+        monkeypatch.setattr(ocp.CheckpointManager, "close", close_after_a_signal)
+        with send(signal.SIGTERM, 3), pytest.raises(Interrupted, match="saved step 3"):
+            loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    assert unheld == [] and saved_steps(tmp_path)[-1] == 3
+
+
+def test_a_signal_before_the_first_step(tiny_config, tiny_dataset, tmp_path, monkeypatch):
+    """`cli.run` turns KeyboardInterrupt into the exit code of an interrupted run."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "load_data", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(tiny_config, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.fixture
@@ -213,8 +243,7 @@ def test_a_run_that_is_past_its_end_is_not_taken_for_a_shorter_one(
 
 
 def test_settings_that_came_or_went(tiny_config, tiny_dataset, opened, finished):
-    with tiny_config.data.unlocked():
-        tiny_config.data.num_items = 7
+    tiny_config.data.num_items = 7
     with pytest.raises(ValueError, match=r"config.data.num_items=None.* 7"):
         checkpoint.restore_latest(opened, finished[1].state, tiny_config, tiny_dataset.schema)
 
