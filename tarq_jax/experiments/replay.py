@@ -27,12 +27,15 @@ JSON = cli.json_flag()
 
 def failed_step(workdir: Path, step: int | None = None) -> failure.FailedStep:
     """What the run in `workdir` saved at its failure at `step`, or at its last failure if None."""
-    found = {int(match[1]): path for path in sorted(workdir.glob("failed_step_*.npz"))
-             if (match := re.match(r"failed_step_(\d+)", path.name))}
+    found: dict[int, dict[int, Path]] = {}  # step -> number of a process -> its file
+    for path in workdir.glob("failed_step_*.npz"):
+        if match := re.fullmatch(r"failed_step_(\d+)(?:_(\d+))?", path.stem):
+            found.setdefault(int(match[1]), {})[int(match[2] or 0)] = path
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(f"{workdir}: failed steps are {sorted(found)}, expected "
                                 f"{'at least one' if step is None else step}")
-    return failure.load_batch(found[max(found) if step is None else step])
+    files = found[max(found) if step is None else step]
+    return failure.load_batch([files[process] for process in sorted(files)])
 
 
 def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
@@ -49,14 +52,17 @@ def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
     start, shapes = int(state.step), setup.batch_shapes(dataset)
     if start >= failed.step:
         raise ValueError(f"{workdir}: its checkpoint is of step {start}, expected one before {failed.step}")
-    batches = data.train_batches(dataset, "train", batch_size=config.batch_size, seed=config.seed,
-                                 start_step=start, buckets=config.data.buckets, **shapes)
+    parts = [data.train_batches(
+        dataset, "train", batch_size=config.batch_size, seed=config.seed, start_step=start,
+        buckets=config.data.buckets, shard=data.Shard(index, failed.processes), **shapes)
+        for index in range(failed.processes)]
     take_step = setup.compile_step(config, objective, optimizer, mesh, state)
     metrics: dict[str, jax.Array] = {}
     for step in range(start, failed.step):
         if step == config.codebook.start and state.codebook is not None:
             state = setup.initialise_codebook(config, objective, state, dataset, shapes, mesh)
-        batch = failed.batch if step == failed.step - 1 else next(batches)
+        last = step == failed.step - 1
+        batch = failed.batch if last else failure.join([next(part) for part in parts])
         state, metrics = take_step(state, way.put(batch, mesh))
     return sorted(_rows(jax.device_get(metrics), state), key=lambda row: bool(np.isfinite(row["value"])))
 

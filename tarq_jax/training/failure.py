@@ -137,8 +137,9 @@ class FailedStep(NamedTuple):
     """The data saved for a failed step."""
 
     step: int  # counted from 1
-    batch: Batch  # with NumPy leaves
+    batch: Batch  # with NumPy leaves; the rows of all processes
     settings: dict[str, Any]  # the configuration
+    processes: int = 1  # how many processes read the batch
 
 
 def save_batch(workdir: Path, step: int, batch: Batch, config: ml_collections.ConfigDict) -> Path:
@@ -147,16 +148,30 @@ def save_batch(workdir: Path, step: int, batch: Batch, config: ml_collections.Co
     path = Path(workdir) / f"failed_step_{step}{process}.npz"
     arrays: dict[str, Any] = {f"batch/{name}": values for name, values in _columns(batch).items()}
     with replacing(path) as written, written.open("wb") as file:
-        np.savez(file, step=step, settings=json.dumps(config.to_dict()), **arrays)
+        np.savez(file, step=step, settings=json.dumps(config.to_dict()), processes=jax.process_count(),
+                 **arrays)
     return path
 
 
-def load_batch(path: Path) -> FailedStep:
-    """Reads a file that `save_batch` wrote.
+def load_batch(paths: Sequence[Path]) -> FailedStep:
+    """Reads the files of a step that the processes wrote by `save_batch`, in the order of the processes.
 
     Raises:
-      ValueError: the file is damaged, or another.
+      ValueError: a file is damaged, or another; or the file of a process is missing.
     """
+    parts = [_load_part(path) for path in paths]
+    if len(parts) != parts[0].processes:
+        raise ValueError(f"{paths[0].parent}: step {parts[0].step} failed in {parts[0].processes} processes, "
+                         f"expected a file of each, found {[path.name for path in paths]}")
+    return parts[0]._replace(batch=join([part.batch for part in parts]))
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The batch whose parts the processes have, in their order, with NumPy leaves."""
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+
+
+def _load_part(path: Path) -> FailedStep:
     fields: dict[str, Any] = {name: {} for name in ("user", "context", "history", "candidates")}
     try:
         with np.load(path) as file:
@@ -166,7 +181,8 @@ def load_batch(path: Path) -> FailedStep:
                     fields[first][rest] = file[name]
                 elif name.startswith("batch/"):
                     fields[first] = file[name]
-            return FailedStep(int(file["step"]), Batch(**fields), json.loads(str(file["settings"])))
+            return FailedStep(int(file["step"]), Batch(**fields), json.loads(str(file["settings"])),
+                              int(file.get("processes", 1)))
     except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as a failed step: {error}") from error
 

@@ -116,7 +116,7 @@ def test_a_poisoned_batch(poisoned, tiny_config, tmp_path, silent):
     assert "gradient of 'params/params/log_radius' not finite, the first of 58;" in message
     with checkpoint.manager(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 4
-    kept = failure.load_batch(tmp_path / "failed_step_5.npz")
+    kept = failure.load_batch([tmp_path / "failed_step_5.npz"])
     assert kept.step == 5 and json.dumps(kept.settings) == json.dumps(tiny_config.to_dict())
     expected = next(batches_of(poisoned, start_step=4))
     assert failure.paths_of(kept.batch) == failure.paths_of(expected)
@@ -159,8 +159,27 @@ def test_the_same_step_fails_again_and_is_replayed(poisoned, tiny_config, tmp_pa
     assert all(np.isfinite(row["value"]) for row in replay.replay(tmp_path, healthy))
 
 
-def test_a_replay_has_the_batches_of_training(short_histories, tiny_config, tmp_path, monkeypatch):
-    """Batches come from the same buckets; at the failed step it uses the batch that was kept."""
+def test_what_several_processes_kept_is_one_batch(tiny_dataset, tiny_config, tmp_path, monkeypatch):
+    """Eleven processes; their numbers are not in the order of their files' names."""
+    batch = next(data.train_batches(
+        tiny_dataset, "train", batch_size=11, seed=0, **setup.batch_shapes(tiny_dataset)))
+    monkeypatch.setattr(jax, "process_count", lambda: 11)
+    for index in range(11):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        failure.save_batch(tmp_path, 5, jax.tree.map(lambda rows, index=index: rows[index:index + 1], batch),
+                           tiny_config)
+    failed = replay.failed_step(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, failed.batch, batch)
+    assert (failed.step, failed.processes) == (5, 11)
+    (tmp_path / "failed_step_5_10.npz").unlink()
+    with pytest.raises(ValueError, match="failed in 11 processes, expected a file of each, found"):
+        replay.failed_step(tmp_path)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_replay_has_the_batches_of_training(
+        processes, short_histories, tiny_config, tmp_path, monkeypatch):
+    """Of all processes, from the same buckets; at the failed step it uses the batch that was kept."""
     tiny_config.data.buckets, tiny_config.codebook.start = (2,), 5
     batches = data.train_batches(short_histories, "train", batch_size=8, seed=0, buckets=(2,),
                                  **setup.batch_shapes(short_histories))
@@ -174,7 +193,7 @@ def test_a_replay_has_the_batches_of_training(short_histories, tiny_config, tmp_
     monkeypatch.setattr(loop, "load_data", lambda config: short_histories)
     monkeypatch.setattr(setup, "compile_step", lambda *_: take_step)
     monkeypatch.setattr(replay, "_rows", lambda *_: iter(()))
-    replay.replay(tmp_path, failure.FailedStep(5, expected[4], tiny_config.to_dict()))
+    replay.replay(tmp_path, failure.FailedStep(5, expected[4], tiny_config.to_dict(), processes))
     for found, batch in zip(seen, expected, strict=True):
         jax.tree.map(np.testing.assert_array_equal, found, batch)
 
