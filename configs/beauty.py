@@ -22,9 +22,8 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.codebook.start = 150
     config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 0.3
-    with config.data.unlocked():
-        config.data.name = "sequences"
-        config.data.source = "data/Beauty.txt"
-        config.data.attributes = "data/Beauty_item2attributes.json"
-        config.data.history_length = 20
+    config.data.name = "sequences"
+    config.data.source = "data/Beauty.txt"
+    config.data.attributes = "data/Beauty_item2attributes.json"
+    config.data.history_length = 20
     return smoke(config, num_negatives=3, history_length=8) if is_smoke(mode) else config

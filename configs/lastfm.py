@@ -18,9 +18,8 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.baselines = ("two_tower", "target_attention")
     config.steps = 4000
     config.optimizer.weight_decay = 0.1
-    with config.data.unlocked():
-        config.data.name = "sequences"
-        config.data.source = "data/LastFM.txt"
-        config.data.attributes = "data/LastFM_item2attributes.json"
-        config.data.history_length = 50
+    config.data.name = "sequences"
+    config.data.source = "data/LastFM.txt"
+    config.data.attributes = "data/LastFM_item2attributes.json"
+    config.data.history_length = 50
     return smoke(config, num_negatives=3, history_length=8) if is_smoke(mode) else config

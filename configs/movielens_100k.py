@@ -24,8 +24,7 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.steps = 900
     config.codebook.start = 150
     config.optimizer.weight_decay = 0.3
-    with config.data.unlocked():
-        config.data.name = "movielens"
-        config.data.source = "data/ml-100k"
-        config.data.history_length = 50
+    config.data.name = "movielens"
+    config.data.source = "data/ml-100k"
+    config.data.history_length = 50
     return smoke(config, num_candidates=4, history_length=8) if is_smoke(mode) else config

@@ -21,12 +21,11 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config = default_config()
     config.baselines = ("two_tower", "target_attention")
     config.optimizer.weight_decay = 0.3
-    with config.data.unlocked():
-        config.data.name = "synthetic"
-        config.data.num_items = 4000
-        config.data.history_length = 50
-        config.data.sharpness = 8.0
-        config.data.seed = 0
+    config.data.name = "synthetic"
+    config.data.num_items = 4000
+    config.data.history_length = 50
+    config.data.sharpness = 8.0
+    config.data.seed = 0
     if is_smoke(mode):
         return smoke(config, num_items=120, num_clusters=12, history_length=8, num_candidates=4,
                      train_requests=64, validation_requests=32, test_requests=32)

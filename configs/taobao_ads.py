@@ -25,11 +25,10 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.model.width = 64
     config.model.num_codewords = 256
     config.codebook.start = 2500
-    with config.data.unlocked():
-        config.data.name = "taobao_ads"
-        config.data.source = "data/taobao_ads"
-        config.data.history_length = 50
-        config.data.min_history = 0
+    config.data.name = "taobao_ads"
+    config.data.source = "data/taobao_ads"
+    config.data.history_length = 50
+    config.data.min_history = 0
     config.data.stream = True
     config.data.buckets = (16,)
     config.data.readers = 2

@@ -24,11 +24,10 @@ def get_config(mode: str = "") -> ml_collections.ConfigDict:
     config.model.width = 64
     config.model.num_codewords = 256
     config.codebook.start = 5000
-    with config.data.unlocked():
-        config.data.name = "taobao_userbehavior"
-        config.data.source = "data/UserBehavior.csv"
-        config.data.history_length = 200
-        config.data.num_negatives = 15
+    config.data.name = "taobao_userbehavior"
+    config.data.source = "data/UserBehavior.csv"
+    config.data.history_length = 200
+    config.data.num_negatives = 15
     config.data.stream = True
     config.data.buckets = (16, 50)
     config.data.readers = 2

@@ -32,7 +32,8 @@ def config_flag() -> flags.Flag:
     Like the other functions here it may be called again, as a process can import several commands.
     """
     if "config" not in flags.FLAGS:
-        config_flags.DEFINE_config_file("config", help_string="Experiment, a file in configs/.")
+        config_flags.DEFINE_config_file("config", help_string="Experiment, a file in configs/.",
+                                        accept_new_attributes=True, lock_config=False)
         flags.mark_flag_as_required("config")
     return flags.FLAGS["config"]
 

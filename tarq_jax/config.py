@@ -31,7 +31,10 @@ HEADS = ("scalar", "dot", "mlp")  # copy of `tarq_jax.models.tarq.Head`: flags a
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All settings at their defaults; `validate` refuses unknown keys."""
+    """All settings at their defaults; `validate` refuses unknown keys.
+
+    Only `config.data` takes further keys: the options of the data set, which `tarq_jax.data.load` checks.
+    """
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 1500
@@ -122,7 +125,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.recall_k = 4  # k of recall@k: the student's ranking against the teacher's
     config.save_scores = False  # save the score of every test candidate, for statistics over runs
     config.prefetch = 4  # batches prepared in advance
-    return config.lock()
+    config.lock()
+    config.data.unlock()
+    return config
 
 
 def smoke(config: ml_collections.ConfigDict, **data_options: Any) -> ml_collections.ConfigDict:
@@ -132,8 +137,7 @@ def smoke(config: ml_collections.ConfigDict, **data_options: Any) -> ml_collecti
     config.model.width, config.model.hidden, config.model.num_codewords = 8, (8,), 8
     config.codebook.start = min(config.codebook.start, 4)
     config.codebook.init_latents, config.codebook.revive_every = 256, 4
-    with config.data.unlocked():
-        config.data.update(data_options)
+    config.data.update(data_options)
     return config
 
 

@@ -12,7 +12,7 @@ SYNTHETIC = "--config=configs/synthetic.py:smoke"
 @pytest.mark.parametrize(("arguments", "named"), [
     ([SYNTHETIC, "--config.foo=1"], ["foo"]),
     ([SYNTHETIC, "--config.optimiser.learning_rate=1"], ["optimiser", 'Did you mean "optimizer"']),
-    ([SYNTHETIC, "--config.data.num_itens=1"], ["num_itens", "num_items"]),
+    ([SYNTHETIC, "--config.model.widht=1"], ["widht", "width"]),
     ([SYNTHETIC, "--config.steps=many"], ["config.steps", "many"]),
     ([SYNTHETIC, "--config.steps=1.5"], ["config.steps", "1.5"]),
     ([SYNTHETIC, "--config.optimizer.learning_rate=fast"], ["config.optimizer.learning_rate", "fast"]),
@@ -28,6 +28,16 @@ def test_wrong_calls_of_train(wrong_call, tmp_path, arguments, named):
     line = wrong_call("train.py", f"--workdir={tmp_path / 'run'}", *arguments)
     assert all(part in line for part in named), line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ("item_column=iid", "no file nowhere.csv: expected impressions"),
+    ("time_column=12", "config.data.time_column is 12, expected text"),
+])
+def test_options_of_the_data_need_not_be_in_the_configuration(option, message, command, tmp_path):
+    done = command("train.py", "--config=configs/tarq_dataset.py", f"--workdir={tmp_path / 'run'}",
+                   "--config.data.source=nowhere.csv", f"--config.data.{option}")
+    assert done.returncode == cli.FAILED and message in done.stderr
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -96,9 +96,8 @@ def test_runs_when_shrunk(experiment, tmp_path_factory, tmp_path, silent):
     config = experiment.get_config("smoke")
     if isinstance(BUILDERS[config.data.name], PipelineSource):
         pytest.importorskip("apache_beam", reason="Apache Beam prepares this: pip install 'tarq_jax[beam]'")
-    with config.data.unlocked():
-        config.data.data_dir = str(tmp_path_factory.getbasetemp() / "prepared")  # shared by the experiments
-        config.data.update(WRITERS[config.data.name](tmp_path))
+    config.data.data_dir = str(tmp_path_factory.getbasetemp() / "prepared")  # shared by the experiments
+    config.data.update(WRITERS[config.data.name](tmp_path))
     dataset = loop.load_data(config)
     rows = loop.train(config, dataset, tmp_path / "run", silent).rows
     assert [row["model"] for row in rows] == ["tarq", "tarq_teacher"]

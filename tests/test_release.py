@@ -19,8 +19,7 @@ from tarq_jax.config import default_config, smoke
 
 def get_config():
     config = default_config()
-    with config.data.unlocked():
-        config.data.name = "synthetic"
+    config.data.name = "synthetic"
     return smoke(config, num_items=120, num_clusters=12, history_length=8, num_candidates=4,
                  train_requests=64, validation_requests=32, test_requests=32)
 '''

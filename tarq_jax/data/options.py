@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,19 @@ class LogOptions:
 
 
 def make_options(source: AnySource, values: Mapping[str, Any]) -> Any:
-    """The options of `source` with these values; ValueError if a name is unknown or a value is missing."""
-    known = [field.name for field in dataclasses.fields(source.options)]
-    for name in values:
-        if name not in known:
-            raise ValueError(f"data set {source.name!r} has no option {name!r}, expected one of {known}")
+    """The options of `source` with these values.
+
+    Raises:
+      ValueError: a name is unknown, a value is missing, or a value is not the text that it should be: flags
+        of options that a configuration does not set are read as Python literals.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(source.options)}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"data set {source.name!r} has no option {name!r}, expected one of "
+                             f"{list(types)}")
+        if types[name] is str and not isinstance(value, str | os.PathLike):
+            raise ValueError(f"config.data.{name} is {value!r}, expected text")
     missing = [field.name for field in dataclasses.fields(source.options)
                if field.default is dataclasses.MISSING and field.name not in values]
     if missing:

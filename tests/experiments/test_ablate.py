@@ -183,8 +183,7 @@ def test_what_tells_runs_apart():
     same.seed, same.log_every, same.data.data_dir = 9, 77, "elsewhere"
     other.optimizer.learning_rate = 0.5
     streamed = tiny.make_config()
-    with streamed.data.unlocked():
-        streamed.data.stream = not streamed.data.get("stream", False)  # requests come in another order
+    streamed.data.stream = not streamed.data.get("stream", False)  # requests come in another order
     assert run_table.settings_hash(config) == run_table.settings_hash(same)
     assert len({run_table.settings_hash(each) for each in (config, other, streamed)}) == 3
 

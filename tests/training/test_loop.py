@@ -351,9 +351,8 @@ def test_requests_with_an_id_out_of_the_vocabulary(tiny_dataset, column, bad):
 
 
 def test_options_of_the_data_reach_it(tiny_config, tmp_path):
-    with tiny_config.data.unlocked():
-        tiny_config.data.data_dir = str(tmp_path)
-        tiny_config.data.num_itens = 3
+    tiny_config.data.data_dir = str(tmp_path)
+    tiny_config.data.num_itens = 3
     with pytest.raises(ValueError, match=r"has no option 'num_itens', expected one of .*num_items"):
         loop.load_data(tiny_config)
     tiny_config.data.name = "synthetik"
