@@ -22,6 +22,8 @@ from tarq_jax.training.state import TrainState
 from tarq_jax.training.step import codebook_updates, train_step
 from tarq_jax.types import Batch, Codebook
 
+MOST_REQUESTS = 1024  # whose latents are computed together to fit a codebook; every device computes all
+
 
 class Setup(NamedTuple):
     """The parts that a run starts with."""
@@ -216,8 +218,7 @@ def draw_latents(
     """[M, D]: M = `config.codebook.init_latents` latents of real candidates; the seed decides which."""
     found: list[np.ndarray] = []
     batches = data.train_batches(
-        dataset, "train", batch_size=config.batch_size, seed=config.seed + 1, **shapes
-    )
+        dataset, "train", batch_size=min(config.batch_size, MOST_REQUESTS), seed=config.seed + 1, **shapes)
     while sum(map(len, found)) < config.codebook.init_latents:
         batch = next(batches)
         found.append(np.asarray(latents_of(batch))[batch.candidate_mask])

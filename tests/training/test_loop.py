@@ -268,6 +268,18 @@ def test_latents_are_of_candidates_of_training(tiny_config, tiny_dataset):
     assert (found[0] != found[2]).any()
 
 
+def test_no_device_computes_latents_of_a_large_batch_at_once(tiny_config, tiny_dataset, monkeypatch):
+    monkeypatch.setattr(setup, "MOST_REQUESTS", 3)
+    sizes = set()
+
+    def latents_of(batch):
+        sizes.add(len(batch.candidate_mask))
+        return np.zeros((*batch.candidate_mask.shape, 1))
+
+    setup.draw_latents(tiny_config, latents_of, tiny_dataset, setup.batch_shapes(tiny_dataset))
+    assert sizes == {3} and tiny_config.batch_size == 8
+
+
 def test_batch_shapes_cover_every_split(tiny_dataset):
     longer = data.synthetic.generate(data.SyntheticOptions(
         num_items=60, num_clusters=8, history_length=9, num_candidates=5, train_requests=3,

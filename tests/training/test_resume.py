@@ -37,6 +37,31 @@ loop.train(tiny.make_config(), tiny.make_dataset(), pathlib.Path(sys.argv[1]), C
 """
 
 
+STOPPED_AT = """
+import os, pathlib, signal, sys
+import tiny
+from rich.console import Console
+from tarq_jax import cli
+from tarq_jax.training import loop
+
+workdir, stop, model = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+write = loop.MetricsWriter.write
+
+def write_and_stop(self, step, scalars):
+    write(self, step, scalars)
+    if step == stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+loop.MetricsWriter.write = write_and_stop
+config = tiny.make_config()
+config.mesh.model, config.mesh.rules, config.model.table_multiple = model, (("embedding$", ("model",)),), 4
+try:
+    loop.train(config, tiny.make_dataset(), pathlib.Path(workdir), Console(file=sys.stderr))
+except cli.Interrupted:
+    sys.exit(cli.INTERRUPTED)
+"""
+
+
 def saved_steps(workdir) -> list[int]:
     with checkpoint.manager(workdir) as checkpoints:
         return list(checkpoints.all_steps())
@@ -143,6 +168,18 @@ def test_killed_run_ends_in_the_same_bits(
     result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     same_bits(result.state, finished[1].state)
     assert untimed(result.rows) == untimed(finished[1].rows)
+
+
+@pytest.mark.slow
+def test_eight_devices_then_four_then_one_and_back(command, tmp_path):
+    """Rows of tables are split over four devices, two, none and two; losses are those of one device."""
+    for devices, model, stop, code in ((8, 4, 2, 75), (4, 2, 4, 75), (1, 1, 5, 75), (8, 2, 7, 0)):
+        done = command("-c", STOPPED_AT, tmp_path / "moved", stop, model, devices=devices)
+        assert done.returncode == code, done.stderr[-3000:]
+    assert command("-c", STOPPED_AT, tmp_path / "stayed", 7, 1).returncode == 0
+    lines = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("moved", "stayed"))
+    moved, stayed = ([line["loss"] for line in map(json.loads, run) if "loss" in line] for run in lines)
+    assert len(stayed) == 6 and moved == pytest.approx(stayed, rel=1e-4)
 
 
 def test_what_was_saved_while_training_went_on_is_what_was(
