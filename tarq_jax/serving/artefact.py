@@ -10,6 +10,7 @@ what was expected.
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def new_folder(out: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `out`, and renames it to `out` at the end unless the body raised.
 
-    An existing folder cannot be replaced atomically, so it is refused: write versions side by side.
+    After a power cut, too, there is either no `out` or a whole one. An existing folder cannot be replaced
+    atomically, so it is refused: write versions side by side.
 
     Raises:
       ValueError: `out` exists.
@@ -50,9 +52,21 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         with terminable():
             yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _to_disk(path)
         temporary.rename(out)
+        _to_disk(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Returns when the content of a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_manifest(folder: Path, kind: Kind, fingerprint: str, facts: Mapping[str, Any]) -> None:

@@ -111,7 +111,8 @@ class Client:
 
     def post(self, path: str, content: Mapping[str, Any] | bytes) -> dict[str, Any]:
         """The answer to `content`, an object or the bytes of its JSON; raises as `score` does."""
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        compact = (",", ":")
+        body = content if isinstance(content, bytes) else json.dumps(content, separators=compact).encode()
         for attempt in range(self._retries):
             try:
                 return self._ask("POST", path, body)

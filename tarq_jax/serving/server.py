@@ -29,7 +29,7 @@ DELAY = flags.DEFINE_float("delay_ms", 1e3 * Options.delay, "How long a request 
 BUDGET = flags.DEFINE_float(
     "budget_ms", None, "A request that is expected to take longer is refused with 503. By default twice the "
     "measured time of one without load, and the delay; after a quiet period up to six times that, so that "
-    "short bursts are absorbed.", lower_bound=0.1)
+    "short bursts are absorbed. At most --timeout_ms.", lower_bound=0.1)
 TIMEOUT = flags.DEFINE_float("timeout_ms", 1e3 * Limits.seconds, "After that a request is answered with 504, "
                              "or 408 if its body has not arrived.", lower_bound=1.0)
 QUEUE = flags.DEFINE_integer("queue", Options.queue, "Requests that may be in flight; more are answered with "
@@ -58,7 +58,9 @@ def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
 
 
 def options() -> Options:
-    """The options of the service, by the flags."""
+    """The options of the service, by the flags; a budget above the time-out is a wrong call."""
+    if BUDGET.value is not None and BUDGET.value > TIMEOUT.value:
+        cli.wrong_call(f"--budget_ms is {BUDGET.value:g}, expected at most --timeout_ms, {TIMEOUT.value:g}")
     limits = Limits(body=BODY.value, history=HISTORY.value, candidates=CANDIDATES.value, top_k=TOP_K.value,
                     seconds=TIMEOUT.value / 1e3)
     return Options(

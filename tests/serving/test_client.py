@@ -61,6 +61,7 @@ def test_what_is_sent():
     assert path == "/prefix/score" and headers["authorization"] == "Bearer secret"
     assert body == {"user": {"age": 1.0}, "candidates": [3, 4], "top_k": 1}
     assert asked[1][2] == {"user": {}}
+    assert int(headers["Content-Length"]) == len(json.dumps(body, separators=(",", ":")))
 
 
 def test_a_connection_that_was_closed_while_idle():

@@ -100,14 +100,14 @@ def test_commands_and_drain(started, command, tmp_path):
 
 
 def test_flags_are_the_options(with_flags):
-    given = {"max_body": 1, "max_history": 2, "max_candidates": 3, "max_top_k": 4, "timeout_ms": 5.0,
-             "delay_ms": 6.0, "budget_ms": 7.0, "queue": 8, "batch_sizes": ["9", "3", "9"],
+    given = {"max_body": 1, "max_history": 2, "max_candidates": 3, "max_top_k": 4, "timeout_ms": 7.0,
+             "delay_ms": 6.0, "budget_ms": 5.0, "queue": 8, "batch_sizes": ["9", "3", "9"],
              "candidate_sizes": ["10"]}
     with with_flags(artefact="unused"):
         assert server.options() == Options()
     with with_flags(artefact="unused", **given):
         assert server.options() == Options(
-            limits=Limits(1, 2, 3, 4, 0.005), delay=0.006, budget=0.007, queue=8, batch_sizes=(3, 9),
+            limits=Limits(1, 2, 3, 4, 0.007), delay=0.006, budget=0.005, queue=8, batch_sizes=(3, 9),
             candidate_sizes=(10,))
     with with_flags(artefact="unused", host="127.0.0.2", port=0), server.listen() as listener:
         assert listener.getsockname()[0] == "127.0.0.2"
@@ -199,6 +199,8 @@ def test_request_files_that_are_none(command, tmp_path, text, words):
     ([*SERVER, "--artefact=x", "--batch_sizes=0"], "--batch_sizes is '0', expected positive numbers"),
     ([*SERVER, "--artefact=x", "--candidate_sizes="], "--candidate_sizes is ''"),
     ([*SERVER, "--artefact=x", "--port=70000"], "port"),
+    ([*SERVER, "--artefact=x", "--budget_ms=20", "--timeout_ms=10"],
+     "--budget_ms is 20, expected at most --timeout_ms, 10"),
     ([*SERVER, "--artefact=x", "--token_file=/dev/null"], "has 0 characters"),
     ([*SERVER, "--artefact=x", "--token_file=/nowhere"], "--token_file cannot be read"),
     ([*REQUEST, "--history=a"], "--history is 'a', expected integers"),

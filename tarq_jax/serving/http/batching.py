@@ -104,10 +104,15 @@ class Load:
         return self._load * math.exp((self._since - now) / (MEMORY * batch))
 
 
+def fits(seconds: float, budget: float) -> bool:
+    """Whether two batches fit the budget, as a request may arrive just after a batch has started."""
+    return 2 * seconds <= budget
+
+
 def useful_sizes(seconds: Mapping[int, float], budget: float) -> list[int]:
     """The batch sizes that pay off: faster per request than smaller ones, and two batches fit the budget.
 
-    Two, because a request may arrive just after a batch has started. The smallest size is always included.
+    The smallest size is always included.
 
     Example:
       >>> useful_sizes({1: 1.0, 2: 1.9, 4: 2.0, 8: 6.0}, budget=10.0)
@@ -117,7 +122,7 @@ def useful_sizes(seconds: Mapping[int, float], budget: float) -> list[int]:
     kept = [smallest]
     for size in larger:
         faster = seconds[size] / size <= (1 - GAIN) * seconds[kept[-1]] / kept[-1]
-        if faster and 2 * seconds[size] <= budget:
+        if faster and fits(seconds[size], budget):
             kept.append(size)
     return kept
 
@@ -143,6 +148,7 @@ class Batcher(Generic[Item, Result]):
     """Batches items, see the module. Made and used within a running event loop.
 
     Attributes:
+      failures: batches that have failed since the last one that did not.
       largest: most items in a batch.
       load: load of all items that have arrived.
       patience: seconds on top of the budget; may be set at any time.
@@ -151,13 +157,14 @@ class Batcher(Generic[Item, Result]):
 
     def __init__(
         self, run: Callable[[Sequence[Item]], Sequence[Result | Exception]], executor: Executor,
-        times: ServiceTimes, load: Load, *, largest: int, delay: float, budget: float | None, limit: int,
-        on_batch: Callable[[int, float, float], None] = lambda size, waited, seconds: None,
+        times: ServiceTimes, load: Load, *, largest: int, delay: float, budget: float | None, timeout: float,
+        limit: int, on_batch: Callable[[int, float, float], None] = lambda size, waited, seconds: None,
     ):
         """Starts nothing.
 
         Args:
-          run: computes a batch in the executor: a result for each item, or the exception to raise for it.
+          run: computes a batch in the executor: a result for each item, or the exception to raise for it. If
+            it raises itself, the batch has failed.
           executor: an executor with one thread, which other batchers may share.
           times: estimated times of batches.
           load: load by the loop's clock, which other batchers may share.
@@ -165,12 +172,13 @@ class Batcher(Generic[Item, Result]):
           delay: seconds to wait for more items while nothing runs.
           budget: seconds from arrival to answer; None for `default_budget`, which follows `times`, with a
             bonus for bursts.
+          timeout: seconds after which nobody waits for an answer any more; no budget is longer.
           limit: most items that may wait, whatever their expected time.
           on_batch: called after each batch with its size, the wait of its first item, and how long it ran.
         """
         self._run, self._executor, self._times, self.load = run, executor, times, load
-        self.largest, self.patience = largest, 0.0
-        self._delay, self._budget, self._limit = delay, budget, limit
+        self.largest, self.patience, self.failures = largest, 0.0, 0
+        self._delay, self._budget, self._timeout, self._limit = delay, budget, timeout, limit
         self._on_batch = on_batch
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting[Item, Result]] = deque()
@@ -182,14 +190,15 @@ class Batcher(Generic[Item, Result]):
     @property
     def least_budget(self) -> float:
         """Seconds from arrival to answer under overload."""
-        return default_budget(self._times.estimate(1), self._delay) if self._budget is None else self._budget
+        default = default_budget(self._times.estimate(1), self._delay)
+        return min(default if self._budget is None else self._budget, self._timeout)
 
     @property
     def budget(self) -> float:
         """Seconds from arrival to answer, at the present load."""
         load = self.load.of(self._loop.time(), self._times.usual(self.largest))
         room = 0.0 if self._budget is not None else max(0.0, 1.0 - load / FULL)
-        return self.least_budget * (1.0 + BURST * room) + self.patience
+        return min(self.least_budget * (1.0 + BURST * room) + self.patience, self._timeout)
 
     @property
     def waiting(self) -> int:
@@ -274,10 +283,11 @@ class Batcher(Generic[Item, Result]):
 
     def _finish(self, batch: Sequence[_Waiting[Item, Result]], started: float,
                 done: "asyncio.Future[Sequence[Result | Exception]]") -> None:
-        seconds = self._loop.time() - started
-        self._times.observe(len(batch), seconds)
+        seconds, error = self._loop.time() - started, done.exception()
+        if error is None:
+            self._times.observe(len(batch), seconds)
+        self.failures = 0 if error is None else self.failures + 1
         self._on_batch(len(batch), started - batch[0].arrived, seconds)
-        error = done.exception()
         results = [error] * len(batch) if error is not None else done.result()
         for entry, result in zip(batch, results, strict=True):
             if entry.answer.done():

@@ -7,7 +7,7 @@ import dataclasses
 class Limits:
     """Limits of one request."""
 
-    body: int = 1 << 20  # bytes; a larger body is refused with 413
+    body: int = 1 << 22  # bytes; a larger body is refused with 413
     history: int = 10_000  # events; the programs may take fewer, and then leave out the oldest of them
     candidates: int = 100_000
     top_k: int = 1000

@@ -20,6 +20,8 @@ from tarq_jax.serving.http.options import Options
 from tarq_jax.serving.http.queries import NotJson, described, read_query
 from tarq_jax.serving.http.versions import NAME, Busy, Version, Versions
 
+FAILURES = 3  # batches in a row that fail, after which the service is not ready
+
 
 class Json(JSONResponse):
     """An answer in JSON; may contain NumPy arrays."""
@@ -136,7 +138,19 @@ class Service:
         """GET /readyz."""
         if request.app.state.draining:
             raise HTTPException(503, "the service is about to end")
-        return Json(self._current().description)
+        version = self._current()
+        if version.batcher.failures >= FAILURES:
+            await self._retry(version)
+        return Json(version.description)
+
+    async def _retry(self, version: Version) -> None:
+        """Tries a request of its own, as others may not send any until it is ready; 503 if it fails."""
+        try:
+            async with asyncio.timeout(self._options.limits.seconds):
+                await version.batcher.submit(version.trial)
+        except Exception as error:
+            raise HTTPException(503, f"at least {FAILURES} batches in a row failed, see the log",
+                                headers={"retry-after": "1"}) from error
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""

@@ -22,7 +22,7 @@ import jax
 
 from tarq_jax import memory
 from tarq_jax.serving.artefact import version_name
-from tarq_jax.serving.http.batching import Batcher, Load, ServiceTimes, default_budget, useful_sizes
+from tarq_jax.serving.http.batching import Batcher, Load, ServiceTimes, default_budget, fits, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.openapi import document
 from tarq_jax.serving.http.options import Options
@@ -46,6 +46,7 @@ class Version:
     scorer: Scorer
     seconds: Mapping[int, float]  # batch size -> time that such a batch takes
     batcher: Batcher[Query, Ranking]
+    trial: Query  # that it has answered: the longest history, to rank all items
     options: Options
 
     @cached_property
@@ -59,7 +60,7 @@ class Version:
         index, facts = self.scorer.index, self.scorer.facts
         served = index.ids[index.served]
         return {"version": self.name, "method": facts["method"], "items": index.num_served,
-                "ids": [int(served.min()), int(served.max())] if len(served) else [],
+                "ids": [int(served.min()), int(served.max())],
                 "histories": facts["histories"]}
 
 
@@ -134,31 +135,56 @@ class Versions:
             await old.batcher.drained()
 
     async def _prepare(self, artefact: Path, index: Path) -> Version:
-        options, name = self._options, version_name(artefact, index)
+        options, limits, name = self._options, self._options.limits, version_name(artefact, index)
         like = self.current.scorer if self.current else None
         scorer = await asyncio.to_thread(load, artefact, index, options, like)
         if version_name(artefact, index) != name:
             raise ValueError(f"{artefact} changed while it was read, expected a folder that stays as it is")
+        if not scorer.index.num_served:
+            raise ValueError(f"{artefact} with {index} serves 0 items, expected at least one")
+        longest = min(scorer.facts["histories"][-1], limits.history)
+        trial = check_query(example(scorer, longest), scorer.schema, limits)._replace(top_k=limits.top_k)
         with running_on_device(artefact):
-            seconds = {size: await self._try(scorer, size) for size in options.batch_sizes}
-        budget = options.budget or default_budget(seconds[min(seconds)], options.delay)
+            seconds = await self._try(scorer, trial)
+        size = min(seconds)
+        if seconds[size] >= limits.seconds:
+            raise ValueError(f"{artefact} takes {seconds[size]:.3g} seconds for a batch of {size}, expected "
+                             f"less than the time-out, {limits.seconds:g}")
         batcher = Batcher(
             partial(answer, scorer), self._executor, ServiceTimes(seconds), self._load,
-            largest=useful_sizes(seconds, budget)[-1], delay=options.delay, budget=options.budget,
-            limit=options.queue, on_batch=self._metrics.batch)
-        return Version(name, scorer, seconds, batcher, options)
+            largest=useful_sizes(seconds, self._budget(seconds[size]))[-1], delay=options.delay,
+            budget=options.budget, timeout=limits.seconds, limit=options.queue, on_batch=self._metrics.batch)
+        return Version(name, scorer, seconds, batcher, trial, options)
 
-    async def _try(self, scorer: Scorer, size: int) -> float:
-        """Median seconds of a batch of `size` requests with the longest histories and many candidates.
+    def _budget(self, seconds: float) -> float:
+        """The budget that batches are chosen for, if the smallest takes `seconds`."""
+        budget = self._options.budget or default_budget(seconds, self._options.delay)
+        return min(budget, self._options.limits.seconds)
+
+    async def _try(self, scorer: Scorer, query: Query) -> dict[int, float]:
+        """Seconds that batches take, by size, as far as they may pay off within the budget.
+
+        The smallest batch is tried with many candidates and with all items. By as much as all items are
+        slower, other sizes are taken to be slower too.
+        """
+        ids = scorer.index.ids[scorer.index.served][:max(self._options.candidate_sizes)]
+        some = query._replace(candidates=ids)
+        smallest, *larger = sorted(self._options.batch_sizes)
+        least, whole = await self._time(scorer, some, smallest), await self._time(scorer, query, smallest)
+        slower = max(1.0, whole / least)
+        seconds = {smallest: slower * least}
+        budget = self._budget(seconds[smallest])
+        for size in larger:
+            if fits(seconds[max(seconds)], budget):
+                seconds[size] = slower * await self._time(scorer, some, size)
+        return seconds
+
+    async def _time(self, scorer: Scorer, query: Query, size: int) -> float:
+        """Median seconds of a batch of `size` such queries.
 
         Trials run in the thread that computes, so that batches of the old version run between them, not at
         the same time.
         """
-        limits = self._options.limits
-        longest = min(scorer.facts["histories"][-1], limits.history)
-        ids = scorer.index.ids[scorer.index.served][:max(self._options.candidate_sizes)]
-        query = check_query(example(scorer, longest), scorer.schema, limits)
-        query = query._replace(candidates=ids, top_k=limits.top_k)
         loop = asyncio.get_running_loop()
         return statistics.median([
             await loop.run_in_executor(self._executor, _timed, scorer, [query] * size)

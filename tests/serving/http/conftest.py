@@ -3,13 +3,16 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 import served
 
 
 @pytest.fixture(scope="session")
 def artefacts(artefact, tmp_path_factory):
-    """A folder of artefacts: 1, 2 (another model), anew (other weights), damaged, index-1 (no item 1)."""
+    """A folder of artefacts: 1, 2 (another model), anew (other weights), damaged; and of indices for 1:
+    index-1 (no item 1), index-none (no item), index-infinite (whose last item has no finite score).
+    """
     from tarq_jax.serving import Scorer, build, remove, save_index
 
     root = tmp_path_factory.mktemp("artefacts")
@@ -20,7 +23,14 @@ def artefacts(artefact, tmp_path_factory):
                 histories=(2, 6))  # with fewer slots
     with (root / "damaged" / "index" / "ids.npy").open("ab") as file:
         file.write(b"more")
-    save_index(remove(Scorer.load(root / "1").index, [1]), root / "index-1")
+    index = Scorer.load(root / "1").index
+    save_index(remove(index, [1]), root / "index-1")
+    save_index(remove(index, index.ids[index.served]), root / "index-none")
+    last = np.arange(index.capacity)[index.served][-1]
+    infinite = {name: values.copy() for name, values in index.arrays.items()}
+    for values in infinite.values():
+        values[last] = np.inf if values.dtype.kind == "f" else values[last]
+    save_index(dataclasses.replace(index, arrays=infinite), root / "index-infinite")
     return root
 
 

@@ -71,7 +71,7 @@ class VirtualExecutor(Executor):
 def simulate(arrivals, *, run=lambda batch: [10 * item for item in batch], seconds=None, patience=None,
              times=SECONDS, **changes):
     """Submits item i at arrivals[i]; returns the outcomes (time, result or exception), and the batches."""
-    options = {"largest": 4, "delay": 0.5, "budget": 100.0, "limit": 1000} | changes
+    options = {"largest": 4, "delay": 0.5, "budget": 100.0, "timeout": math.inf, "limit": 1000} | changes
     padded = ServiceTimes(times).estimate
 
     async def main():
@@ -171,6 +171,28 @@ def test_what_would_take_too_long_is_refused_at_once():
     assert reasons(simulate(arrivals, budget=3.0)[0]) == [0, 10, 20, 30, 40, "slow"]
     assert reasons(simulate(arrivals, budget=2.8)[0]) == [0] + ["slow"] * 5
     assert reasons(simulate(arrivals, budget=4.95)[0]) == [0, 10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize("budget", [None, 100.0])
+def test_what_would_come_after_the_time_out_is_refused_at_once(budget):
+    """A first batch ends at 2.0 and a second one would at 4.0, however long the budget is."""
+    outcomes, _ = simulate([0.0] * 10, budget=budget, timeout=3.0)
+    assert reasons(outcomes) == [0, 10, 20, 30] + ["slow"] * 6
+    assert all(when == 0.0 for when, _ in outcomes[4:])
+
+
+def test_a_batch_that_failed_tells_nothing_about_times():
+    """Three take long and fail; after the fourth, four items still fit the budget."""
+    def run(batch):
+        if min(batch) < 3:
+            raise RuntimeError("the device")
+        return [10 * item for item in batch]
+
+    failing = iter([30.0] * 3)
+    outcomes, _ = simulate([0.0, 40.0, 80.0, 120.0, 120.6, 120.61, 120.62, 120.63, 120.64], budget=3.0,
+                           run=run, seconds=lambda size: next(failing, ServiceTimes(SECONDS).estimate(size)))
+    assert all(isinstance(error, RuntimeError) for _, error in outcomes[:3])
+    assert reasons(outcomes)[3:] == [30, 40, 50, 60, 70, "slow"]
 
 
 def test_where_nothing_runs_everything_is_tried():

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 
+import jax
 import numpy as np
 import pytest
 import served
@@ -17,6 +18,8 @@ pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 import services
 
 from tarq_jax.serving.client import Unavailable, Wrong
+from tarq_jax.serving.http.options import Limits
+from tarq_jax.serving.http.service import FAILURES
 
 REQUESTS = served.world().requests
 GOOD = REQUESTS[0]
@@ -168,14 +171,20 @@ def test_wrong_paths_and_methods(service, method, path, status):
 
 def test_large_bodies_are_not_kept(service):
     """A body with or without a declared length is refused with 413, and the connection can be used again."""
-    large = b" " * (1 << 20) + b"{}"
+    large = b" " * (1 << 22) + b"{}"
     assert service.ask("POST", "/score", large).status == 413
-    chunked = service.ask("POST", "/score", iter([large[:500_000], large[500_000:]]))
+    chunked = service.ask("POST", "/score", iter([large[:2_000_000], large[2_000_000:]]))
     assert chunked.status == 413 and "expected at most" in chunked.json["error"]
     with service.client() as client:
-        with pytest.raises(Wrong, match="body has more than 1048576 bytes"):
+        with pytest.raises(Wrong, match="body has more than 4194304 bytes"):
             client.post("/score", large)
         assert client.score(GOOD, top_k=1).ids
+
+
+def test_the_most_candidates_and_events_fit_into_a_body():
+    ids = [2**63 - 1]
+    largest = {"candidates": ids * Limits.candidates, "history": {"item_id": ids * Limits.history}}
+    assert len(json.dumps(largest)) < Limits.body
 
 
 def test_what_is_no_http(service):
@@ -321,6 +330,33 @@ def test_who_sends_slowly_is_not_late(artefacts):
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
+# Failures
+
+
+@pytest.mark.parametrize("recovery", [("POST", "/score", GOOD), ("GET", "/readyz")], ids=["score", "readyz"])
+def test_a_device_that_fails_is_not_ready(service, monkeypatch, recovery):
+    """Until a batch succeeds, be it that of a request or of a probe; errors of requests are none of it."""
+    def fails(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: device lost")
+
+    def ready():
+        return service.ask("GET", "/readyz").status == 200
+
+    with monkeypatch.context() as broken:
+        broken.setattr(service.service.versions.current.scorer, "rank", fails)
+        for _ in range(FAILURES):
+            assert ready()
+            assert service.ask("POST", "/score", GOOD).status == 500
+        found = service.ask("GET", "/readyz")
+        assert found.status == 503 and "3 batches in a row failed" in found.json["error"]
+        assert service.ask("GET", "/healthz").status == 200
+        assert service.ask("POST", "/score", GOOD).status == 500 and not ready()
+    assert service.ask(*recovery).status == 200 and ready()
+    infinite = changed(user={"user_group": 1, "user_age": 3e38})
+    assert [service.ask("POST", "/score", infinite).status for _ in range(FAILURES)] == [422] * FAILURES
+    assert ready()
+
+
 # Tokens
 
 
@@ -364,7 +400,10 @@ def test_the_schema_of_a_vector():
     assert (found["minItems"], found["maxItems"], found["items"]["type"]) == (3, 3, "number")
 
 
-def test_a_first_artefact_that_is_refused(artefacts):
-    with services.running(artefacts / "damaged") as running:
-        assert "ids.npy" in str(running.server.failure)
+@pytest.mark.parametrize(("name", "seconds", "words"), [
+    ("damaged", 30.0, "ids.npy"), ("1", 1e-6, "expected less than the time-out, 1e-06")])
+def test_a_first_artefact_that_is_refused(artefacts, name, seconds, words):
+    limits = dataclasses.replace(services.PATIENT.limits, seconds=seconds)
+    with services.running(artefacts / name, dataclasses.replace(services.PATIENT, limits=limits)) as running:
+        assert words in str(running.server.failure)
     assert isinstance(running.server.failure, ValueError)

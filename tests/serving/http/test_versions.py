@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import jax
 import numpy as np
@@ -33,6 +34,16 @@ def swapped(artefacts):
 def client(swapped):
     with swapped.client(token=services.TOKEN, timeout=120.0) as client:
         yield client
+
+
+@pytest.fixture
+def change_options(monkeypatch):
+    """Changes what the next versions of a service are loaded with, and tried for."""
+    def change(running, **changes):
+        options = dataclasses.replace(running.service.versions._options, **changes)
+        monkeypatch.setattr(running.service.versions, "_options", options)
+
+    return change
 
 
 def test_a_swap(swapped, client):
@@ -99,10 +110,16 @@ def test_a_model_trained_anew_shares_what_is_compiled(artefacts):
     assert not Scorer.load(artefacts / "anew", **sizes | {"top_k": 5}, like=first).ready
 
 
+def test_another_model_keeps_its_own_number_of_slots(artefacts):
+    other = Scorer.load(artefacts / "anew", like=Scorer.load(artefacts / "2"))
+    assert other.index.capacity == Scorer.load(artefacts / "anew").index.capacity
+
+
 @pytest.mark.parametrize(("body", "status", "words"), [
     ({"artefact": "damaged"}, 422, "ids.npy has"),
     ({"artefact": "missing"}, 422, "manifest.json is missing"),
     ({"artefact": "2", "index": "index-1"}, 422, "made by another model"),
+    ({"artefact": "1", "index": "index-none"}, 422, "index-none serves 0 items, expected at least one"),
     ({"artefact": "../1"}, 422, "'artefact' is '../1', expected the name of a folder"),
     ({"artefact": "/etc"}, 422, "expected the name of a folder"),
     ({"artefact": ".."}, 422, "expected the name of a folder"),
@@ -123,6 +140,41 @@ def test_a_bad_one_is_refused_and_the_old_one_goes_on(guarded, body, status, wor
     assert version.batcher.patience == 0
     with guarded.client(token=services.TOKEN) as client:
         assert client.score(GOOD).version == version.name
+
+
+@pytest.mark.parametrize(("index", "changes", "words"), [
+    ("index-1", {"limits": dataclasses.replace(services.PATIENT.limits, seconds=1e-6)},
+     "for a batch of 1, expected less than the time-out, 1e-06"),
+    ("index-infinite", {"candidate_sizes": (1,)}, "a trial failed: request: its scores are not finite"),
+], ids=["slow", "infinite"])
+def test_what_the_trials_refuse(guarded, change_options, index, changes, words):
+    """Requests for all items are tried too, whatever the numbers of given candidates are."""
+    version = guarded.service.versions.current
+    change_options(guarded, **changes)
+    with guarded.client(token=services.TOKEN, timeout=120.0) as client:
+        with pytest.raises(Wrong, match=words):
+            client.swap("1", index)
+        assert client.score(GOOD).version == version.name
+
+
+def test_batches_that_are_too_slow_to_be_used_are_not_tried(swapped, client, change_options):
+    assert swapped.service.versions.current.seconds.keys() == {1, 3}
+    change_options(swapped, budget=1e-6)
+    client.swap("1", "index-1")
+    assert swapped.service.versions.current.seconds.keys() == {1}
+
+
+def test_the_slower_kind_of_request_counts(swapped, client, monkeypatch):
+    """Requests for all items, which pause here, or for given candidates."""
+    pause, answer = 0.1, versions.answer
+
+    def slow(scorer, queries):
+        time.sleep(pause if queries[0].candidates is None else 0.0)
+        return answer(scorer, queries)
+
+    monkeypatch.setattr(versions, "answer", slow)
+    client.swap("1", "index-1")
+    assert swapped.service.versions.current.seconds[1] >= pause
 
 
 def test_a_device_that_fails_in_a_trial(guarded, monkeypatch):
