@@ -20,6 +20,12 @@ class Level(NamedTuple):
     revive_every: int  # config.codebook.revive_every
 
 
+def _left(measured: Level) -> float:
+    """Share of the incoming energy that the level leaves, to 0.1%; 0 if next to nothing came in."""
+    incoming = measured.error_before
+    return round(measured.quantization_error / incoming, 3) if incoming > 1e-4 else 0.0
+
+
 class Rule(NamedTuple):
     """A condition on a level, the finding if it holds, and what helps."""
 
@@ -48,9 +54,16 @@ LEVEL_RULES = (
     Rule(lambda m: m.utilisation >= 0.98 and m.perplexity < 0.5 * m.size,
          "every codeword is used, but so unevenly that {perplexity:.0f} would do the work of {size}",
          "raise config.codebook.init_latents, or lower config.model.num_codewords"),
-    Rule(lambda m: m.level > 1 and m.quantization_error > 0.95 * m.error_before and m.error_before > 1e-4,
+    Rule(lambda m: m.level > 1 and 0.95 < _left(m) <= 1,
          "the level leaves {quantization_error:.1%} of the energy where {error_before:.1%} came in",
          "lower config.model.num_levels, or set config.codebook.learning=ema"),
+    Rule(lambda m: m.level == 1 and 0.95 < _left(m) <= 1,
+         "the level leaves {quantization_error:.1%} of the energy: its codewords say next to nothing",
+         "set config.codebook.learning=ema, or raise config.model.num_codewords"),
+    Rule(lambda m: _left(m) > 1,
+         "the level adds error, it leaves {quantization_error:.1%} of the energy where {error_before:.1%} "
+         "came in, more than codewords of zero would",
+         "set config.codebook.learning=ema, and config.model.assign=nearest if it is cosine"),
 )
 
 

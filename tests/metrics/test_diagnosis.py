@@ -16,6 +16,9 @@ SICK = [  # changes to a healthy level, words in the finding, a setting that hel
     ({"utilisation": 0.5, "dead": 32}, "in spite of revival", "codebook.min_usage"),
     ({"perplexity": 20.0}, "20 would do the work of 64", "init_latents"),
     ({"quantization_error": 0.29}, "leaves 29.0% of the energy where 30.0% came in", "num_levels"),
+    ({"level": 1, "quantization_error": 0.97, "error_before": 1.0}, "leaves 97.0% of the energy: its", "ema"),
+    ({"level": 1, "quantization_error": 1.2, "error_before": 1.0}, "adds error, it leaves 120.0%", "assign"),
+    ({"quantization_error": 0.36}, "adds error, it leaves 36.0% of the energy where 30.0%", "assign"),
 ]
 
 
@@ -27,7 +30,8 @@ def test_healthy_level():
 @pytest.mark.parametrize(("changed", "finding", "remedy"), SICK)
 def test_each_rule(changed, finding, remedy):
     sentence, = diagnose_level(HEALTHY._replace(**changed))
-    assert sentence.startswith("Level 2: ") and finding in sentence and remedy in sentence
+    assert sentence.startswith(f"Level {changed.get('level', 2)}: ")
+    assert finding in sentence and remedy in sentence
 
 
 def test_every_rule_is_tested():
