@@ -1,4 +1,11 @@
-"""Argument checks of metrics and statistics: they return NumPy arrays, or raise an error that says why."""
+"""Argument checks: they raise an error that says what is wrong.
+
+Those of arrays, for metrics and statistics, return NumPy arrays. Those of numbers, for functions that may be
+traced, look only at Python numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -56,6 +63,17 @@ def positive_int(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
     return int(value)
+
+
+def number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
+    """Raises ValueError if a Python number does not fit; an array, which may be traced, is not looked at."""
+    if isinstance(value, int | float) and not fits(value):
+        raise ValueError(f"{name} is {value}, expected {expected}")
+
+
+def positive(name: str, value: Any) -> None:
+    """`number` for values above 0; infinity is one."""
+    number(name, value, lambda given: given > 0, "a number above 0")
 
 
 def _refuse(name: str, values: np.ndarray, bad: np.ndarray, expected: str) -> None:

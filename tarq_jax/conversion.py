@@ -85,7 +85,7 @@ def fitted_corrections(
     """Corrections by least squares over calibration requests, see `tarq_jax.corrections`.
 
     Raises:
-      ValueError: there is no calibration request.
+      ValueError: there is no calibration request, or `ridge` is not positive.
     """
     blocks = group_by_code(index.codes[:, 0])
     grouped = jnp.moveaxis(queries[blocks.items], 2, 0)  # [H, P, S, E]
@@ -156,7 +156,14 @@ def attend(
 
 
 def relative_error(index: ItemIndex, corrections: jax.Array) -> float:
-    """Norm of the quantization error of corrections [V, H, E], over their norm unless that is 0."""
+    """Norm of the quantization error of corrections [V, H, E], over their norm unless that is 0.
+
+    Raises:
+      ValueError: the index is of order 0, which has no corrections.
+    """
+    if len(index.levels) == 1:
+        raise ValueError("index has 1 level, expected further levels, which hold corrections")
+    chex.assert_shape(corrections, (len(index.codes), *index.levels[0].shape[1:]))
     found = jnp.sum(jnp.stack(index.chosen(np.arange(len(corrections)))[1:]), axis=0)
     error, norm = jnp.linalg.norm(found - corrections), jnp.linalg.norm(corrections)
     return float(error / norm) if norm else float(error)

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tarq_jax import checks
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.expansion import Blocks, expand
 
@@ -23,15 +24,19 @@ def damping(residuals: jax.Array, *, radius: float | jax.Array) -> jax.Array:
 
     Args:
       residuals: [..., E], one head each.
-      radius: length in the units of the query, broadcastable to [..., 1]; infinity damps nothing.
+      radius: length in the units of the query, above 0, broadcastable to [..., 1]; infinity damps nothing.
 
     Returns:
       [..., 1], to multiply with the residuals, or with each of the levels whose sum they are.
+
+    Raises:
+      ValueError: `radius` is not positive.
 
     Example:
       >>> damping(jnp.array([[3.0, 4.0]]), radius=5.0).tolist()
       [[0.5]]
     """
+    checks.positive("radius", radius)
     return 1.0 / (1.0 + jnp.sum(residuals**2, axis=-1, keepdims=True) / jnp.square(radius))
 
 
@@ -90,12 +95,16 @@ def fit_corrections(
       moments: [H, P, S, E], likewise.
       blocks: from `group_by_code`.
       residuals: [H, P, S, E], `q - c`.
-      ridge: strength of the ridge, relative to the normal matrix.
+      ridge: strength of the ridge, relative to the normal matrix; above 0, as that matrix may be singular.
       reach: maximal length of a correction, relative to the length of its residual.
 
     Returns:
       [H, P, S, E].
+
+    Raises:
+      ValueError: `ridge` is not positive.
     """
+    checks.positive("ridge", ridge)
     chex.assert_equal_shape([moments, residuals])
     width = residuals.shape[-1]
     size = jnp.trace(normal, axis1=-2, axis2=-1) / width

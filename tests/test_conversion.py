@@ -93,6 +93,8 @@ def test_corrections_kept_exactly(index, queries, history):
     np.testing.assert_array_equal(exact.chosen(np.arange(V))[1], corrections)
     assert exact.exact and not index.exact
     assert conversion.relative_error(exact, corrections) == 0.0
+    with pytest.raises(ValueError, match="index has 1 level, expected further levels"):
+        conversion.relative_error(index, corrections)
     nothing = 0 * corrections
     assert conversion.relative_error(conversion.with_corrections(index, nothing), nothing) == 0.0
 
@@ -106,6 +108,8 @@ def test_further_levels_approach_exact_corrections(index, queries, history):
         assert quantized.codes.shape == (V, 1 + num_levels) and not quantized.exact
         np.testing.assert_array_equal(quantized.codes[:, 0], index.codes[:, 0])
         errors.append(conversion.relative_error(quantized, corrections))
+        with pytest.raises(AssertionError):
+            conversion.relative_error(quantized, quantized.levels[1])  # codewords, not corrections
     assert errors[1] < 0.5 * errors[0] < 0.5
     exact = conversion.with_corrections(index, corrections)
     assert error(quantized, queries, history) < 1.2 * error(exact, queries, history)

@@ -54,6 +54,14 @@ def errors(problem, in_blocks):
     return items(blocks, np.sum(np.square(found - exact), axis=(0, -1)))
 
 
+@pytest.mark.parametrize("value", [0, -1.0])
+def test_values_out_of_range(statistics, problem, value):
+    with pytest.raises(ValueError, match=f"radius is {value}, expected a number above 0"):
+        corrections.damping(np.ones((3, 2)), radius=value)
+    with pytest.raises(ValueError, match=f"ridge is {value}, expected a number above 0"):
+        corrections.fit_corrections(*statistics, problem[1], np.ones_like(statistics[1]), ridge=value)
+
+
 def test_damping_closed_form():
     residuals = np.array([[0.0, 0.0], [3.0, 4.0], [30.0, 40.0]], np.float32)
     close(corrections.damping(residuals, radius=5.0), [[1.0], [0.5], [1 / 101]])

@@ -100,7 +100,11 @@ def convert(
 
 
 def load_model(checkpoint: Path) -> tuple[Any, "Run"]:
-    """The trained model of a finished run of target attention, and the run."""
+    """The trained model of a finished run of target attention, and the run.
+
+    Raises:
+      ValueError: it is not such a run, or its model computes something else than its parts.
+    """
     from tarq_jax.models import TargetAttention
     from tarq_jax.models.parts import target_attention_parts
     from tarq_jax.training import conversion as training
@@ -114,7 +118,9 @@ def load_model(checkpoint: Path) -> tuple[Any, "Run"]:
     if run.steps < run.config.steps:
         raise ValueError(f"{checkpoint}: a run that stopped at step {run.steps} of {run.config.steps}, "
                          f"expected a finished one")
-    return training.trained_model(target_attention_parts(module), run.state.params, run.dataset), run
+    model = training.trained_model(target_attention_parts(module), run.state.params, run.dataset)
+    training.check_logits(model, module)
+    return model, run
 
 
 def check_runs(checkpoints: Sequence[Path], two_towers: Sequence[Path]) -> None:

@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tarq_jax import checks
 from tarq_jax.blockwise import MASKED, best_block, refuse_negative
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
@@ -24,6 +25,11 @@ LANES = 16  # scores that `argmax` compares side by side on a CPU, and most part
 SEARCHED = 4  # `_top` searches a row directly if it has at most this many entries per entry to find
 Assign = Callable[..., jax.Array]  # (points, codewords) -> codes, perhaps with `where`
 Tree = TypeVar("Tree")
+
+
+def inner_products(points: jax.Array, codewords: jax.Array) -> jax.Array:
+    """`<x, c>`, [..., M, K], in full precision on every device: codes depend on small differences."""
+    return jnp.matmul(points, jnp.swapaxes(codewords, -1, -2), precision="highest")
 
 
 def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
@@ -41,7 +47,7 @@ def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
       [..., M, K]; a larger value is nearer.
     """
     chex.assert_equal_shape_suffix([points, codewords], 1)
-    inner = points @ jnp.swapaxes(codewords, -1, -2)
+    inner = inner_products(points, codewords)
     return 2.0 * inner - jnp.sum(codewords**2, axis=-1)[..., None, :]
 
 
@@ -99,13 +105,14 @@ def _half_scores(points: jax.Array, codewords: jax.Array) -> jax.Array:
     """Half of `negative_distances`; `-|c|^2 / 2` is one more column of the product, which saves a pass."""
     ones = jnp.ones((*points.shape[:-1], 1), points.dtype)
     offsets = -0.5 * jnp.sum(codewords**2, axis=-1, keepdims=True)
-    return jnp.concatenate([points, ones], axis=-1) @ jnp.concatenate([codewords, offsets], axis=-1).T
+    return inner_products(
+        jnp.concatenate([points, ones], axis=-1), jnp.concatenate([codewords, offsets], axis=-1))
 
 
 def nearest_by_cosine(points: jax.Array, codewords: jax.Array) -> jax.Array:
     """Index of the codeword with the largest cosine similarity; a codeword at the origin has similarity 0."""
     norms = jnp.linalg.norm(codewords, axis=-1)
-    return argmax(points @ codewords.T / jnp.where(norms > 0, norms, 1.0))
+    return argmax(inner_products(points, codewords) / jnp.where(norms > 0, norms, 1.0))
 
 
 def balanced(
@@ -129,7 +136,12 @@ def balanced(
 
     Returns:
       [M].
+
+    Raises:
+      ValueError: `temperature` is not positive, or `iterations` is below 1.
     """
+    checks.positive("temperature", temperature)
+    checks.positive_int("iterations", iterations)
     points, codewords = _centred(points, codewords)
     scores = negative_distances(points, codewords) - jnp.sum(points**2, axis=-1, keepdims=True)
     where = jnp.ones(len(points), bool) if where is None else jnp.asarray(where)
@@ -330,7 +342,8 @@ def _best_codes(
 def _products(levels: tuple[jax.Array, ...]) -> list[list[jax.Array]]:
     """For each level, `<b, c>` for the codewords b of each level before it and its own c: [K_b, K_c]."""
     levels = (levels[0] - levels[0][0], *levels[1:])  # as `_beam_codes` centres them
-    return [[before @ level.T for before in levels[:index]] for index, level in enumerate(levels)]
+    return [[inner_products(before, level) for before in levels[:index]]
+            for index, level in enumerate(levels)]
 
 
 def _beam_codes(

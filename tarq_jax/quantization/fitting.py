@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tarq_jax import checks
 from tarq_jax.quantization.encoding import as_levels, decode, encode, nearest, negative_distances
 from tarq_jax.quantization.updates import assignment_statistics, like_levels, sizes_of_levels
 from tarq_jax.types import Codebook, Levels, QuantizerOutput
@@ -95,7 +96,7 @@ def _kmeans_plus_plus(rng: jax.Array, points: jax.Array, weights: jax.Array, num
         keys = log_mass + jax.random.gumbel(key, nearest.shape)  # draws without replacement
         drawn = points[jax.lax.top_k(keys, min(CANDIDATES, len(points)))[1]]
         left = jnp.minimum(nearest[:, None], squared_distances(drawn))
-        best = jnp.argmin(weights @ left)
+        best = jnp.argmin(jnp.matmul(weights, left, precision="highest"))
         return left[:, best], drawn[best]
 
     first_key, key = jax.random.split(rng)
@@ -172,16 +173,20 @@ def refine(codewords: Levels, latents: jax.Array, codes: jax.Array, *, ridge: fl
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [M, D].
       codes: [M, L] int.
-      ridge: pull of a codeword towards its old value, relative to how often it is used.
+      ridge: pull of a codeword towards its old value, relative to how often it is used; above 0.
 
     Returns:
       Codewords in the form of those given; their error is not larger.
+
+    Raises:
+      ValueError: `ridge` is not positive.
 
     Example:
       >>> codewords, latents = jnp.array([[[0.0], [4.0]]]), jnp.array([[1.0], [3.0], [5.0]])
       >>> refine(codewords, latents, jnp.array([[0], [1], [1]])).round(2).tolist()
       [[[1.0], [4.0]]]
     """
+    checks.positive("ridge", ridge)
     levels = as_levels(codewords, latents)
     chex.assert_shape(codes, (len(latents), len(levels)))
     normal = jnp.block([

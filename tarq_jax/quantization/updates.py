@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tarq_jax import checks
 from tarq_jax.quantization.encoding import as_levels
 from tarq_jax.types import Codebook, Levels, QuantizerOutput
 
@@ -131,12 +132,16 @@ def update_statistics(codebook: Codebook, counts: Levels, sums: Levels, *, decay
     Returns:
       The codebook with new counts, sums and ages.
 
+    Raises:
+      ValueError: `decay` is outside [0, 1).
+
     Example:
       >>> codebook = with_codewords(jnp.array([[[0.0], [4.0]]]))
       >>> updated = update_statistics(codebook, jnp.array([[3.0, 0.0]]), jnp.zeros((1, 2, 1)), decay=0.5)
       >>> updated.counts.tolist(), updated.ages.tolist()
       ([[2.0, 0.5]], [[0.0, 1.0]])
     """
+    checks.number("decay", decay, lambda share: 0 <= share < 1, "a number in [0, 1)")
     chex.assert_trees_all_equal_shapes(codebook.counts, counts)
     chex.assert_trees_all_equal_shapes(codebook.sums, sums)
 
@@ -159,10 +164,13 @@ def ema_codewords(codebook: Codebook, *, smoothing: float = 1e-5) -> Codebook:
 
     Args:
       codebook: codebook with running counts [L, K] and sums [L, K, D].
-      smoothing: Laplace smoothing, in assignments.
+      smoothing: Laplace smoothing, in assignments, at least 0.
 
     Returns:
       The codebook with new codewords; everything else is unchanged.
+
+    Raises:
+      ValueError: `smoothing` is negative.
 
     Example:
       >>> codebook = with_codewords(jnp.array([[[0.0], [4.0]]]))
@@ -170,6 +178,7 @@ def ema_codewords(codebook: Codebook, *, smoothing: float = 1e-5) -> Codebook:
       >>> ema_codewords(moved).codewords.round(3).tolist()
       [[[1.0], [4.0]]]
     """
+    checks.number("smoothing", smoothing, lambda given: given >= 0, "at least 0")
 
     def means(counts, sums):
         total = counts.sum(axis=-1, keepdims=True)

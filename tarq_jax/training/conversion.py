@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tarq_jax import conversion, data, losses
+from tarq_jax import checks, conversion, data, losses
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.conversion import ItemIndex, KeysValues
 from tarq_jax.data import ITEM_ID
-from tarq_jax.models.parts import AttentionParts
+from tarq_jax.models.parts import AttentionParts, in_float32
+from tarq_jax.models.target_attention import TargetAttention
 from tarq_jax.training import setup
 from tarq_jax.training.evaluate import Row, evaluate
 from tarq_jax.training.objectives import STUDENT, TEACHER, Diagnostics, Predictions
@@ -22,6 +23,7 @@ from tarq_jax.types import Batch, QuantizerOutput
 
 ITEM_BATCH = 4096  # items per batch when queries are projected
 CALIBRATION_BATCH = 8  # requests per batch that all items attend over
+TOLERANCE = 1e-3  # between float32 logits that are computed in two ways, relative to the largest
 
 
 class TrainedModel(NamedTuple):
@@ -37,22 +39,60 @@ class TrainedModel(NamedTuple):
 def trained_model(parts: AttentionParts, params: Any, dataset: data.Dataset) -> TrainedModel:
     """A `TrainedModel` with the projected queries of all items; row 0, padding, is zero."""
     compute = jax.jit(parts.item_queries)
-    found = [np.swapaxes(compute(params, features), 0, 1)[mask]
-             for features, mask in data.item_batches(dataset, ITEM_BATCH)]
+    with jax.default_matmul_precision("highest"):
+        found = [np.swapaxes(compute(params, features), 0, 1)[mask]
+                 for features, mask in data.item_batches(dataset, ITEM_BATCH)]
     queries = np.concatenate([np.zeros_like(found[0][:1]), *found])
     counts = data.count_candidates(dataset, "train").astype(np.float32)
     counts[0] = 0.0
     return TrainedModel(parts, params, dataset, jnp.asarray(queries), counts)
 
 
+def check_logits(model: TrainedModel, module: TargetAttention) -> None:
+    """Compares the parts, with exact attention, with the module that they were taken from, on one batch.
+
+    Raises:
+      ValueError: their logits differ by more than `TOLERANCE`.
+    """
+    each = ItemIndex(levels=(model.queries,), codes=jnp.arange(len(model.queries))[:, None])
+    module = in_float32(module)
+
+    @jax.jit
+    def logits(batch):
+        _, attended = exact_and_approximate(model, each, batch)
+        composed = model.parts.head(model.params, model.parts.context(model.params, batch), attended)
+        output: Any = module.apply(model.params, batch)
+        return composed, output.logits
+
+    batch = next(_training_batches(model, CALIBRATION_BATCH, seed=0))
+    with jax.default_matmul_precision("highest"):
+        composed, own = (np.asarray(found)[batch.candidate_mask] for found in logits(batch))
+    difference = np.max(np.abs(composed - own), initial=0.0)
+    most = TOLERANCE * np.max(np.abs(own), initial=1.0)
+    if not difference <= most:  # nor if it is NaN
+        raise ValueError(f"{type(module).__name__}: the logits of its parts differ by up to {difference:.3g} "
+                         f"from those of __call__, expected at most {most:.3g}: its queries must be those of "
+                         f"item_queries, its logits those of score")
+
+
+def _training_batches(model: TrainedModel, size: int, seed: int) -> Iterator[Batch]:
+    """Endless batches of `size` training requests, or of all if there are fewer."""
+    return data.train_batches(
+        model.dataset, "train", batch_size=min(size, len(model.dataset.splits["train"])), seed=seed,
+        **setup.batch_shapes(model.dataset))
+
+
 def calibration(model: TrainedModel, *, requests: int, seed: int = 0) -> Iterator[KeysValues]:
-    """Keys, values and masks of about `requests` training requests, `CALIBRATION_BATCH` at a time."""
+    """Keys, values and masks of about `requests` training requests, `CALIBRATION_BATCH` at a time.
+
+    Raises:
+      ValueError: `requests` is below 1.
+    """
+    checks.positive_int("requests", requests)
     compute = jax.jit(model.parts.keys_values)
-    size = min(CALIBRATION_BATCH, requests)
-    batches = data.train_batches(
-        model.dataset, "train", batch_size=size, seed=seed, **setup.batch_shapes(model.dataset))
-    for batch in itertools.islice(batches, -(-requests // size)):
-        yield *compute(model.params, batch), batch.history_mask
+    size = min(CALIBRATION_BATCH, requests, len(model.dataset.splits["train"]))
+    batches = itertools.islice(_training_batches(model, size, seed), -(-requests // size))
+    return ((*compute(model.params, batch), batch.history_mask) for batch in batches)
 
 
 def check_codewords(model: TrainedModel, num_codewords: int) -> None:
@@ -77,15 +117,20 @@ def fit_index(
       seed: seed of k-means and of the order of the data.
 
     Raises:
-      ValueError: fewer items are candidates in training than there are codewords.
+      ValueError: fewer items are candidates in training than there are codewords, `order` or `correction`
+        is none of those above, or `requests` is below 1.
     """
+    if order not in (0, 1):
+        raise ValueError(f"order is {order}, expected 0 or 1")
+    if correction not in conversion.CORRECTIONS:
+        raise ValueError(f"correction is {correction!r}, expected one of {sorted(conversion.CORRECTIONS)}")
     check_codewords(model, num_codewords)
+    seen = calibration(model, requests=requests, seed=seed)
     index = conversion.quantize_queries(
         jax.random.key(seed), model.queries, num_codewords=num_codewords,
         weights=model.counts)
     if order == 0:
         return index
-    seen = calibration(model, requests=requests, seed=seed)
     return conversion.with_corrections(index, conversion.CORRECTIONS[correction](index, model.queries, seen))
 
 
@@ -96,7 +141,13 @@ def quantize_corrections(index: ItemIndex, *, num_levels: int, seed: int = 0) ->
       index: index of order 1 from `fit_index`.
       num_levels: number of levels for the corrections.
       seed: seed of k-means.
+
+    Raises:
+      ValueError: the index is of order 0, or its corrections are quantized.
     """
+    if not index.exact:
+        kind = "quantized corrections" if len(index.levels) > 1 else "no corrections"
+        raise ValueError(f"index has {kind}, expected the exact ones of fit_index(order=1)")
     rng = jax.random.fold_in(jax.random.key(seed), 1)
     return conversion.with_quantized_corrections(
         rng, index, index.levels[1], num_levels=num_levels, num_codewords=min(256, len(index.codes)))
@@ -191,7 +242,7 @@ def fine_tune(
     def loss(variables, batch):
         exact, found = exact_and_approximate(model, index.replace(levels=variables["levels"]), batch)
         context = model.parts.context(model.params, batch)
-        logits = model.parts.head(variables["params"], context, found)
+        logits = model.parts.head(_with_trained(model.params, variables["params"]), context, found)
         target = model.parts.head(model.params, context, exact)
         return losses.weighted_mean(losses.distillation(logits, target), batch.weights)
 
@@ -202,11 +253,9 @@ def fine_tune(
         updates["levels"] = jax.tree.map(jnp.multiply, updates["levels"], sizes)
         return optax.apply_updates(variables, updates), opt_state, value
 
-    batches = data.train_batches(
-        model.dataset, "train", batch_size=min(batch_size, len(model.dataset.splits["train"])), seed=seed,
-        **setup.batch_shapes(model.dataset))
+    batches = _training_batches(model, batch_size, seed)
     rng = np.random.default_rng(seed)
-    variables = jax.tree.map(jnp.copy, {"params": model.params, "levels": index.levels})
+    variables = jax.tree.map(jnp.copy, {"params": _trainable(model.params), "levels": index.levels})
     opt_state = optimizer.init(variables)
     for step, batch in enumerate(itertools.islice(batches, steps), start=1):
         batch = with_random_candidates(rng, batch, model.dataset, num_random)
@@ -215,7 +264,17 @@ def fine_tune(
             if not np.isfinite(value):
                 raise FloatingPointError(f"step {step}: loss is {value}, expected a lower learning_rate")
             progress(step)
-    return variables["params"], index.replace(levels=variables["levels"])
+    return _with_trained(model.params, variables["params"]), index.replace(levels=variables["levels"])
+
+
+def _trainable(params: Any) -> Any:
+    """The tree of parameters with None for those that have no derivative, such as integers."""
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else None, params)
+
+
+def _with_trained(params: Any, trained: Any) -> Any:
+    """The parameters with those of `_trainable` replaced."""
+    return jax.tree.map(lambda own, new: own if new is None else new, params, trained)
 
 
 def with_random_candidates(

@@ -7,7 +7,8 @@ import pytest
 
 from configs import synthetic
 from tarq_jax.experiments import convert
-from tarq_jax.training import loop, provenance
+from tarq_jax.models import TargetAttention
+from tarq_jax.training import loop, provenance, restore
 
 CONVERT = ("-m", "tarq_jax.experiments.convert")
 
@@ -55,6 +56,25 @@ def test_what_cannot_be_done(command, smoke_run):
     assert done.returncode == 2 and "expected different runs" in done.stderr
     with pytest.raises(ValueError, match="a run of 'two_tower', expected one of target attention"):
         convert.load_model(smoke_run("two_tower"))
+
+
+class AddsToItsLogits(TargetAttention):
+    def __call__(self, batch):
+        output = super().__call__(batch)
+        return output.replace(logits=output.logits + batch.candidates["item_id"])
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_its_parts_is_refused(smoke_run, monkeypatch):
+    run = restore.load_run(smoke_run("target_attention"))
+    module = run.objective.module
+    forked = AddsToItsLogits(**{name: getattr(module, name) for name in (
+        "schema", "width", "num_heads", "hidden", "tables")})
+    monkeypatch.setattr(restore, "load_run", lambda _: run)
+    convert.load_model("its own run")
+    run = run._replace(objective=run.objective._replace(module=forked))
+    with pytest.raises(ValueError, match="AddsToItsLogits: the logits of its parts differ by up to"):
+        convert.load_model("the run of the fork")
 
 
 @pytest.mark.slow

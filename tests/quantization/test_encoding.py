@@ -53,6 +53,17 @@ def brute_force(codewords, latents):
 # Encode and decode
 
 
+@pytest.mark.parametrize("function", [
+    encode, encode_by_cosine, functools.partial(beam_encode, beam=2),
+    jax.jit(functools.partial(quantization.encode, assign=quantization.balanced)),
+    jax.jit(lambda codewords, latents: quantization.kmeans(
+        jax.random.key(0), latents.reshape(-1, latents.shape[-1]), num_codewords=len(codewords[0])))])
+def test_products_have_full_precision_on_every_device(function, quantized):
+    text = jax.jit(function).lower(*quantized[:2]).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 @examples
 @given(problems())
 def test_encode_equals_brute_force(problem):

@@ -1,8 +1,10 @@
 """Conversion of a target-attention model: its parts, calibration, evaluation, fine-tuning."""
 
+import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -50,6 +52,50 @@ def test_parts_are_the_model(module, model, batch):
     np.testing.assert_allclose(
         np.asarray(logits)[batch.candidate_mask], np.asarray(output.logits)[batch.candidate_mask],
         rtol=1e-4, atol=1e-5)
+
+
+class OwnScore(TargetAttention):
+    def score(self, attended, backbone):
+        logits, output = super().score(2 * attended, backbone)
+        return logits + 1, output
+
+
+class OwnQueries(TargetAttention):
+    def query(self, candidates):
+        return 2 * super().query(candidates)
+
+
+class AddsAfterwards(TargetAttention):
+    def __call__(self, batch):
+        output = super().__call__(batch)
+        return output.replace(logits=output.logits + output.backbone.item[..., 0])
+
+
+class ScalesInCall(TargetAttention):
+    def __call__(self, batch):
+        output = super().__call__(batch)
+        attended = self.compute.attend(2 * output.queries, output.keys, output.values, batch.history_mask)
+        return output.replace(logits=self.score(attended, output.backbone)[0])
+
+
+def of_fork(fork, module, model):
+    """The fork, with the parameters of the model."""
+    forked = fork(module.schema, module.width, module.num_heads, module.hidden)
+    return forked, conversion.trained_model(target_attention_parts(forked), model.params, model.dataset)
+
+
+@pytest.mark.parametrize("fork", [TargetAttention, OwnScore, OwnQueries])
+def test_forks_that_their_parts_describe(fork, module, model):
+    forked, converted = of_fork(fork, module, model)
+    conversion.check_logits(converted, forked)
+
+
+@pytest.mark.parametrize("fork", [AddsAfterwards, ScalesInCall])
+def test_forks_that_compute_something_else_than_their_parts(fork, module, model):
+    forked, converted = of_fork(fork, module, model)
+    words = f"{fork.__name__}: the logits of its parts differ by up to .* from those of __call__, expected at"
+    with pytest.raises(ValueError, match=words):
+        conversion.check_logits(converted, forked)
 
 
 def _nothing(model):
@@ -103,6 +149,34 @@ def test_calibration_is_of_training_requests(model):
     np.testing.assert_array_equal(mask, batch.history_mask)
 
 
+def test_fewer_training_requests_than_a_calibration_batch(model):
+    train = model.dataset.splits["train"]
+    three = dataclasses.replace(train, user=train.user[:3], history_offsets=train.history_offsets[:4],
+                                candidate_offsets=train.candidate_offsets[:4])
+    splits = {**model.dataset.splits, "train": three}
+    few = model._replace(dataset=dataclasses.replace(model.dataset, splits=splits))
+    assert [len(mask) for _, _, mask in conversion.calibration(few, requests=5)] == [3, 3]
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"order": 2}, "order is 2, expected 0 or 1"),
+    ({"order": 1, "correction": "best"}, "correction is 'best', expected one of .'damped', 'fitted'"),
+    ({"order": 1, "requests": 0}, "requests: expected an integer >= 1, got 0"),
+])
+def test_indices_that_cannot_be_fitted(model, settings, words):
+    with pytest.raises(ValueError, match=words):
+        conversion.fit_index(model, num_codewords=4, **settings)
+
+
+def test_only_exact_corrections_are_quantized(model, coarse):
+    with pytest.raises(ValueError, match="index has no corrections, expected the exact ones"):
+        conversion.quantize_corrections(coarse, num_levels=1)
+    exact = indexing.with_corrections(coarse, indexing.plain_corrections(coarse, model.queries, ()))
+    quantized = conversion.quantize_corrections(exact, num_levels=1)
+    with pytest.raises(ValueError, match="index has quantized corrections, expected the exact ones"):
+        conversion.quantize_corrections(quantized, num_levels=1)
+
+
 def test_random_candidates(tiny_dataset, batch):
     rng = np.random.default_rng(0)
     wider = conversion.with_random_candidates(rng, batch, tiny_dataset, 5)
@@ -142,3 +216,12 @@ def test_fine_tuning_brings_the_student_nearer(model, coarse):
         return float(total)
 
     assert divergence(tuned, index) < divergence(model.params, coarse)
+
+
+def test_parameters_without_a_derivative_stay(model, coarse):
+    constants = {"steps": jnp.int32(7)}
+    counted = model._replace(params=model.params | {"constants": constants})
+    tuned, _ = conversion.fine_tune(counted, coarse, steps=1, batch_size=16, num_random=8)
+    assert tuned["constants"] == constants and tuned["constants"]["steps"].dtype == jnp.int32
+    heads = (jax.tree.leaves(params["params"]["head"]) for params in (tuned, model.params))
+    assert not all(map(np.array_equal, *heads))
