@@ -22,8 +22,8 @@ ITEM_BATCH = 4096  # items encoded at a time
 
 
 def method_of(
-    run: Run, *, codewords: int | None = None, order: int = 1, levels: int = 0, fine_tune: int = 0,
-    seed: int = 0,
+    run: Run, *, codewords: int | None = None, order: int = 1, levels: int = 0,
+    correction: str = "fitted", requests: int = 512, fine_tune: int = 0, seed: int = 0,
 ) -> Method:
     """The method that serves a finished run.
 
@@ -34,6 +34,8 @@ def method_of(
       order: order of the conversion; 1 corrects look-ups by their first derivative.
       levels: number of further levels, of 256 codewords each, that store the corrections of order 1; 0
         stores them exactly.
+      correction: how corrections of order 1 are found, a key of `conversion.CORRECTIONS`.
+      requests: number of training requests that fitted corrections are fitted to.
       fine_tune: steps for which codewords, corrections and head are then trained.
       seed: seed of the conversion's k-means and of the order of the data.
 
@@ -45,7 +47,8 @@ def method_of(
         if not isinstance(module, TargetAttention):
             raise ValueError(f"the run is one of {name!r}, expected one of target attention with codewords")
         trained = conversion.trained_model(target_attention_parts(module), run.state.params, run.dataset)
-        index = conversion.fit_index(trained, num_codewords=codewords, order=order, seed=seed)
+        index = conversion.fit_index(trained, num_codewords=codewords, order=order, correction=correction,
+                                     requests=requests, seed=seed)
         if order and levels:
             index = conversion.quantize_corrections(index, num_levels=levels, seed=seed)
         params = trained.params

@@ -29,6 +29,12 @@ LEVELS = flags.DEFINE_integer(
     "byte of an item's correction. 0 stores the exact correction vector, about a quarter of the index size. "
     "3 levels store it in 3 bytes and lose 0.2 to 0.9 points of gap recovered.",
     lower_bound=0, allow_override=True)
+CORRECTION = flags.DEFINE_enum(
+    "correction", "fitted", ["plain", "damped", "fitted"], "With --codewords and --order=1: how an item's "
+    "correction is found.", allow_override=True)
+CALIBRATION = flags.DEFINE_integer(
+    "calibration", 512, "With --codewords and --order=1: training requests that fitted corrections are "
+    "fitted to.", lower_bound=1, allow_override=True)
 FINE_TUNE = flags.DEFINE_integer(
     "fine_tune", 0, "With --codewords: steps for which codewords, corrections and head are then trained.",
     lower_bound=0, allow_override=True)
@@ -56,7 +62,7 @@ def check_flags() -> list[int] | None:
     for flag, least in ((CODEWORDS, 2), (CAPACITY, 1)):
         if flag.value is not None and flag.value < least:
             cli.wrong_call(f"--{flag.name} is {flag.value}, expected at least {least}")
-    for flag in (ORDER, LEVELS, FINE_TUNE):
+    for flag in (ORDER, LEVELS, CORRECTION, CALIBRATION, FINE_TUNE):
         if CODEWORDS.value is None and flag.value != flag.default:
             cli.wrong_call(f"--{flag.name} is {flag.value}, expected --codewords with it, which converts")
     if LEVELS.value and ORDER.value == "0":
@@ -93,8 +99,10 @@ def main() -> None:
         capacity, items = CAPACITY.value, run.dataset.schema.num_items - 1
         if capacity is not None and round_up(capacity) < items:
             raise ValueError(f"--capacity is {capacity}, expected at least {items}, the run's items")
-        method = build.method_of(run, codewords=CODEWORDS.value, order=int(ORDER.value),
-                                 levels=LEVELS.value, fine_tune=FINE_TUNE.value, seed=SEED.value)
+        method = build.method_of(
+            run, codewords=CODEWORDS.value, order=int(ORDER.value), levels=LEVELS.value,
+            correction=CORRECTION.value, requests=CALIBRATION.value, fine_tune=FINE_TUNE.value,
+            seed=SEED.value)
         lengths = lengths or default_histories(setup.batch_shapes(run.dataset)["history_length"])
         build.write(method, run.dataset, folder, histories=lengths, vectors=cast(Storage, VECTORS.value),
                     platforms=PLATFORMS.value, capacity=capacity)

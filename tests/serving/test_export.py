@@ -29,12 +29,13 @@ SEVERAL = """
 import sys
 from absl import flags
 from tarq_jax.serving import export
-run, out, *pairs = sys.argv[1:]
-for pair in pairs:
-    steps, seed = pair.split(",")[:2]
+run, out, *calls = sys.argv[1:]
+for number, call in enumerate(calls):
     flags.FLAGS.unparse_flags()
-    flags.FLAGS(["export", f"--run={run}", f"--out={out}/{pair}", "--codewords=8", "--order=0",
-                 "--platforms=cpu", f"--fine_tune={steps}", f"--seed={seed}"])
+    for flag in ("fine_tune", "seed", "correction", "calibration"):
+        flags.FLAGS[flag].unparse()
+    flags.FLAGS(["export", f"--run={run}", f"--out={out}/{number}", "--codewords=8", "--platforms=cpu",
+                 *call.split()])
     export.main()
 """
 
@@ -89,15 +90,17 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
     assert scaled == (vectors if "--vectors=int8" in flags else set())
 
 
-def test_steps_and_seed_reach_the_conversion(command, runs, tmp_path):
-    """Weights decide the fingerprint: it is the same for the same flags, and another for other flags."""
-    names = "0,0", "0,0,again", "0,1", "2,0"
-    done = command("-c", SEVERAL, runs / "target_attention", tmp_path, *names)
+def test_settings_of_the_conversion_reach_it(command, runs, tmp_path):
+    """Weights and corrections decide the checksums: the same for the same flags, others for other flags."""
+    calls = ("--order=0", "--order=0", "--order=0 --seed=1", "--order=0 --fine_tune=2", "--order=1",
+             "--order=1 --correction=damped", "--order=1 --calibration=8")
+    done = command("-c", SEVERAL, runs / "target_attention", tmp_path, *calls)
     assert done.returncode == 0, done.stderr
-    same, again, seeded, tuned = (
-        json.loads((tmp_path / name / "index" / "manifest.json").read_text())["fingerprint"]
-        for name in names)
-    assert same == again and len({same, seeded, tuned}) == 3
+    first, *others = (
+        [json.loads((tmp_path / str(number) / part / "manifest.json").read_text())["files"]
+         for part in ("index", "model")] for number in range(len(calls)))
+    assert first == others[0]
+    assert len({json.dumps(files) for files in others}) == len(others)
 
 
 def test_a_method_of_ones_own(runs):
