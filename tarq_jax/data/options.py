@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tarq_jax.data.records import Dataset
 from tarq_jax.schema import Schema
 
 FIRST_VERSION = "1.0.0"  # first version of a source; fingerprints include only later versions
+MOST_SAMPLES = 64  # of a file, of 1 MiB each, whose hash tells whether it changed
 FORMAT = 2  # of prepared directories; raise it if the same data are stored in another way
 
 
@@ -137,9 +140,9 @@ def fingerprint(source: AnySource, options: Any) -> str:
     """A name for prepared data: a hash of the source's version, the options and the contents of the files.
 
     Paths are not part of it, so a moved folder is not prepared again. For files that a pipeline reads, which
-    may be huge, only the size and the two ends are hashed.
+    may be huge, only the size and `MOST_SAMPLES` samples are hashed, which are all of a file up to 64 MiB.
     """
-    mark: Callable[[Path], Any] = _file_hash if isinstance(source, Source) else _file_ends
+    mark: Callable[[Path], Any] = _file_hash if isinstance(source, Source) else _file_samples
     files = {role: mark(path) for role, path in sorted(source.files(options).items())}
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
               if not field.metadata.get("path")}
@@ -153,8 +156,12 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_ends(path: Path, size: int = 1 << 20) -> list[Any]:
+def _file_samples(path: Path, size: int = 1 << 20) -> list[Any]:
+    """The length of a file and a hash of evenly spaced samples of `size` bytes, its two ends among them."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        first, length = file.read(size), file.seek(0, 2)
-        file.seek(max(length - size, 0))
-        return [length, hashlib.sha256(first + file.read(size)).hexdigest()]
+        length = file.seek(0, os.SEEK_END)
+        for start in np.linspace(0, max(length - size, 0), min(-(-length // size), MOST_SAMPLES)):
+            file.seek(int(start))
+            digest.update(file.read(size))
+    return [length, digest.hexdigest()]

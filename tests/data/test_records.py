@@ -22,6 +22,7 @@ from tarq_jax.data import (
     load_prepared,
     records,
     synthetic,
+    taobao_userbehavior,
 )
 from tarq_jax.data.options import fingerprint
 from tarq_jax.data.records import (
@@ -142,6 +143,20 @@ def test_fingerprints_tell_versions_and_keep_those_of_the_first():
     assert fingerprint(synthetic.SOURCE, options) == "849a2a7eed1ab4b4"
     versions = [dataclasses.replace(synthetic.SOURCE, version=version) for version in ("1.0.1", "2.0.0")]
     assert len({fingerprint(source, options) for source in (synthetic.SOURCE, *versions)}) == 3
+
+
+@pytest.mark.parametrize("size", [10, 1 << 20, 5 << 19, (64 << 20) - 7])
+def test_a_changed_byte_of_a_log_changes_the_fingerprint(size, tmp_path):
+    """Wherever it is, in files of up to 64 MiB."""
+    options = taobao_userbehavior.UserBehaviorOptions(source=str(tmp_path / "log.csv"))
+    content = bytearray(size)
+    found = set()
+    for place in (None, 0, size // 3, size - 1):
+        if place is not None:
+            content[place] += 1
+        (tmp_path / "log.csv").write_bytes(content)
+        found.add(fingerprint(taobao_userbehavior.SOURCE, options))
+    assert len(found) == 4
 
 
 def test_interrupted_preparation_leaves_nothing_that_looks_prepared(tmp_path, monkeypatch):
