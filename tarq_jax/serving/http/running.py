@@ -14,6 +14,7 @@ import uvicorn
 from tarq_jax.serving.http.app import make_app
 from tarq_jax.serving.http.logs import log
 from tarq_jax.serving.http.options import Options
+from tarq_jax.serving.http.protocol import Protocol
 
 KEEP_ALIVE = 75  # seconds; longer than proxies before a service usually keep idle connections
 SWITCH = 0.001  # seconds a thread may hold the interpreter: loading a version must not delay requests
@@ -31,8 +32,9 @@ class Server(uvicorn.Server):
         """Takes arguments as `serve` does; listens only when it runs."""
         app = make_app(artefact, options, on_failure=self.fail, log_requests=log_requests)
         super().__init__(uvicorn.Config(
-            app, lifespan="on", ws="none", log_config=None, access_log=False, server_header=False,
-            timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=math.ceil(options.limits.seconds) + 1))
+            app, http=Protocol, lifespan="on", ws="none", log_config=None, access_log=False,
+            server_header=False, timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=math.ceil(options.limits.seconds) + 1))
         self.failure: Exception | None = None
         self.app, self._drain, self._end = app, drain, math.inf
         self._signal: int | None = None

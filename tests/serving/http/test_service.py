@@ -1,6 +1,7 @@
 """Requests to a service over a real connection."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import socket
@@ -18,6 +19,7 @@ pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 import services
 
 from tarq_jax.serving.client import Unavailable, Wrong
+from tarq_jax.serving.http import protocol
 from tarq_jax.serving.http.options import Limits
 from tarq_jax.serving.http.service import FAILURES
 
@@ -195,6 +197,35 @@ def test_what_is_no_http(service):
             connection.sendall(sent)
             assert connection.recv(100).startswith(b"HTTP/1.1 400")
     assert service.ask("GET", "/healthz").status == 200
+
+
+@pytest.mark.parametrize("more", [b"x", b"x: y\r\n"], ids=["one header", "many"])
+def test_headers_without_end(service, more):
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /score HTTP/1.1\r\nhost: x\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):  # closed before all is read, the answer may be lost
+            for _ in range(8):
+                connection.sendall(more * (protocol.HEAD_BYTES // len(more) // 4))
+            answer = connection.recv(100)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+    large = {f"h{number}": "y" * 1000 for number in range(50)}
+    assert [service.ask("GET", "/healthz", **large).status for _ in range(3)] == [200] * 3
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nhost:"], ids=["nothing", "half a head"])
+def test_connections_that_ask_nothing_are_closed(service, sent, monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(sent)
+        assert connection.recv(100) == b""
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(0.4)  # a connection that has asked may rest
 
 
 JSON = st.recursive(
