@@ -61,12 +61,13 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _to_disk(path: Path) -> None:
-    """Returns when the content of a file, or the list of names in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Returns when the content of a file, or the names in a folder if its system can, is on the disk."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_manifest(folder: Path, kind: Kind, fingerprint: str, facts: Mapping[str, Any]) -> None:

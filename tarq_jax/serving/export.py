@@ -65,8 +65,10 @@ def check_flags() -> list[int] | None:
     for flag in (ORDER, LEVELS, CORRECTION, CALIBRATION, FINE_TUNE):
         if CODEWORDS.value is None and flag.value != flag.default:
             cli.wrong_call(f"--{flag.name} is {flag.value}, expected --codewords with it, which converts")
-    if LEVELS.value and ORDER.value == "0":
-        cli.wrong_call(f"--levels is {LEVELS.value}, expected 0 with --order=0, which has no corrections")
+    for flag in (LEVELS, CORRECTION, CALIBRATION):
+        if ORDER.value == "0" and flag.value != flag.default:
+            cli.wrong_call(f"--{flag.name} is {flag.value}, expected {flag.default} with --order=0, "
+                           "which has no corrections")
     if HISTORIES.value is None:
         return None
     return sorted(set(cli.whole_numbers(HISTORIES, "positive lengths")))

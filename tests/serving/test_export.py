@@ -266,6 +266,7 @@ def test_what_serving_calls_may_be_ones_own():
     (["--levels=2"], "--levels is 2, expected --codewords with it"),
     (["--order=0"], "--order is 0, expected --codewords with it"),
     (["--codewords=8", "--order=0", "--levels=2"], "--levels is 2, expected 0 with --order=0"),
+    (["--codewords=8", "--order=0", "--correction=plain"], "--correction is plain, expected fitted with"),
     (["--order=2"], "order"),
     (["--levels=-1"], "levels"),
     (["extra"], "extra"),

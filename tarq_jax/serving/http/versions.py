@@ -162,21 +162,19 @@ class Versions:
         return min(budget, self._options.limits.seconds)
 
     async def _try(self, scorer: Scorer, query: Query) -> dict[int, float]:
-        """Seconds that batches take, by size, as far as they may pay off within the budget.
+        """Seconds that batches with many candidates take, by size, as far as they may fit the budget.
 
-        The smallest batch is tried with many candidates and with all items. By as much as all items are
-        slower, other sizes are taken to be slower too.
+        A batch that ranks all items is tried, too, so that a version whose scores are wrong is refused.
         """
         ids = scorer.index.ids[scorer.index.served][:max(self._options.candidate_sizes)]
         some = query._replace(candidates=ids)
         smallest, *larger = sorted(self._options.batch_sizes)
-        least, whole = await self._time(scorer, some, smallest), await self._time(scorer, query, smallest)
-        slower = max(1.0, whole / least)
-        seconds = {smallest: slower * least}
+        await self._time(scorer, query, smallest)
+        seconds = {smallest: await self._time(scorer, some, smallest)}
         budget = self._budget(seconds[smallest])
         for size in larger:
             if fits(seconds[max(seconds)], budget):
-                seconds[size] = slower * await self._time(scorer, some, size)
+                seconds[size] = await self._time(scorer, some, size)
         return seconds
 
     async def _time(self, scorer: Scorer, query: Query, size: int) -> float:

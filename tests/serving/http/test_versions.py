@@ -2,7 +2,6 @@
 
 import dataclasses
 import threading
-import time
 
 import jax
 import numpy as np
@@ -162,19 +161,6 @@ def test_batches_that_are_too_slow_to_be_used_are_not_tried(swapped, client, cha
     change_options(swapped, budget=1e-6)
     client.swap("1", "index-1")
     assert swapped.service.versions.current.seconds.keys() == {1}
-
-
-def test_the_slower_kind_of_request_counts(swapped, client, monkeypatch):
-    """Requests for all items, which pause here, or for given candidates."""
-    pause, answer = 0.1, versions.answer
-
-    def slow(scorer, queries):
-        time.sleep(pause if queries[0].candidates is None else 0.0)
-        return answer(scorer, queries)
-
-    monkeypatch.setattr(versions, "answer", slow)
-    client.swap("1", "index-1")
-    assert swapped.service.versions.current.seconds[1] >= pause
 
 
 def test_a_device_that_fails_in_a_trial(guarded, monkeypatch):
