@@ -188,7 +188,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except Interrupted as interrupted:
         _complain(interrupted)
         return INTERRUPTED
-    except KeyboardInterrupt:  # outside of `signals.interruptible`: nothing was trained yet
+    except KeyboardInterrupt:  # outside of `signals.interruptible`: no step is lost
         _complain("interrupted; run it again to resume")
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:

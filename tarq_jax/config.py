@@ -137,7 +137,8 @@ def smoke(config: ml_collections.ConfigDict, **data_options: Any) -> ml_collecti
     config.model.width, config.model.hidden, config.model.num_codewords = 8, (8,), 8
     config.codebook.start = min(config.codebook.start, 4)
     config.codebook.init_latents, config.codebook.revive_every = 256, 4
-    config.data.update(data_options)
+    with config.data.unlocked():
+        config.data.update(data_options)
     return config
 
 

@@ -32,7 +32,8 @@ def test_wrong_calls_of_train(wrong_call, tmp_path, arguments, named):
 
 @pytest.mark.parametrize(("option", "message"), [
     ("item_column=iid", "no file nowhere.csv: expected impressions"),
-    ("time_column=12", "config.data.time_column is 12, expected text"),
+    ("time_column=12", "config.data.time_column is 12, expected text, for example by"),
+    ("item_colunm=iid", "data set 'impressions' has no option 'item_colunm', expected one of ['source', "),
 ])
 def test_options_of_the_data_need_not_be_in_the_configuration(option, message, command, tmp_path):
     done = command("train.py", "--config=configs/tarq_dataset.py", f"--workdir={tmp_path / 'run'}",

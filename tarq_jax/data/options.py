@@ -107,7 +107,8 @@ def make_options(source: AnySource, values: Mapping[str, Any]) -> Any:
             raise ValueError(f"data set {source.name!r} has no option {name!r}, expected one of "
                              f"{list(types)}")
         if types[name] is str and not isinstance(value, str | os.PathLike):
-            raise ValueError(f"config.data.{name} is {value!r}, expected text")
+            raise ValueError(f"config.data.{name} is {value!r}, expected text, for example by "
+                             f"--config.data.{name}='\"{value}\"'")
     missing = [field.name for field in dataclasses.fields(source.options)
                if field.default is dataclasses.MISSING and field.name not in values]
     if missing:

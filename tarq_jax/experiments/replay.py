@@ -26,15 +26,25 @@ JSON = cli.json_flag()
 
 
 def failed_step(workdir: Path, step: int | None = None) -> failure.FailedStep:
-    """What the run in `workdir` saved at its failure at `step`, or at its last failure if None."""
-    found: dict[int, dict[int, Path]] = {}  # step -> number of a process -> its file
-    for path in workdir.glob("failed_step_*.npz"):
-        if match := re.fullmatch(r"failed_step_(\d+)(?:_(\d+))?", path.stem):
-            found.setdefault(int(match[1]), {})[int(match[2] or 0)] = path
+    """What the run in `workdir` saved at its failure at `step`, or at its last failure if None.
+
+    Raises:
+      FileNotFoundError: it has not failed there, or the file of a process is missing.
+      ValueError: a file is damaged.
+    """
+    found: dict[int, dict[int, dict[int, Path]]] = {}  # step, number of processes, process -> its file
+    for path in sorted(workdir.glob("failed_step_*.npz"), key=lambda path: path.stat().st_mtime):
+        if match := re.fullmatch(r"failed_step_(\d+)(?:_(\d+)of(\d+))?", path.stem):
+            failures = found.setdefault(int(match[1]), {})
+            count = int(match[3] or 1)
+            failures[count] = failures.pop(count, {}) | {int(match[2] or 0): path}  # the newest comes last
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(f"{workdir}: failed steps are {sorted(found)}, expected "
                                 f"{'at least one' if step is None else step}")
-    files = found[max(found) if step is None else step]
+    count, files = list(found[max(found) if step is None else step].items())[-1]
+    if len(files) < count:
+        raise FileNotFoundError(f"{workdir}: {count} processes failed, expected a file of each, found "
+                                f"{sorted(path.name for path in files.values())}")
     return failure.load_batch([files[process] for process in sorted(files)])
 
 

@@ -143,13 +143,13 @@ class FailedStep(NamedTuple):
 
 
 def save_batch(workdir: Path, step: int, batch: Batch, config: ml_collections.ConfigDict) -> Path:
-    """Writes `failed_step_<step>.npz`; with several processes, the name also has the process number."""
-    process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+    """Writes `failed_step_<step>.npz`; with several processes, the name goes on like `_0of2`."""
+    several = jax.process_count() > 1
+    process = f"_{jax.process_index()}of{jax.process_count()}" if several else ""
     path = Path(workdir) / f"failed_step_{step}{process}.npz"
     arrays: dict[str, Any] = {f"batch/{name}": values for name, values in _columns(batch).items()}
     with replacing(path) as written, written.open("wb") as file:
-        np.savez(file, step=step, settings=json.dumps(config.to_dict()), processes=jax.process_count(),
-                 **arrays)
+        np.savez(file, step=step, settings=json.dumps(config.to_dict()), **arrays)
     return path
 
 
@@ -157,13 +157,10 @@ def load_batch(paths: Sequence[Path]) -> FailedStep:
     """Reads the files of a step that the processes wrote by `save_batch`, in the order of the processes.
 
     Raises:
-      ValueError: a file is damaged, or another; or the file of a process is missing.
+      ValueError: a file is damaged, or another.
     """
     parts = [_load_part(path) for path in paths]
-    if len(parts) != parts[0].processes:
-        raise ValueError(f"{paths[0].parent}: step {parts[0].step} failed in {parts[0].processes} processes, "
-                         f"expected a file of each, found {[path.name for path in paths]}")
-    return parts[0]._replace(batch=join([part.batch for part in parts]))
+    return parts[0]._replace(batch=join([part.batch for part in parts]), processes=len(parts))
 
 
 def join(batches: Sequence[Batch]) -> Batch:
@@ -181,8 +178,7 @@ def _load_part(path: Path) -> FailedStep:
                     fields[first][rest] = file[name]
                 elif name.startswith("batch/"):
                     fields[first] = file[name]
-            return FailedStep(int(file["step"]), Batch(**fields), json.loads(str(file["settings"])),
-                              int(file.get("processes", 1)))
+            return FailedStep(int(file["step"]), Batch(**fields), json.loads(str(file["settings"])))
     except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as a failed step: {error}") from error
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -171,9 +172,20 @@ def test_what_several_processes_kept_is_one_batch(tiny_dataset, tiny_config, tmp
     failed = replay.failed_step(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, failed.batch, batch)
     assert (failed.step, failed.processes) == (5, 11)
-    (tmp_path / "failed_step_5_10.npz").unlink()
-    with pytest.raises(ValueError, match="failed in 11 processes, expected a file of each, found"):
+    (tmp_path / "failed_step_5_10of11.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="11 processes failed, expected a file of each, found"):
         replay.failed_step(tmp_path)
+
+
+def test_the_newest_of_two_failures_at_a_step_is_replayed(tiny_dataset, tiny_config, tmp_path, monkeypatch):
+    """A run may fail with two processes and, resumed with one, again; and the other way round."""
+    batch = next(batches_of(tiny_dataset))
+    for count, time in ((2, 1), (1, 2), (2, 3)):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        for index in range(count):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            os.utime(failure.save_batch(tmp_path, 5, batch, tiny_config), (time, time))
+        assert replay.failed_step(tmp_path).processes == count
 
 
 @pytest.mark.parametrize("processes", [1, 2])
