@@ -137,6 +137,11 @@ def default_budget(seconds: float, delay: float) -> float:
     return 2 * (delay + seconds) + delay
 
 
+def least_budget(seconds: float, *, delay: float, budget: float | None, timeout: float) -> float:
+    """`budget`, or the default one if it is None, but not beyond the time-out."""
+    return min(default_budget(seconds, delay) if budget is None else budget, timeout)
+
+
 class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     arrived: float  # by the loop's clock
@@ -190,8 +195,8 @@ class Batcher(Generic[Item, Result]):
     @property
     def least_budget(self) -> float:
         """Seconds from arrival to answer under overload."""
-        default = default_budget(self._times.estimate(1), self._delay)
-        return min(default if self._budget is None else self._budget, self._timeout)
+        return least_budget(self._times.estimate(1), delay=self._delay, budget=self._budget,
+                            timeout=self._timeout)
 
     @property
     def budget(self) -> float:

@@ -22,7 +22,7 @@ import jax
 
 from tarq_jax import memory
 from tarq_jax.serving.artefact import version_name
-from tarq_jax.serving.http.batching import Batcher, Load, ServiceTimes, default_budget, fits, useful_sizes
+from tarq_jax.serving.http.batching import Batcher, Load, ServiceTimes, fits, least_budget, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.openapi import document
 from tarq_jax.serving.http.options import Options
@@ -158,8 +158,9 @@ class Versions:
 
     def _budget(self, seconds: float) -> float:
         """The budget that batches are chosen for, if the smallest takes `seconds`."""
-        budget = self._options.budget or default_budget(seconds, self._options.delay)
-        return min(budget, self._options.limits.seconds)
+        options = self._options
+        return least_budget(
+            seconds, delay=options.delay, budget=options.budget, timeout=options.limits.seconds)
 
     async def _try(self, scorer: Scorer, query: Query) -> dict[int, float]:
         """Seconds that batches with many candidates take, by size, as far as they may fit the budget.
@@ -169,7 +170,7 @@ class Versions:
         ids = scorer.index.ids[scorer.index.served][:max(self._options.candidate_sizes)]
         some = query._replace(candidates=ids)
         smallest, *larger = sorted(self._options.batch_sizes)
-        await self._time(scorer, query, smallest)
+        await self._run(scorer, query, smallest)
         seconds = {smallest: await self._time(scorer, some, smallest)}
         budget = self._budget(seconds[smallest])
         for size in larger:
@@ -178,15 +179,17 @@ class Versions:
         return seconds
 
     async def _time(self, scorer: Scorer, query: Query, size: int) -> float:
-        """Median seconds of a batch of `size` such queries.
+        """Median seconds of a batch of `size` such queries."""
+        return statistics.median([await self._run(scorer, query, size) for _ in range(TRIALS)])
 
-        Trials run in the thread that computes, so that batches of the old version run between them, not at
-        the same time.
+    async def _run(self, scorer: Scorer, query: Query, size: int) -> float:
+        """Seconds of a batch of `size` such queries.
+
+        It runs in the thread that computes, so that batches of the old version run before and after it, not
+        at the same time.
         """
         loop = asyncio.get_running_loop()
-        return statistics.median([
-            await loop.run_in_executor(self._executor, _timed, scorer, [query] * size)
-            for _ in range(TRIALS)])
+        return await loop.run_in_executor(self._executor, _timed, scorer, [query] * size)
 
 
 def _timed(scorer: Scorer, queries: list[Query]) -> float:
