@@ -101,6 +101,19 @@ def level_flag() -> flags.FlagHolder:
                               upper_bound=0.9999, allow_override=True)
 
 
+def correction_flag() -> flags.FlagHolder:
+    """Defines `--correction`, a key of `tarq_jax.conversion.CORRECTIONS`."""
+    return flags.DEFINE_enum("correction", "fitted", ["plain", "damped", "fitted"],
+                             "How an item's correction of order 1 is found.", allow_override=True)
+
+
+def calibration_flag() -> flags.FlagHolder:
+    """Defines `--calibration`, the number of training requests that corrections are fitted to."""
+    return flags.DEFINE_integer(
+        "calibration", 512, "Training requests that fitted corrections of order 1 are fitted to.",
+        lower_bound=1, allow_override=True)
+
+
 def url_flag() -> flags.FlagHolder:
     """Defines `--url=URL`, the URL of a service to ask."""
     return flags.DEFINE_string("url", "http://localhost:8000", "URL of the service.", allow_override=True)

@@ -32,11 +32,8 @@ CODEWORDS = flags.DEFINE_list("codewords", ["64"], "Numbers of codewords of leve
 ORDER = flags.DEFINE_list("order", ["1"], "0 looks attention up, 1 corrects it by its first derivative.")
 LEVELS = flags.DEFINE_list("levels", ["0"], "Numbers of further levels of 256 codewords, which store "
                            "corrections; 0 stores them exactly.")
-CORRECTION = flags.DEFINE_enum(
-    "correction", "fitted", ["plain", "damped", "fitted"], "How an item's correction is found.",
-    allow_override=True)
-CALIBRATION = flags.DEFINE_integer("calibration", 512, "Training requests that fitted corrections are "
-                                   "fitted to.", lower_bound=1, allow_override=True)
+CORRECTION = cli.correction_flag()
+CALIBRATION = cli.calibration_flag()
 FINE_TUNE = flags.DEFINE_integer(
     "fine_tune", 0, "Steps for which codewords and head are then trained; 0 for none.", lower_bound=0,
     allow_override=True)

@@ -32,20 +32,20 @@ def failed_step(workdir: Path, step: int | None = None) -> failure.FailedStep:
       FileNotFoundError: it has not failed there, or the file of a process is missing.
       ValueError: a file is damaged.
     """
-    found: dict[int, dict[int, dict[int, Path]]] = {}  # step, number of processes, process -> its file
-    for path in sorted(workdir.glob("failed_step_*.npz"), key=lambda path: path.stat().st_mtime):
-        if match := re.fullmatch(r"failed_step_(\d+)(?:_(\d+)of(\d+))?", path.stem):
-            failures = found.setdefault(int(match[1]), {})
-            count = int(match[3] or 1)
-            failures[count] = failures.pop(count, {}) | {int(match[2] or 0): path}  # the newest comes last
-    if not found or (step is not None and step not in found):
-        raise FileNotFoundError(f"{workdir}: failed steps are {sorted(found)}, expected "
+    found = [(int(match[1]), int(match[3] or 1), int(match[2] or 0), path)  # step, processes, process
+             for path in workdir.glob("failed_step_*.npz")
+             if (match := re.fullmatch(r"failed_step_(\d+)(?:_(\d+)of(\d+))?", path.stem))]
+    steps = sorted({failed for failed, *_ in found})
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(f"{workdir}: failed steps are {steps}, expected "
                                 f"{'at least one' if step is None else step}")
-    count, files = list(found[max(found) if step is None else step].items())[-1]
+    there = [each for each in found if each[0] == (steps[-1] if step is None else step)]
+    _, count, *_ = max(there, key=lambda each: each[-1].stat().st_mtime)  # of the newest failure
+    files = [path for _, processes, _, path in sorted(there) if processes == count]
     if len(files) < count:
         raise FileNotFoundError(f"{workdir}: {count} processes failed, expected a file of each, found "
-                                f"{sorted(path.name for path in files.values())}")
-    return failure.load_batch([files[process] for process in sorted(files)])
+                                f"{[path.name for path in files]}")
+    return failure.load_batch(files)
 
 
 def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:

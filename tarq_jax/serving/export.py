@@ -29,12 +29,8 @@ LEVELS = flags.DEFINE_integer(
     "byte of an item's correction. 0 stores the exact correction vector, about a quarter of the index size. "
     "3 levels store it in 3 bytes and lose 0.2 to 0.9 points of gap recovered.",
     lower_bound=0, allow_override=True)
-CORRECTION = flags.DEFINE_enum(
-    "correction", "fitted", ["plain", "damped", "fitted"], "With --codewords and --order=1: how an item's "
-    "correction is found.", allow_override=True)
-CALIBRATION = flags.DEFINE_integer(
-    "calibration", 512, "With --codewords and --order=1: training requests that fitted corrections are "
-    "fitted to.", lower_bound=1, allow_override=True)
+CORRECTION = cli.correction_flag()
+CALIBRATION = cli.calibration_flag()
 FINE_TUNE = flags.DEFINE_integer(
     "fine_tune", 0, "With --codewords: steps for which codewords, corrections and head are then trained.",
     lower_bound=0, allow_override=True)
