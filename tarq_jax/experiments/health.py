@@ -27,6 +27,7 @@ JSON = cli.json_flag()
 CURVES = {"utilisation of a batch": "utilisation", "perplexity": "perplexity", "dead codewords": "dead",
           "quantization error": "quantization_error"}
 BUCKETS = 4  # of history lengths
+ALL = "all heads"
 
 
 class Observed(NamedTuple):
@@ -35,10 +36,16 @@ class Observed(NamedTuple):
     latents: np.ndarray  # [M, D]
     output: Any  # QuantizerOutput with leading axis M
     codewords: np.ndarray  # [L, K, D]
-    squared_error: np.ndarray  # [M], of the attention output
-    squared_norm: np.ndarray  # [M], of the teacher's attention output
     lengths: np.ndarray  # [M], of the history
+    outputs: dict[str, "OutputError"]  # of the attention, for `ALL` and by head or level
     weights: dict[str, np.ndarray]  # by head or level: total variation of the attention weights, [M]
+
+
+class OutputError(NamedTuple):
+    """How far an attention output of the student is from the teacher's."""
+
+    squared_error: np.ndarray  # [M]
+    squared_norm: np.ndarray  # [M], of the teacher's
 
 
 def observe(run: "Run", split: str, requests: int) -> Observed:
@@ -59,23 +66,27 @@ def observe(run: "Run", split: str, requests: int) -> Observed:
     @jax.jit
     def look(batch):
         found: Any = predict(run.state.params, codewords, batch).diagnostics
-        weights = attention(run.state.params, codewords, batch)
-        variation = {
-            name: 0.5 * abs(pair.student - pair.teacher).sum(axis=-1) for name, pair in weights.items()}
-        error = ((found.student_output - found.teacher_output) ** 2).sum(axis=-1)
-        return found.latents, found.quantizer, error, (found.teacher_output**2).sum(axis=-1), variation
+        parts = attention(run.state.params, codewords, batch)
+        variation = {name: 0.5 * abs(part.student_weights - part.teacher_weights).sum(axis=-1)
+                     for name, part in parts.items()}
+        outputs = {name: OutputError(((part.student_output - part.teacher_output) ** 2).sum(axis=-1),
+                                     (part.teacher_output**2).sum(axis=-1))
+                   for name, part in {ALL: found, **parts}.items()}
+        return found.latents, found.quantizer, outputs, variation
 
     parts = []
     batches = data.eval_batches(run.dataset, split, batch_size=size, **setup.batch_shapes(run.dataset))
     for start, batch in zip(range(0, requests, size), batches, strict=False):
         real = batch.candidate_mask & (np.arange(size) < requests - start)[:, None]
         lengths = np.broadcast_to(batch.history_mask.sum(axis=1)[:, None], real.shape)
-        parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], (*look(batch), lengths)))
+        *seen, outputs, variation = look(batch)
+        parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real],
+                                  (*seen, lengths, outputs, variation)))
     if not any(len(part[0]) for part in parts):
         raise ValueError(f"split {split!r} has no candidates among its first {requests} requests, expected "
                          "one at least")
-    latents, output, error, norm, variation, lengths = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    return Observed(latents, output, np.asarray(codewords), error, norm, lengths, variation)
+    latents, output, *errors = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    return Observed(latents, output, np.asarray(codewords), *errors)
 
 
 def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
@@ -98,29 +109,33 @@ def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def attention_errors(observed: Observed) -> tuple[float, dict[str, float], dict[str, dict[str, float]]]:
-    """Relative error in total and by history length; total variation of the weights by head and length."""
+class AttentionErrors(NamedTuple):
+    """The errors of the attention by head or level, then by the name of a bucket of history lengths."""
+
+    total: float  # relative error of the output of all heads, over all lengths
+    outputs: dict[str, dict[str, float]]  # relative error; for `ALL`, too; NaN if all histories are empty
+    weights: dict[str, dict[str, float]]  # total variation
+
+
+def attention_errors(observed: Observed) -> AttentionErrors:
+    """How far the student's attention is from the teacher's."""
     edges = np.unique(np.quantile(observed.lengths, np.linspace(0, 1, BUCKETS + 1)).astype(int))
     lower = edges[:-1] if len(edges) > 1 else edges
     bucket = np.searchsorted(lower, observed.lengths, side="right") - 1
     upper = [*(lower[1:] - 1), edges[-1]]
     names = [f"{low} to {high}" if low < high else str(low) for low, high in zip(lower, upper, strict=True)]
-    by_length: dict[str, float] = {}
-    by_head: dict[str, dict[str, float]] = {head: {} for head in observed.weights}
-    for index, name in enumerate(names):
-        inside = bucket == index
-        if not inside.any():
-            continue
-        by_length[name] = _relative(observed, inside)
-        for head, variation in observed.weights.items():
-            by_head[head][name] = float(variation[inside].mean())
-    return _relative(observed, np.ones(len(bucket), bool)), by_length, by_head
+    inside = {name: bucket == index for index, name in enumerate(names) if (bucket == index).any()}
+    return AttentionErrors(
+        _relative(observed.outputs[ALL], np.ones(len(bucket), bool)),
+        {part: {name: _relative(error, where) for name, where in inside.items()}
+         for part, error in observed.outputs.items()},
+        {part: {name: float(variation[where].mean()) for name, where in inside.items()}
+         for part, variation in observed.weights.items()})
 
 
-def _relative(observed: Observed, inside: np.ndarray) -> float:
+def _relative(error: OutputError, inside: np.ndarray) -> float:
     """Relative error of the attention output for `inside`; NaN if all their histories are empty."""
-    return metrics.relative_error(
-        [observed.squared_error[inside].sum(), observed.squared_norm[inside].sum()])
+    return metrics.relative_error([error.squared_error[inside].sum(), error.squared_norm[inside].sum()])
 
 
 def training_curves(
@@ -146,12 +161,12 @@ def sections(run: "Run", observed: Observed, rows: Sequence[dict[str, Any]], wor
     from tarq_jax.models import FirstOrderTarq
 
     counts = metrics.usage_counts(observed.output.codes, observed.codewords.shape[1])
-    error, by_length, by_head = attention_errors(observed)
+    errors = attention_errors(observed)
     verdicts = [row["verdict"] for row in rows]
     if run.steps < run.config.steps:
         verdicts.insert(0, f"The run is not finished: it stopped at step {run.steps} of {run.config.steps}.")
     order = int(isinstance(run.objective.module, FirstOrderTarq))
-    verdicts += diagnosis.diagnose_attention(error, by_length, order)
+    verdicts += diagnosis.diagnose_attention(errors.total, errors.outputs[ALL], order)
     table = [{key: value for key, value in row.items() if key != "verdict"} for row in rows]
     shown = np.random.default_rng(0).permutation(len(observed.latents))[:3000]
     parts = {"summary": Section("In words", verdicts, table)}
@@ -176,9 +191,10 @@ def sections(run: "Run", observed: Observed, rows: Sequence[dict[str, Any]], wor
         "attention": Section(
             "Attention against full attention",
             image=plots.png(plots.bars({
-                "output, relative error by history length": {"all heads": by_length},
-                "weights, total variation by history length": by_head})),
-            caption="Zero is full attention; of the weights, one is no overlap at all."),
+                "output, relative error by history length": errors.outputs,
+                "weights, total variation by history length": errors.weights})),
+            caption="Zero is full attention; of the weights, one is no overlap at all. The output of a level "
+                    "is the sum of the levels up to it; that of a head is not projected yet."),
     }
 
 

@@ -9,7 +9,7 @@ from tarq_jax.attention import attention_weights
 from tarq_jax.corrections import damping
 from tarq_jax.expansion import first_order
 from tarq_jax.models.target_attention import TargetAttentionOutput
-from tarq_jax.models.tarq import AttentionWeights, Tarq, flat_queries
+from tarq_jax.models.tarq import AttentionPart, Tarq, flat_queries
 from tarq_jax.types import Batch, QuantizerOutput
 
 
@@ -75,8 +75,11 @@ class FirstOrderTarq(Tarq):
         """
         return damping(residuals.sum(axis=0), radius=jnp.exp(self.log_radius))
 
-    def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
-        """Attention weights head by head; to first order they still sum to one, but may be negative."""
+    def attention_parts(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionPart]:
+        """By head, before their outputs are projected.
+
+        To first order the weights still sum to one, but may be negative.
+        """
         teacher = self.teacher(batch)
         quantizer = self.encode_candidates(codewords, self.latents(teacher), batch)
         mask = batch.history_mask[:, None, None]
@@ -84,8 +87,9 @@ class FirstOrderTarq(Tarq):
         value, changes = first_order(
             lambda queries: attention_weights(queries, teacher.keys, mask), centre, residuals)
         student = value + self.damping(residuals) * changes.sum(axis=0)
-        pairs = student, attention_weights(teacher.queries, teacher.keys, mask)
-        return {f"head {index + 1}": AttentionWeights(*(weights[:, index] for weights in pairs))
+        weights = student, attention_weights(teacher.queries, teacher.keys, mask)
+        arrays = *weights, *(each @ teacher.values for each in weights)
+        return {f"head {index + 1}": AttentionPart(*(array[:, index] for array in arrays))
                 for index in range(self.num_heads)}
 
     def decode(self, passed: jax.Array, teacher: TargetAttentionOutput) -> tuple[jax.Array, jax.Array]:

@@ -43,11 +43,13 @@ class TarqOutput(struct.PyTreeNode):
     decoder_target: jax.Array  # [B, G, D], what the decoder should reconstruct
 
 
-class AttentionWeights(struct.PyTreeNode):
-    """Attention weights of each candidate over its history, of the student and of the teacher."""
+class AttentionPart(struct.PyTreeNode):
+    """Each candidate's attention in one head or level, of the student and of the teacher."""
 
-    student: jax.Array  # [B, G, N]
-    teacher: jax.Array  # [B, G, N]
+    student_weights: jax.Array  # [B, G, N], over the history
+    teacher_weights: jax.Array  # [B, G, N]
+    student_output: jax.Array  # [B, G, E]
+    teacher_output: jax.Array  # [B, G, E]
 
 
 def flat_queries(teacher: TargetAttentionOutput) -> jax.Array:
@@ -220,17 +222,23 @@ class Tarq(nn.Module):
         block = self.compute.attention_block
         return self.level_attention.outputs(personalized_codebook(queries, keys, values, mask, block=block))
 
-    def attention_weights(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionWeights]:
-        """Weights level by level, averaged over heads, as the student's heads are not the teacher's."""
+    def attention_parts(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionPart]:
+        """By level, as the student's heads are not the teacher's.
+
+        Weights are averages over heads. The student's output is the sum of the levels up to this one, which
+        is to equal the teacher's.
+        """
         teacher = self.teacher(batch)
         mask = batch.history_mask[:, None, None]
         exact = attention_weights(teacher.queries, teacher.keys, mask).mean(axis=1)
         chosen = self.encode_candidates(codewords, self.latents(teacher), batch).chosen
         queries = self.level_attention.queries(jnp.swapaxes(chosen, 1, 2))
-        keys, _ = self.level_attention.keys_values(teacher.history)
-        student = attention_weights(queries, keys, mask[:, None]).mean(axis=2)
-        return {f"level {index + 1}": AttentionWeights(student[:, index], exact)
-                for index in range(self.num_levels)}
+        keys, values = self.level_attention.keys_values(teacher.history)
+        weights = attention_weights(queries, keys, mask[:, None])
+        outputs = jnp.cumsum(self.level_attention.outputs(weights @ values), axis=1)
+        return {f"level {index + 1}": AttentionPart(
+            weights[:, index].mean(axis=1), exact, outputs[:, index], teacher.attention_output)
+            for index in range(self.num_levels)}
 
     def decode(self, passed: jax.Array, teacher: TargetAttentionOutput) -> tuple[jax.Array, jax.Array]:
         """The decoder's output for the quantized latents [B, G, D], and its target."""

@@ -11,7 +11,7 @@ from flax import linen as nn
 from tarq_jax import losses, shards, user_code
 from tarq_jax.models import Tarq
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
-from tarq_jax.models.tarq import AttentionWeights, TarqOutput
+from tarq_jax.models.tarq import AttentionPart, TarqOutput
 from tarq_jax.schema import Schema
 from tarq_jax.training.modules import Supervised, as_served, make_module
 from tarq_jax.types import Batch, Codebook, QuantizerOutput
@@ -69,8 +69,8 @@ class Objective(NamedTuple):
         batch is split by `tarq_jax.shards`, those of the shards add up in the same way.
       predict: (params, codewords, batch) -> Predictions.
       latents: (params, batch) -> the latents to quantize, [B, G, D]; None without a codebook.
-      attention: (params, codewords, batch) -> attention weights of student and teacher by name of a head or
-        level; None without a codebook.
+      attention: (params, codewords, batch) -> attention of student and teacher by name of a head or level;
+        None without a codebook.
       fit: (rng, latents [M, D]) -> the initial codebook; None for k-means, level by level.
       module: the module in the form that predicts, for serving and conversion; None if they must refuse the
         model.
@@ -82,7 +82,7 @@ class Objective(NamedTuple):
     loss: Callable[..., tuple[jax.Array, LossOutput]]
     predict: Callable[..., "Predictions"]
     latents: Callable[..., jax.Array] | None = None
-    attention: Callable[..., dict[str, AttentionWeights]] | None = None
+    attention: Callable[..., dict[str, AttentionPart]] | None = None
     fit: Callable[[jax.Array, jax.Array], Codebook] | None = None
     module: nn.Module | None = None
     to_method: Callable[..., Any] | None = None
@@ -216,7 +216,7 @@ def tarq(
         return Predictions({STUDENT: output.logits, TEACHER: output.teacher.logits}, diagnostics)
 
     def attention(params, codewords, batch):
-        return nn.apply(type(served).attention_weights, served)(params, batch, codewords)
+        return in_float32(nn.apply(type(served).attention_parts, served)(params, batch, codewords))
 
     return Objective(
         init, loss, predict, latents=nn.apply(type(module).candidate_latents, module), attention=attention,

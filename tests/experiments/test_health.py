@@ -59,12 +59,17 @@ def test_as_many_requests_as_are_asked_for(run):
 
 
 def test_attention_errors(run, observed, order):
-    error, by_length, by_head = health.attention_errors(observed)
+    """Two heads, or two levels; the output after the last level is the output of all."""
+    errors = health.attention_errors(observed)
     evaluated = loop.evaluate_split(run.config, run.objective, run.state, run.dataset, "test")[0]
-    assert error == pytest.approx(evaluated["attention_error"], rel=1e-4)
-    assert list(by_head) == [f"{'head' if order else 'level'} {index}" for index in (1, 2)]
-    assert all(set(lengths) == set(by_length) for lengths in by_head.values())
-    assert all(0.0 <= value for lengths in by_head.values() for value in lengths.values())
+    assert errors.total == pytest.approx(evaluated["attention_error"], rel=1e-4)
+    parts = [f"{'head' if order else 'level'} {index}" for index in (1, 2)]
+    assert (list(errors.outputs), list(errors.weights)) == ([health.ALL, *parts], parts)
+    by_length = errors.outputs[health.ALL]
+    for lengths in (*errors.outputs.values(), *errors.weights.values()):
+        assert set(lengths) == set(by_length) and all(0.0 < value for value in lengths.values())
+    if not order:
+        assert errors.outputs["level 2"] == pytest.approx(by_length, rel=1e-4)
 
 
 def test_page_is_self_contained(run, observed, workdir):
@@ -85,22 +90,28 @@ def test_curves_begin_where_the_codebook_does(run, workdir):
     assert health.training_curves(workdir / "nowhere", 2, 0)[0] == []
 
 
+def seen_with(lengths, squared_error, squared_norm, variation):
+    """What is seen of candidates with these histories, errors and norms [M] of all heads and of one."""
+    error = health.OutputError(squared_error, squared_norm)
+    return health.Observed(None, None, None, lengths, {health.ALL: error, "head 1": error},
+                           {"head 1": variation})
+
+
 def test_lengths_fall_into_buckets():
     lengths = np.repeat([1, 2, 8, 9, 30], 4)
     ones = np.ones(20)
-    found = health.Observed(None, None, None, ones * lengths, ones, lengths, {"head 1": 0.1 * ones})
-    error, by_length, by_head = health.attention_errors(found)
-    assert error == pytest.approx(np.sqrt(10.0))
-    assert list(by_length) == ["1", "2 to 7", "8", "9 to 30"]
+    errors = health.attention_errors(seen_with(lengths, ones * lengths, ones, 0.1 * ones))
+    assert errors.total == pytest.approx(np.sqrt(10.0))
+    by_length = errors.outputs[health.ALL]
+    assert list(by_length) == ["1", "2 to 7", "8", "9 to 30"] and errors.outputs["head 1"] == by_length
     np.testing.assert_allclose(list(by_length.values()), np.sqrt([1.0, 2.0, 8.0, 19.5]))
-    assert by_head == {"head 1": dict.fromkeys(by_length, pytest.approx(0.1))}
+    assert errors.weights == {"head 1": dict.fromkeys(by_length, pytest.approx(0.1))}
 
 
 def test_lengths_that_no_request_has_are_left_out():
     lengths = np.repeat([10, 50, 100], [8, 16, 8])
     ones = np.ones(32)
-    found = health.Observed(None, None, None, ones, ones, lengths, {"head 1": ones})
-    by_length = health.attention_errors(found)[1]
+    by_length = health.attention_errors(seen_with(lengths, ones, ones, ones)).outputs[health.ALL]
     assert set(by_length.values()) == {1.0} and not any(name.startswith("40") for name in by_length)
 
 
@@ -116,11 +127,11 @@ def test_empty_histories_have_no_error():
     """There is nothing to be off; so what is found elsewhere does not grow from 0."""
     lengths = np.repeat([0, 5, 9], 4)
     seen = (lengths > 0).astype(float)
-    found = health.Observed(None, None, None, 0.01 * seen, seen, lengths, {"head 1": seen})
-    error, by_length, _ = health.attention_errors(found)
-    assert error == pytest.approx(0.1) and np.isnan(by_length["0 to 4"])
-    assert len(diagnosis.diagnose_attention(error, by_length, 1)) == 1
-    nothing = health.attention_errors(found._replace(squared_error=0 * seen, squared_norm=0 * seen))[0]
+    errors = health.attention_errors(seen_with(lengths, 0.01 * seen, seen, seen))
+    by_length = errors.outputs[health.ALL]
+    assert errors.total == pytest.approx(0.1) and np.isnan(by_length["0 to 4"])
+    assert len(diagnosis.diagnose_attention(errors.total, by_length, 1)) == 1
+    nothing = health.attention_errors(seen_with(lengths, 0 * seen, 0 * seen, seen)).total
     assert diagnosis.diagnose_attention(nothing, {}, 1) == [
         "No history has an event, so that there is no attention to compare."]
 

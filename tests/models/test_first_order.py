@@ -75,21 +75,23 @@ def test_one_level_is_refused(batch):
         jax.eval_shape(module.init, jax.random.key(0), batch, workloads.make_codewords()[:1])
 
 
-def test_attention_weights(model, output, batch):
-    weights = jax.jit(lambda *args: model.module.apply(*args, method="attention_weights"))(
+def test_attention_parts(model, output, batch):
+    parts = jax.jit(lambda *args: model.module.apply(*args, method="attention_parts"))(
         model.params, batch, model.arguments[0])
-    assert list(weights) == [f"head {index + 1}" for index in range(H)]
+    assert list(parts) == [f"head {index + 1}" for index in range(H)]
     real = batch.history_mask.any(axis=1)
-    attended = []
-    for index, (name, pair) in enumerate(weights.items()):
-        assert pair.student.shape == pair.teacher.shape == (B, G, N), name
-        for side in (pair.student, pair.teacher):
-            close(np.asarray(side).sum(axis=-1), np.broadcast_to(real[:, None], (B, G)))
-            assert not np.any(np.asarray(side)[np.broadcast_to(~batch.history_mask[:, None], (B, G, N))])
-        attended.append(np.einsum("bgn,bne->bge", pair.student, output.teacher.values[:, index]))
     projection = model.params["params"]["teacher"]["attention"]["output_projection"]
-    expected = np.einsum("hbge,hed->bgd", np.stack(attended), projection["kernel"]) + projection["bias"]
-    close(output.attention_output, expected)
+    for side, whole in (("student", output), ("teacher", output.teacher)):
+        attended = []
+        for index, (name, part) in enumerate(parts.items()):
+            weights = getattr(part, f"{side}_weights")
+            assert weights.shape == (B, G, N), name
+            close(np.asarray(weights).sum(axis=-1), np.broadcast_to(real[:, None], (B, G)))
+            assert not np.any(np.asarray(weights)[np.broadcast_to(~batch.history_mask[:, None], (B, G, N))])
+            attended.append(np.einsum("bgn,bne->bge", weights, output.teacher.values[:, index]))
+            close(getattr(part, f"{side}_output"), attended[-1])
+        expected = np.einsum("hbge,hed->bgd", np.stack(attended), projection["kernel"]) + projection["bias"]
+        close(whole.attention_output, expected)
 
 
 def test_only_its_head_radius_and_codewords_learn_from_the_student(model, batch):
