@@ -96,7 +96,8 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
     """The newest saved state that can be read, or `state` itself if nothing was saved.
 
     If the newest checkpoints are damaged and an older one can be read, the damaged ones are moved to
-    `damaged/` beside `checkpoints/`.
+    `damaged/` beside `checkpoints/`. A checkpoint that one of several processes cannot read is damaged for
+    all.
 
     Args:
       checkpoints: manager from `manager`.
@@ -114,14 +115,16 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
     """
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
+        reason = ""
         try:
             meta = read_meta(checkpoints, step)
             if (found := _difference(meta, config, schema)) is None:
                 restored = Restored(restore_step(checkpoints, step, state), meta["counted"],
                                     list(damaged.values()))
         except Exception as error:  # anything that Orbax, JSON or the file system raise for damaged files
-            reason = " ".join(str(error).split())[:200]
-            damaged[step] = f"Checkpoint {step} is damaged ({type(error).__name__}: {reason})."
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if reasons := [each for each in distributed.gather_text(reason) if each]:
+            damaged[step] = f"Checkpoint {step} is damaged ({reasons[0]})."
             continue
         if found is None and step > config.steps:
             found = (f"step {step} is saved, this run has config.steps={config.steps}; use another "
@@ -139,13 +142,21 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
 def restore_step(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
     """The state saved at a step, in the shapes, types and shardings of `state`."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return checkpoints.restore(step, args=arguments)["state"]
+    return _read(checkpoints, step, state=ocp.args.StandardRestore(abstract))
 
 
 def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """The data saved beside the state of a step: `config`, `schema`, `counted`."""
-    return checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    return _read(checkpoints, step, meta=ocp.args.JsonRestore())
+
+
+def _read(checkpoints: ocp.CheckpointManager, step: int, **item: ocp.args.CheckpointArgs) -> Any:
+    """One item of a step; a process does not wait for others, which may be unable to read their part."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+        value, = reader.restore(checkpoints.directory / str(step), args=ocp.args.Composite(**item)).values()
+    return value
 
 
 def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:

@@ -108,6 +108,15 @@ def check_same(what: str, value: str) -> None:
         raise ValueError(f"{what} of processes {others} is not that of process 0, expected the same on all")
 
 
+def gather_text(text: str, longest: int = 1000) -> list[str]:
+    """The texts of all processes, which have to call it together, cut to `longest` bytes each."""
+    if jax.process_count() == 1:
+        return [text]
+    padded = text.encode()[:longest].ljust(longest, b"\0")
+    return [bytes(row).rstrip(b"\0").decode(errors="replace")
+            for row in multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))]
+
+
 # JAX has all processes stop at the number after the largest that any of them has asked about, so that these
 # numbers may neither skip any, as steps do where a run resumes, nor start again with the next model.
 _questions = itertools.count(1)

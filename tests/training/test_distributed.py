@@ -16,7 +16,7 @@ import json, os, pathlib, signal, sys, time
 import tiny
 from rich.console import Console
 from tarq_jax import cli
-from tarq_jax.training import distributed, loop
+from tarq_jax.training import checkpoint, distributed, loop
 
 assert distributed.initialize() == "JAX_COORDINATOR_ADDRESS"
 stopped, workdir = sys.argv[1:]
@@ -27,7 +27,14 @@ def write_and_signal(self, step, scalars):
     if step == 2 and os.environ["JAX_PROCESS_ID"] == stopped:
         os.kill(os.getpid(), signal.SIGTERM)
 
-loop.MetricsWriter.write = write_and_signal
+restore_step = checkpoint.restore_step
+
+def restore_or_fail(checkpoints, step, state):
+    if step == 6 and (stopped, os.environ["JAX_PROCESS_ID"]) == ("unreadable", "1"):
+        raise OSError("this host does not see it")
+    return restore_step(checkpoints, step, state)
+
+loop.MetricsWriter.write, checkpoint.restore_step = write_and_signal, restore_or_fail
 config = tiny.make_config()
 config.steps = 2000 if stopped.isdecimal() else 6
 if stopped == "different":
@@ -111,6 +118,18 @@ def test_a_signal_between_two_models_stops_the_second(run_processes, tmp_path):
     assert [process.returncode for process in done] == [75, 75], done[0].stderr[-3000:]
     with checkpoint.manager(tmp_path) as checkpoints:
         assert list(checkpoints.all_steps()) == [1]
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_is_damaged_for_all(run_processes, tmp_path, untimed):
+    """It ends as it did before, from the checkpoint before."""
+    first, again = (run_processes(2, stopped, tmp_path) for stopped in ("none", "unreadable"))
+    for process in (*first, *again):
+        assert process.returncode == 0, process.stderr[-3000:]
+    assert "Checkpoint 6 is damaged (OSError: this host does not see it). Going on" in again[0].stderr
+    assert (tmp_path / "damaged" / "6").is_dir()
+    before, after = (untimed(json.loads(done[0].stdout.splitlines()[-1])) for done in (first, again))
+    assert after == before
 
 
 @pytest.mark.parametrize(("environment", "launcher"), [
