@@ -1,0 +1,116 @@
+"""Starts a Python command in several processes on a Ray cluster, one on each machine with the resources.
+
+    pip install -e '.[ray]'
+    python -m tarq_jax.training.ray --processes=4 --gpus=8 -- train.py --config=C --workdir=W
+
+The processes find each other, see `tarq_jax.training.distributed`. They run in this command's folder, which
+all machines must see. Ray's variable RAY_ADDRESS names the cluster; without it, Ray starts one on this
+machine. SIGINT and SIGTERM are passed on, and the exit code is that of the processes.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import ray
+from absl import flags
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tarq_jax import cli, signals
+
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", required=True, lower_bound=1)
+CPUS = flags.DEFINE_float("cpus", 1.0, "CPUs that Ray reserves for each process.", lower_bound=0.0)
+GPUS = flags.DEFINE_float("gpus", 0.0, "GPUs of each process.", lower_bound=0.0)
+TPUS = flags.DEFINE_float("tpus", 0.0, "TPU chips of each process.", lower_bound=0.0)
+TOGETHER = flags.DEFINE_bool("together", False, "Machines may get several of the processes.")
+
+POLL = 0.5  # seconds
+
+
+@ray.remote(max_concurrency=2)  # `terminate` is called while the process runs
+class Process:
+    """A process on the machine where Ray places it."""
+
+    def __init__(self):
+        """Starts nothing."""
+        self._child: subprocess.Popen | None = None
+
+    def address(self) -> str:
+        """This machine's address with a free port."""
+        with socket.create_server(("", 0)) as free:
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def run(self, arguments: Sequence[str], folder: str, variables: Mapping[str, str]) -> int:
+        """Runs Python with the arguments in the folder; returns its exit code."""
+        self._child = subprocess.Popen([sys.executable, *arguments], cwd=folder, env=os.environ | variables)
+        return self._child.wait()
+
+    def terminate(self) -> None:
+        """Sends SIGTERM to the process."""
+        if self._child is not None:
+            self._child.terminate()
+
+
+def start(number: int, resources: Mapping[str, float], *, together: bool = False) -> list:
+    """Actors of `Process`, once Ray has resources for all; each has its own machine unless `together`.
+
+    Raises:
+      ValueError: the cluster has not enough of a resource.
+    """
+    have = ray.cluster_resources()
+    for name, each in resources.items():
+        if number * each > have.get(name, 0.0):
+            raise ValueError(f"{number} processes need {number * each:g} {name}, but the cluster has "
+                             f"{have.get(name, 0.0):g}")
+    machines = sum(node["Alive"] for node in ray.nodes())
+    if machines < number and not together:
+        raise ValueError(f"{number} processes need as many machines, but the cluster has {machines}; use "
+                         "--together for several on one")
+    group = placement_group([dict(resources)] * number, strategy="SPREAD" if together else "STRICT_SPREAD")
+    ray.get(group.ready())
+    custom = {name: each for name, each in resources.items() if name not in ("CPU", "GPU")}
+    return [Process.options(  # type: ignore[attr-defined]
+        num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), resources=custom,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+    ).remote() for index in range(number)]
+
+
+def wait(processes: Sequence, arguments: Sequence[str], folder: str) -> list[int]:
+    """Runs the command in all processes; returns their exit codes."""
+    address = ray.get(processes[0].address.remote())
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(processes))}
+    codes = [process.run.remote(arguments, folder, variables | {"JAX_PROCESS_ID": str(index)})
+             for index, process in enumerate(processes)]
+    with signals.interruptible() as caught:
+        told = False
+        while len(ray.wait(codes, num_returns=len(codes), timeout=POLL)[0]) < len(codes):
+            if caught() and not told:
+                told = True
+                ray.get([process.terminate.remote() for process in processes])
+        return ray.get(codes)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the flags, starts the processes and waits for them."""
+    if not arguments:
+        cli.wrong_call("no command is given, expected one as `-- train.py --config=C --workdir=W`")
+    wanted = {"CPU": CPUS.value, "GPU": GPUS.value, "TPU": TPUS.value}
+    try:
+        ray.init(include_dashboard=False)
+        processes = start(PROCESSES.value, {name: each for name, each in wanted.items() if each},
+                          together=TOGETHER.value)
+        codes = wait(processes, arguments, os.getcwd())
+    except ray.exceptions.RayError as error:
+        raise ValueError(f"Ray: {error}") from None
+    if cli.INTERRUPTED in codes:
+        raise cli.Interrupted(f"{codes.count(cli.INTERRUPTED)} of {len(codes)} processes were interrupted; "
+                              "run it again to resume")
+    if any(codes):
+        raise ValueError(f"the processes ended with the exit codes {codes}, expected 0 of each")
+
+
+if __name__ == "__main__":
+    cli.run(main, words=True)

@@ -1,0 +1,62 @@
+"""Processes that Ray starts on this machine train together, stop together and report how they ended."""
+
+import json
+import re
+import signal
+
+import pytest
+
+pytest.importorskip("ray", reason="the extra [ray] is not installed")
+
+from tarq_jax.training import checkpoint
+
+TRAIN = """
+import pathlib, sys
+import tiny
+from rich.console import Console
+from tarq_jax import cli
+from tarq_jax.training import distributed, loop
+
+def main():
+    assert distributed.initialize() == "JAX_COORDINATOR_ADDRESS"
+    config = tiny.make_config()
+    config.steps = int(sys.argv[2])
+    loop.train(config, tiny.make_dataset(), pathlib.Path(sys.argv[1]), Console(file=sys.stderr))
+
+sys.exit(cli._exit_code(main))
+"""
+LAUNCH = ("-m", "tarq_jax.training.ray", "--processes=2")
+
+
+@pytest.mark.slow
+def test_two_processes_are_like_one(command, tmp_path, finished):
+    done = command(*LAUNCH, "--together", "--", "-c", TRAIN, tmp_path, 6)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(
+        [line["loss"] for line in expected if "loss" in line], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_signal_is_passed_on(start_command, tmp_path):
+    process = start_command(*LAUNCH, "--together", "--", "-c", TRAIN, tmp_path, 20_000)
+    while not (tmp_path / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75 and "2 of 2 processes were interrupted" in errors, errors[-3000:]
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert checkpoints.latest_step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "code", "words"), [
+    (["--together", "--", "-c", "raise SystemExit(3)"], 1, r"exit codes \[3, 3\], expected 0 of each"),
+    (["--", "-c", ""], 1, "2 processes need as many machines, but the cluster has 1"),
+    (["--together", "--gpus=1000", "--", "-c", ""], 1, "2 processes need 2000 GPU, but the cluster has"),
+    ([], 2, "no command is given"),
+])
+def test_what_cannot_run(command, arguments, code, words):
+    done = command(*LAUNCH, *arguments)
+    assert done.returncode == code and re.search(words, done.stderr.splitlines()[-1]), done.stderr
