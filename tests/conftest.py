@@ -83,12 +83,13 @@ def with_flags() -> Callable[..., AbstractContextManager]:
 
 @pytest.fixture
 def start_command() -> Iterator[Callable[..., subprocess.Popen]]:
-    """As `command` on one device, but returns while the process runs; at the end it kills what still runs."""
+    """As `command`, but returns while the process runs; at the end it kills what still runs."""
     started = []
 
-    def start(*arguments: object, stdout: io.TextIOBase | int = subprocess.DEVNULL) -> subprocess.Popen:
+    def start(*arguments: object, devices: int = 1, stdout: io.TextIOBase | int = subprocess.DEVNULL
+              ) -> subprocess.Popen:
         started.append(subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=ROOT, env=_environment((), 1, {}),
+            [sys.executable, *map(str, arguments)], cwd=ROOT, env=_environment((), devices, {}),
             stdout=stdout, stderr=subprocess.PIPE, text=True))
         return started[-1]
 

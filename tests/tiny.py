@@ -16,6 +16,9 @@ from tarq_jax.data import Dataset, SyntheticOptions, synthetic
 from tarq_jax.training import sharding
 from tarq_jax.types import Codebook
 
+SIZES = {"num_items": 60, "num_clusters": 8, "history_length": 5, "num_candidates": 3, "max_interests": 5,
+         "train_requests": 40, "validation_requests": 16, "test_requests": 24}  # steps of milliseconds
+
 
 def make_config() -> ml_collections.ConfigDict:
     """TARQ with 6 steps: the codebook starts at step 3, epochs have 5 steps, revival finds dead codewords."""
@@ -35,10 +38,8 @@ def moved(codebook: Codebook, other: Codebook) -> np.ndarray:
 
 
 def make_dataset() -> Dataset:
-    """A synthetic data set with steps of milliseconds."""
-    return synthetic.generate(SyntheticOptions(
-        num_items=60, num_clusters=8, history_length=5, num_candidates=3, max_interests=5,
-        train_requests=40, validation_requests=16, test_requests=24))
+    """A synthetic data set of these sizes."""
+    return synthetic.generate(SyntheticOptions(**SIZES))
 
 
 @contextlib.contextmanager
