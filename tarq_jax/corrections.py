@@ -16,6 +16,8 @@ from tarq_jax import checks
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.expansion import Blocks, expand
 
+TOGETHER = 256  # blocks of items whose exact attention is in memory at the same time
+
 
 def damping(residuals: jax.Array, *, radius: float | jax.Array) -> jax.Array:
     """Factor that shortens long residuals: `1 / (1 + (|r| / radius)^2)`.
@@ -67,15 +69,19 @@ def correction_statistics(
     Returns:
       [H, K, E, E] and [H, P, S, E].
     """
-    heads, *in_blocks, width = queries.shape
     chex.assert_shape(queries, (keys.shape[1], *blocks.items.shape, keys.shape[-1]))
     expansion = expand(codewords, keys, values, mask)
-    flat = jnp.broadcast_to(queries.reshape(heads, -1, width), (len(keys), heads, blocks.items.size, width))
-    exact = multi_head_attention(flat, keys, values, mask).reshape(len(keys), heads, *in_blocks, width)
-    missing = exact - expansion.means[:, :, blocks.codes][..., None, :]
     normal = jnp.einsum("bhkef,bhkeg->hkfg", expansion.jacobians, expansion.jacobians)
-    moments = jnp.einsum("bhpef,bhpse->hpsf", expansion.jacobians[:, :, blocks.codes], missing)
-    return normal, moments
+
+    def moments(block):
+        code, queries = block  # [], [H, S, E]
+        exact = multi_head_attention(
+            jnp.broadcast_to(queries, (len(keys), *queries.shape)), keys, values, mask)
+        missing = exact - expansion.means[:, :, code, None]
+        return jnp.einsum("bhef,bhse->hsf", expansion.jacobians[:, :, code], missing)
+
+    in_blocks = jnp.asarray(blocks.codes), jnp.moveaxis(queries, 1, 0)
+    return normal, jnp.moveaxis(jax.lax.map(moments, in_blocks, batch_size=TOGETHER), 0, 1)
 
 
 def fit_corrections(
