@@ -133,10 +133,10 @@ def url(flag: flags.FlagHolder) -> str:
     return found
 
 
-def token_flag() -> flags.FlagHolder:
-    """Defines `--token_file=FILE`, with the token of a service."""
-    return flags.DEFINE_string("token_file", None, "File with the token that the service requires.",
-                               allow_override=True)
+def token_flag(name: str = "token_file", text: str = "File with the token that the service requires."
+               ) -> flags.FlagHolder:
+    """Defines `--token_file=FILE`, with the token of a service, or a flag with another name and text."""
+    return flags.DEFINE_string(name, None, text, allow_override=True)
 
 
 def read_token(flag: flags.FlagHolder) -> str | None:
@@ -146,7 +146,7 @@ def read_token(flag: flags.FlagHolder) -> str | None:
     try:
         return token_in(Path(str(flag.value)))
     except ValueError as error:
-        wrong_call(f"--token_file {error}")
+        wrong_call(f"--{flag.name} {error}")
 
 
 def token_in(path: Path) -> str:

@@ -36,6 +36,21 @@ class Padded(NamedTuple):
     skipped: list[int]  # for each request, the number of events whose items are not in the index
 
 
+def check_accepts(schema: Schema, before: Schema, where: str) -> None:
+    """Raises ValueError unless `schema` accepts every request that `before` accepts."""
+    for side in ("user", "context", "event"):
+        found, expected = ({field.name: field for field in each.side(side)} for each in (schema, before))
+        if found.keys() != expected.keys():
+            raise ValueError(f"{where} takes the {side} fields {sorted(found)}, expected {sorted(expected)}, "
+                             "which requests have")
+        for name, field in expected.items():
+            least = field.size if field.kind == "categorical" else found[name].size
+            if found[name].kind != field.kind or found[name].shape != field.shape or found[name].size < least:
+                raise ValueError(f"{where} takes the {side} field {name!r} as {found[name].kind} of size "
+                                 f"{found[name].size}, expected {field.kind} of size {field.size}, which "
+                                 "requests have")
+
+
 def check_request(schema: Schema, request: Any, where: str = "request") -> Request:
     """Checks a request and converts it to the types of the schema.
 

@@ -90,8 +90,8 @@ class Scorer:
             entire batch, and items that were not given are left out.
           top_k: how many candidates the device selects; a larger k is sorted on the host.
           like: a scorer whose compiled programs are shared if those of the artefact are the same, as after
-            the model was trained anew. The index then gets at least as many slots as that of `like`, so
-            that nothing has to be compiled.
+            the model was trained anew, and its index has no more slots. The index then gets as many slots as
+            that of `like`, so that nothing has to be compiled.
 
         Raises:
           ValueError: the artefact is damaged, of another version or platform, or index and model differ.
@@ -100,10 +100,11 @@ class Scorer:
             if not values or min(values) < 1:
                 raise ValueError(f"{name} are {tuple(values)}, expected positive numbers")
         folder = Path(path).resolve()  # once: a symbolic link may be moved to another version meanwhile
-        model = read_model(folder / "model", None if like is None else like._model)
         items = read_index(folder / "index" if index is None else Path(index))
-        shared = like is not None and model.programs is like._model.programs
-        if like is not None and shared and items.capacity < like.index.capacity:
+        # Shared programs would keep those compiled for fewer slots, which are in no use any more.
+        fits = like is not None and items.capacity <= like.index.capacity
+        model = read_model(folder / "model", like._model if like is not None and fits else None)
+        if like is not None and model.programs is like._model.programs:
             items = grow(items, like.index.capacity)
         scorer = cls(model, items, batch_sizes, candidate_sizes, top_k)
         scorer.ready = like is not None and like.ready and scorer._shapes == like._shapes

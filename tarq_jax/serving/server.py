@@ -24,6 +24,8 @@ HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 f
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one, which is logged.",
                             lower_bound=0, upper_bound=65535)
 TOKEN = cli.token_flag()
+SWAP_TOKEN = cli.token_flag("swap_token_file", "File with the token that /swap requires; by default that of "
+                            "--token_file.")
 DELAY = flags.DEFINE_float("delay_ms", 1e3 * Options.delay, "How long a request waits for others to be "
                            "computed with it.", lower_bound=0.0)
 BUDGET = flags.DEFINE_float(
@@ -64,9 +66,9 @@ def options() -> Options:
     limits = Limits(body=BODY.value, history=HISTORY.value, candidates=CANDIDATES.value, top_k=TOP_K.value,
                     seconds=TIMEOUT.value / 1e3)
     return Options(
-        limits=limits, token=cli.read_token(TOKEN), delay=DELAY.value / 1e3,
-        budget=None if BUDGET.value is None else BUDGET.value / 1e3, queue=QUEUE.value,
-        batch_sizes=numbers(BATCHES), candidate_sizes=numbers(SIZES))
+        limits=limits, token=cli.read_token(TOKEN), swap_token=cli.read_token(SWAP_TOKEN),
+        delay=DELAY.value / 1e3, budget=None if BUDGET.value is None else BUDGET.value / 1e3,
+        queue=QUEUE.value, batch_sizes=numbers(BATCHES), candidate_sizes=numbers(SIZES))
 
 
 def listen() -> socket.socket:

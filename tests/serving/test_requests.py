@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tarq_jax.schema import Field, Schema
 from tarq_jax.serving.index import make_index
-from tarq_jax.serving.requests import check_request, pad
+from tarq_jax.serving.requests import check_accepts, check_request, pad
 
 GOOD = {"user": {"user_group": 3, "user_age": 0.5}, "context": {"hour": 2},
         "history": {"item_id": [4, 5], "event_type": [1, 2]}}
@@ -18,6 +18,40 @@ GOOD = {"user": {"user_group": 3, "user_age": 0.5}, "context": {"hour": 2},
 def changed(side, **values):
     part = {name: value for name, value in (GOOD[side] | values).items() if value is not None}
     return GOOD | {side: part}
+
+
+def schema_with(*fields, without=()):
+    """The workloads' schema with other fields of these names."""
+    named = {field.name: field for field in (*workloads.SCHEMA.fields, *fields) if field.name not in without}
+    return Schema(tuple(named.values()))
+
+
+@pytest.mark.parametrize("schema", [
+    workloads.SCHEMA, schema_with(Field("user_group", "user", "categorical", 12)),
+    schema_with(Field("item_vector", "item", "vector", 4), Field("item_id", "item", "categorical", 10))],
+    ids=["the same", "a larger vocabulary", "other items"])
+def test_schemas_that_accept_the_requests_of_another(schema):
+    check_accepts(schema, workloads.SCHEMA, "new")
+    assert check_request(schema, GOOD).items.tolist() == [4, 5]
+
+
+@pytest.mark.parametrize(("schema", "words"), [
+    (schema_with(without=["hour"]), r"new takes the context fields \[\], expected \['hour'\], which"),
+    (schema_with(Field("day", "context", "numeric")), r"takes the context fields \['day', 'hour'\]"),
+    (schema_with(Field("user_group", "user", "categorical", 8)),
+     "the user field 'user_group' as categorical of size 8, expected categorical of size 9"),
+    (schema_with(Field("user_age", "user", "vector", 1)), "'user_age' as vector of size 1, expected numeric"),
+    (schema_with(Field("event_type", "event", "numeric")), "event field 'event_type' as numeric of size 1"),
+])
+def test_schemas_that_do_not(schema, words):
+    with pytest.raises(ValueError, match=words):
+        check_accepts(schema, workloads.SCHEMA, "new")
+
+
+def test_vectors_have_to_be_as_long():
+    before = schema_with(Field("place", "user", "vector", 2))
+    with pytest.raises(ValueError, match="'place' as vector of size 3, expected vector of size 2"):
+        check_accepts(schema_with(Field("place", "user", "vector", 3)), before, "new")
 
 
 def test_a_good_request():

@@ -203,6 +203,7 @@ def test_request_files_that_are_none(command, tmp_path, text, words):
      "--budget_ms is 20, expected at most --timeout_ms, 10"),
     ([*SERVER, "--artefact=x", "--token_file=/dev/null"], "has 0 characters"),
     ([*SERVER, "--artefact=x", "--token_file=/nowhere"], "--token_file cannot be read"),
+    ([*SERVER, "--artefact=x", "--swap_token_file=/nowhere"], "--swap_token_file cannot be read"),
     ([*REQUEST, "--history=a"], "--history is 'a', expected integers"),
     ([*REQUEST, "--top_k=0"], "top_k"),
     ([*REQUEST, "--url=localhost:8000"], "--url is 'localhost:8000', expected http://HOST:PORT"),

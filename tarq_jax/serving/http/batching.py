@@ -194,16 +194,26 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def least_budget(self) -> float:
-        """Seconds from arrival to answer under overload."""
-        return least_budget(self._times.estimate(1), delay=self._delay, budget=self._budget,
-                            timeout=self._timeout)
+        """Seconds from arrival to answer under overload.
+
+        A default follows usual times. Items are accepted by longer ones, so that most are answered in time.
+        """
+        return self._least(self._times.usual(1))
+
+    def _least(self, seconds: float) -> float:
+        return least_budget(seconds, delay=self._delay, budget=self._budget, timeout=self._timeout)
+
+    @property
+    def room(self) -> float:
+        """1 without load, falling to 0 where it is overload and not a burst any more."""
+        load = self.load.of(self._loop.time(), self._times.usual(self.largest))
+        return max(0.0, 1.0 - load / FULL)
 
     @property
     def budget(self) -> float:
         """Seconds from arrival to answer, at the present load."""
-        load = self.load.of(self._loop.time(), self._times.usual(self.largest))
-        room = 0.0 if self._budget is not None else max(0.0, 1.0 - load / FULL)
-        return min(self.least_budget * (1.0 + BURST * room) + self.patience, self._timeout)
+        bonus = 0.0 if self._budget is not None else BURST * self.room * self._least(self._times.estimate(1))
+        return min(self.least_budget + bonus + self.patience, self._timeout)
 
     @property
     def waiting(self) -> int:

@@ -14,30 +14,30 @@ INTEGERS = np.iinfo(np.int64)
 NUMBERS = np.finfo(np.float32)
 ID = {"type": "integer", "minimum": int(INTEGERS.min), "maximum": int(INTEGERS.max)}
 TEXT = {"type": "string"}
-SECURITY: list[dict[str, list[str]]] = [{"token": []}]
 
 
 def document(scorer: Scorer, options: Options) -> dict[str, Any]:
     """OpenAPI 3.1 as a dictionary."""
     schemas = {"Request": request_schema(scorer, options), "Answer": ANSWER, "Version": VERSION,
                "Swap": SWAP, "Error": _object({"error": TEXT})}
-    secured = {"security": SECURITY} if options.token else {}
     described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "tarq_jax", "version": "1", "description": "Ranks candidates for a user."},
         "components": {"schemas": schemas},
         "paths": {
             "/score": {"post": _operation(
-                "Ranks candidates", "Answer", {400, 408, 413, 422, 503, 504}, options, takes="Request")
-                | secured},
+                "Ranks candidates", "Answer", {400, 408, 413, 422, 503, 504}, takes="Request")},
             "/swap": {"post": _operation(
                 "Serves another artefact, once it is warm", "Version", {400, 403, 408, 409, 413, 422, 503},
-                options, takes="Swap") | secured},
-            "/healthz": {"get": _operation("Whether the process lives", None, set(), options)},
-            "/readyz": {"get": _operation("Whether requests should be sent here", "Version", {503}, options)},
+                takes="Swap")},
+            "/healthz": {"get": _operation("Whether the process lives", None, set())},
+            "/readyz": {"get": _operation("Whether requests should be sent here", "Version", {503})},
         }}
-    if options.token:
+    for path in (path for path, token in options.tokens.items() if token):
         described["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        operation = described["paths"][path]["post"]
+        operation["security"] = [{"token": []}]
+        operation["responses"] |= _failures({401})
     return described
 
 
@@ -82,16 +82,15 @@ def _reference(name: str) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
 
 
-def _operation(summary: str, gives: str | None, errors: set[int], options: Options,
-               takes: str | None = None) -> dict[str, Any]:
+def _operation(summary: str, gives: str | None, errors: set[int], takes: str | None = None) -> dict[str, Any]:
     found = {"description": "Done"} | ({"content": _reference(gives)} if gives else {})
-    if options.token and takes:
-        errors = errors | {401}
-    responses = {"200": found} | {
-        str(status): {"description": ERRORS[status], "content": _reference("Error")}
-        for status in sorted(errors)}
     body = {"requestBody": {"required": True, "content": _reference(takes)}} if takes else {}
-    return {"summary": summary, "responses": responses} | body
+    return {"summary": summary, "responses": {"200": found} | _failures(errors)} | body
+
+
+def _failures(statuses: set[int]) -> dict[str, Any]:
+    return {str(status): {"description": ERRORS[status], "content": _reference("Error")}
+            for status in sorted(statuses)}
 
 
 ERRORS = {

@@ -19,10 +19,16 @@ class Options:
     """Options of a service."""
 
     limits: Limits = dataclasses.field(default_factory=Limits)
-    token: str | None = None  # that requests have to carry
-    swaps: bool = True  # whether /swap is served, to requests that carry the token
+    token: str | None = None  # that /score and, without a token of its own, /swap have to carry
+    swap_token: str | None = None
+    swaps: bool = True  # whether /swap is served; it needs a token
     delay: float = 0.002  # seconds that a request waits for others while nothing runs
     budget: float | None = None  # seconds from arrival to answer; by default see `batching.Batcher.budget`
     queue: int = 256  # requests that may be in flight
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)  # numbers of requests that are computed together
     candidate_sizes: tuple[int, ...] = (1024, 8192)  # numbers that given candidates are padded to
+
+    @property
+    def tokens(self) -> dict[str, str | None]:
+        """The token that requests of a path have to carry."""
+        return {"/score": self.token, "/swap": self.swap_token or self.token}

@@ -61,7 +61,7 @@ class Service:
 
     async def score(self, request: Request) -> Response:
         """POST /score."""
-        self._authorize(request)
+        self._authorize(request, "/score")
         if self._in_flight >= self._options.queue:  # bodies are held in memory
             self._current().batcher.count()
             raise Refused("full", 1.0)
@@ -99,9 +99,10 @@ class Service:
         """POST /swap."""
         if not self._options.swaps:
             raise HTTPException(403, "this service does not swap, expected another to be deployed")
-        if self._options.token is None:
-            raise HTTPException(403, "the service was started without a token, expected one: --token_file")
-        self._authorize(request)
+        if self._options.tokens["/swap"] is None:
+            raise HTTPException(403, "the service was started without a token, expected one: --token_file "
+                                "or --swap_token_file")
+        self._authorize(request, "/swap")
         body = await self._body(request)
         try:
             artefact, index = read_swap(body)
@@ -166,8 +167,8 @@ class Service:
             raise HTTPException(503, "no version is warm yet", headers={"retry-after": "1"})
         return version
 
-    def _authorize(self, request: Request) -> None:
-        token = self._options.token
+    def _authorize(self, request: Request, path: str) -> None:
+        token = self._options.tokens[path]
         if token is None:
             return
         given = request.headers.get("authorization", "")

@@ -27,6 +27,7 @@ from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.openapi import document
 from tarq_jax.serving.http.options import Options
 from tarq_jax.serving.http.queries import Query, answer, check_query, example
+from tarq_jax.serving.requests import check_accepts
 from tarq_jax.serving.scorer import Ranking, Scorer
 
 TRIALS = 7  # per batch size
@@ -106,7 +107,7 @@ class Versions:
         """Loads, warms and tries an artefact, then lets it take over; returns when the old one is done.
 
         Meanwhile loading shares the machine with the old version, so requests may wait longer than usual
-        before they are refused.
+        before they are refused; not under overload, as no patience would let all of them be answered.
 
         Raises:
           ValueError: the artefact is refused, and the old version stays in service.
@@ -116,7 +117,7 @@ class Versions:
             raise Busy
         async with self._loading:
             try:
-                if self.current is not None:
+                if self.current is not None and self.current.batcher.room:
                     self.current.batcher.patience = PATIENCE
                 new = await self._prepare(artefact, artefact / "index" if index is None else index)
                 await self._take_over(new)
@@ -129,9 +130,9 @@ class Versions:
 
     async def _take_over(self, new: Version) -> None:
         old, self.current = self.current, new
-        new.batcher.patience = PATIENCE
         self._metrics.serves(new.name, old.name if old else None)
         if old is not None:
+            new.batcher.patience = old.batcher.patience
             await old.batcher.drained()
 
     async def _prepare(self, artefact: Path, index: Path) -> Version:
@@ -140,6 +141,8 @@ class Versions:
         scorer = await asyncio.to_thread(load, artefact, index, options, like)
         if version_name(artefact, index) != name:
             raise ValueError(f"{artefact} changed while it was read, expected a folder that stays as it is")
+        if like is not None:
+            check_accepts(scorer.schema, like.schema, str(artefact))
         if not scorer.index.num_served:
             raise ValueError(f"{artefact} with {index} serves 0 items, expected at least one")
         longest = min(scorer.facts["histories"][-1], limits.history)

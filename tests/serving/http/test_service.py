@@ -19,6 +19,7 @@ import services
 
 from tarq_jax.serving.client import Unavailable, Wrong
 from tarq_jax.serving.http import protocol
+from tarq_jax.serving.http.openapi import document
 from tarq_jax.serving.http.options import Limits
 from tarq_jax.serving.http.service import FAILURES
 
@@ -411,6 +412,20 @@ def test_a_token_is_asked_for(guarded):
         assert client.score(GOOD, top_k=3).ids
     with guarded.client(token="other") as client, pytest.raises(Wrong, match="'authorization'"):
         client.score(GOOD)
+
+
+def test_a_token_for_swaps_alone(service, guarded, monkeypatch):
+    for running, scoring in ((service, {}), (guarded, {"authorization": f"Bearer {services.TOKEN}"})):
+        options = dataclasses.replace(running.service._options, swap_token="other")
+        monkeypatch.setattr(running.service, "_options", options)
+        assert running.ask("POST", "/score", GOOD, **scoring).status == 200
+        assert running.ask("POST", "/swap", {"artefact": "2"}, **scoring).status == 401
+        found = running.ask("POST", "/swap", {"artefact": ".."}, authorization="Bearer other")
+        assert found.status == 422 and "'artefact' is '..'" in found.json["error"]
+        operations = document(running.service.versions.current.scorer, options)["paths"]
+        assert operations["/swap"]["post"]["security"] == [{"token": []}]
+        assert ("security" in operations["/score"]["post"]) == bool(scoring)
+        assert ("401" in operations["/score"]["post"]["responses"]) == bool(scoring)
 
 
 def test_no_swap_without_a_token(service):

@@ -109,6 +109,18 @@ def test_a_model_trained_anew_shares_what_is_compiled(artefacts):
     assert not Scorer.load(artefacts / "anew", **sizes | {"top_k": 5}, like=first).ready
 
 
+def test_more_slots_do_not_keep_what_was_compiled_for_fewer(artefacts):
+    sizes = {"batch_sizes": (1,), "candidate_sizes": (512,), "top_k": 20}
+    first = Scorer.load(artefacts / "1", **sizes).warm_up()
+    more = Scorer.load(artefacts / "1", index=artefacts / "index-more", **sizes, like=first)
+    assert more.index.capacity == 2 * first.index.capacity and not more.ready
+    more.warm_up()
+    for before, after in zip(first._model.programs[1:], more._model.programs[1:], strict=True):
+        assert before is not after
+    assert more._model.programs.score_all._cache_size() == 1
+    np.testing.assert_array_equal(more.score(GOOD).ids, first.score(GOOD).ids)
+
+
 def test_another_model_keeps_its_own_number_of_slots(artefacts):
     other = Scorer.load(artefacts / "anew", like=Scorer.load(artefacts / "2"))
     assert other.index.capacity == Scorer.load(artefacts / "anew").index.capacity
@@ -118,6 +130,7 @@ def test_another_model_keeps_its_own_number_of_slots(artefacts):
     ({"artefact": "damaged"}, 422, "ids.npy has"),
     ({"artefact": "missing"}, 422, "manifest.json is missing"),
     ({"artefact": "2", "index": "index-1"}, 422, "made by another model"),
+    ({"artefact": "narrow"}, 422, "event field 'event_type' as categorical of size 3, expected categorical"),
     ({"artefact": "1", "index": "index-none"}, 422, "index-none serves 0 items, expected at least one"),
     ({"artefact": "../1"}, 422, "'artefact' is '../1', expected the name of a folder"),
     ({"artefact": "/etc"}, 422, "expected the name of a folder"),
@@ -187,6 +200,20 @@ def test_one_swap_at_a_time(swapped, client):
             assert other.version()["method"] == "scalar"
     thread.join(120)
     assert done[0]["method"] == "two_tower"
+
+
+@pytest.mark.parametrize(("arrived", "patience"), [(0, versions.PATIENCE), (10_000, 0.0)])
+def test_patience_while_a_version_is_loaded_but_not_under_overload(swapped, client, arrived, patience):
+    batcher = swapped.service.versions.current.batcher
+    for _ in range(arrived):
+        batcher.count()
+    with swapped.busy():  # the trials of the swap wait
+        thread = threading.Thread(target=client.swap, args=("2",))
+        thread.start()
+        services.wait_for(lambda: swapped.service.versions._loading.locked())
+        assert batcher.patience == patience
+    thread.join()
+    assert swapped.service.versions.current.batcher.patience == 0
 
 
 def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client):
