@@ -34,7 +34,7 @@ from benchmarks.serving_contenders import (
     tarq_name,
 )
 from benchmarks.serving_report import of_kind
-from benchmarks.stress_report import AFTERWARDS, ALONE, HELD, KILLED, RAMP, SATURATED, WARM
+from benchmarks.stress_report import AFTERWARDS, ALONE, HELD, KILLED, RAMP, SAMPLED, SATURATED, WARM
 from benchmarks.stress_service import (
     SWAPS,
     TOKEN,
@@ -182,7 +182,7 @@ def run(plan: Plan, console: Console) -> Iterator[dict[str, Any]]:
             write_artefacts(contender, dataset, Path(folder), plan.history)
             with Service(Path(folder)) as service:
                 trial = Trial(contender.name, plan, service, console)
-                with repeatedly(trial.sample_memory, 0.5):
+                with repeatedly(trial.sample_memory, SAMPLED):
                     undergo(trial, plan)
         yield from trial.rows
         yield from stress_report.claims(contender.name, trial.rows)

@@ -17,6 +17,7 @@ ALONE, AFTERWARDS = "one at a time", "one at a time, after all that"
 RAMP, HELD, KILLED = "ramp", "held, with swaps and bad requests", "killed and started again"
 DELAY_MS = 1e3 * Options.delay  # of micro-batching, by default
 REFUSED, BUSY = "refused", "status 503"  # beginnings of outcomes of bad requests that are as they should be
+SAMPLED = 0.5  # seconds between samples of memory
 GROWTH = 1.05  # largest allowed growth of memory from the first to the last third of some stages
 FILE = "stress.png"
 
@@ -44,10 +45,15 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
     for begin, of in ((REFUSED, "bad requests read and refused by name"),
                       (BUSY, "bad requests told 503 instead")):
         yield claim(of, sum(row["outcome"].startswith(begin) for row in kind("event", what="hostile")))
-    ramp, held = (thirds_of_memory(rows, kind("stage", stage=name)) for name in (RAMP, HELD))
-    yield claim("growth of memory while load rises", ramp[2] / ramp[0], GROWTH)
-    yield claim("growth of memory by the first swaps", held[0] / ramp[2])
-    yield claim("growth of memory while held, with swaps", held[2] / held[0], GROWTH)
+    ramp, held = (memory_by_third(rows, kind("stage", stage=name)) for name in (RAMP, HELD))
+    swaps, before = kind("event", what="swap"), median_mb(ramp[2])
+    between = [[row for row in third if not _in_swap(row, swaps)] for third in held]
+    swapping = [row["memory_mb"] for third in held for row in third if _in_swap(row, swaps)]
+    yield claim("growth of memory while load rises", before / median_mb(ramp[0]), GROWTH)
+    yield claim("growth of memory by the first swaps", median_mb(between[0]) / before)
+    yield claim("growth of memory while held, between swaps", median_mb(between[2]) / median_mb(between[0]),
+                GROWTH)
+    yield claim("most memory in swaps, over that before", max(swapping) / before)
     yield claim("seconds from the kill until ready", kind("event", what="kill")[0]["seconds"])
     yield claim("requests lost while killed", kind("stage", stage=KILLED)[0]["errors"])
     most = max(row["answered_per_second"] for row in stages if row["stage"] in (SATURATED, RAMP))
@@ -58,15 +64,25 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
                 afterwards["latency_p50_ms"] / alone["latency_p50_ms"])
 
 
-def thirds_of_memory(rows: Rows, stages: Rows) -> list[float]:
-    """Median memory in each third of consecutive stages, in MB."""
+def memory_by_third(rows: Rows, stages: Rows) -> list[list[Mapping[str, Any]]]:
+    """The samples of memory in each third of consecutive stages."""
     begin, end = stages[0]["second"], stages[-1]["second"] + stages[-1]["seconds"]
-    thirds: list[list[float]] = [[], [], []]
+    thirds: list[list[Mapping[str, Any]]] = [[], [], []]
     for row in rows:
         place = (row["second"] - begin) / (end - begin) if row["kind"] == "memory" else -1.0
         if 0 <= place < 1 and np.isfinite(row["memory_mb"]):
-            thirds[int(3 * place)].append(row["memory_mb"])
-    return [float(np.median(third)) for third in thirds]
+            thirds[int(3 * place)].append(row)
+    return thirds
+
+
+def median_mb(samples: Rows) -> float:
+    """Median memory in MB; NaN without samples."""
+    return float(np.median([row["memory_mb"] for row in samples])) if samples else np.nan
+
+
+def _in_swap(sample: Mapping[str, Any], swaps: Rows) -> bool:
+    """Whether a version was being loaded, or may have been between two samples."""
+    return any(0 <= sample["second"] - swap["second"] <= swap["seconds"] + SAMPLED for swap in swaps)
 
 
 def write(rows: Rows, folder: Path) -> None:

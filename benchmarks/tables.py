@@ -226,8 +226,10 @@ def _stressed(rows: Sequence[Row]) -> dict[str, str]:
         "answered / refused with 503 / lost": outcomes(held),
         "p50 / p99 of answers meanwhile, ms":
             f"{held['latency_p50_ms']:.0f} / {held['latency_p99_ms']:.0f}",
-        "memory meanwhile, last third divided by first":
-            claim("growth of memory while held, with swaps", 2),
+        "memory between these swaps, last third divided by first":
+            claim("growth of memory while held, between swaps", 2),
+        "most memory in these swaps, divided by that before":
+            claim("most memory in swaps, over that before", 2),
         "seconds of each swap, in order; the first five without load": " / ".join(swaps),
         "swaps that did not end as they should": claim("swaps that did not end as they should", 0),
         "bad requests refused by name / told 503 / neither": values(

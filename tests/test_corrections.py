@@ -29,7 +29,11 @@ def problem():
 @pytest.fixture(scope="module")
 def statistics(problem):
     codewords, blocks, queries, history = problem
-    return jax.jit(functools.partial(corrections.correction_statistics, codewords, blocks))(queries, *history)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corrections, "TOGETHER", 3)
+        measure = jax.jit(functools.partial(corrections.correction_statistics, codewords, blocks))
+        assert len(blocks.codes) == 4  # some together, and the rest
+        return measure(queries, *history)
 
 
 def test_nothing_to_correct_stays_nothing():

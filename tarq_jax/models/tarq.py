@@ -48,8 +48,8 @@ class AttentionPart(struct.PyTreeNode):
 
     student_weights: jax.Array  # [B, G, N], over the history
     teacher_weights: jax.Array  # [B, G, N]
-    student_output: jax.Array  # [B, G, E]
-    teacher_output: jax.Array  # [B, G, E]
+    student_output: jax.Array  # [B, G, E] of a head, [B, G, D] of a level
+    teacher_output: jax.Array
 
 
 def flat_queries(teacher: TargetAttentionOutput) -> jax.Array:

@@ -100,13 +100,14 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
                          "which JAX runs on here")
     digests = {name: files[f"{name}.jaxexport"] for name in facts["programs"] if name != "encode"}
     shared = like is not None and like.programs.digests == digests
-    programs = like.programs if like is not None and shared else _read_programs(folder, digests)
+    programs = like.programs if like is not None and shared else read_programs(folder, digests)
     user, items = (jax.device_put(read_weights(folder, part)) for part in ("user", "items"))
     return Model(fingerprint, facts, files, Schema.from_json(facts["schema"]), programs, user, items,
                  _encoder(folder, files))
 
 
-def _read_programs(folder: Path, digests: Mapping[str, str]) -> Programs:
+def read_programs(folder: Path, digests: Mapping[str, str]) -> Programs:
+    """The programs in a folder `model`, not compiled yet."""
     programs = {name: read_program(folder, name) for name in digests}
 
     def user_side(weights, stored, slots, request):

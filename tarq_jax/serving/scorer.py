@@ -18,7 +18,7 @@ import numpy as np
 
 from tarq_jax.serving.artefact import check_fingerprints, read_index
 from tarq_jax.serving.index import FREE, Index, grow, round_up
-from tarq_jax.serving.model import Model, Scored, read_model
+from tarq_jax.serving.model import Model, Scored, read_model, read_programs
 from tarq_jax.serving.requests import check_columns, check_ids, check_request, pad
 from tarq_jax.serving.vectors import SCALE, check_codes, parts, store
 
@@ -100,12 +100,13 @@ class Scorer:
             if not values or min(values) < 1:
                 raise ValueError(f"{name} are {tuple(values)}, expected positive numbers")
         folder = Path(path).resolve()  # once: a symbolic link may be moved to another version meanwhile
+        model = read_model(folder / "model", None if like is None else like._model)
         items = read_index(folder / "index" if index is None else Path(index))
-        # Shared programs would keep those compiled for fewer slots, which are in no use any more.
-        fits = like is not None and items.capacity <= like.index.capacity
-        model = read_model(folder / "model", like._model if like is not None and fits else None)
         if like is not None and model.programs is like._model.programs:
-            items = grow(items, like.index.capacity)
+            if items.capacity <= like.index.capacity:
+                items = grow(items, like.index.capacity)
+            else:  # what is compiled for fewer slots can go with `like`
+                model = model._replace(programs=read_programs(folder / "model", model.programs.digests))
         scorer = cls(model, items, batch_sizes, candidate_sizes, top_k)
         scorer.ready = like is not None and like.ready and scorer._shapes == like._shapes
         return scorer

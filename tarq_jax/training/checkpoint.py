@@ -4,8 +4,10 @@ Saving is atomic and runs in the background. A checkpoint holds parameters, opti
 their statistics, the random key and the step. The position in the data follows from the step.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -114,17 +116,14 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
         is later than the last step of this run, or checkpoints exist but none can be read.
     """
     damaged: dict[int, str] = {}
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        reason = ""
+    for step in _saved_steps(checkpoints):
         try:
             meta = read_meta(checkpoints, step)
             if (found := _difference(meta, config, schema)) is None:
                 restored = Restored(restore_step(checkpoints, step, state), meta["counted"],
                                     list(damaged.values()))
-        except Exception as error:  # anything that Orbax, JSON or the file system raise for damaged files
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if reasons := [each for each in distributed.gather_text(reason) if each]:
-            damaged[step] = f"Checkpoint {step} is damaged ({reasons[0]})."
+        except Damaged as error:
+            damaged[step] = f"{error}."
             continue
         if found is None and step > config.steps:
             found = (f"step {step} is saved, this run has config.steps={config.steps}; use another "
@@ -140,32 +139,52 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
 
 
 def restore_step(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
-    """The state saved at a step, in the shapes, types and shardings of `state`."""
+    """The state saved at a step, in the shapes, types and shardings of `state`; raises Damaged."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     return _read(checkpoints, step, state=ocp.args.StandardRestore(abstract))
 
 
 def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The data saved beside the state of a step: `config`, `schema`, `counted`."""
-    return _read(checkpoints, step, meta=ocp.args.JsonRestore())
+    """The data saved beside the state of a step: `config`, `schema`, `counted`; raises Damaged."""
+    meta = _read(checkpoints, step, meta=ocp.args.JsonRestore())
+    if missing := {"config", "schema", "counted"} - set(meta):
+        raise Damaged(f"Checkpoint {step} is damaged (its meta data lack {sorted(missing)})")
+    return meta
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be read, by at least one of the processes; all of them raise it."""
 
 
 def _read(checkpoints: ocp.CheckpointManager, step: int, **item: ocp.args.CheckpointArgs) -> Any:
-    """One item of a step; a process does not wait for others, which may be unable to read their part."""
-    own = jax.process_index()
+    """One item of a step. All processes have to call it; each reads alone, then they agree on the outcome.
+
+    Orbax would let those that can read wait for those that cannot.
+    """
+    own, (name,) = jax.process_index(), item
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
-        value, = reader.restore(checkpoints.directory / str(step), args=ocp.args.Composite(**item)).values()
+    value, reason = None, ""
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+            value = reader.restore(checkpoints.directory / str(step), args=ocp.args.Composite(**item))[name]
+    except Exception as error:  # anything that Orbax, JSON or the file system raise for damaged files
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if reasons := [each for each in distributed.gather_text(reason) if each]:
+        raise Damaged(f"Checkpoint {step} is damaged ({reasons[0]})")
     return value
+
+
+def _saved_steps(checkpoints: ocp.CheckpointManager) -> list[int]:
+    """All steps that any process sees, the newest first: a file system may show them to some later."""
+    seen = distributed.gather_text(json.dumps(list(checkpoints.all_steps())))
+    return sorted({step for steps in seen for step in json.loads(steps)}, reverse=True)
 
 
 def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
     """`read_meta` of the newest checkpoint for which it can be read; None if there is none."""
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        try:
+    for step in _saved_steps(checkpoints):
+        with contextlib.suppress(Damaged):
             return read_meta(checkpoints, step)
-        except Exception:  # damaged, see `restore_latest`
-            continue
     return None
 
 
@@ -209,7 +228,7 @@ def saved_settings(workdir: Path) -> dict[str, Any] | None:
 
 def _newest(workdir: Path) -> tuple[int | None, dict[str, Any] | None]:
     """The newest saved step and `newest_meta`; None if there is none, without making a directory."""
-    if not (workdir / "checkpoints").is_dir():
+    if not any(distributed.gather_text("seen" if (workdir / "checkpoints").is_dir() else "")):
         return None, None
     with manager(workdir) as checkpoints:
         return checkpoints.latest_step(), newest_meta(checkpoints)

@@ -108,13 +108,15 @@ def check_same(what: str, value: str) -> None:
         raise ValueError(f"{what} of processes {others} is not that of process 0, expected the same on all")
 
 
-def gather_text(text: str, longest: int = 1000) -> list[str]:
-    """The texts of all processes, which have to call it together, cut to `longest` bytes each."""
+def gather_text(text: str) -> list[str]:
+    """The texts of all processes, which have to call it together."""
     if jax.process_count() == 1:
         return [text]
-    padded = text.encode()[:longest].ljust(longest, b"\0")
-    return [bytes(row).rstrip(b"\0").decode(errors="replace")
-            for row in multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))]
+    own = np.frombuffer(text.encode(errors="replace"), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(own))).tolist()
+    padded = np.pad(own, (0, max(lengths) - len(own)))
+    return [bytes(row[:length]).decode()
+            for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)]
 
 
 # JAX has all processes stop at the number after the largest that any of them has asked about, so that these

@@ -4,8 +4,9 @@
     python -m tarq_jax.training.ray --processes=4 --gpus=8 -- train.py --config=C --workdir=W
 
 The processes find each other, see `tarq_jax.training.distributed`. They run in this command's folder, which
-all machines must see. Ray's variable RAY_ADDRESS names the cluster; without it, Ray starts one on this
-machine. SIGINT and SIGTERM are passed on, and the exit code is that of the processes.
+all machines must see, with the variables that Ray gives them. RAY_ADDRESS names the cluster; without it, Ray
+takes one that runs on this machine, or starts one. SIGINT and SIGTERM let the processes save and end. The
+exit code is 0 if all processes ended with 0, 75 if they were interrupted, and else 1.
 """
 
 import os
@@ -37,6 +38,7 @@ class Process:
     def __init__(self):
         """Starts nothing."""
         self._child: subprocess.Popen | None = None
+        self._told = False
 
     def address(self) -> str:
         """This machine's address with a free port."""
@@ -46,10 +48,13 @@ class Process:
     def run(self, arguments: Sequence[str], folder: str, variables: Mapping[str, str]) -> int:
         """Runs Python with the arguments in the folder; returns its exit code."""
         self._child = subprocess.Popen([sys.executable, *arguments], cwd=folder, env=os.environ | variables)
+        if self._told:
+            self._child.terminate()
         return self._child.wait()
 
     def terminate(self) -> None:
-        """Sends SIGTERM to the process."""
+        """Sends SIGTERM to the process, or will as soon as it runs."""
+        self._told = True
         if self._child is not None:
             self._child.terminate()
 
@@ -58,17 +63,15 @@ def start(number: int, resources: Mapping[str, float], *, together: bool = False
     """Actors of `Process`, once Ray has resources for all; each has its own machine unless `together`.
 
     Raises:
-      ValueError: the cluster has not enough of a resource.
+      ValueError: the machines of the cluster have not enough resources.
     """
-    have = ray.cluster_resources()
-    for name, each in resources.items():
-        if number * each > have.get(name, 0.0):
-            raise ValueError(f"{number} processes need {number * each:g} {name}, but the cluster has "
-                             f"{have.get(name, 0.0):g}")
-    machines = sum(node["Alive"] for node in ray.nodes())
-    if machines < number and not together:
-        raise ValueError(f"{number} processes need as many machines, but the cluster has {machines}; use "
-                         "--together for several on one")
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = [min((int(machine.get(name, 0.0) // each) for name, each in resources.items()), default=number)
+              for machine in machines]
+    found = sum(places) if together else sum(map(bool, places))
+    if found < number:
+        what, hint = ("places", "") if together else ("machines", ", or --together for several on one")
+        raise ValueError(f"the cluster has {found} {what} with {dict(resources)}, expected {number}{hint}")
     group = placement_group([dict(resources)] * number, strategy="SPREAD" if together else "STRICT_SPREAD")
     ray.get(group.ready())
     custom = {name: each for name, each in resources.items() if name not in ("CPU", "GPU")}
@@ -105,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
         codes = wait(processes, arguments, os.getcwd())
     except ray.exceptions.RayError as error:
         raise ValueError(f"Ray: {error}") from None
-    if cli.INTERRUPTED in codes:
+    if cli.INTERRUPTED in codes and set(codes) <= {0, cli.INTERRUPTED}:
         raise cli.Interrupted(f"{codes.count(cli.INTERRUPTED)} of {len(codes)} processes were interrupted; "
                               "run it again to resume")
     if any(codes):

@@ -129,7 +129,7 @@ def test_an_index_is_not_a_model(copied):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match="is missing, expected the manifest of an exported index"):
+    with pytest.raises(ValueError, match="is missing, expected the manifest of an exported model"):
         Scorer.load(tmp_path / "nowhere")
 
 

@@ -156,7 +156,8 @@ class Batcher(Generic[Item, Result]):
       failures: batches that have failed since the last one that did not.
       largest: most items in a batch.
       load: load of all items that have arrived.
-      patience: seconds on top of the budget; may be set at any time.
+      patience: seconds on top of the budget, except under overload, when no patience would let all items be
+        answered; may be set at any time.
       waiting: number of items in the queue.
     """
 
@@ -194,26 +195,17 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def least_budget(self) -> float:
-        """Seconds from arrival to answer under overload.
-
-        A default follows usual times. Items are accepted by longer ones, so that most are answered in time.
-        """
-        return self._least(self._times.usual(1))
-
-    def _least(self, seconds: float) -> float:
-        return least_budget(seconds, delay=self._delay, budget=self._budget, timeout=self._timeout)
-
-    @property
-    def room(self) -> float:
-        """1 without load, falling to 0 where it is overload and not a burst any more."""
-        load = self.load.of(self._loop.time(), self._times.usual(self.largest))
-        return max(0.0, 1.0 - load / FULL)
+        """Seconds from arrival to answer under overload."""
+        return least_budget(self._times.estimate(1), delay=self._delay, budget=self._budget,
+                            timeout=self._timeout)
 
     @property
     def budget(self) -> float:
         """Seconds from arrival to answer, at the present load."""
-        bonus = 0.0 if self._budget is not None else BURST * self.room * self._least(self._times.estimate(1))
-        return min(self.least_budget + bonus + self.patience, self._timeout)
+        load = self.load.of(self._loop.time(), self._times.usual(self.largest))
+        room = max(0.0, 1.0 - load / FULL)
+        bonus = 0.0 if self._budget is not None else BURST * room * self.least_budget
+        return min(self.least_budget + bonus + (self.patience if room else 0.0), self._timeout)
 
     @property
     def waiting(self) -> int:

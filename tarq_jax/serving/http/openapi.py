@@ -33,11 +33,12 @@ def document(scorer: Scorer, options: Options) -> dict[str, Any]:
             "/healthz": {"get": _operation("Whether the process lives", None, set())},
             "/readyz": {"get": _operation("Whether requests should be sent here", "Version", {503})},
         }}
-    for path in (path for path, token in options.tokens.items() if token):
-        described["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        operation = described["paths"][path]["post"]
-        operation["security"] = [{"token": []}]
-        operation["responses"] |= _failures({401})
+    for path, token in options.tokens.items():
+        if token:
+            described["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+            operation = described["paths"][path]["post"]
+            operation["security"] = [{"token": []}]
+            operation["responses"] |= _failures({401})
     return described
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from tarq_jax import memory
+from tarq_jax.schema import Schema
 from tarq_jax.serving.artefact import version_name
 from tarq_jax.serving.http.batching import Batcher, Load, ServiceTimes, fits, least_budget, useful_sizes
 from tarq_jax.serving.http.metrics import Metrics
@@ -75,16 +76,19 @@ def running_on_device(artefact: Path) -> Iterator[None]:
         raise ValueError(f"{artefact} does not run on the device: {reason}") from error
 
 
-def load(artefact: Path, index: Path, options: Options, like: Scorer | None = None) -> Scorer:
+def load(artefact: Path, index: Path, options: Options, like: Scorer | None = None,
+         schema: Schema | None = None) -> Scorer:
     """A warm scorer. If `like` has the same programs, it shares those, which are compiled already.
 
     Raises:
       ValueError: artefact or index is damaged, of another version or platform, or they do not fit each other
-        or on the device.
+        or on the device; or it does not accept every request of `schema`.
     """
     with running_on_device(artefact):
         scorer = Scorer.load(artefact, index=index, batch_sizes=options.batch_sizes,
                              top_k=options.limits.top_k, candidate_sizes=options.candidate_sizes, like=like)
+        if schema is not None:
+            check_accepts(scorer.schema, schema, str(artefact))
         return scorer if scorer.ready else scorer.warm_up()
 
 
@@ -100,6 +104,7 @@ class Versions:
         self._options, self._metrics, self._executor = options, metrics, executor
         self._loading, self._load = asyncio.Lock(), Load(asyncio.get_running_loop().time())
         self.current: Version | None = None
+        self._schema: Schema | None = None  # of the first version, as later ones may go back to it
         gc.collect()
         gc.freeze()  # all modules, which would make the collection after each swap take ten times as long
 
@@ -107,7 +112,7 @@ class Versions:
         """Loads, warms and tries an artefact, then lets it take over; returns when the old one is done.
 
         Meanwhile loading shares the machine with the old version, so requests may wait longer than usual
-        before they are refused; not under overload, as no patience would let all of them be answered.
+        before they are refused.
 
         Raises:
           ValueError: the artefact is refused, and the old version stays in service.
@@ -117,7 +122,7 @@ class Versions:
             raise Busy
         async with self._loading:
             try:
-                if self.current is not None and self.current.batcher.room:
+                if self.current is not None:
                     self.current.batcher.patience = PATIENCE
                 new = await self._prepare(artefact, artefact / "index" if index is None else index)
                 await self._take_over(new)
@@ -130,19 +135,18 @@ class Versions:
 
     async def _take_over(self, new: Version) -> None:
         old, self.current = self.current, new
+        self._schema = self._schema or new.scorer.schema
+        new.batcher.patience = PATIENCE
         self._metrics.serves(new.name, old.name if old else None)
         if old is not None:
-            new.batcher.patience = old.batcher.patience
             await old.batcher.drained()
 
     async def _prepare(self, artefact: Path, index: Path) -> Version:
         options, limits, name = self._options, self._options.limits, version_name(artefact, index)
         like = self.current.scorer if self.current else None
-        scorer = await asyncio.to_thread(load, artefact, index, options, like)
+        scorer = await asyncio.to_thread(load, artefact, index, options, like, self._schema)
         if version_name(artefact, index) != name:
             raise ValueError(f"{artefact} changed while it was read, expected a folder that stays as it is")
-        if like is not None:
-            check_accepts(scorer.schema, like.schema, str(artefact))
         if not scorer.index.num_served:
             raise ValueError(f"{artefact} with {index} serves 0 items, expected at least one")
         longest = min(scorer.facts["histories"][-1], limits.history)

@@ -14,6 +14,7 @@ pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 
 from tarq_jax.serving.http.batching import (
     BURST,
+    FULL,
     MEMORY,
     Batcher,
     Load,
@@ -271,6 +272,45 @@ def test_twice_the_load_that_it_can_hold(slower, own):
     assert max(seconds for _, seconds in waited) <= 1.2 * (1 + BURST) * budget
     assert len(waited) > 0.85 * capacity * 2000
     assert reasons(outcomes).count("late") < 0.05 * len(arrivals)
+
+
+@pytest.mark.parametrize("largest", [1, 4])
+def test_the_capacity_is_used_though_batches_vary(largest):
+    """Under twice the load, with batches of one and a half times the median and more."""
+    rng, times = random.Random(0), {1: 1.6, 4: 2.0}
+    capacity = largest / times[largest]
+    arrivals = poisson(2 * capacity, 2000, seed=1)
+
+    def seconds(size):
+        return times[1 if size == 1 else 4] * rng.lognormvariate(-0.045, 0.3)
+
+    outcomes, _ = simulate(arrivals, times=times, largest=largest, budget=None, seconds=seconds)
+    answered = sum(not isinstance(result, Exception) for _, result in outcomes)
+    assert answered > 0.85 * capacity * 2000
+
+
+@pytest.mark.parametrize("budget", [None, 3.0])
+def test_no_patience_under_overload(budget):
+    async def budgets():
+        now = asyncio.get_running_loop().time
+        batcher = Batcher(lambda batch: batch, None, ServiceTimes(SECONDS), Load(now()), largest=4, delay=0.5,
+                          budget=budget, timeout=math.inf, limit=10)
+        for _ in range(300):
+            before, batcher.patience = batcher.budget, 7.0
+            yield batcher.load.of(now(), 2.0), batcher.budget - before
+            batcher.patience = 0.0
+            batcher.count()
+
+    async def main():
+        return [found async for found in budgets()]
+
+    loop = VirtualLoop()
+    try:
+        found = loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert {round(extra, 6) for load, extra in found if load < FULL} == {7.0}
+    assert {extra for load, extra in found if load >= FULL} == {0.0}
 
 
 def refused_at(load, budget=None, seconds=None):

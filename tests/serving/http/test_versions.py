@@ -70,6 +70,14 @@ def test_a_changed_index(client):
     assert client.score(GOOD, [1, 2]).unknown == [1]
 
 
+def test_back_to_the_first_version_from_one_that_takes_more(artefacts):
+    options = dataclasses.replace(services.PATIENT, token=services.TOKEN)
+    with (services.running(artefacts / "narrow", options) as running,
+          running.client(token=services.TOKEN, timeout=120.0) as client):
+        for name in ("1", "narrow"):
+            assert client.swap(name)["version"].startswith(f"{name}-")
+
+
 def test_another_index_shares_what_is_compiled(artefacts):
     options = services.PATIENT
     first = load(artefacts / "1", artefacts / "1" / "index", options)
@@ -200,20 +208,6 @@ def test_one_swap_at_a_time(swapped, client):
             assert other.version()["method"] == "scalar"
     thread.join(120)
     assert done[0]["method"] == "two_tower"
-
-
-@pytest.mark.parametrize(("arrived", "patience"), [(0, versions.PATIENCE), (10_000, 0.0)])
-def test_patience_while_a_version_is_loaded_but_not_under_overload(swapped, client, arrived, patience):
-    batcher = swapped.service.versions.current.batcher
-    for _ in range(arrived):
-        batcher.count()
-    with swapped.busy():  # the trials of the swap wait
-        thread = threading.Thread(target=client.swap, args=("2",))
-        thread.start()
-        services.wait_for(lambda: swapped.service.versions._loading.locked())
-        assert batcher.patience == patience
-    thread.join()
-    assert swapped.service.versions.current.batcher.patience == 0
 
 
 def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client):
