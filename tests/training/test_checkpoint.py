@@ -43,6 +43,7 @@ DAMAGES = {
     "state is gone": lambda folder: shutil.rmtree(folder / "state"),
     "meta is gone": lambda folder: shutil.rmtree(folder / "meta"),
     "meta is no JSON": lambda folder: (folder / "meta" / "metadata").write_text("{"),
+    "meta lacks its parts": lambda folder: (folder / "meta" / "metadata").write_text("{}"),
     "truncated": truncate,
     "overwritten": scribble,
 }
