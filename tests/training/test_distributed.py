@@ -16,7 +16,8 @@ import json, os, pathlib, signal, sys, time
 import tiny
 from rich.console import Console
 from tarq_jax import cli
-from tarq_jax.training import checkpoint, distributed, loop
+import orbax.checkpoint as ocp
+from tarq_jax.training import distributed, loop
 
 assert distributed.initialize() == "JAX_COORDINATOR_ADDRESS"
 stopped, workdir = sys.argv[1:]
@@ -27,14 +28,14 @@ def write_and_signal(self, step, scalars):
     if step == 2 and os.environ["JAX_PROCESS_ID"] == stopped:
         os.kill(os.getpid(), signal.SIGTERM)
 
-restore_step = checkpoint.restore_step
+restore = ocp.Checkpointer.restore
 
-def restore_or_fail(checkpoints, step, state):
-    if step == 6 and (stopped, os.environ["JAX_PROCESS_ID"]) == ("unreadable", "1"):
+def restore_or_fail(self, directory, **arguments):
+    if directory.name == "6" and (stopped, os.environ["JAX_PROCESS_ID"]) == ("unreadable", "1"):
         raise OSError("this host does not see it")
-    return restore_step(checkpoints, step, state)
+    return restore(self, directory, **arguments)
 
-loop.MetricsWriter.write, checkpoint.restore_step = write_and_signal, restore_or_fail
+loop.MetricsWriter.write, ocp.Checkpointer.restore = write_and_signal, restore_or_fail
 config = tiny.make_config()
 config.steps = 2000 if stopped.isdecimal() else 6
 if stopped == "different":
