@@ -19,8 +19,8 @@ class FirstOrderTarq(Tarq):
     Level 1 is the point of expansion; levels 2 to L quantize the residual that the Jacobian
     multiplies: `o = W (m_c + d J_c sum_{l>1} C_l[c_l])`, see `tarq_jax.expansion`. The factor d damps long
     residuals, see `tarq_jax.corrections.damping`. The student's only parameters are its head and one radius
-    of d per attention head. There is neither encoder nor decoder: the quantized latent is compared with the
-    latent itself, and the attribute `decoded` has no effect.
+    of d per attention head, which weight decay pulls towards 1. There is neither encoder nor decoder: the
+    quantized latent is compared with the latent itself, and the attribute `decoded` has no effect.
     """
 
     def _setup_approximation(self):

@@ -27,6 +27,8 @@ CPUS = flags.DEFINE_float("cpus", 1.0, "CPUs that Ray reserves for each process.
 GPUS = flags.DEFINE_float("gpus", 0.0, "GPUs of each process.", lower_bound=0.0)
 TPUS = flags.DEFINE_float("tpus", 0.0, "TPU chips of each process.", lower_bound=0.0)
 TOGETHER = flags.DEFINE_bool("together", False, "Machines may get several of the processes.")
+SECONDS = flags.DEFINE_float("wait_seconds", 60.0, "How long to wait for the resources; give a cluster that "
+                             "grows on demand more.", lower_bound=0.0)
 
 POLL = 0.5  # seconds
 
@@ -59,21 +61,19 @@ class Process:
             self._child.terminate()
 
 
-def start(number: int, resources: Mapping[str, float], *, together: bool = False) -> list:
+def start(number: int, resources: Mapping[str, float], *, together: bool, seconds: float) -> list:
     """Actors of `Process`, once Ray has resources for all; each has its own machine unless `together`.
 
     Raises:
-      ValueError: the machines of the cluster have not enough resources.
+      ValueError: the cluster had not all of them within `seconds`.
     """
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = [min((int(machine.get(name, 0.0) // each) for name, each in resources.items()), default=number)
-              for machine in machines]
-    found = sum(places) if together else sum(map(bool, places))
-    if found < number:
-        what, hint = ("places", "") if together else ("machines", ", or --together for several on one")
-        raise ValueError(f"the cluster has {found} {what} with {dict(resources)}, expected {number}{hint}")
     group = placement_group([dict(resources)] * number, strategy="SPREAD" if together else "STRICT_SPREAD")
-    ray.get(group.ready())
+    if not ray.wait([group.ready()], timeout=seconds)[0]:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        have = [{name: machine.get(name, 0.0) for name in resources} for machine in machines]
+        raise ValueError(f"no place for {number} processes with {dict(resources)} each"
+                         f"{'' if together else ', on as many machines,'} within {seconds:g} seconds; the "
+                         f"machines have {have}, used or not; see --together and --wait_seconds")
     custom = {name: each for name, each in resources.items() if name not in ("CPU", "GPU")}
     return [Process.options(  # type: ignore[attr-defined]
         num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), resources=custom,
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         ray.init(include_dashboard=False)
         processes = start(PROCESSES.value, {name: each for name, each in wanted.items() if each},
-                          together=TOGETHER.value)
+                          together=TOGETHER.value, seconds=SECONDS.value)
         codes = wait(processes, arguments, os.getcwd())
     except ray.exceptions.RayError as error:
         raise ValueError(f"Ray: {error}") from None

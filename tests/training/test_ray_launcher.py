@@ -57,8 +57,10 @@ def test_a_signal_is_passed_on(start_command, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["--together", "--", "-c", "raise SystemExit(3)"], 1, r"exit codes \[3, 3\], expected 0 of each"),
-    (["--", "-c", ""], 1, "the cluster has 1 machines with {'CPU': 1.0}, expected 2, or --together"),
-    (["--together", "--gpus=1000", "--", "-c", ""], 1, "has 0 places with {'CPU': 1.0, 'GPU': 1000"),
+    (["--wait_seconds=1", "--", "-c", ""], 1,
+     r"no place for 2 processes with .* each, on as many machines, within 1 seconds; .* have \[{'CPU': \d"),
+    (["--wait_seconds=1", "--together", "--gpus=1000", "--", "-c", ""], 1,
+     r"no place for 2 processes with {.*'GPU': 1000.0} each within 1 seconds"),
     ([], 2, "no command is given"),
 ])
 def test_what_cannot_run(command, arguments, code, words):
