@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ray
 from absl import flags
@@ -33,7 +34,6 @@ SECONDS = flags.DEFINE_float("wait_seconds", 60.0, "How long to wait for the res
 POLL = 0.5  # seconds
 
 
-@ray.remote(max_concurrency=2)  # `terminate` is called while the process runs
 class Process:
     """A process on the machine where Ray places it."""
 
@@ -75,7 +75,8 @@ def start(number: int, resources: Mapping[str, float], *, together: bool, second
                          f"{'' if together else ', on as many machines,'} within {seconds:g} seconds; the "
                          f"machines have {have}, used or not; see --together and --wait_seconds")
     custom = {name: each for name, each in resources.items() if name not in ("CPU", "GPU")}
-    return [Process.options(  # type: ignore[attr-defined]
+    actor: Any = ray.remote(max_concurrency=2)(Process)  # `terminate` is called while the process runs
+    return [actor.options(
         num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), resources=custom,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
     ).remote() for index in range(number)]
