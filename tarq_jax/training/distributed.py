@@ -4,7 +4,6 @@ Each process runs the same program. Parameters and batches are global arrays; a 
 each batch (`data_shard`). Only the first process prints. All hosts must see the same working directory.
 """
 
-import hashlib
 import itertools
 import os
 import sys
@@ -97,17 +96,6 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def check_same(what: str, value: str) -> None:
-    """Raises ValueError, on all processes, unless all of them call it with the same `value` of `what`."""
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
-    found = multihost_utils.process_allgather(digest)
-    others = np.flatnonzero((found != found[0]).any(axis=1)).tolist()
-    if others:
-        raise ValueError(f"{what} of processes {others} is not that of process 0, expected the same on all")
-
-
 def gather_text(text: str) -> list[str]:
     """The texts of all processes, which have to call it together."""
     if jax.process_count() == 1:
@@ -117,6 +105,13 @@ def gather_text(text: str) -> list[str]:
     padded = np.pad(own, (0, max(lengths) - len(own)))
     return [bytes(row[:length]).decode()
             for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)]
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises ValueError, on all processes, unless all of them call it with the same `value` of `what`."""
+    first, *others = gather_text(value)
+    if wrong := [index for index, other in enumerate(others, start=1) if other != first]:
+        raise ValueError(f"{what} of processes {wrong} is not that of process 0, expected the same on all")
 
 
 # JAX has all processes stop at the number after the largest that any of them has asked about, so that these
