@@ -53,7 +53,7 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
     yield claim("growth of memory by the first swaps", median_mb(between[0]) / before)
     yield claim("growth of memory while held, between swaps", median_mb(between[2]) / median_mb(between[0]),
                 GROWTH)
-    yield claim("most memory in swaps, over that before", max(swapping) / before)
+    yield claim("most memory in swaps, over that before", max(swapping, default=np.nan) / before)
     yield claim("seconds from the kill until ready", kind("event", what="kill")[0]["seconds"])
     yield claim("requests lost while killed", kind("stage", stage=KILLED)[0]["errors"])
     most = max(row["answered_per_second"] for row in stages if row["stage"] in (SATURATED, RAMP))

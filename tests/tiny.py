@@ -5,12 +5,14 @@ This is a module, not only fixtures, because processes that tests start need it 
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
+from tarq_jax import reporting
 from tarq_jax.config import default_config, smoke
 from tarq_jax.data import Dataset, SyntheticOptions, synthetic
 from tarq_jax.training import sharding
@@ -40,6 +42,11 @@ def moved(codebook: Codebook, other: Codebook) -> np.ndarray:
 def make_dataset() -> Dataset:
     """A synthetic data set of these sizes."""
     return synthetic.generate(SyntheticOptions(**SIZES))
+
+
+def losses(workdir: Path) -> list[float]:
+    """The losses that a run logged."""
+    return [line["loss"] for line in reporting.read_metrics(workdir) if "loss" in line]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
+import tiny
 
 from tarq_jax import data
 from tarq_jax.training import checkpoint, distributed
@@ -15,8 +16,8 @@ TRAIN = """
 import json, os, pathlib, signal, sys, time
 import tiny
 from rich.console import Console
-from tarq_jax import cli
 import orbax.checkpoint as ocp
+from tarq_jax import cli
 from tarq_jax.training import distributed, loop
 
 assert distributed.initialize() == "JAX_COORDINATOR_ADDRESS"
@@ -77,17 +78,12 @@ def run_processes(command):
     return run
 
 
-def losses(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 @pytest.mark.parametrize("num", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_are_like_one(num, run_processes, tmp_path, finished, untimed):
     done = run_processes(num, "none", tmp_path)
     assert [process.returncode for process in done] == [0] * num, done[0].stderr[-3000:]
     assert ["auc" in process.stdout for process in done] == [True] + [False] * (num - 1)
-    assert losses(tmp_path) == pytest.approx(losses(finished[0]), rel=1e-4)
+    assert tiny.losses(tmp_path) == pytest.approx(tiny.losses(finished[0]), rel=1e-4)
     rows, expected = untimed(json.loads(done[0].stdout.splitlines()[-1])), untimed(finished[1].rows)
     assert rows[0]["auc"] == pytest.approx(expected[0]["auc"], abs=0.02)
     assert json.loads((tmp_path / "results.json").read_text())[0]["auc"] == rows[0]["auc"]

@@ -94,9 +94,14 @@ def simulate(arrivals, *, run=lambda batch: [10 * item for item in batch], secon
         assert batcher.waiting == 0
         return outcomes, executor.batches
 
+    return in_virtual_time(main())
+
+
+def in_virtual_time(coroutine):
+    """The result of the coroutine."""
     loop = VirtualLoop()
     try:
-        return loop.run_until_complete(main())
+        return loop.run_until_complete(coroutine)
     finally:
         loop.close()
 
@@ -291,24 +296,19 @@ def test_the_capacity_is_used_though_batches_vary(largest):
 
 @pytest.mark.parametrize("budget", [None, 3.0])
 def test_no_patience_under_overload(budget):
-    async def budgets():
+    async def main():
         now = asyncio.get_running_loop().time
         batcher = Batcher(lambda batch: batch, None, ServiceTimes(SECONDS), Load(now()), largest=4, delay=0.5,
                           budget=budget, timeout=math.inf, limit=10)
+        found = []  # load, and what patience adds to the budget then
         for _ in range(300):
             before, batcher.patience = batcher.budget, 7.0
-            yield batcher.load.of(now(), 2.0), batcher.budget - before
+            found.append((batcher.load.of(now(), 2.0), batcher.budget - before))
             batcher.patience = 0.0
             batcher.count()
+        return found
 
-    async def main():
-        return [found async for found in budgets()]
-
-    loop = VirtualLoop()
-    try:
-        found = loop.run_until_complete(main())
-    finally:
-        loop.close()
+    found = in_virtual_time(main())
     assert {round(extra, 6) for load, extra in found if load < FULL} == {7.0}
     assert {extra for load, extra in found if load >= FULL} == {0.0}
 
