@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from tarq_jax import checks
-from tarq_jax.blockwise import MASKED, best_block, refuse_negative
+from tarq_jax.blockwise import MASKED, best_block, refuse_negative, split_blocks
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
-LANES = 16  # scores that `argmax` compares side by side on a CPU, and most parts of a row
+LANES = 16  # least width, and most parts, that `argmax` cuts a row into on a CPU
 SEARCHED = 4  # `_top` searches a row directly if it has at most this many entries per entry to find
 Assign = Callable[..., jax.Array]  # (points, codewords) -> codes, perhaps with `where`
 Tree = TypeVar("Tree")
@@ -54,38 +54,21 @@ def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
 def argmax(scores: jax.Array, axis: int = -1) -> jax.Array:
     """Index of the largest entry along `axis`, the first among equals: [..., K] to int32 [...].
 
-    Two plain reductions of floats, which XLA vectorises on CPU. It does not vectorise the paired reduction
-    of `jnp.argmax`, which takes three times as long for rows of 256.
+    Plain reductions and comparisons of floats, which XLA vectorises on CPU. It does not vectorise the paired
+    reduction of `jnp.argmax`, which takes twice as long for rows of 256.
     """
     size, axis = scores.shape[axis], axis % scores.ndim
-    starts: jax.Array | float = 0.0
-    if size > LANES and axis == scores.ndim - 1 and jax.default_backend() == "cpu":
-        scores, starts = _largest_of_lanes(scores)
     best = jnp.max(scores, axis=axis, keepdims=True)
-    indices = starts + jax.lax.broadcasted_iota(jnp.float32, scores.shape, axis)  # exact up to 2^24
-    found = jnp.min(jnp.where(scores >= best, indices, size), axis=axis)
-    return jnp.minimum(found, size - 1).astype(jnp.int32)  # `found` is `size` if every score is NaN
-
-
-def _largest_of_lanes(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cuts rows into at most `LANES` parts, and takes the largest at each place of a part.
-
-    This reads the scores once, where the two reductions of `argmax` read them twice.
-
-    Args:
-      scores: [..., K], K at least `LANES`.
-
-    Returns:
-      The largest scores [..., W], W a multiple of `LANES`, and where the parts that they are from start; of
-      equal ones, the first.
-    """
-    size = scores.shape[-1]
-    width = LANES * math.ceil(size / LANES**2)
-    best, starts = scores[..., :width], jnp.zeros((*scores.shape[:-1], width))
-    for end in (*range(2 * width, size, width), size):  # the last part may overlap the one before
-        part = scores[..., end - width:end]
-        best, starts = jnp.maximum(best, part), jnp.where(part > best, float(end - width), starts)
-    return best, starts
+    width = size
+    if size > LANES and axis == scores.ndim - 1 and jax.default_backend() == "cpu":
+        width = LANES * math.ceil(size / LANES**2)
+    found: jax.Array | float = size
+    for start in (*range(size - width, 0, -width), 0):  # backwards: the first among equals stays
+        part = jax.lax.slice_in_dim(scores, start, start + width, axis=axis)
+        indices = start + jax.lax.broadcasted_iota(jnp.float32, part.shape, axis)  # exact up to 2^24
+        found = jnp.where(part >= best, indices, found)
+    # `found` is `size` if every score is NaN
+    return jnp.minimum(jnp.min(found, axis=axis), size - 1).astype(jnp.int32)
 
 
 def nearest(points: jax.Array, codewords: jax.Array) -> jax.Array:
@@ -178,7 +161,7 @@ def encode(
       assign: assigns the points of one level to its codewords.
       where: [...] bool, latents that are real; passed on to an `assign` that has such a keyword. None if
         all are real.
-      block: number of latents that go through all levels together, so that their distances stay in the
+      block: most latents that go through all levels together, so that their distances stay in the
         cache. 0 encodes all latents together: right if `jit` splits them over devices, which would exchange
         blocks, and required if `assign` has `where`, because it depends on the batch. None chooses, see
         `tarq_jax.blockwise.best_block`.
@@ -238,7 +221,7 @@ def beam_encode(
       codewords: [L, K, D], or L arrays [K_l, D].
       latents: [..., D].
       beam: number of partial sums kept.
-      block: number of latents searched together, so that memory is bounded and scores stay in the cache;
+      block: most latents searched together, so that memory is bounded and scores stay in the cache;
         512 is fastest on CPU. 0 searches all together, with [M, beam, K] scores: right if `jit` splits
         latents over devices. None chooses, as for `encode`.
 
@@ -324,8 +307,7 @@ def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: 
     """Applies `function`, from [M, D] to a tree of [M, ...], to one block of points after the other."""
     if not block or block >= len(points):
         return function(points)
-    padded = jnp.pad(points, ((0, -len(points) % block), (0, 0)))
-    found = jax.lax.map(function, padded.reshape(-1, block, points.shape[-1]))
+    found = jax.lax.map(function, split_blocks(points, block, 0))
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: len(points)], found)
 
 
