@@ -10,6 +10,7 @@ exit code is 0 if all processes ended with 0, 75 if they were interrupted, and e
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,11 +49,15 @@ class Process:
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def run(self, arguments: Sequence[str], folder: str, variables: Mapping[str, str]) -> int:
-        """Runs Python with the arguments in the folder; returns its exit code."""
+        """Runs Python with the arguments in the folder; returns its exit code.
+
+        A process that SIGTERM reaches before it can catch it counts as interrupted: it has nothing to save.
+        """
         self._child = subprocess.Popen([sys.executable, *arguments], cwd=folder, env=os.environ | variables)
         if self._told:
             self._child.terminate()
-        return self._child.wait()
+        code = self._child.wait()
+        return cli.INTERRUPTED if self._told and code == -signal.SIGTERM else code
 
     def terminate(self) -> None:
         """Sends SIGTERM to the process, or will as soon as it runs."""

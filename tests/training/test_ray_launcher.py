@@ -52,6 +52,18 @@ def test_a_signal_is_passed_on(start_command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_before_training_can_catch_it(start_command, tmp_path):
+    begin = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(300)"
+    process = start_command(*LAUNCH, "--together", "--", "-c", begin, tmp_path / "begun")
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75 and "2 of 2 processes were interrupted" in errors, errors[-3000:]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["--together", "--", "-c", "raise SystemExit(3)"], 1, r"exit codes \[3, 3\], expected 0 of each"),
     (["--wait_seconds=1", "--", "-c", ""], 1,
