@@ -6,6 +6,7 @@ import math
 import orbax.checkpoint as ocp
 import pytest
 
+from tarq_jax import reporting
 from tarq_jax.training import checkpoint
 
 TIMING = {"train_seconds", "examples_per_second", "input_wait_share"}
@@ -82,7 +83,7 @@ def test_rows_have_the_promised_columns(done):
 
 def test_metrics_on_disk(done):
     workdir = done[1]
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = reporting.read_metrics(workdir)
     assert [line["step"] for line in lines] == [4, 8, 12, 12]
     for line in lines[:3]:
         assert line["examples_per_second"] > 0 and math.isfinite(line["loss"])

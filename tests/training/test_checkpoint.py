@@ -1,12 +1,12 @@
 """Checkpoints: which are kept, which is the best, and what happens to damaged ones."""
 
 import io
-import json
 import shutil
 
 import pytest
 from rich.console import Console
 
+from tarq_jax import reporting
 from tarq_jax.config import BEST
 from tarq_jax.training import checkpoint, loop, restore
 
@@ -113,7 +113,7 @@ def test_the_best_is_tested(tiny_config, tiny_dataset, tmp_path, console, same_b
     """And it is what `load_run` gives, from which a run is exported; the newest state is another one."""
     tiny_config.eval_every, tiny_config.best_metric, tiny_config.checkpoints_kept = 1, "auc", 1
     result = loop.train(tiny_config, tiny_dataset, tmp_path, console)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = reporting.read_metrics(tmp_path)
     measured = {line["step"]: line["validation/tarq/auc"] for line in lines if "validation/tarq/auc" in line}
     assert sorted(measured) == [1, 2, 3, 4, 5, 6]
     assert int(result.state.step) == max(measured, key=measured.get)  # the earliest of equals

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tarq_jax import data
+from tarq_jax import data, reporting
 from tarq_jax.experiments import replay
 from tarq_jax.training import checkpoint, failure, loop, setup
 
@@ -220,7 +220,7 @@ def test_a_learning_rate_far_too_high(tiny_config, tiny_dataset, tmp_path, silen
 
 @pytest.mark.slow
 def test_a_gradient_beyond_its_limit(tiny_config, tiny_dataset, tmp_path, silent, finished):
-    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = reporting.read_metrics(finished[0])
     norms = [line["gradient_norm"] for line in lines if "gradient_norm" in line]
     tiny_config.optimizer.max_gradient_norm, tiny_config.log_every = float(max(norms)) * 0.99, 6
     step = 1 + int(np.argmax(norms))

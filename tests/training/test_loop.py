@@ -12,22 +12,18 @@ import numpy as np
 import optax
 import pytest
 
-from tarq_jax import data, metrics
+from tarq_jax import data, metrics, reporting
 from tarq_jax.training import checkpoint, loop, setup, sharding
 from tarq_jax.training.evaluate import SCORES
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
-def lines_of(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_what_a_run_leaves(finished):
     workdir, result = finished
     assert [row["model"] for row in result.rows] == ["tarq", "tarq_teacher"]
     assert json.loads((workdir / "results.json").read_text()) == [dict(row) for row in result.rows]
-    lines = lines_of(workdir)
+    lines = reporting.read_metrics(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]
     for line in lines[:-1]:
         assert {"loss", "loss/student", "loss/alignment", "gradient_norm", "parameter_norm",
@@ -53,7 +49,8 @@ def test_other_ways_to_use_the_devices_end_the_same(
     left_out = {"examples_per_second", "input_wait_share", "parameter_norm"}
     tiny_config.update_from_flattened_dict(settings)
     result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
-    for found, expected in zip(lines_of(tmp_path)[:-1], lines_of(finished[0])[:-1], strict=True):
+    lines = (reporting.read_metrics(workdir)[:-1] for workdir in (tmp_path, finished[0]))
+    for found, expected in zip(*lines, strict=True):
         for name in expected.keys() - left_out:
             assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (found["step"], name)
     for row, expected in zip(result.rows, finished[1].rows, strict=True):
@@ -62,7 +59,8 @@ def test_other_ways_to_use_the_devices_end_the_same(
 
 def test_the_student_rests_until_the_codebook_starts(finished):
     """Also in the loop: until step 3 the loss contains only the teacher's and the decoder's loss."""
-    early, late = lines_of(finished[0])[:3], lines_of(finished[0])[3:6]
+    lines = reporting.read_metrics(finished[0])
+    early, late = lines[:3], lines[3:6]
     for line in early:
         assert line["loss"] == pytest.approx(line["loss/teacher"] + line["loss/reconstruction"], rel=1e-5)
     for line in late:
@@ -81,7 +79,7 @@ def test_scores_are_those_of_the_saved_state(finished, tiny_config, tiny_dataset
 def test_evaluation_on_the_way(tiny_config, tiny_dataset, tmp_path, silent, finished, same_bits):
     tiny_config.eval_every = 4
     result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
-    validated = [line["step"] for line in lines_of(tmp_path) if "validation/tarq/auc" in line]
+    validated = [line["step"] for line in reporting.read_metrics(tmp_path) if "validation/tarq/auc" in line]
     assert validated == [4]
     same_bits(result.state, finished[1].state)
 
@@ -140,7 +138,7 @@ def test_nothing_that_is_not_finite_is_saved(
     values = [leaf for leaf in jax.tree.leaves(restored.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert len(values) > 50 and all(np.isfinite(value).all() for value in values)
     assert not (tmp_path / "results.json").exists()
-    assert all(math.isfinite(line["loss"]) for line in lines_of(tmp_path))
+    assert all(math.isfinite(line["loss"]) for line in reporting.read_metrics(tmp_path))
 
 
 def test_a_state_that_breaks_in_its_last_step_is_not_saved(

@@ -1,6 +1,5 @@
 """Interrupted, killed, refused: a repeated call ends where an undisturbed run ends."""
 
-import json
 import os
 import shutil
 import signal
@@ -90,7 +89,7 @@ def test_interrupted_run_ends_in_the_same_bits(
     result = loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     same_bits(result.state, finished[1].state)
     assert untimed(result.rows) == untimed(finished[1].rows)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = reporting.read_metrics(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
@@ -153,7 +152,7 @@ def test_a_signal_during_evaluation(
     tiny_config.eval_every, tiny_config.best_metric = 4, best_metric
     with pytest.raises(Interrupted, match="saved step 4"):
         loop.train(tiny_config, tiny_dataset, tmp_path, silent)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = reporting.read_metrics(tmp_path)
     assert any("validation/tarq/auc" in line for line in lines) == bool(best_metric)
     killed_while_evaluating.undo()
     if not best_metric:
@@ -177,8 +176,7 @@ def test_eight_devices_then_four_then_one_and_back(command, tmp_path):
         done = command("-c", STOPPED_AT, tmp_path / "moved", stop, model, devices=devices)
         assert done.returncode == code, done.stderr[-3000:]
     assert command("-c", STOPPED_AT, tmp_path / "stayed", 7, 1).returncode == 0
-    lines = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("moved", "stayed"))
-    moved, stayed = ([line["loss"] for line in map(json.loads, run) if "loss" in line] for run in lines)
+    moved, stayed = (tiny.losses(tmp_path / name) for name in ("moved", "stayed"))
     assert len(stayed) == 6 and moved == pytest.approx(stayed, rel=1e-4)
 
 
@@ -347,8 +345,7 @@ def test_the_run_went_through_all_that_it_has_to_survive(
     tiny_config.codebook.revive_every = 0
     loop.train(tiny_config, tiny_dataset, tmp_path, silent)
     assert len(fitted) == 1 and fitted[0].all()
-    losses = [[json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()[:5]]
-              for workdir in (finished[0], tmp_path)]
+    losses = [tiny.losses(workdir)[:5] for workdir in (finished[0], tmp_path)]
     assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-5) and losses[0][4] != losses[1][4]
     with checkpoint.manager(finished[0]) as saved, checkpoint.manager(tmp_path) as unrevived:
         revived = tiny.moved(*(checkpoint.restore_step(each, 4, state).codebook

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tarq_jax import metrics
+from tarq_jax import metrics, reporting
 from tarq_jax.cli import Interrupted
 from tarq_jax.training import checkpoint, loop, provenance, seeds, setup
 from tarq_jax.training.evaluate import SCORES
@@ -77,8 +77,7 @@ def test_a_seed_ends_as_it_does_on_its_own(
     for row, expected in zip(*map(untimed, (rows[seed], alone.rows)), strict=True):
         assert row.pop("model") == expected.pop("model")
         assert row == pytest.approx(expected, rel=1e-3)
-    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-             for folder in (root / str(seed), tmp_path)]
+    lines = map(reporting.read_metrics, (root / str(seed), tmp_path))
     for found, expected in zip(*lines, strict=True):
         assert found["step"] == expected["step"]
         for name in ("loss", "gradient_norm", "test/tarq/log_loss"):
@@ -232,7 +231,7 @@ def test_models_without_a_codebook(tiny_config, tiny_dataset, tmp_path, silent):
     tiny_config.eval_every = 3
     rows = seeds.train(tiny_config, tiny_dataset, folders(tmp_path, (1, 0)), silent)
     assert [row["model"] for found in rows.values() for row in found] == ["two_tower"] * 2
-    lines = [json.loads(line) for line in (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
+    lines = reporting.read_metrics(tmp_path / "1")
     assert [line["step"] for line in lines if "validation/two_tower/auc" in line] == [3, 6]
 
 
