@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tarq_jax.blockwise import MASKED, Summed, best_block, blockwise_sums, refuse_negative, scaled_products
+from tarq_jax.blockwise import MASKED, Summed, best_block, blockwise_sums, check_block, scaled_products
 from tarq_jax.kernels import Implementation, pick, with_derivative_of
 
 
@@ -79,7 +79,7 @@ def attention_sums(
       ValueError: `block` is negative.
     """
     chex.assert_equal_shape_suffix([queries, keys], 1)
-    refuse_negative(block)
+    check_block(block)
     block = best_block(queries.shape[-2], keys.shape[-2], 512) if block is None else block
     if block and max(queries.shape[-2], keys.shape[-2]) > block:
         return blockwise_sums(queries, keys, values, mask, block=block, summed=summed)
@@ -158,7 +158,7 @@ def look_up(
     """Sums each candidate's entries of its request's personalised codebook: `o = sum_l A_l[c_l]`.
 
     One gather per level, which XLA fuses with the sum, so that neither the entries [B, G, L, D] nor one-hot
-    codes are materialised. On CPU it runs near the speed of memory, at least seventy times faster than with
+    codes are materialised. On CPU it runs near the speed of memory, at least sixty times faster than with
     either.
 
     Args:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from tarq_jax import checks
+
 MASKED = -1e30  # replaces masked logits, so that their weight underflows to exactly 0
 
 CACHED = 2**20  # number of logits beyond which they do not stay in the cache of a CPU
@@ -27,8 +29,8 @@ Summed = Callable[[jax.Array, jax.Array], Any]  # keys, values [..., N, E] -> py
 def best_block(rows: int, columns: int, block: int) -> int:
     """How many rows to process together, given a [rows, columns] matrix of logits; 0 for all, no blocks.
 
-    On a CPU it is `block` if the cache cannot hold the matrix. Blocks then take a fifth to nine tenths of the
-    time: `python -m benchmarks --workload=paper,many`. Elsewhere, where no blocks were measured, they are at
+    On a CPU it is `block` if the cache cannot hold the matrix. Blocks then take less time, down to a fifth:
+    `python -m benchmarks attend align encode --workload=paper`. Elsewhere, where no blocks were measured, they are at
     least `block` and only bound memory: to some `MOST` logits for each request, head and level. A program
     that is exported for every size has none.
     """
@@ -39,10 +41,10 @@ def best_block(rows: int, columns: int, block: int) -> int:
     return max(block, MOST // columns) if rows * columns > MOST else 0
 
 
-def refuse_negative(block: int | None) -> None:
-    """Raises ValueError if `block` is negative. None and 0 are allowed; callers define what they mean."""
-    if block is not None and block < 0:
-        raise ValueError(f"block is {block}, expected at least 0")
+def check_block(block: int | None) -> None:
+    """Raises ValueError unless `block` is None or a whole number, at least 0; callers define both."""
+    if block is not None:
+        checks.int_from(0, "block", block)
 
 
 def scaled_products(queries: jax.Array, keys: jax.Array) -> jax.Array:

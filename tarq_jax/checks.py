@@ -60,8 +60,13 @@ def boolean(name: str, values: ArrayLike) -> np.ndarray:
 
 def positive_int(name: str, value: int) -> int:
     """`value` as an int; ValueError unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    return int_from(1, name, value)
+
+
+def int_from(least: int, name: str, value: int) -> int:
+    """`value` as an int; ValueError unless it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     return int(value)
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tarq_jax import checks
 from tarq_jax.attention import attention_sums
 from tarq_jax.kernels import Implementation, pick, with_derivative_of
 from tarq_jax.types import Expansion
@@ -144,8 +145,7 @@ def group_by_code(codes: chex.Array, *, block: int = 32) -> Blocks:
     """
     codes = np.asarray(codes)
     chex.assert_rank(codes, 1)
-    if block < 1:
-        raise ValueError(f"block is {block}, expected at least 1")
+    checks.positive_int("block", block)
     order = np.argsort(codes, kind="stable")
     present, starts, counts = np.unique(codes[order], return_index=True, return_counts=True)
     blocks_of = -(-counts // block)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from tarq_jax import shards
-from tarq_jax.blockwise import best_block, refuse_negative, split_blocks
+from tarq_jax.blockwise import best_block, check_block, split_blocks
 from tarq_jax.kernels import Implementation, pick, with_derivative_of
-from tarq_jax.quantization import negative_distances
+from tarq_jax.quantization import centred, negative_distances
 
 
 def weighted_mean(
@@ -133,7 +133,7 @@ def codebook_alignment(
     chex.assert_shape(personalized, (requests, *codewords.shape))
     chex.assert_shape([chosen, attended], (requests, candidates, len(codewords), width))
     arguments = latents, jax.lax.stop_gradient(teacher_outputs), codewords, personalized, chosen, attended
-    refuse_negative(block)
+    check_block(block)
     block = best_block(candidates, codewords.shape[1], 256) if block is None else block
     plain = functools.partial(_alignment_in_blocks, block=block) if 0 < block < candidates else _alignment
     kernel = pick("align", implementation, *arguments)
@@ -143,8 +143,8 @@ def codebook_alignment(
 def _alignment(latent, output, codewords, personalized, chosen, attended):
     total = jnp.zeros(latent.shape[:-1], latent.dtype)
     for level in range(codewords.shape[0]):
-        log_p = jax.nn.log_softmax(negative_distances(latent, codewords[level]))
-        log_q = jax.nn.log_softmax(negative_distances(output, personalized[:, level]))
+        log_p = jax.nn.log_softmax(negative_distances(*centred(latent, codewords[level])))
+        log_q = jax.nn.log_softmax(negative_distances(*centred(output, personalized[:, level])))
         total += jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
         latent = latent - chosen[:, :, level]
         output = output - attended[:, :, level]

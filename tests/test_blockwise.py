@@ -93,7 +93,7 @@ def test_a_history_without_positions_gives_zero(block):
 
 
 def test_negative_blocks_are_refused():
-    with pytest.raises(ValueError, match="block is -5, expected at least 0"):
+    with pytest.raises(ValueError, match="block: expected an integer >= 0, got -5"):
         attention.multi_head_attention(*make_inputs(), block=-5)
 
 

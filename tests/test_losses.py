@@ -237,5 +237,5 @@ def test_alignment_refuses_other_shapes(position, shape):
 
 
 def test_alignment_refuses_negative_blocks():
-    with pytest.raises(ValueError, match="block is -1, expected at least 0"):
+    with pytest.raises(ValueError, match="block: expected an integer >= 0, got -1"):
         losses.codebook_alignment(*aligned(0), block=-1)

@@ -5,7 +5,8 @@ NotImplementedError with the reason. None runs the kernel only if the table `PRE
 for these shapes, and it supports the arguments; otherwise XLA. Only measurements (`python -m benchmarks`) may
 add entries to the table. On a TPU, Mosaic compiles a kernel; on a CPU the same kernel is interpreted, slowly,
 so that tests can compare its numbers. Under a mesh, call a kernel within `shard_map`, as XLA cannot partition
-it.
+it. Kernels look rows of a table up by products with one-hot codes: a number in it that is not finite reaches
+all candidates, where XLA's look-up shows it only to those with that row.
 
 Operations with a TPU kernel, and the functions that use them:
 
@@ -63,6 +64,8 @@ def pick(
     if implementation == "xla" or (implementation is None and not _preferred(operation, platform, arguments)):
         return None
     module = importlib.import_module(f"tarq_jax.kernels.{MODULES[operation]}")
+    if _symbolic(arguments):
+        refusal = refusal or "a size is symbolic, and kernels are compiled for one size"
     if platform == "gpu" and operation not in ON_GPU:
         refusal = "this is a GPU, and the kernel is for a TPU"
     refusal = refusal or getattr(module, f"refuse_{operation}")(*arguments)
@@ -75,10 +78,13 @@ def pick(
 
 def _preferred(operation: str, platform: str, arguments: Any) -> bool:
     """Whether the kernel is known to be as fast: for no symbolic shapes, as they are of every size."""
-    if (faster := PREFERRED.get((operation, platform))) is None:
-        return False
-    sizes = [size for leaf in jax.tree.leaves(arguments) for size in leaf.shape]
-    return all(isinstance(size, int) for size in sizes) and faster(*arguments)
+    faster = PREFERRED.get((operation, platform))
+    return faster is not None and not _symbolic(arguments) and faster(*arguments)
+
+
+def _symbolic(arguments: Any) -> bool:
+    """Whether the size of an axis is symbolic, as in a program that is exported for every size."""
+    return not all(isinstance(size, int) for leaf in jax.tree.leaves(arguments) for size in leaf.shape)
 
 
 def _refuse_device() -> str | None:

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from tarq_jax import checks
-from tarq_jax.blockwise import MASKED, best_block, refuse_negative, split_blocks
+from tarq_jax.blockwise import MASKED, best_block, check_block, split_blocks
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
 LANES = 16  # least width, and most parts, that `argmax` cuts a row into on a CPU
+SHORT = 48  # longest row along which `argmax` compares number by number on a CPU
 SEARCHED = 4  # `_top` searches a row directly if it has at most this many entries per entry to find
 Assign = Callable[..., jax.Array]  # (points, codewords) -> codes, perhaps with `where`
 Tree = TypeVar("Tree")
@@ -37,7 +38,7 @@ def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
 
     The dropped term `-|x|^2` changes neither an argmax nor a softmax over the codewords, and this form
     never computes a `[..., K, D]` difference. Both terms grow with the distance from the origin, but
-    their difference does not: for points far from the origin, subtract a common centre first.
+    their difference does not: for points far from the origin, use `centred` first.
 
     Args:
       points: [..., M, D].
@@ -54,34 +55,53 @@ def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
 def argmax(scores: jax.Array, axis: int = -1) -> jax.Array:
     """Index of the largest entry along `axis`, the first among equals: [..., K] to int32 [...].
 
-    Plain reductions and comparisons of floats, which XLA vectorises on CPU. It does not vectorise the paired
-    reduction of `jnp.argmax`, which takes twice as long for rows of 256.
+    XLA vectorises the comparisons here on CPU, which it does not do with the paired reduction of
+    `jnp.argmax`. A row of NaN gives its last index; one with some NaN, any.
     """
     size, axis = scores.shape[axis], axis % scores.ndim
-    best = jnp.max(scores, axis=axis, keepdims=True)
     width = size
-    if size > LANES and axis == scores.ndim - 1 and jax.default_backend() == "cpu":
-        width = LANES * math.ceil(size / LANES**2)
+    if axis == scores.ndim - 1 and jax.default_backend() == "cpu":
+        if size <= SHORT:
+            return _argmax_by_column(scores)
+        width = min(size, LANES * math.ceil(size / LANES**2))
+    best = jnp.max(scores, axis=axis, keepdims=True)
     found: jax.Array | float = size
     for start in (*range(size - width, 0, -width), 0):  # backwards: the first among equals stays
         part = jax.lax.slice_in_dim(scores, start, start + width, axis=axis)
         indices = start + jax.lax.broadcasted_iota(jnp.float32, part.shape, axis)  # exact up to 2^24
         found = jnp.where(part >= best, indices, found)
-    # `found` is `size` if every score is NaN
-    return jnp.minimum(jnp.min(found, axis=axis), size - 1).astype(jnp.int32)
+    return jnp.minimum(jnp.min(found, axis=axis), size - 1).astype(jnp.int32)  # `size` if `best` is NaN
+
+
+def _argmax_by_column(scores: jax.Array) -> jax.Array:
+    """`argmax` along short rows: one pass, which compares a column of all rows after the other."""
+    best, found = scores[..., 0], jnp.zeros(scores.shape[:-1], jnp.int32)
+    for index in range(1, scores.shape[-1]):
+        column = scores[..., index]
+        best, found = jnp.maximum(best, column), jnp.where(column > best, index, found)
+    return jnp.where(jnp.isnan(best), scores.shape[-1] - 1, found)
 
 
 def nearest(points: jax.Array, codewords: jax.Array) -> jax.Array:
     """Index of the codeword at the smallest Euclidean distance: [M, D] and [K, D] to [M]."""
-    return argmax(_half_scores(*_centred(points, codewords)))
+    return argmax(_half_scores(*centred(points, codewords)))
 
 
-def _centred(points: jax.Array, codewords: jax.Array) -> tuple[jax.Array, jax.Array]:
+def centred(points: jax.Array, codewords: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both relative to the first codeword, so that products keep their precision far from the origin.
 
-    The difference of two close numbers is exact in floating point; a difference to a mean is not.
+    The difference of two close numbers is exact in floating point; a difference to a mean is not. As no
+    distance depends on the centre, derivatives take it as a constant.
+
+    Args:
+      points: [..., M, D].
+      codewords: [..., K, D], with the same leading axes as `points` or none.
+
+    Returns:
+      The same shapes.
     """
-    return points - codewords[0], codewords - codewords[0]
+    centre = jax.lax.stop_gradient(codewords[..., :1, :])
+    return points - centre, codewords - centre
 
 
 def _half_scores(points: jax.Array, codewords: jax.Array) -> jax.Array:
@@ -125,7 +145,7 @@ def balanced(
     """
     checks.positive("temperature", temperature)
     checks.positive_int("iterations", iterations)
-    points, codewords = _centred(points, codewords)
+    points, codewords = centred(points, codewords)
     scores = negative_distances(points, codewords) - jnp.sum(points**2, axis=-1, keepdims=True)
     where = jnp.ones(len(points), bool) if where is None else jnp.asarray(where)
     chex.assert_shape(where, points.shape[:1])
@@ -191,7 +211,10 @@ def encode(
     if kernel:
         codes_of = functools.partial(kernel, jax.lax.stop_gradient(levels))
         return _encode_by(codes_of, levels, latents, block=0)
-    refuse_negative(block)
+    check_block(block)
+    if wide := _in_float32(levels, latents):
+        codes = encode(*wide, assign=assign, block=block, implementation="xla").codes
+        return with_codes(levels, latents, codes)
     if block is None and "where" not in inspect.signature(assign).parameters:
         block = best_block(math.prod(latents.shape[:-1]), max(map(len, levels)), 2048)
     if block:
@@ -231,17 +254,29 @@ def beam_encode(
     Raises:
       ValueError: `beam` is below 1, or `block` is negative.
     """
-    if beam < 1:
-        raise ValueError(f"beam is {beam}, expected at least 1")
-    refuse_negative(block)
+    checks.positive_int("beam", beam)
+    check_block(block)
     levels = as_levels(codewords, latents)
     if beam == 1 or len(levels) == 1 or not latents.size:
         return encode(levels, latents, block=block)
+    if wide := _in_float32(levels, latents):
+        return with_codes(levels, latents, beam_encode(*wide, beam=beam, block=block).codes)
     if block is None:
         block = best_block(math.prod(latents.shape[:-1]), beam * max(map(len, levels)), 512)
     fixed = jax.lax.stop_gradient(levels)
     codes_of = functools.partial(_best_codes, levels=fixed, products=_products(fixed), beam=beam)
     return _encode_by(codes_of, levels, latents, block)
+
+
+def _in_float32(
+    levels: tuple[jax.Array, ...], latents: jax.Array
+) -> tuple[tuple[jax.Array, ...], jax.Array] | None:
+    """Both in float32, if they are of a smaller type: codes depend on small differences."""
+    dtype = jnp.result_type(latents, *levels)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if dtype == wide:
+        return None
+    return tuple(level.astype(wide) for level in levels), jnp.asarray(latents).astype(wide)
 
 
 def _encode_by(
@@ -292,9 +327,16 @@ def decode(codewords: Levels, codes: jax.Array) -> jax.Array:
 
 
 def as_levels(codewords: Levels, latents: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """The levels as a tuple of arrays [K_l, D], checked to have the width of the latents."""
+    """The levels as a tuple of arrays [K_l, D], checked to have the width of the latents.
+
+    Raises:
+      ValueError: there is no level, or one without a codeword.
+    """
     levels = tuple(jnp.asarray(level) for level in codewords)
     chex.assert_rank(levels, 2)
+    if not levels or not all(map(len, levels)):
+        raise ValueError(f"codewords: {len(levels)} levels of {[*map(len, levels)]} codewords, expected at "
+                         f"least one level, and one codeword in each")
     chex.assert_equal_shape_suffix([*levels, *([] if latents is None else [latents])], 1)
     return levels
 
@@ -305,10 +347,13 @@ def _squared_error(output: QuantizerOutput, latents: jax.Array) -> jax.Array:
 
 def _in_blocks(function: Callable[[jax.Array], Tree], points: jax.Array, block: int) -> Tree:
     """Applies `function`, from [M, D] to a tree of [M, ...], to one block of points after the other."""
-    if not block or block >= len(points):
+    size = points.shape[0]
+    if block and not isinstance(size, int):
+        raise ValueError(f"block is {block}, expected 0 or None for a number of latents that is symbolic")
+    if not block or block >= size:
         return function(points)
     found = jax.lax.map(function, split_blocks(points, block, 0))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: len(points)], found)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
 
 
 def _best_codes(
@@ -336,12 +381,13 @@ def _beam_codes(
     Codeword c adds `<x - b_1 - ... - b_l, c> - |c|^2 / 2` to half the negative squared error of a path
     `b_1, ..., b_l`. Products of codewords come from `products`, so that those with x serve all paths.
     """
-    latents, first = _centred(latents, levels[0])
+    latents, first = centred(latents, levels[0])
     codes: list[jax.Array] = []  # codes of the paths that are kept, [M, beam] per level
-    scores = jnp.zeros((len(latents), 1))  # scores of these paths: half the negative squared error
+    scores = jnp.zeros((latents.shape[0], 1))  # scores of these paths: half the negative squared error
     for index, level in enumerate((first, *levels[1:])):
         taken = sum(pairs[code] for pairs, code in zip(products[index], codes, strict=True))
-        totals = (scores[..., None] + _half_scores(latents, level)[:, None] - taken).reshape(len(latents), -1)
+        totals = (scores[..., None] + _half_scores(latents, level)[:, None] - taken).reshape(
+            latents.shape[0], scores.shape[1] * len(level))
         kept = 1 if index == len(levels) - 1 else min(beam, totals.shape[1])
         scores, best = _top(totals, kept)
         parents, code = jnp.divmod(best, len(level))
@@ -361,9 +407,9 @@ def _top(scores: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         return _top_by_argmax(scores, size)
     group = 2 ** round(math.log2(width / size) / 2)  # then groups and entries to search are about as many
     padded = jnp.pad(scores, ((0, 0), (0, -width % group)), constant_values=-jnp.inf)
-    grouped = padded.reshape(len(scores), -1, group)
+    grouped = padded.reshape(scores.shape[0], padded.shape[1] // group, group)
     _, groups = _top(grouped.max(axis=-1), size)
-    searched = jnp.take_along_axis(grouped, groups[..., None], axis=1).reshape(len(scores), -1)
+    searched = jnp.take_along_axis(grouped, groups[..., None], axis=1).reshape(scores.shape[0], size * group)
     values, found = _top(searched, size)
     return values, jnp.take_along_axis(groups, found // group, axis=1) * group + found % group
 

@@ -72,9 +72,9 @@ def test_gradients_are_those_of_the_textbook(name, way):
     assert measuring.error(found, expected(name, "odd", "gradient")) < 1e-5
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_in_bfloat16(name):
-    found = run(OPERATIONS[name].implementations["pallas"], name, "pallas", "odd", jnp.bfloat16)
+@pytest.mark.parametrize("name, way", [(name, way) for name in KERNELS for way in ("pallas", "xla")])
+def test_numbers_in_bfloat16(name, way):
+    found = run(OPERATIONS[name].implementations[way], name, way, "odd", jnp.bfloat16)
     floats = [leaf for leaf in jax.tree.leaves(found) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert all(leaf.dtype == jnp.bfloat16 for leaf in floats)
     assert measuring.error(jax.tree.map(as_float32, found), expected(name, "odd", dtype=jnp.bfloat16)) < 0.03
@@ -196,14 +196,16 @@ def test_alignment_lowers_for_a_gpu():
     assert lowered_for_nvidia(jax.value_and_grad(lambda *given: align(*given).sum()), *arrays)
 
 
-def test_alignment_on_a_gpu_far_from_the_origin():
+@pytest.mark.parametrize("align", [
+    functools.partial(align_gpu.align, interpret=InterpretGPUParams()),
+    functools.partial(losses.codebook_alignment, implementation="pallas"), losses.codebook_alignment])
+def test_alignment_far_from_the_origin(align):
     """A translation of all, by the first level's codewords, changes only roundings of the arguments."""
     latents, outputs, codewords, personalized, chosen, attended = arguments("align", "odd")
     first = jnp.zeros((len(codewords), 1, 1)).at[0].set(100.0)
     moved = (latents + 100, outputs + 100, codewords + first, personalized + first,
              chosen + first[:, 0], attended + first[:, 0])
-    found = align_gpu.align(*moved, interpret=InterpretGPUParams())
-    assert measuring.error(found, expected("align", "odd")) < 1e-4
+    assert measuring.error(align(*moved), expected("align", "odd")) < 1e-4
 
 
 def test_alignment_on_a_gpu_is_zero_where_distributions_agree():
@@ -327,6 +329,8 @@ def test_none_falls_back_where_the_kernel_does_not_fit(monkeypatch):
     items, = export.symbolic_shape("m")  # a program for every size
     spec = jax.ShapeDtypeStruct((items, latents.shape[-1]), latents.dtype)
     export.export(jax.jit(lambda latents: quantization.encode(codewords, latents).codes))(spec)
+    with pytest.raises(NotImplementedError, match="encode has no kernel for this: a size is symbolic"):
+        jax.eval_shape(functools.partial(quantization.encode, codewords, implementation="pallas"), spec)
     cosine = functools.partial(quantization.encode, assign=quantization.nearest_by_cosine)
     assert "pallas_call" not in str(jax.make_jaxpr(cosine)(codewords, latents))
 

@@ -10,6 +10,7 @@ from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax import export
 
 from tarq_jax import quantization
 from tarq_jax.quantization import encoding
@@ -217,9 +218,9 @@ def test_argmax_takes_the_first_of_equals():
     np.testing.assert_array_equal(encoding.argmax(scores), [1, 0, 2, 2])
 
 
-@pytest.mark.parametrize("size", [16, 17, 40, 300])  # one to sixteen parts of a row, which may overlap
-def test_argmax_of_rows_in_parts(size):
-    scores = np.random.default_rng(0).integers(-3, size // 5, (200, size)).astype(np.float32)  # with ties
+@pytest.mark.parametrize("size", [1, 7, 48, 49, 300])  # number by number, or in parts that may overlap
+def test_argmax_of_rows(size):
+    scores = np.random.default_rng(0).integers(-3, 3 + size // 5, (200, size)).astype(np.float32)  # with ties
     scores[0], scores[1], scores[2] = -np.inf, np.nan, 5.0
     scores[3, :-1] = -np.inf
     expected = np.where(np.isnan(scores[:, 0]), size - 1, scores.argmax(axis=1))
@@ -311,9 +312,24 @@ def test_top_equals_sorting(seed):
 
 @pytest.mark.parametrize("encoder", [
     quantization.encode, functools.partial(quantization.beam_encode, beam=2)])
-def test_negative_blocks_are_refused(quantized, encoder):
-    with pytest.raises(ValueError, match="block is -1, expected at least 0"):
-        encoder(*quantized[:2], block=-1)
+@pytest.mark.parametrize("block", [-1, 1.5, True, "a"])
+def test_blocks_that_are_no_number_of_latents_are_refused(quantized, encoder, block):
+    with pytest.raises(ValueError, match=f"block: expected an integer >= 0, got {block!r}"):
+        encoder(*quantized[:2], block=block)
+
+
+@pytest.mark.parametrize("encoder", [
+    quantization.encode, functools.partial(quantization.beam_encode, beam=2)])
+def test_one_program_for_every_number_of_latents(quantized, encoder):
+    codewords, latents, _ = quantized
+    every, = export.symbolic_shape("m")
+    spec = jax.ShapeDtypeStruct((every, latents.shape[-1]), jnp.float32)
+    program = export.export(jax.jit(lambda found: encoder(codewords, found).codes))(spec)
+    flat = latents.reshape(-1, latents.shape[-1])
+    for size in (1, 5):
+        np.testing.assert_array_equal(program.call(flat[:size]), encoder(codewords, flat[:size]).codes)
+    with pytest.raises(ValueError, match="block is 3, expected 0 or None for a number of latents"):
+        export.export(jax.jit(lambda found: encoder(codewords, found, block=3).codes))(spec)
 
 
 def test_codes_that_depend_on_all_latents_have_no_blocks():
@@ -327,9 +343,21 @@ def test_nothing_to_encode(beam):
     assert output.codes.shape == (0, 2) and output.quantized.shape == (0, 5)
 
 
-def test_beam_below_one_is_refused(quantized):
-    with pytest.raises(ValueError, match="beam is 0, expected at least 1"):
-        quantization.beam_encode(*quantized[:2], beam=0)
+@pytest.mark.parametrize("beam", [0, 1.5, "2"])
+def test_beams_that_are_no_number_of_sums_are_refused(quantized, beam):
+    with pytest.raises(ValueError, match=f"beam: expected an integer >= 1, got {beam!r}"):
+        quantization.beam_encode(*quantized[:2], beam=beam)
+
+
+@pytest.mark.parametrize("codewords, complaint", [
+    ([], r"codewords: 0 levels of \[\] codewords, expected at least one level"),
+    (np.zeros((2, 0, 3)), r"codewords: 2 levels of \[0, 0\] codewords, expected at least one level"),
+])
+def test_levels_without_codewords_are_refused(codewords, complaint):
+    for call in (lambda: quantization.encode(codewords, np.zeros((4, 3))),
+                 lambda: quantization.decode(codewords, np.zeros((4, len(codewords)), int))):
+        with pytest.raises(ValueError, match=complaint):
+            call()
 
 
 # Levels that differ in size
