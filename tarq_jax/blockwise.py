@@ -30,9 +30,9 @@ def best_block(rows: int, columns: int, block: int) -> int:
     """How many rows to process together, given a [rows, columns] matrix of logits; 0 for all, no blocks.
 
     On a CPU it is `block` if the cache cannot hold the matrix. Blocks then take less time, down to a fifth:
-    `python -m benchmarks attend align encode --workload=paper`. Elsewhere, where no blocks were measured, they are at
-    least `block` and only bound memory: to some `MOST` logits for each request, head and level. A program
-    that is exported for every size has none.
+    `python -m benchmarks attend align encode --workload=paper`. Elsewhere, where no blocks were measured,
+    they are at least `block` and only bound memory: to some `MOST` logits for each request, head and level. A
+    program that is exported for every size has none.
     """
     if not isinstance(rows * columns, int):  # symbolic
         return 0
