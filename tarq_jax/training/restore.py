@@ -28,7 +28,7 @@ def load_run(workdir: Path) -> Run:
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: the saved settings are invalid in this version, or the data has changed since.
+      ValueError: the saved settings are invalid in this version, or the data or own code has changed since.
     """
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
@@ -40,6 +40,7 @@ def load_run(workdir: Path) -> Run:
             raise ValueError(f"{workdir}: its settings do not hold: {error}") from error
         dataset = loop.load_data(config)
         provenance.check_data(Path(workdir), dataset)
+        provenance.check_code(Path(workdir), config)
         tables = sharding.make_tables(config)
         objective = build(config.model, config.loss_weights, dataset.schema, tables)
         fresh = setup.init_state(config, objective, setup.make_optimizer(config), dataset)

@@ -11,7 +11,7 @@ import pytest
 from tarq_jax import quantization, user_code
 from tarq_jax.config import validate
 from tarq_jax.models import FirstOrderTarq, TwoTower
-from tarq_jax.training import loop, provenance, setup
+from tarq_jax.training import loop, provenance, restore, setup
 from tarq_jax.training.modules import common, of_tarq
 from tarq_jax.training.objectives import STUDENT, TEACHER, Predictions, build, supervised, tarq
 
@@ -92,6 +92,18 @@ def test_it_is_trained_as_the_librarys_are(named, tiny_config, tiny_dataset, tmp
     assert {name: found[name] for name in measured} == {name: expected[name] for name in measured}
     entry, = provenance.read(tmp_path / "b")
     assert entry["own"] == {config.model.name: user_code.source_of(config.model.name)}
+
+
+def test_a_run_whose_file_changed_is_not_loaded(tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "elsewhere.py").write_text(f"from {__name__} import own_towers")
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    tiny_config.model.name, tiny_config.steps = "elsewhere:own_towers", 1
+    loop.train(tiny_config, tiny_dataset, tmp_path / "run", silent)
+    assert restore.load_run(tmp_path / "run").steps == 1
+    (tmp_path / "elsewhere.py").write_text(f"from {__name__} import own_towers  # changed")
+    with pytest.raises(ValueError, match="was trained with the file of elsewhere:own_towers as"):
+        restore.load_run(tmp_path / "run")
 
 
 def test_rows_in_a_table_of_several():
