@@ -12,7 +12,7 @@ from typing import IO, Any, Literal, TextIO
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -137,10 +137,18 @@ def _mend(path: Path) -> None:
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with its task's description, a count, the time that remains and a note."""
+    """A bar with its task's description, a count, the time that remains and a note; see `advance`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[note]}"))
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def advance(progress: Progress, task: TaskID, completed: int, note: str) -> None:
+    """Moves a bar of `progress_bar`; where there is no terminal for it, as in a log, prints a line."""
+    progress.update(task, completed=completed, note=note)
+    if progress.disable:
+        bar = progress.tasks[task]
+        progress.console.print(f"{bar.description}: {completed:,} of {bar.total:,.0f}, {note}", markup=False)
 
 
 # Columns of a predictor that a terminal has room for; files hold every column.

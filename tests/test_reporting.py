@@ -130,10 +130,15 @@ def test_metrics_as_tensorboard_events(tmp_path):
     assert found == [(7, "loss", 0.25)]
 
 
-def test_progress_bar_shows_task_and_note():
-    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_or_lines(terminal):
+    console = Console(file=io.StringIO(), width=120, force_terminal=terminal)
     with reporting.progress_bar(console) as progress:
-        task = progress.add_task("tarq", total=12, note="")
-        progress.update(task, completed=12, note="loss 0.5")
+        task = progress.add_task("tarq", total=1200, note="")
+        reporting.advance(progress, task, 600, "compiling")
+        reporting.advance(progress, task, 1200, "loss 0.5")
     shown = console.file.getvalue()
-    assert "tarq" in shown and "12/12" in shown and "loss 0.5" in shown
+    if terminal:
+        assert "tarq" in shown and "1200/1200" in shown and "loss 0.5" in shown
+    else:
+        assert shown == "tarq: 600 of 1,200, compiling\ntarq: 1,200 of 1,200, loss 0.5\n"

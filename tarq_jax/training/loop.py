@@ -16,7 +16,7 @@ from rich.console import Console
 from tarq_jax import data, metrics
 from tarq_jax.cli import Interrupted
 from tarq_jax.config import BEST, data_options, shared_settings
-from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
+from tarq_jax.reporting import MetricsWriter, advance, progress_bar, write_rows
 from tarq_jax.training import checkpoint, distributed, provenance, setup, sharding
 from tarq_jax.training.evaluate import SCORES, Row, evaluate
 from tarq_jax.training.failure import Watch, batch_kept, full_disk_named, paths_of
@@ -133,6 +133,7 @@ def train(
     distributed.check_same("the configuration", json.dumps(shared_settings(config), sort_keys=True))
     distributed.check_same("the data", json.dumps([dataset.fingerprint, dataset.schema.to_json()]))
     check_saved(config, dataset, workdir, resume=resume)
+    before = checkpoint.saved_settings(workdir) or config.to_dict()
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     shapes = setup.batch_shapes(dataset)
     watch = Watch(paths_of(state.trainable), config.optimizer.max_gradient_norm)
@@ -155,7 +156,11 @@ def train(
             provenance.record(workdir, config, dataset)
         for sentence in damaged:
             console.print(f"{sentence} Going on from step {start}.", markup=False)
+        if found := checkpoint.difference(before, config, lambda name: name == "steps"):
+            console.print(f"{workdir}: {found}. The result differs from that of a run started with this "
+                          "number: learning rates and the start of the codebook depend on it.", markup=False)
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
+        advance(progress, bar, start, "compiling")
         batches = data.prefetch(
             batches_from(start_step=start, readers=config.data.readers), config.prefetch,
             functools.partial(transfer, put=lambda batch: way.put(batch, mesh)))
@@ -175,7 +180,7 @@ def train(
             if logged:
                 scalars = watch.check() | meter.read()
                 writer.write(done, scalars)
-                progress.update(bar, completed=done, note=_note(scalars))
+                advance(progress, bar, done, _note(scalars))
             stop, validated = interruption.due(done), None
             measured, saved = measured and bool(config.best_metric or not stop), saved or stop
             if measured or saved:

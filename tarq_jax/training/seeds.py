@@ -24,7 +24,7 @@ from rich.console import Console
 
 from tarq_jax import data
 from tarq_jax.cli import Interrupted
-from tarq_jax.reporting import MetricsWriter, progress_bar, write_rows
+from tarq_jax.reporting import MetricsWriter, advance, progress_bar, write_rows
 from tarq_jax.training import checkpoint, distributed, loop, parallel, provenance, setup, sharding
 from tarq_jax.training.evaluate import Row
 from tarq_jax.training.failure import LONGEST, StepFailed, Watch, paths_of
@@ -213,6 +213,7 @@ def _train(
     with progress_bar(console) as progress:
         bar = progress.add_task(
             f"{config.model.name} x {len(members)}", total=config.steps, completed=start, note="")
+        advance(progress, bar, start, "compiling")
         for step in range(start, config.steps):
             if step == config.codebook.start and state.codebook is not None:
                 meter.pause()
@@ -230,7 +231,7 @@ def _train(
                 rates = meter.read()
                 for member, values in zip(members, scalars, strict=True):
                     member.writer.write(done, values | rates)
-                progress.update(bar, completed=done, note=f"{rates['examples_per_second']:,.0f} candidates/s")
+                advance(progress, bar, done, f"{rates['examples_per_second']:,.0f} candidates/s")
             stop = interruption.due(done)
             measured, saved = measured and not stop, saved or stop
             if measured or saved:

@@ -1,6 +1,7 @@
 """The loop: what it writes, what it refuses, and that it never saves a broken state."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 from tarq_jax import data, metrics, reporting
 from tarq_jax.training import checkpoint, loop, setup, sharding
@@ -55,6 +57,15 @@ def test_other_ways_to_use_the_devices_end_the_same(
             assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (found["step"], name)
     for row, expected in zip(result.rows, finished[1].rows, strict=True):
         assert row["log_loss"] == pytest.approx(expected["log_loss"], rel=1e-4)
+
+
+def test_a_run_that_goes_on_for_longer_says_so(tiny_config, tiny_dataset, tmp_path, finished):
+    shutil.copytree(finished[0], tmp_path / "run")
+    console = Console(file=io.StringIO(), width=1000)
+    before, tiny_config.steps = tiny_config.steps, tiny_config.steps + 1
+    loop.train(tiny_config, tiny_dataset, tmp_path / "run", console)
+    said = console.file.getvalue()
+    assert f"saved with config.steps={before}, this run has {before + 1}. The result differs from" in said
 
 
 def test_the_student_rests_until_the_codebook_starts(finished):
