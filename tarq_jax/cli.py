@@ -17,7 +17,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tarq_jax import memory
+from tarq_jax import memory, user_code
 
 DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 75
 
@@ -191,7 +191,17 @@ def _parse(argv: Sequence[str], words: bool = False) -> list[str]:
         name = found.args[0] if isinstance(found, KeyError) else found
         wrong_call(f"unknown setting of the configuration: {name}")
     except (flags.Error, OSError, TypeError, ValueError) as error:
-        wrong_call(error)
+        wrong_call(_without_traceback(str(error)))
+
+
+def _without_traceback(message: str) -> str:
+    """An error of a configuration file, as absl words it, with the place and the error for its traceback."""
+    about, found, trace = message.partition("Traceback (most recent call last):")
+    lines = trace.strip().splitlines()
+    if not found or not lines:
+        return message
+    place = next((line.strip() for line in reversed(lines) if line.lstrip().startswith('File "')), "")
+    return f"{about.strip()} {lines[-1]} ({place})"
 
 
 def _exit_code(main: Callable[[], None]) -> int:
@@ -205,7 +215,7 @@ def _exit_code(main: Callable[[], None]) -> int:
         _complain("interrupted; run it again to resume")
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        _complain(error)
+        _complain(f"{_text_of(error)}{user_code.place_of(error)}")
         return FAILED
 
 
@@ -221,8 +231,11 @@ def wrong_call(message: object) -> NoReturn:
 
 
 def _complain(error: object) -> None:
-    text = str(error) or f"a {type(error).__name__} without a message"
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {' '.join(_text_of(error).split())}", file=sys.stderr)
+
+
+def _text_of(error: object) -> str:
+    return str(error) or f"a {type(error).__name__} without a message"
 
 
 def settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -5,8 +5,11 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
+
+_files: set[str] = set()  # of the modules whose functions were called
 
 
 def is_there(name: str) -> bool:
@@ -36,7 +39,9 @@ def call(setting: str, name: str, returns: type, /, *arguments: Any, **options: 
     if not is_there(name):
         raise ValueError(f"{setting} is {name!r}, expected MODULE:FUNCTION of a module that Python finds")
     module, _, function = name.partition(":")
-    found = getattr(importlib.import_module(module), function, None)
+    imported = importlib.import_module(module)
+    _files.add(str(getattr(imported, "__file__", None)))
+    found = getattr(imported, function, None)
     if not callable(found):
         raise ValueError(f"{setting} is {name!r}, expected a function of {module}, which has no {function!r}")
     try:
@@ -49,6 +54,12 @@ def call(setting: str, name: str, returns: type, /, *arguments: Any, **options: 
         raise ValueError(f"{setting} is {name!r}, which gives a {type(made).__name__}, expected a "
                          f"{returns.__module__}.{returns.__qualname__}")
     return made
+
+
+def place_of(error: BaseException) -> str:
+    """Where in a file of the user's own the error arose, as ` (FILE:LINE, in FUNCTION)`; empty if in none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _files]
+    return f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
 
 
 def source_of(name: str) -> str:

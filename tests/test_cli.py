@@ -22,6 +22,8 @@ SYNTHETIC = "--config=configs/synthetic.py:smoke"
     ([SYNTHETIC, "extra"], ["extra"]),
     ([SYNTHETIC, "--bogus=1"], ["bogus"]),
     (["--config=configs/nowhere.py"], ["configs/nowhere.py", "No such file"]),
+    (["--config=configs/synthetic.py:smok"],
+     ["config file: ValueError: mode is 'smok', expected 'smoke' or none (File", "configs/"]),
     ([], ["--config"]),
 ], ids=lambda value: value[-1] if value and value[0].startswith("--config=") else None)
 def test_wrong_calls_of_train(wrong_call, tmp_path, arguments, named):
@@ -97,6 +99,17 @@ ENDINGS = {
 def test_endings(command, body):
     done = command("-c", f"from tarq_jax import cli\ndef main(): {body}\ncli.run(main)")
     assert (done.returncode, done.stdout, done.stderr) == (ENDINGS[body][0], "", ENDINGS[body][1])
+
+
+def test_an_error_in_a_file_of_ones_own_names_its_line(command, tmp_path):
+    (tmp_path / "own_data.py").write_text("def read(data_dir):\n    return int('n/a')\n")
+    done = command("-c", f"""
+import sys; sys.path.append({str(tmp_path)!r})
+from tarq_jax import cli, user_code
+cli.run(lambda: user_code.call("config.data.name", "own_data:read", int, "runs"))""")
+    assert done.returncode == cli.FAILED
+    assert done.stderr == (f"error: invalid literal for int() with base 10: 'n/a' "
+                           f"({tmp_path / 'own_data.py'}:2, in read)\n")
 
 
 def test_a_bug_keeps_its_traceback(command):

@@ -52,9 +52,9 @@ def path_option(**keywords: Any) -> Any:
 
 
 def require(valid: bool, option: str, value: Any, expected: str) -> None:
-    """Raises ValueError unless `valid`; names the option, its value and what was expected."""
+    """Raises ValueError unless `valid`; names the option as a setting, its value and what was expected."""
     if not valid:
-        raise ValueError(f"option {option!r} is {value!r}, expected {expected}")
+        raise ValueError(f"config.data.{option} is {value!r}, expected {expected}")
 
 
 def require_at_least(options: Any, **minimum: int) -> None:

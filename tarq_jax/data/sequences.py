@@ -113,8 +113,8 @@ def _draw_exactly(rng: np.random.Generator, popularity: np.ndarray, seen_items: 
     weights[seen_items] = 0
     allowed = np.flatnonzero(weights)
     if len(allowed) < num:
-        raise ValueError(f"option 'num_negatives' is {num}, expected at most {len(allowed)}: a user has seen "
-                         "all other items that occur in training")
+        raise ValueError(f"config.data.num_negatives is {num}, expected at most {len(allowed)}: a user "
+                         "has seen all other items that occur in training")
     keys = np.log(weights[allowed]) + rng.gumbel(size=len(allowed))
     return allowed[np.argsort(-keys)[:num]]
 

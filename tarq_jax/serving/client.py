@@ -62,7 +62,7 @@ class Client:
         if parts.scheme not in CONNECTIONS or not parts.hostname:
             raise ValueError(f"url is {url!r}, expected http://HOST:PORT or https://HOST:PORT")
         self._connection = CONNECTIONS[parts.scheme](parts.hostname, parts.port, timeout=timeout)
-        self._prefix, self._retries = parts.path.rstrip("/"), retries
+        self._url, self._prefix, self._retries = url, parts.path.rstrip("/"), retries
         self._headers = {"content-type": "application/json"}
         if token is not None:
             self._headers["authorization"] = f"Bearer {token}"
@@ -148,9 +148,9 @@ class Client:
             self._connection.close()
             kind = ConnectionError if isinstance(error, http.client.RemoteDisconnected) else OSError
             raise kind(f"not an answer of HTTP: {error!r}") from None
-        except OSError:
+        except OSError as error:
             self._connection.close()
-            raise
+            raise type(error)(f"{self._url}: {error}") from error
 
     def close(self) -> None:
         """Closes the connection; the next call opens a new one."""

@@ -137,5 +137,6 @@ def test_wrong_urls(url):
 
 
 def test_nobody_there():
-    with pytest.raises(ConnectionRefusedError), Client("http://127.0.0.1:1") as client:
+    with pytest.raises(ConnectionRefusedError, match=r"^http://127\.0\.0\.1:1: .*refused"), \
+            Client("http://127.0.0.1:1") as client:
         client.score({})
