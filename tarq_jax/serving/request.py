@@ -63,8 +63,8 @@ def main() -> None:
         answer = client.score({"top_k": 10} | request, candidates, top_k=TOP_K.value)
     rows = [{"rank": rank, "id": item, "score": score} for rank, (item, score) in enumerate(
         zip(answer.ids, answer.scores, strict=True), 1)]
-    notes = f"{answer.skipped} events skipped, {len(answer.unknown)} candidates unknown"
-    reporting.print_table(rows, f"{answer.version}: {notes}")
+    print(f"{answer.version}: {answer.skipped} events skipped, {len(answer.unknown)} candidates unknown")
+    reporting.print_table([row | {"score": f"{row['score']:.4f}"} for row in rows], "")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)
 
