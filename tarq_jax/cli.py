@@ -167,6 +167,8 @@ def run(main: Callable[..., None], *, words: bool = False) -> None:
     """
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX log every step they take
     memory.keep_freed()
+    for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):  # --help shows shared flags, too
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     if os.getcwd() not in sys.path:  # settings may name functions there; `python -m` has already added it
         sys.path.append(os.getcwd())
 

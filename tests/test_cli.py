@@ -101,6 +101,15 @@ def test_endings(command, body):
     assert (done.returncode, done.stdout, done.stderr) == (ENDINGS[body][0], "", ENDINGS[body][1])
 
 
+@pytest.mark.parametrize(("call", "shown"), [
+    (["train.py"], ["--config:", "--json:", "--workdir:", "--[no]resume:"]),
+    (["-m", "tarq_jax.experiments.convert"], ["--checkpoint:", "--correction:", "--seed:"]),
+])
+def test_help_shows_shared_flags(command, call, shown):
+    said = command(*call, "--help").stdout
+    assert all(flag in said for flag in shown), said
+
+
 def test_an_error_in_a_file_of_ones_own_names_its_line(command, tmp_path):
     (tmp_path / "own_data.py").write_text("def read(data_dir):\n    return int('n/a')\n")
     done = command("-c", f"""

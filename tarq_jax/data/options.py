@@ -90,7 +90,9 @@ class LogOptions:
 
     def __post_init__(self):
         require_at_least(self, history_length=1, min_history=0, num_negatives=0, item_buckets=0, min_count=1,
-                         max_user_events=1, seed=0, test_start=self.validation_start)
+                         max_user_events=1, seed=0, test_start=0)
+        require(self.validation_start <= self.test_start, "test_start", self.test_start,
+                f"at least config.data.validation_start, {self.validation_start}")
         require_fraction(self, "max_bad_fraction")
 
 
