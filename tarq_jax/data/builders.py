@@ -73,8 +73,10 @@ class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg
         contents = self.contents
         blocks = {split: records.describe_blocks(requests.read((0,)))
                   for split, requests in contents.splits.items()}
-        return self._make_info(contents.schema, {"schema": contents.schema.to_json(),
-                                                 "info": dict(contents.info), "blocks": blocks})
+        ids = contents.item_ids
+        return self._make_info(contents.schema, {
+            "schema": contents.schema.to_json(), "info": dict(contents.info), "blocks": blocks,
+            "item_ids": None if ids is None else np.asarray(ids).tolist()})
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
@@ -220,8 +222,10 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
                                                num_users=records.num_users(tables["users"]))
             else:
                 splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
+        ids = metadata.get("item_ids")
         dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"],
-                          fingerprint=metadata["fingerprint"])
+                          fingerprint=metadata["fingerprint"],
+                          item_ids=None if ids is None else np.asarray(ids, np.int64))
     records.check_dataset(dataset)
     return dataset
 

@@ -155,7 +155,8 @@ def generate(options: MovielensOptions) -> Dataset:
     splits = {name: _requests(events, windows, split) for split, name in enumerate(SPLITS)}
     rows = merge_reports([rating_report, item_report, user_report]).to_json()
     info = {"form": form.name, "genres": list(genres), "rows": rows, "num_events": len(events.user)}
-    return Dataset(_schema(item_table, user_table, sizes), item_table, user_table, splits, info)
+    return Dataset(_schema(item_table, user_table, sizes), item_table, user_table, splits, info,
+                   item_ids=np.append(0, item_ids))
 
 
 def _files(options: MovielensOptions):
@@ -163,5 +164,5 @@ def _files(options: MovielensOptions):
     return {path.name: path for path in (form.ratings, form.items, form.users) if path}
 
 
-SOURCE = Source("movielens", MovielensOptions, generate, _files,
+SOURCE = Source("movielens", MovielensOptions, generate, _files, version="1.1.0",
                 description="MovieLens ratings as requests in order of time; 4 or more is a click.")

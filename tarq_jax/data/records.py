@@ -92,6 +92,7 @@ class Dataset:
     splits: Mapping[str, Split]
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # facts about the data, JSON
     fingerprint: str = ""  # hash of options and files, or of the arrays (`hash_of`); "" if there is none
+    item_ids: np.ndarray | None = None  # [V] int64, ids for a service; that of row 0 is ignored; None: rows
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
@@ -250,7 +251,7 @@ def table_from_blocks(schema: Schema, side: Side, blocks: Iterable[Columns]) -> 
 def check_dataset(dataset: Dataset) -> None:
     """Raises ValueError unless all columns fit the schema: ids in range, numbers finite, item row 0 zero.
 
-    It also checks that every item's id is the number of its row.
+    It also checks that every item's `item_id` is the number of its row, and that `item_ids` differ.
     """
     schema = dataset.schema
     check_columns(schema.side("item"), dict(dataset.items), "items")
@@ -265,6 +266,15 @@ def check_dataset(dataset: Dataset) -> None:
     if (wrong := np.flatnonzero(ids != np.arange(len(ids)))).size:
         raise ValueError(f"items: field {ITEM_ID!r} is {ids[wrong[0]]} in row {wrong[0]}, expected the "
                          "number of the row, by which histories and candidates name an item")
+    if dataset.item_ids is not None:
+        own = np.asarray(dataset.item_ids)
+        if own.shape != ids.shape or own.dtype.kind not in "iu":
+            raise ValueError(f"item_ids: {own.dtype} of shape {own.shape}, expected whole numbers of shape "
+                             f"{ids.shape}")
+        values, counts = np.unique(own[1:], return_counts=True)
+        if (bad := values[(counts > 1) | (values < 0)]).size:
+            raise ValueError(f"item_ids: {bad[0]} is negative or the id of several items, expected one id of "
+                             "at least 0 for each")
     for split, requests in dataset.splits.items():
         if isinstance(requests, Requests):  # stored requests are checked when they are read
             check_requests(schema, num_users(dataset.users), requests, f"split {split!r}")

@@ -201,7 +201,8 @@ def generate(options: SequencesOptions) -> Dataset:
     lengths = np.diff(sequences.offsets)
     info = {"rows": report.to_json(), "num_events": int(lengths.sum()), "num_users": len(lengths),
             "users_too_short": int((lengths < MIN_ITEMS).sum())}
-    return Dataset(Schema(tuple(fields)), items, {}, splits, info)
+    return Dataset(Schema(tuple(fields)), items, {}, splits, info,
+                   item_ids=np.append(0, sequences.original_ids))
 
 
 def _files(options: SequencesOptions):
@@ -212,5 +213,5 @@ def _files(options: SequencesOptions):
     return files
 
 
-SOURCE = Source("sequences", SequencesOptions, generate, _files,
+SOURCE = Source("sequences", SequencesOptions, generate, _files, version="1.1.0",
                 description="The next item of a sequence among negatives drawn by popularity.")

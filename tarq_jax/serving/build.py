@@ -72,7 +72,7 @@ def write(
 ) -> Index:
     """Writes `index` and `model` into an existing folder; see `tarq_jax.serving.export` for the arguments.
 
-    Items keep the ids that they have in the data set, 1 to V - 1.
+    Items have the ids of `Dataset.item_ids`, or are numbered by their rows in the data set, 1 to V - 1.
 
     Raises:
       ValueError: `histories` are none, or a length is below 1.
@@ -82,8 +82,8 @@ def write(
         raise ValueError(f"histories are {histories}, expected lengths of at least 1")
     exported = export_method(method, histories=histories, vectors=vectors, platforms=platforms)
     arrays = store(encode_items(method, dataset), vectors, method.num_codewords)
-    ids = np.arange(1, dataset.schema.num_items)
-    index = make_index(ids, arrays, exported.fingerprint, capacity=capacity)
+    ids = np.arange(dataset.schema.num_items) if dataset.item_ids is None else dataset.item_ids
+    index = make_index(ids[1:], arrays, exported.fingerprint, capacity=capacity)
     facts = {"method": method.name, "schema": dataset.schema.to_json(), "histories": histories,
              "vectors": vectors, "platforms": list(platforms), "num_codewords": method.num_codewords,
              "arrays": {name: {"dtype": str(values.dtype), "row": list(values.shape[1:])}

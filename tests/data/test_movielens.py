@@ -250,6 +250,7 @@ def test_changed_files_are_prepared_anew(tmp_path):
     write_100k(folder, random_ratings(num=40))
     after = load("movielens", data_dir=tmp_path, source=str(folder))
     assert (before.info["num_events"], after.info["num_events"]) == (30, 40)
+    np.testing.assert_array_equal(after.item_ids, [0, *sorted(item for item, *_ in ITEMS)])
 
 
 @pytest.mark.parametrize("option, value", [("test_fraction", 1.0), ("validation_fraction", 0.8),

@@ -190,6 +190,19 @@ def valid_dataset() -> Dataset:
                    {"train": random_requests(rng, [2, 0], [3, 1])})
 
 
+@pytest.mark.parametrize("ids, text", [
+    (np.arange(19), r"item_ids: int64 of shape \(19,\), expected whole numbers of shape \(20,\)"),
+    (np.arange(20.0), r"item_ids: float64 of shape \(20,\), expected whole numbers"),
+    (np.arange(20) // 2, "item_ids: 1 is negative or the id of several items"),
+    (np.arange(20) - 2, "item_ids: -1 is negative or the id of several items"),
+])
+def test_ids_that_name_no_item_or_several_are_refused(ids, text):
+    dataset = valid_dataset()
+    check_dataset(dataclasses.replace(dataset, item_ids=np.arange(20) * 3))
+    with pytest.raises(ValueError, match=text):
+        check_dataset(dataclasses.replace(dataset, item_ids=ids))
+
+
 @pytest.mark.parametrize("column, value, text", [
     ("history", 20, r"split 'train': field 'history' is 20 in row 0, expected an id in \[0, 20\)"),
     ("candidates", -1, r"split 'train': field 'candidates' is -1 in row 0, expected an id in \[0, 20\)"),

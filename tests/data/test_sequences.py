@@ -103,7 +103,7 @@ def test_rare_negatives_are_found_and_too_few_are_an_error():
     users, seen = np.zeros(3, np.int64), np.array([1])
     drawn = sequences.sample_negatives(np.random.default_rng(0), popularity, users, seen, 3)
     assert np.sort(drawn, axis=1).tolist() == [[2, 3, 4]] * 3
-    with pytest.raises(ValueError, match="'num_negatives' is 4, expected at most 3"):
+    with pytest.raises(ValueError, match=r"config\.data\.num_negatives is 4, expected at most 3"):
         sequences.sample_negatives(np.random.default_rng(0), popularity, users, seen, 4)
 
 
@@ -143,6 +143,7 @@ def test_attributes_join_by_original_id(tmp_path):
     features = dataset.items["attributes"]
     assert features.shape == (8, 3)
     assert np.flatnonzero(features.any(1)).tolist() == [1, 5]  # items 10 and 50
+    assert dataset.item_ids.tolist() == [0, 10, 20, 30, 40, 50, 60, 70]
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="expected a JSON object"):
         sequences.generate(SequencesOptions(source, str(path), num_negatives=1))

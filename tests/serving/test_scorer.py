@@ -397,6 +397,19 @@ def test_candidate_sizes_come_back_with_slots(artefact):
     assert larger.with_index(small).with_index(larger.index).candidate_sizes == [512, 2048]
 
 
+def test_a_service_uses_the_ids_of_the_source(artefact, scorer, tmp_path):
+    ids = 1000 - 7 * np.arange(served.ITEMS)
+    dataset = dataclasses.replace(served.world().dataset, item_ids=ids)
+    build.write(served.method_of("tarq_scalar"), dataset, tmp_path, histories=(2, 6), capacity=600)
+    request = copy.deepcopy(REQUESTS[0])
+    request["history"]["item_id"] = ids[request["history"]["item_id"]].tolist()
+    found, = Scorer.load(tmp_path, batch_sizes=(1,), top_k=ITEMS.size).score([request])
+    expected, = scorer().score(REQUESTS[:1], top_k=ITEMS.size)
+    assert found.skipped == 0 and expected.skipped == 0
+    np.testing.assert_array_equal(np.sort(found.ids), np.sort(ids[1:]))
+    np.testing.assert_allclose(found.scores[np.argsort(-found.ids)], by_id(expected), rtol=1e-5)
+
+
 def test_lengths_of_histories_may_come_in_any_order(tmp_path):
     method = served.method_of("two_tower")
     build.write(method, served.world().dataset, tmp_path, histories=(6, 2, 6))
