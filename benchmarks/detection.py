@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks import comparing, measuring, verdicts
 from benchmarks.operations import OPERATIONS
 from tarq_jax import cli, reporting
+from tarq_jax.training import provenance
 
 REPEATS = flags.DEFINE_integer("repeats", 20, "Number of comparisons.", lower_bound=2)
 FACTOR = flags.DEFINE_float("factor", 1.3, "Factor by which times are increased.", lower_bound=1.0)
@@ -73,7 +74,8 @@ def main() -> None:
         for how in ("in turns", "against a file") for kind in ("slowed", "same")]
     reporting.print_table(rows, f"{REPEATS.value} comparisons")
     if JSON.value:
-        reporting.write_rows(rows, JSON.value)
+        facts = {"device": machine["device"], "revision": provenance.revision(), "operations": tried}
+        reporting.write_rows([facts | row for row in rows], JSON.value)
 
 
 if __name__ == "__main__":
