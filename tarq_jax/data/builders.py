@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,10 +74,9 @@ class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg
         contents = self.contents
         blocks = {split: records.describe_blocks(requests.read((0,)))
                   for split, requests in contents.splits.items()}
-        ids = contents.item_ids
-        return self._make_info(contents.schema, {
-            "schema": contents.schema.to_json(), "info": dict(contents.info), "blocks": blocks,
-            "item_ids": None if ids is None else np.asarray(ids).tolist()})
+        return self._make_info(contents.schema, {"schema": contents.schema.to_json(),
+                                                 "info": dict(contents.info), "blocks": blocks,
+                                                 "item_ids": _listed(contents.item_ids)})
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
@@ -133,6 +133,10 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
             "info": {"rows": merge_reports(reports).to_json()}})
 
 
+def _listed(ids: np.ndarray | None) -> list[int] | None:
+    return None if ids is None else np.asarray(ids).tolist()
+
+
 def _name(source: AnySource) -> str:
     return f"tarq_{source.name}"
 
@@ -169,7 +173,22 @@ def prepare(
         except OSError:
             if not _is_prepared(directory):  # otherwise another process has prepared it meanwhile
                 raise
+    if isinstance(source, Source):
+        _add_item_ids(Path(directory), source, options)
     return Path(directory)
+
+
+def _add_item_ids(directory: Path, source: Source, options: Any) -> None:
+    """Adds the ids of items to what was prepared before they were kept; all else in it is as it was."""
+    path = directory / "metadata.json"
+    with _readable(directory):
+        metadata = json.loads(path.read_text())
+        if "item_ids" in metadata:
+            return
+    metadata["item_ids"] = _listed(source.generate(options).item_ids)
+    complete = path.with_name(f"{path.name}-{os.getpid()}")
+    complete.write_text(json.dumps(metadata))
+    complete.replace(path)
 
 
 def _beam_options(source: AnySource, arguments: Sequence[str]) -> Any:

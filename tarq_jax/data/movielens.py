@@ -164,5 +164,5 @@ def _files(options: MovielensOptions):
     return {path.name: path for path in (form.ratings, form.items, form.users) if path}
 
 
-SOURCE = Source("movielens", MovielensOptions, generate, _files, version="1.1.0",
+SOURCE = Source("movielens", MovielensOptions, generate, _files,
                 description="MovieLens ratings as requests in order of time; 4 or more is a click.")

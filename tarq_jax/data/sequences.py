@@ -213,5 +213,5 @@ def _files(options: SequencesOptions):
     return files
 
 
-SOURCE = Source("sequences", SequencesOptions, generate, _files, version="1.1.0",
+SOURCE = Source("sequences", SequencesOptions, generate, _files,
                 description="The next item of a sequence among negatives drawn by popularity.")

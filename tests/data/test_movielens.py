@@ -1,5 +1,6 @@
 """MovieLens: every form gives the same requests, none looks ahead, malformed rows are reported."""
 
+import json
 import logging
 
 import numpy as np
@@ -250,7 +251,14 @@ def test_changed_files_are_prepared_anew(tmp_path):
     write_100k(folder, random_ratings(num=40))
     after = load("movielens", data_dir=tmp_path, source=str(folder))
     assert (before.info["num_events"], after.info["num_events"]) == (30, 40)
-    np.testing.assert_array_equal(after.item_ids, [0, *sorted(item for item, *_ in ITEMS)])
+    ids = [0, *sorted(item for item, *_ in ITEMS)]
+    np.testing.assert_array_equal(after.item_ids, ids)
+    for path in tmp_path.glob("tarq_movielens/*/*/metadata.json"):  # as data prepared before ids were kept
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items()
+                                    if key != "item_ids"}))
+    again = load("movielens", data_dir=tmp_path, source=str(folder))
+    np.testing.assert_array_equal(again.item_ids, ids)
+    assert again.fingerprint == after.fingerprint
 
 
 @pytest.mark.parametrize("option, value", [("test_fraction", 1.0), ("validation_fraction", 0.8),
