@@ -76,7 +76,7 @@ def attention_sums(
       Pytree like that of `summed`, [..., Q, any] each; zero if every position is masked.
 
     Raises:
-      ValueError: `block` is negative.
+      ValueError: `block` is no whole number or negative.
     """
     chex.assert_equal_shape_suffix([queries, keys], 1)
     check_block(block)
@@ -110,7 +110,7 @@ def multi_head_attention(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
-      ValueError: `block` is negative, or `implementation` is unknown.
+      ValueError: `block` is no whole number or negative, or `implementation` is unknown.
     """
     chex.assert_equal_shape([keys, values])
     chex.assert_equal_rank([queries, keys])

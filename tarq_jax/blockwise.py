@@ -42,9 +42,9 @@ def best_block(rows: int, columns: int, block: int) -> int:
 
 
 def check_block(block: int | None) -> None:
-    """Raises ValueError unless `block` is None or a whole number, at least 0; callers define both."""
+    """Raises ValueError unless `block` is a whole number from 0 on or None; callers say what it means."""
     if block is not None:
-        checks.int_from(0, "block", block)
+        checks.int_from("block", block, least=0)
 
 
 def scaled_products(queries: jax.Array, keys: jax.Array) -> jax.Array:

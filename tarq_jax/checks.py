@@ -60,10 +60,10 @@ def boolean(name: str, values: ArrayLike) -> np.ndarray:
 
 def positive_int(name: str, value: int) -> int:
     """`value` as an int; ValueError unless it is a whole number of at least 1."""
-    return int_from(1, name, value)
+    return int_from(name, value, least=1)
 
 
-def int_from(least: int, name: str, value: int) -> int:
+def int_from(name: str, value: int, *, least: int) -> int:
     """`value` as an int; ValueError unless it is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")

@@ -217,7 +217,7 @@ def _exit_code(main: Callable[[], None]) -> int:
         _complain("interrupted; run it again to resume")
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        _complain(f"{_text_of(error)}{user_code.place_of(error)}")
+        _complain(error, user_code.place_of(error))
         return FAILED
 
 
@@ -232,12 +232,9 @@ def wrong_call(message: object) -> NoReturn:
     sys.exit(WRONG_CALL)
 
 
-def _complain(error: object) -> None:
-    print(f"error: {' '.join(_text_of(error).split())}", file=sys.stderr)
-
-
-def _text_of(error: object) -> str:
-    return str(error) or f"a {type(error).__name__} without a message"
+def _complain(error: object, place: str = "") -> None:
+    text = str(error) or f"a {type(error).__name__} without a message"
+    print(f"error: {' '.join(text.split())}{place}", file=sys.stderr)
 
 
 def settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -46,7 +46,7 @@ def expand(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
-      ValueError: `block` is negative, or `implementation` is unknown.
+      ValueError: `block` is no whole number or negative, or `implementation` is unknown.
 
     Example:
       >>> keys = values = jnp.array([[[[0.0], [2.0]]]])

@@ -124,7 +124,7 @@ def codebook_alignment(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
-      ValueError: `block` is negative, or `implementation` is unknown.
+      ValueError: `block` is no whole number or negative, or `implementation` is unknown.
     """
     chex.assert_rank([latents, codewords], 3)
     requests, candidates, width = latents.shape

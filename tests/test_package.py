@@ -42,7 +42,7 @@ def test_imports_point_one_way():
     below = {
         "types": set(),
         "schema": set(),
-        "data": {"types", "schema", "user_code"},
+        "data": {"types", "schema", "user_code", "reporting"},
         "kernels": {"blockwise"},
         "quantization": {"types", "blockwise", "kernels", "checks"},
         "blockwise": {"checks"},

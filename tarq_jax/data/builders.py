@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from tarq_jax.data.options import AnySource, PipelineSource, Source, fingerprint
 from tarq_jax.data.records import Dataset
 from tarq_jax.data.rows import RowReport, check_report, merge_reports
 from tarq_jax.data.stored import StoredRequests
+from tarq_jax.reporting import replacing
 from tarq_jax.schema import Schema, Side
 
 # Splits that hold a table, and the side of the schema that each holds.
@@ -186,9 +186,8 @@ def _add_item_ids(directory: Path, source: Source, options: Any) -> None:
         if "item_ids" in metadata:
             return
     metadata["item_ids"] = _listed(source.generate(options).item_ids)
-    complete = path.with_name(f"{path.name}-{os.getpid()}")
-    complete.write_text(json.dumps(metadata))
-    complete.replace(path)
+    with replacing(path) as written:
+        written.write_text(json.dumps(metadata))
 
 
 def _beam_options(source: AnySource, arguments: Sequence[str]) -> Any:

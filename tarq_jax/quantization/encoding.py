@@ -63,7 +63,7 @@ def argmax(scores: jax.Array, axis: int = -1) -> jax.Array:
     if axis == scores.ndim - 1 and jax.default_backend() == "cpu":
         if size <= SHORT:
             return _argmax_by_column(scores)
-        width = min(size, LANES * math.ceil(size / LANES**2))
+        width = LANES * math.ceil(size / LANES**2)
     best = jnp.max(scores, axis=axis, keepdims=True)
     found: jax.Array | float = size
     for start in (*range(size - width, 0, -width), 0):  # backwards: the first among equals stays
@@ -193,8 +193,8 @@ def encode(
 
     Raises:
       NotImplementedError: `implementation` is "pallas", and no kernel supports these arguments.
-      ValueError: `block` is negative, or set with an `assign` that has `where`; or `implementation` is
-        unknown.
+      ValueError: `block` is no whole number or negative, or set with an `assign` that has `where`; or
+        `implementation` is unknown.
 
     Example:
       >>> codewords = jnp.array([[[0.0], [4.0]], [[-1.0], [1.0]]])
@@ -252,7 +252,7 @@ def beam_encode(
       As `encode`.
 
     Raises:
-      ValueError: `beam` is below 1, or `block` is negative.
+      ValueError: `beam` is below 1, or `block` is no whole number or negative.
     """
     checks.positive_int("beam", beam)
     check_block(block)

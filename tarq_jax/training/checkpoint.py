@@ -188,8 +188,9 @@ def newest_meta(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
     return None
 
 
-def check(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, *, resume: bool = True) -> bool:
-    """Whether there is a checkpoint to resume from.
+def check(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, *, resume: bool = True
+          ) -> dict[str, Any] | None:
+    """The configuration of the checkpoint to resume from; None without one.
 
     Raises:
       ValueError: there is one but `resume` is False, or it was saved with another configuration or schema
@@ -201,7 +202,7 @@ def check(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, *, r
                          f"use another --workdir")
     if meta is not None and (difference := _difference(meta, config, schema)) is not None:
         raise ValueError(f"{workdir / 'checkpoints'}: {difference}")
-    return meta is not None
+    return None if meta is None else meta["config"]
 
 
 def check_steps(workdir: Path, config: ml_collections.ConfigDict) -> None:

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -65,11 +65,17 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, resume: bool = True
 
 def check_saved(
     config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Path, *, resume: bool = True
-) -> None:
-    """Raises ValueError if a run with this configuration and data cannot resume from what `workdir` holds."""
-    if checkpoint.check(workdir, config, dataset.schema, resume=resume):
+) -> dict[str, Any] | None:
+    """The configuration that `workdir` was saved with; None if it holds no checkpoint.
+
+    Raises:
+      ValueError: a run with this configuration and data cannot resume from what it holds.
+    """
+    saved = checkpoint.check(workdir, config, dataset.schema, resume=resume)
+    if saved is not None:
         provenance.check_data(workdir, dataset)
         provenance.check_code(workdir, config)
+    return saved
 
 
 def with_model(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
@@ -132,8 +138,7 @@ def train(
     """
     distributed.check_same("the configuration", json.dumps(shared_settings(config), sort_keys=True))
     distributed.check_same("the data", json.dumps([dataset.fingerprint, dataset.schema.to_json()]))
-    check_saved(config, dataset, workdir, resume=resume)
-    before = checkpoint.saved_settings(workdir) or config.to_dict()
+    before = check_saved(config, dataset, workdir, resume=resume)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     shapes = setup.batch_shapes(dataset)
     watch = Watch(paths_of(state.trainable), config.optimizer.max_gradient_norm)
@@ -156,7 +161,7 @@ def train(
             provenance.record(workdir, config, dataset)
         for sentence in damaged:
             console.print(f"{sentence} Going on from step {start}.", markup=False)
-        if found := checkpoint.difference(before, config, lambda name: name == "steps"):
+        if before and (found := checkpoint.difference(before, config, lambda name: name == "steps")):
             console.print(f"{workdir}: {found}. The result differs from that of a run started with this "
                           "number: learning rates and the start of the codebook depend on it.", markup=False)
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")

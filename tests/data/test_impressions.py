@@ -102,5 +102,5 @@ def test_columns_have_to_be_there(tmp_path):
 @pytest.mark.parametrize("option, value", [("delimiter", "::"), ("feature_buckets", 0),
                                            ("event_features", "kind")])
 def test_options_out_of_range(option, value):
-    with pytest.raises(ValueError, match=f"config.data.{option} is {value!r}"):
+    with pytest.raises(ValueError, match=rf"config\.data\.{option} is {value!r}"):
         ImpressionsOptions("x", **{option: value})

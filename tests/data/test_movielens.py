@@ -264,5 +264,5 @@ def test_changed_files_are_prepared_anew(tmp_path):
 @pytest.mark.parametrize("option, value", [("test_fraction", 1.0), ("validation_fraction", 0.8),
                                            ("num_candidates", 0), ("max_bad_fraction", -0.1)])
 def test_options_out_of_range(option, value):
-    with pytest.raises(ValueError, match=f"config.data.{option} is {value}"):
+    with pytest.raises(ValueError, match=rf"config\.data\.{option} is {value}"):
         MovielensOptions("x", **{option: value})

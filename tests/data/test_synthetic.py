@@ -94,13 +94,13 @@ def test_auc_counts_pairs():
 
 
 @pytest.mark.parametrize("option, value, text", [
-    ("num_items", 10, "config.data.num_items is 10, expected an integer of at least 60"),
-    ("max_interests", 2, "config.data.max_interests is 2, expected an integer of at least 3"),
-    ("max_interests", 61, "config.data.max_interests is 61, expected at most num_clusters"),
-    ("history_length", 0, "config.data.history_length is 0"),
-    ("sharpness", float("nan"), "config.data.sharpness is nan"),
-    ("train_requests", -1, "config.data.train_requests is -1"),
-    ("num_candidates", 2.5, "config.data.num_candidates is 2.5, expected an integer"),
+    ("num_items", 10, r"config\.data\.num_items is 10, expected an integer of at least 60"),
+    ("max_interests", 2, r"config\.data\.max_interests is 2, expected an integer of at least 3"),
+    ("max_interests", 61, r"config\.data\.max_interests is 61, expected at most num_clusters"),
+    ("history_length", 0, r"config\.data\.history_length is 0"),
+    ("sharpness", float("nan"), r"config\.data\.sharpness is nan"),
+    ("train_requests", -1, r"config\.data\.train_requests is -1"),
+    ("num_candidates", 2.5, r"config\.data\.num_candidates is 2.5, expected an integer"),
 ])
 def test_options_out_of_range(option, value, text):
     with pytest.raises(ValueError, match=text):

@@ -165,7 +165,7 @@ def test_too_many_malformed_rows_fail_and_leave_nothing(prepared, tmp_path):
     ("targets", "pv,look"), ("last_time", 0), ("test_start", 0), ("num_negatives", -1),
     ("max_user_events", 0), ("max_bad_fraction", 1.0), ("item_buckets", -1)])
 def test_options_out_of_range(option, value):
-    with pytest.raises(ValueError, match=f"config.data.{option} is {value!r}"):
+    with pytest.raises(ValueError, match=rf"config\.data\.{option} is {value!r}"):
         UserBehaviorOptions("x", **{option: value})
 
 
