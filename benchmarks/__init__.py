@@ -1,1 +1,4 @@
-"""Benchmarks: one file per operation or system, each with its own command (`python -m benchmarks.NAME`)."""
+"""Benchmarks: `python -m benchmarks` for single operations, `python -m benchmarks.NAME` for each system.
+
+README.md in `results/` lists all commands; modules without one are parts of these.
+"""

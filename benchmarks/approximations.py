@@ -18,6 +18,15 @@ from flax import linen as nn
 from tarq_jax.approximate_attention import EPSILON, hash_planes, positive_features, sides, signature_codes
 from tarq_jax.attention import attention_sums
 from tarq_jax.models import Din, HardSearch, IntTower, LinearAttention, Sdim
+from tarq_jax.serving.item_side import (
+    Arrays,
+    Score,
+    after_first,
+    in_blocks,
+    in_blocks_on_cpu,
+    look_up,
+    on_attended,
+)
 from tarq_jax.serving.method import (
     SERVED,
     Method,
@@ -31,15 +40,6 @@ from tarq_jax.serving.method import (
     side_by_side,
     user_and_history,
     user_layers_and_history,
-)
-from tarq_jax.serving.scoring import (
-    Arrays,
-    Score,
-    after_first,
-    in_blocks,
-    in_blocks_on_cpu,
-    look_up,
-    on_attended,
 )
 from tarq_jax.serving.vectors import read
 

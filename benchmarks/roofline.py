@@ -78,10 +78,10 @@ class Split(NamedTuple):
 def lookup_bytes(work: Workload, split: Split, requests: int) -> dict[str, tuple[float, int]]:
     """Bytes that a device sends for look-ups and their gradients, with the number of devices that take part.
 
-    The formula follows `tarq_jax.training.lookup`. The devices that split the table gather ids and reduce
-    rows. If these devices are many, they exchange ids and rows with the owners instead; the formula assumes
-    one round, for distinct and evenly spread ids. If the table has copies, gradients are also gathered over
-    the copies, or blocks are summed over them, whichever is less.
+    The formula follows `tarq_jax.training.sharded_embedding`. The devices that split the table gather ids and
+    reduce rows. If these devices are many, they exchange ids and rows with the owners instead; the formula
+    assumes one round, for distinct and evenly spread ids. If the table has copies, gradients are also
+    gathered over the copies, or blocks are summed over them, whichever is less.
     """
     ids, row, copies = requests * work.ids, FLOAT * (work.width + 1), split.devices // split.table
     asked = exchange.capacity(ids, split.table)  # ids that each device sends to each owner

@@ -22,8 +22,8 @@ from tarq_jax.models.layers import Compute
 from tarq_jax.models.tarq import Head
 from tarq_jax.schema import Field, Schema
 from tarq_jax.serving import Scorer, build, methods
+from tarq_jax.serving.item_side import SCORES, Arrays
 from tarq_jax.serving.method import SERVED, Method, bound, user_and_history
-from tarq_jax.serving.scoring import SCORES, Arrays
 from tarq_jax.serving.tarq_methods import codebooks, expansions
 from tarq_jax.types import Batch
 

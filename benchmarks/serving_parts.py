@@ -26,9 +26,9 @@ import numpy as np
 from benchmarks.serving_contenders import Contender, personalize, user_stages
 from tarq_jax.models.layers import Compute
 from tarq_jax.serving import Index
+from tarq_jax.serving.item_side import Arrays, attend, first_order, for_all, in_blocks, level_changes, look_up
 from tarq_jax.serving.method import SERVED, Method
 from tarq_jax.serving.programs import pruned, request_specs
-from tarq_jax.serving.scoring import Arrays, attend, first_order, for_all, in_blocks, level_changes, look_up
 from tarq_jax.serving.vectors import rows
 
 LookUps = Callable[[Any, Arrays, Arrays], Any]  # item weights, state of a user, items -> what the head reads

@@ -25,8 +25,8 @@ from tarq_jax import cli, metrics, reporting
 from tarq_jax.data import ITEM_ID, Dataset, eval_batches
 from tarq_jax.serving.build import encode_items, method_of
 from tarq_jax.serving.index import round_up
+from tarq_jax.serving.item_side import for_all
 from tarq_jax.serving.method import Method
-from tarq_jax.serving.scoring import for_all
 from tarq_jax.training import setup
 from tarq_jax.training.restore import Run, load_run
 from tarq_jax.types import Batch

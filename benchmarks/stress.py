@@ -47,7 +47,7 @@ from benchmarks.stress_service import (
     write_artefacts,
 )
 from tarq_jax import cli, reporting
-from tarq_jax.serving import load
+from tarq_jax.serving import load_generator
 
 REPORT = flags.DEFINE_string("report", None, "Folder for a page with figures.",
                              allow_override=True)
@@ -94,7 +94,7 @@ class Trial:
         self._name, self._plan, self._service, self._console = name, plan, service, console
         self._start, self._stages = time.perf_counter(), 0
         with service.client() as client:
-            self._bodies = load.make_requests(
+            self._bodies = load_generator.make_requests(
                 client, history=plan.history, candidates=0, top_k=plan.top_k, seed=0)
 
     def _keep(self, kind: str, **facts: Any) -> None:
@@ -103,30 +103,30 @@ class Trial:
     def _clock(self) -> float:
         return time.perf_counter() - self._start
 
-    def _stage(self, name: str, sent: list[load.Sent], began: float, seconds: float, **facts: Any
+    def _stage(self, name: str, sent: list[load_generator.Sent], began: float, seconds: float, **facts: Any
                ) -> dict[str, Any]:
-        found = load.summary(sent, seconds)
+        found = load_generator.summary(sent, seconds)
         self._stages += 1
         self._keep("stage", stage=name, second=began, seconds=seconds, **facts, **found)
         for second in range(int(seconds)):
             part = [one._replace(due=one.due - second) for one in sent if second <= one.due < second + 1]
-            self._keep("second", second=began + second, **load.summary(part, 1.0))
+            self._keep("second", second=began + second, **load_generator.summary(part, 1.0))
         return found
 
     def one_at_a_time(self, name: str) -> dict[str, Any]:
         """Measures latency without load."""
-        began, sent = self._clock(), list[load.Sent]()
+        began, sent = self._clock(), list[load_generator.Sent]()
         with self._service.client() as client:
             while (due := self._clock() - began) < self._plan.stage:
-                outcome, version = load.attempt(client, self._bodies[len(sent) % len(self._bodies)])
-                sent.append(load.Sent(due, 0.0, self._clock() - began - due, outcome, version))
+                outcome, version = load_generator.attempt(client, self._bodies[len(sent) % len(self._bodies)])
+                sent.append(load_generator.Sent(due, 0.0, self._clock() - began - due, outcome, version))
         return self._stage(name, sent, began, self._plan.stage)
 
     def under(self, name: str, rate: float, seconds: float, **facts: Any) -> dict[str, Any]:
         """Sends `rate` requests per second, whether they are answered or not."""
         self._console.print(f"{self._name}: {name}, {rate:,.0f} requests a second for {seconds:.0f} s")
-        began, times = self._clock(), load.arrivals(rate, seconds, self._stages)
-        sent = load.send(self._service.url, self._bodies, times, connections=self._plan.connections,
+        began, times = self._clock(), load_generator.arrivals(rate, seconds, self._stages)
+        sent = load_generator.send(self._service.url, self._bodies, times, connections=self._plan.connections,
                          token=TOKEN)
         return self._stage(name, sent, began, seconds, rate=rate, **facts)
 

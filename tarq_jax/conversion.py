@@ -156,7 +156,7 @@ def attend(
 
 
 def relative_error(index: ItemIndex, corrections: jax.Array) -> float:
-    """Norm of the quantization error of corrections [V, H, E], over their norm unless that is 0.
+    """`|quantized - corrections| / |corrections|`, [V, H, E] each; the absolute error if all are 0.
 
     Raises:
       ValueError: the index is of order 0, which has no corrections.

@@ -17,12 +17,12 @@ from tarq_jax.data import impressions, movielens, sequences, synthetic, taobao_a
 from tarq_jax.data.collate import collate
 from tarq_jax.data.hashing import hash_ids
 from tarq_jax.data.movielens import MovielensOptions
-from tarq_jax.data.options import AnySource, PipelineSource, Source, make_options
 from tarq_jax.data.order import Shard
 from tarq_jax.data.pipeline import Shapes, count_candidates, eval_batches, item_batches, train_batches
 from tarq_jax.data.prefetching import prefetch
 from tarq_jax.data.records import Dataset, Requests, Split, check_dataset, hash_of, typed
 from tarq_jax.data.sequences import SequencesOptions
+from tarq_jax.data.sources import AnySource, PipelineSource, Source, make_options
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.synthetic import SyntheticOptions
 from tarq_jax.schema import ITEM_ID, Field, Schema, check_column, check_columns

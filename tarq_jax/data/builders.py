@@ -15,9 +15,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from tarq_jax.data import records
-from tarq_jax.data.options import AnySource, PipelineSource, Source, fingerprint
 from tarq_jax.data.records import Dataset
 from tarq_jax.data.rows import RowReport, check_report, merge_reports
+from tarq_jax.data.sources import AnySource, PipelineSource, Source, fingerprint
 from tarq_jax.data.stored import StoredRequests
 from tarq_jax.reporting import replacing
 from tarq_jax.schema import Schema, Side
@@ -110,16 +110,15 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
         from tarq_jax.data.beam.plan import plan_source, write_fact
 
         plan = plan_source(self.source, pipeline, self.options)
-        self._facts = {name: self.data_path / f"fact-{name}.json" for name in plan.facts}
-        for name, fact in plan.facts.items():
-            _ = fact | f"Write {name}" >> beam.Map(write_fact, str(self._facts[name]))
+        self._facts = self.data_path
+        _ = plan.facts | "Write facts" >> beam.Map(write_fact, str(self._facts))
         return plan.splits
 
     def _download_and_prepare(self, *arguments: Any, **keywords: Any) -> None:
         super()._download_and_prepare(*arguments, **keywords)
-        facts: dict[str, dict[str, Any]] = {"blocks": {}, "size": {}, "rows": {}}
-        for name, path in self._facts.items():
-            kind, _, key = name.partition("-")
+        facts: dict[str, dict[str, Any]] = {"blocks": {}, "size": {}, "rows": {}, "ids": {}}
+        for path in sorted(self._facts.glob("fact-*.json")):
+            _, kind, key = path.stem.split("-", 2)
             facts[kind][key] = json.loads(path.read_text())
             path.unlink()
         schema = self.source.schema(self.options)
@@ -128,13 +127,24 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
         reports = [RowReport.from_json(report) for report in facts["rows"].values()]
         for report in reports:
             check_report(report, Path(self.options.source), self.options.max_bad_fraction)
+        keys = [key for block in sorted(facts["ids"], key=int) for key in facts["ids"][block]]
         self.info.metadata.update({
             "schema": Schema(tuple(fields)).to_json(), "blocks": facts["blocks"],
-            "info": {"rows": merge_reports(reports).to_json()}})
+            "info": {"rows": merge_reports(reports).to_json()},
+            "item_ids": _ids(keys)})
 
 
 def _listed(ids: np.ndarray | None) -> list[int] | None:
     return None if ids is None else np.asarray(ids).tolist()
+
+
+def _ids(keys: list[str]) -> list[int] | list[str] | None:
+    """Ids of all rows from the keys of rows 1 on: numbers if each key is one; None if no keys were kept."""
+    if not keys:
+        return None
+    if all(key.isascii() and key.isdigit() and len(key) < 19 and key == str(int(key)) for key in keys):
+        return [0, *map(int, keys)]
+    return ["", *keys]
 
 
 def _name(source: AnySource) -> str:
@@ -241,9 +251,11 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
             else:
                 splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
         ids = metadata.get("item_ids")
+        if ids is not None:
+            ids = np.array(ids, np.dtypes.StringDType() if isinstance(ids[0], str) else np.int64)
         dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"],
                           fingerprint=metadata["fingerprint"],
-                          item_ids=None if ids is None else np.asarray(ids, np.int64))
+                          item_ids=ids)
     records.check_dataset(dataset)
     return dataset
 

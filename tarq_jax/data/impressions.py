@@ -19,7 +19,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tarq_jax.data.options import (
+from tarq_jax.data.sources import (
     LogOptions,
     PipelineSource,
     matching_files,

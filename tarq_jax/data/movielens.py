@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tarq_jax.data.movielens_files import Form, find_form, read_items, read_ratings, read_users
-from tarq_jax.data.options import Source, path_option, require, require_at_least, require_fraction
 from tarq_jax.data.records import SPLITS, Columns, Dataset, Requests, make_requests, ragged_index
 from tarq_jax.data.rows import merge_reports
+from tarq_jax.data.sources import Source, path_option, require, require_at_least, require_fraction
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
 CLICK_RATING = 4.0

@@ -92,7 +92,7 @@ class Dataset:
     splits: Mapping[str, Split]
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # facts about the data, JSON
     fingerprint: str = ""  # hash of options and files, or of the arrays (`hash_of`); "" if there is none
-    item_ids: np.ndarray | None = None  # [V] int64, ids for a service; that of row 0 is ignored; None: rows
+    item_ids: np.ndarray | None = None  # [V] int64 or text, ids of the source; that of row 0 is ignored
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
@@ -268,11 +268,11 @@ def check_dataset(dataset: Dataset) -> None:
                          "number of the row, by which histories and candidates name an item")
     if dataset.item_ids is not None:
         own = np.asarray(dataset.item_ids)
-        if own.shape != ids.shape or own.dtype.kind not in "iu":
-            raise ValueError(f"item_ids: {own.dtype} of shape {own.shape}, expected whole numbers of shape "
-                             f"{ids.shape}")
+        if own.shape != ids.shape or own.dtype.kind not in "iuUT":
+            raise ValueError(f"item_ids: {own.dtype} of shape {own.shape}, expected whole numbers or text of "
+                             f"shape {ids.shape}")
         values, counts = np.unique(own[1:], return_counts=True)
-        if (bad := values[(counts > 1) | (values < 0)]).size:
+        if (bad := values[(counts > 1) | (values < 0 if own.dtype.kind in "iu" else False)]).size:
             raise ValueError(f"item_ids: {bad[0]} is negative or the id of several items, expected one id of "
                              "at least 0 for each")
     for split, requests in dataset.splits.items():

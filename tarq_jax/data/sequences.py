@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tarq_jax.data.attributes import attribute_features
-from tarq_jax.data.options import (
+from tarq_jax.data.records import SPLITS, Dataset, Requests, make_requests, offsets_of, ragged_index
+from tarq_jax.data.rows import BadRow, RowReport, parse_number, read_rows
+from tarq_jax.data.sources import (
     Source,
     path_option,
     require,
@@ -19,8 +21,6 @@ from tarq_jax.data.options import (
     require_file,
     require_fraction,
 )
-from tarq_jax.data.records import SPLITS, Dataset, Requests, make_requests, offsets_of, ragged_index
-from tarq_jax.data.rows import BadRow, RowReport, parse_number, read_rows
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
 MIN_ITEMS = 3  # fewest items of a user for whom requests are made

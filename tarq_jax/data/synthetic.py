@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tarq_jax.data.options import Source, require, require_at_least
 from tarq_jax.data.records import Dataset, Requests, make_requests
+from tarq_jax.data.sources import Source, require, require_at_least
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
 DIMENSIONS = 12  # dimensions of the hidden item vectors

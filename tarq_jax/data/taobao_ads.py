@@ -16,7 +16,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tarq_jax.data.options import LogOptions, PipelineSource, matching_files
+from tarq_jax.data.sources import LogOptions, PipelineSource, matching_files
 from tarq_jax.data.taobao_userbehavior import BEHAVIORS, DAY
 from tarq_jax.schema import ITEM_ID, Field, Schema
 

@@ -9,7 +9,7 @@ form one request.
 import dataclasses
 from typing import Any
 
-from tarq_jax.data.options import LogOptions, PipelineSource, matching_files, require
+from tarq_jax.data.sources import LogOptions, PipelineSource, matching_files, require
 from tarq_jax.schema import ITEM_ID, Field, Schema
 
 DAY = 86_400

@@ -98,7 +98,7 @@ def identity(config: ml_collections.ConfigDict, data: str, seed: int) -> dict[st
 
 
 def _origin(folder: Path) -> dict[str, str]:
-    """Code, device and packages that made the numbers of a run; all, if it was resumed with others."""
+    """Revision, device and package versions of a run; several each if it was resumed under others."""
     from tarq_jax.training import provenance
 
     now = {"revision": provenance.revision(), "device": provenance.device(),

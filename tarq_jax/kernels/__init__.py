@@ -5,8 +5,8 @@ NotImplementedError with the reason. None runs the kernel only if the table `PRE
 for these shapes, and it supports the arguments; otherwise XLA. Only measurements (`python -m benchmarks`) may
 add entries to the table. On a TPU, Mosaic compiles a kernel; on a CPU the same kernel is interpreted, slowly,
 so that tests can compare its numbers. Under a mesh, call a kernel within `shard_map`, as XLA cannot partition
-it. Kernels look rows of a table up by products with one-hot codes: a number in it that is not finite reaches
-all candidates, where XLA's look-up shows it only to those with that row.
+it. Kernels look up rows by multiplying with one-hot codes, so a NaN or infinity in the table reaches every
+candidate; XLA's gather passes it only to candidates that select that row.
 
 Operations with a TPU kernel, and the functions that use them:
 
@@ -77,7 +77,7 @@ def pick(
 
 
 def _preferred(operation: str, platform: str, arguments: Any) -> bool:
-    """Whether the kernel is known to be as fast: for no symbolic shapes, as they are of every size."""
+    """Whether the kernel was measured to be at least as fast for these shapes; False for symbolic ones."""
     faster = PREFERRED.get((operation, platform))
     return faster is not None and not _symbolic(arguments) and faster(*arguments)
 

@@ -9,7 +9,7 @@ from tarq_jax.attention import attention_weights
 from tarq_jax.corrections import damping
 from tarq_jax.expansion import first_order
 from tarq_jax.models.target_attention import TargetAttentionOutput
-from tarq_jax.models.tarq import AttentionPart, Tarq, flat_queries
+from tarq_jax.models.tarq import AttentionComparison, Tarq, flat_queries
 from tarq_jax.types import Batch, QuantizerOutput
 
 
@@ -75,7 +75,7 @@ class FirstOrderTarq(Tarq):
         """
         return damping(residuals.sum(axis=0), radius=jnp.exp(self.log_radius))
 
-    def attention_parts(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionPart]:
+    def compare_attention(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionComparison]:
         """By head, before their outputs are projected.
 
         To first order the weights still sum to one, but may be negative.
@@ -89,7 +89,7 @@ class FirstOrderTarq(Tarq):
         student = value + self.damping(residuals) * changes.sum(axis=0)
         weights = student, attention_weights(teacher.queries, teacher.keys, mask)
         arrays = *weights, *(each @ teacher.values for each in weights)
-        return {f"head {index + 1}": AttentionPart(*(array[:, index] for array in arrays))
+        return {f"head {index + 1}": AttentionComparison(*(array[:, index] for array in arrays))
                 for index in range(self.num_heads)}
 
     def decode(self, passed: jax.Array, teacher: TargetAttentionOutput) -> tuple[jax.Array, jax.Array]:

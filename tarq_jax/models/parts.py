@@ -34,7 +34,7 @@ class AttentionParts(NamedTuple):
     head: Callable[[Params, Any, jax.Array], jax.Array]
 
 
-def in_float32(module: TargetAttention) -> TargetAttention:
+def with_float32(module: TargetAttention) -> TargetAttention:
     """The module with float32 activations, whose queries are quantized."""
     return module.clone(compute=module.compute._replace(dtype=jnp.float32))
 
@@ -45,7 +45,7 @@ def target_attention_parts(module: TargetAttention) -> AttentionParts:
     Queries are those of `item_queries` and logits those of `score`. If a subclass changes either in its
     `__call__`, the parts are not those of its model, see `tarq_jax.training.conversion.check_logits`.
     """
-    module = in_float32(module)
+    module = with_float32(module)
     kind = type(module)
     forward = nn.apply(kind.__call__, module)
 

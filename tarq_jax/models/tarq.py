@@ -43,7 +43,7 @@ class TarqOutput(struct.PyTreeNode):
     decoder_target: jax.Array  # [B, G, D], what the decoder should reconstruct
 
 
-class AttentionPart(struct.PyTreeNode):
+class AttentionComparison(struct.PyTreeNode):
     """Each candidate's attention in one head or level, of the student and of the teacher."""
 
     student_weights: jax.Array  # [B, G, N], over the history
@@ -222,7 +222,7 @@ class Tarq(nn.Module):
         block = self.compute.attention_block
         return self.level_attention.outputs(personalized_codebook(queries, keys, values, mask, block=block))
 
-    def attention_parts(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionPart]:
+    def compare_attention(self, batch: Batch, codewords: jax.Array) -> dict[str, AttentionComparison]:
         """By level, as the student's heads are not the teacher's.
 
         Weights are averages over heads. The student's output is the sum of the levels up to this one, which
@@ -236,7 +236,7 @@ class Tarq(nn.Module):
         keys, values = self.level_attention.keys_values(teacher.history)
         weights = attention_weights(queries, keys, mask[:, None])
         outputs = jnp.cumsum(self.level_attention.outputs(weights @ values), axis=1)
-        return {f"level {index + 1}": AttentionPart(
+        return {f"level {index + 1}": AttentionComparison(
             weights[:, index].mean(axis=1), exact, outputs[:, index], teacher.attention_output)
             for index in range(self.num_levels)}
 

@@ -72,7 +72,8 @@ def write(
 ) -> Index:
     """Writes `index` and `model` into an existing folder; see `tarq_jax.serving.export` for the arguments.
 
-    Items have the ids of `Dataset.item_ids`, or are numbered by their rows in the data set, 1 to V - 1.
+    Items have the ids of `Dataset.item_ids` if these are numbers; otherwise an item's id is its row in the
+    data set, 1 to V - 1.
 
     Raises:
       ValueError: `histories` are none, or a length is below 1.
@@ -82,8 +83,7 @@ def write(
         raise ValueError(f"histories are {histories}, expected lengths of at least 1")
     exported = export_method(method, histories=histories, vectors=vectors, platforms=platforms)
     arrays = store(encode_items(method, dataset), vectors, method.num_codewords)
-    ids = np.arange(dataset.schema.num_items) if dataset.item_ids is None else dataset.item_ids
-    index = make_index(ids[1:], arrays, exported.fingerprint, capacity=capacity)
+    index = make_index(_ids(dataset)[1:], arrays, exported.fingerprint, capacity=capacity)
     facts = {"method": method.name, "schema": dataset.schema.to_json(), "histories": histories,
              "vectors": vectors, "platforms": list(platforms), "num_codewords": method.num_codewords,
              "arrays": {name: {"dtype": str(values.dtype), "row": list(values.shape[1:])}
@@ -93,6 +93,13 @@ def write(
     write_index(index, folder / "index")
     write_model(exported.programs, exported.weights, exported.fingerprint, facts, folder / "model")
     return index
+
+
+def _ids(dataset: data.Dataset) -> np.ndarray:
+    """[V] integers: the items' ids if they are numbers, otherwise their rows."""
+    rows = np.arange(dataset.schema.num_items)
+    ids = rows if dataset.item_ids is None else np.asarray(dataset.item_ids)
+    return ids if ids.dtype.kind in "iu" else rows
 
 
 def encode_items(method: Method, dataset: data.Dataset) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """The method by which a trained model is served, and the parts that all methods share.
 
 A `Method` consists of three pure functions and the weights of each. The user side runs once per request. The
-item side scores items, usually by one of `tarq_jax.serving.scoring.SCORES`. `encode` computes what the index
-stores for an item. Products that do not depend on the request are folded into the items or the weights.
+item side scores items, usually by one of `tarq_jax.serving.item_side.SCORES`. `encode` computes what the
+index stores for an item. Products that do not depend on the request are folded into the items or the weights.
 Everything is served in float32, whatever precision the model was trained in.
 
 The user side takes a request as arrays, in the axis letters of `tarq_jax.types`: `user` and `context`
@@ -24,7 +24,7 @@ from flax import linen as nn
 from tarq_jax.expansion import expand
 from tarq_jax.models import Compute, TargetAttention, TwoTower
 from tarq_jax.schema import ITEM_ID, Schema
-from tarq_jax.serving.scoring import SCORES, Arrays, Score
+from tarq_jax.serving.item_side import SCORES, Arrays, Score
 from tarq_jax.types import Batch, Features
 
 SERVED = Compute(attention_block=256)  # splits longer histories: bounds memory, and is faster on CPU

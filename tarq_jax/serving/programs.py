@@ -19,8 +19,8 @@ from jax import export
 
 from tarq_jax.schema import Field, Schema
 from tarq_jax.serving.index import SLOTS
+from tarq_jax.serving.item_side import for_all, for_each
 from tarq_jax.serving.method import Method
-from tarq_jax.serving.scoring import for_all, for_each
 from tarq_jax.serving.vectors import Storage, store
 
 Named = dict[str, np.ndarray]

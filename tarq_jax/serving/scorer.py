@@ -19,7 +19,7 @@ import numpy as np
 from tarq_jax.serving.artefact import check_fingerprints, read_index
 from tarq_jax.serving.index import FREE, Index, grow, round_up
 from tarq_jax.serving.model import Model, Scored, read_model, read_programs
-from tarq_jax.serving.requests import check_columns, check_ids, check_request, pad
+from tarq_jax.serving.request_checks import check_columns, check_ids, check_request, pad
 from tarq_jax.serving.vectors import SCALE, check_codes, parts, store
 
 BATCH_SIZES = (1, 8)
@@ -154,7 +154,7 @@ class Scorer:
         """The best candidates of each request.
 
         Args:
-          requests: one request, in the form of `tarq_jax.serving.requests`, or a list of them.
+          requests: one request, in the form of `tarq_jax.serving.request_checks`, or a list of them.
           candidates: ids to rank, or None for all that the index serves; for a list of requests None, or
             a list with ids or None for each request. An id that is not served is reported as unknown; one
             that is given twice is ranked once.

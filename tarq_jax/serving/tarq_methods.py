@@ -9,6 +9,7 @@ import numpy as np
 import scipy.linalg
 
 from tarq_jax.models import FirstOrderTarq, Tarq
+from tarq_jax.serving.item_side import Arrays
 from tarq_jax.serving.method import (
     Method,
     backbone_bias,
@@ -26,7 +27,6 @@ from tarq_jax.serving.method import (
     tables,
     user_and_history,
 )
-from tarq_jax.serving.scoring import Arrays
 
 
 def order_0(module: Tarq, variables: Any, codewords: np.ndarray) -> Method:

@@ -1,4 +1,4 @@
-"""Adjusts the p-values of many tests, by SciPy or, for a method that it lacks, by statsmodels."""
+"""Adjusts the p-values of many tests."""
 
 from typing import Literal
 
@@ -23,8 +23,7 @@ def adjust(p_values: ArrayLike, method: Literal["holm", "benjamini_hochberg"] = 
       [M]; compare them directly with the chance or share of false findings that is accepted.
 
     Raises:
-      ValueError: the method is unknown, a p-value is not in [0, 1], or statsmodels, which `holm` needs, is
-        not installed.
+      ValueError: the method is unknown, or a p-value is not in [0, 1].
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
@@ -36,8 +35,6 @@ def adjust(p_values: ArrayLike, method: Literal["holm", "benjamini_hochberg"] = 
         return p_values
     if method == "benjamini_hochberg":
         return stats.false_discovery_control(p_values)
-    try:
-        from statsmodels.stats.multitest import multipletests
-    except ImportError:
-        raise ValueError("statsmodels is not installed: pip install 'tarq_jax[study]'") from None
+    from statsmodels.stats.multitest import multipletests  # imported here because it takes a second
+
     return multipletests(p_values, method=method)[1]

@@ -1,4 +1,4 @@
-"""Power: how small an effect a test can find, and how many users that needs; by statsmodels if it can."""
+"""Power: how small an effect a test can find, and how many users that needs."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ def users_needed(effect: float, deviation: float, *, share: float = 0.5, level: 
       power: in ((1 - level) / 2, 1).
 
     Raises:
-      ValueError: a number is out of range, or statsmodels is not installed.
+      ValueError: a number is out of range.
 
     >>> round(users_needed(0.1, 1.0))
     3140
@@ -72,7 +72,7 @@ def power_of(effect: float, standard_error: float, *, level: float = 0.95) -> fl
       level: 1 - alpha.
 
     Raises:
-      ValueError: a number is out of range, or statsmodels is not installed.
+      ValueError: a number is out of range.
 
     >>> round(power_of(2.802, 1.0), 3)
     0.8
@@ -85,11 +85,9 @@ def power_of(effect: float, standard_error: float, *, level: float = 0.95) -> fl
 
 
 def _statsmodels() -> Any:
-    try:
-        import statsmodels.stats.power
-    except ImportError:
-        raise ValueError("statsmodels is not installed: pip install 'tarq_jax[study]'") from None
-    return statsmodels.stats.power
+    from statsmodels.stats import power  # imported here because it takes a second
+
+    return power
 
 
 def _quantiles(level: float, power: float) -> float:

@@ -14,7 +14,7 @@ from tarq_jax import checks, conversion, data, losses
 from tarq_jax.attention import multi_head_attention
 from tarq_jax.conversion import ItemIndex, KeysValues
 from tarq_jax.data import ITEM_ID
-from tarq_jax.models.parts import AttentionParts, in_float32
+from tarq_jax.models.parts import AttentionParts, with_float32
 from tarq_jax.models.target_attention import TargetAttention
 from tarq_jax.training import setup
 from tarq_jax.training.evaluate import Row, evaluate
@@ -55,7 +55,7 @@ def check_logits(model: TrainedModel, module: TargetAttention) -> None:
       ValueError: their logits differ by more than `TOLERANCE`.
     """
     each = ItemIndex(levels=(model.queries,), codes=jnp.arange(len(model.queries))[:, None])
-    module = in_float32(module)
+    module = with_float32(module)
 
     @jax.jit
     def logits(batch):

@@ -29,7 +29,7 @@ def capacity(num_ids: int, devices: int) -> int:
     return math.ceil(SLACK * num_ids / devices)
 
 
-class Way(NamedTuple):
+class Group(NamedTuple):
     """The devices that exchange."""
 
     axes: tuple[str, ...]  # axes of the mesh along which P devices exchange
@@ -69,7 +69,7 @@ def plan(ids: jax.Array, owners: jax.Array, devices: int) -> Plan:
 
 
 def fetch(
-    planned: Plan, rows_of: Callable[[jax.Array], jax.Array], width: int, dtype: jnp.dtype, way: Way
+    planned: Plan, rows_of: Callable[[jax.Array], jax.Array], width: int, dtype: jnp.dtype, group: Group
 ) -> jax.Array:
     """Fetches the rows for the ids of a plan from their owners.
 
@@ -78,26 +78,26 @@ def fetch(
       rows_of: ids [m] -> rows [m, D] of the part that this device owns; id -1 marks an empty slot.
       width: D.
       dtype: type of the rows.
-      way: the devices that exchange.
+      group: the devices that exchange.
 
     Returns:
       [n, D] in the order in which the ids were given; zero for ids that were not requested.
     """
     num = len(planned.ids)
-    size = capacity(num, way.devices)
+    size = capacity(num, group.devices)
 
     def one(turn: jax.Array, found: jax.Array) -> jax.Array:
-        slots = planned.slots(turn, way.devices, size)
-        rows = rows_of(_exchange(planned.asked(slots, way.devices * size), way))
-        return found + _exchange(rows, way).at[slots].get(mode="fill", fill_value=0)
+        slots = planned.slots(turn, group.devices, size)
+        rows = rows_of(_exchange(planned.asked(slots, group.devices * size), group))
+        return found + _exchange(rows, group).at[slots].get(mode="fill", fill_value=0)
 
-    found = lax.fori_loop(0, _rounds(planned, size, way), one, jnp.zeros((num, width), dtype))
+    found = lax.fori_loop(0, _rounds(planned, size, group), one, jnp.zeros((num, width), dtype))
     return found[planned.place]
 
 
 def send(
     planned: Plan, values: jax.Array, take: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    taken: jax.Array, way: Way,
+    taken: jax.Array, group: Group,
 ) -> jax.Array:
     """Sends values to the owners of their ids; values of an id that is given more than once are summed first.
 
@@ -107,28 +107,28 @@ def send(
       take: (taken, ids [m], values [m, D]) -> taken; accumulates what this device receives in a round. Id -1
         marks an empty slot.
       taken: initial value of the accumulator.
-      way: the devices that exchange.
+      group: the devices that exchange.
 
     Returns:
       The accumulator after the last round.
     """
     num, width = values.shape
-    size = capacity(num, way.devices)
+    size = capacity(num, group.devices)
     summed = jnp.zeros_like(values).at[planned.place].add(values)
 
     def one(turn: jax.Array, taken: jax.Array) -> jax.Array:
-        slots = planned.slots(turn, way.devices, size)
-        sent = jnp.zeros((way.devices * size, width), values.dtype).at[slots].set(summed, mode="drop")
-        return take(taken, _exchange(planned.asked(slots, len(sent)), way), _exchange(sent, way))
+        slots = planned.slots(turn, group.devices, size)
+        sent = jnp.zeros((group.devices * size, width), values.dtype).at[slots].set(summed, mode="drop")
+        return take(taken, _exchange(planned.asked(slots, len(sent)), group), _exchange(sent, group))
 
-    return lax.fori_loop(0, _rounds(planned, size, way), one, taken)
-
-
-def _rounds(planned: Plan, size: int, way: Way) -> jax.Array:
-    most = jnp.max(jnp.where(planned.owners < way.devices, planned.turn, -1))
-    return lax.pmax(most // size + 1, way.everyone)
+    return lax.fori_loop(0, _rounds(planned, size, group), one, taken)
 
 
-def _exchange(array: jax.Array, way: Way) -> jax.Array:
+def _rounds(planned: Plan, size: int, group: Group) -> jax.Array:
+    most = jnp.max(jnp.where(planned.owners < group.devices, planned.turn, -1))
+    return lax.pmax(most // size + 1, group.everyone)
+
+
+def _exchange(array: jax.Array, group: Group) -> jax.Array:
     """[P x C, ...]: sends the p-th C entries to device p; returns what the devices sent to this one."""
-    return lax.all_to_all(array, way.axes, split_axis=0, concat_axis=0, tiled=True)
+    return lax.all_to_all(array, group.axes, split_axis=0, concat_axis=0, tiled=True)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from tarq_jax import losses, shards, user_code
 from tarq_jax.models import Tarq
 from tarq_jax.models.embedding import ONE_DEVICE, Tables
-from tarq_jax.models.tarq import AttentionPart, TarqOutput
+from tarq_jax.models.tarq import AttentionComparison, TarqOutput
 from tarq_jax.schema import Schema
 from tarq_jax.training.modules import Supervised, as_served, make_module
 from tarq_jax.types import Batch, Codebook, QuantizerOutput
@@ -82,7 +82,7 @@ class Objective(NamedTuple):
     loss: Callable[..., tuple[jax.Array, LossOutput]]
     predict: Callable[..., "Predictions"]
     latents: Callable[..., jax.Array] | None = None
-    attention: Callable[..., dict[str, AttentionPart]] | None = None
+    attention: Callable[..., dict[str, AttentionComparison]] | None = None
     fit: Callable[[jax.Array, jax.Array], Codebook] | None = None
     module: nn.Module | None = None
     to_method: Callable[..., Any] | None = None
@@ -216,7 +216,7 @@ def tarq(
         return Predictions({STUDENT: output.logits, TEACHER: output.teacher.logits}, diagnostics)
 
     def attention(params, codewords, batch):
-        return in_float32(nn.apply(type(served).attention_parts, served)(params, batch, codewords))
+        return in_float32(nn.apply(type(served).compare_attention, served)(params, batch, codewords))
 
     return Objective(
         init, loss, predict, latents=nn.apply(type(module).candidate_latents, module), attention=attention,

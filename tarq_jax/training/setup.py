@@ -61,7 +61,7 @@ def set_up(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Setup:
 def make_objective(
     config: ml_collections.ConfigDict, dataset: data.Dataset, tables: Tables, axis_name: AxisName = None
 ) -> Objective:
-    """The objective to train; also checks what the settings of a model of your own do not show.
+    """The objective to train; for MODULE:FUNCTION, also checks what `config.validate` cannot see.
 
     Raises:
       ValueError: as for `objectives.build`, or evaluation would fail later.

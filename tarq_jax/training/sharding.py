@@ -15,7 +15,7 @@ import ml_collections
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tarq_jax.models.embedding import Tables, take_rows
-from tarq_jax.training.lookup import Axes, num_devices, place, sharded_rows
+from tarq_jax.training.sharded_embedding import Axes, num_devices, place, sharded_rows
 from tarq_jax.types import Batch
 
 Tree = TypeVar("Tree")

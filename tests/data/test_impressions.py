@@ -63,7 +63,7 @@ def test_requests_are_those_of_the_definition(prepared):
 
 def test_features(prepared):
     options, dataset = prepared
-    assert dataset.schema.num_items == BUCKETS + 1
+    assert dataset.schema.num_items == BUCKETS + 1 and dataset.item_ids is None
     assert {f.name: f.size for f in dataset.schema.fields if f.name != "item_id"} == {
         "category": 4, "gender": 10_001, "page": 10_001, "event_kind": 10_001}
     shown = {row["what"] for row in read(options["source"])}

@@ -24,7 +24,6 @@ from tarq_jax.data import (
     synthetic,
     taobao_userbehavior,
 )
-from tarq_jax.data.options import fingerprint
 from tarq_jax.data.records import (
     make_requests,
     ragged_index,
@@ -33,6 +32,7 @@ from tarq_jax.data.records import (
     table_blocks,
     table_from_blocks,
 )
+from tarq_jax.data.sources import fingerprint
 
 SCHEMA = Schema((
     Field(ITEM_ID, "item", "categorical", 20), Field("vector", "item", "vector", 3),
@@ -191,14 +191,16 @@ def valid_dataset() -> Dataset:
 
 
 @pytest.mark.parametrize("ids, text", [
-    (np.arange(19), r"item_ids: int64 of shape \(19,\), expected whole numbers of shape \(20,\)"),
-    (np.arange(20.0), r"item_ids: float64 of shape \(20,\), expected whole numbers"),
+    (np.arange(19), r"item_ids: int64 of shape \(19,\), expected whole numbers or text of shape \(20,\)"),
+    (np.arange(20.0), r"item_ids: float64 of shape \(20,\), expected whole numbers or text"),
     (np.arange(20) // 2, "item_ids: 1 is negative or the id of several items"),
     (np.arange(20) - 2, "item_ids: -1 is negative or the id of several items"),
+    (np.array(["", *"abcdefghijklmnopqra"]), "item_ids: a is negative or the id of several items"),
 ])
 def test_ids_that_name_no_item_or_several_are_refused(ids, text):
     dataset = valid_dataset()
     check_dataset(dataclasses.replace(dataset, item_ids=np.arange(20) * 3))
+    check_dataset(dataclasses.replace(dataset, item_ids=np.array(["", *"abcdefghijklmnopqrs"])))
     with pytest.raises(ValueError, match=text):
         check_dataset(dataclasses.replace(dataset, item_ids=ids))
 

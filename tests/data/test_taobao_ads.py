@@ -117,6 +117,8 @@ def test_schema_and_tables(prepared):
     assert sizes["item_id"] == ("item", 1 + len(shown) + len(pairs))
     assert sizes["final_gender_code"] == ("user", 4) and sizes["pid"] == ("context", 3)
     np.testing.assert_array_equal(dataset.items["item_id"], np.arange(sizes["item_id"][1]))
+    assert {id for id in dataset.item_ids if id.startswith("ad/")} == {f"ad/{ad}" for ad in shown}
+    assert sum(id.startswith("pair/") for id in dataset.item_ids) == len(pairs)
     assert len(dataset.users["age_level"]) == 1 + len({row[0] for row in rows["shown"]})
 
 

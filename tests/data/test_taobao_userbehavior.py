@@ -3,6 +3,7 @@
 import dataclasses
 
 import logs
+import numpy as np
 import pytest
 
 from tarq_jax.data import builders, load, load_prepared, prepare, taobao_userbehavior
@@ -121,6 +122,14 @@ def test_categories_are_those_of_the_items(prepared):
         "item_id": len(item_rows) + 1, "category": len(categories) + 1, "behavior": 5}
 
 
+def test_ids_are_those_of_the_file(prepared):
+    _, directory = prepared
+    dataset, rows = load_prepared(directory), logs.userbehavior_rows()
+    item_rows = ranks(item for _, item, *_ in rows)
+    assert dataset.item_ids.dtype == np.int64 and len(dataset.item_ids) == len(item_rows) + 1
+    assert {int(item): row for row, item in enumerate(dataset.item_ids) if row} == item_rows
+
+
 def test_malformed_rows_are_counted_and_sampled(prepared):
     _, directory = prepared
     report = load_prepared(directory).info["rows"]
@@ -175,7 +184,7 @@ def test_missing_files(tmp_path):
 
 
 def test_a_changed_file_is_another_preparation(tmp_path):
-    from tarq_jax.data.options import fingerprint
+    from tarq_jax.data.sources import fingerprint
 
     options = UserBehaviorOptions(logs.write_userbehavior(tmp_path)["source"])
     before = fingerprint(taobao_userbehavior.SOURCE, options)

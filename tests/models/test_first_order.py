@@ -75,8 +75,8 @@ def test_one_level_is_refused(batch):
         jax.eval_shape(module.init, jax.random.key(0), batch, workloads.make_codewords()[:1])
 
 
-def test_attention_parts(model, output, batch):
-    parts = jax.jit(lambda *args: model.module.apply(*args, method="attention_parts"))(
+def test_attention_of_student_and_teacher(model, output, batch):
+    parts = jax.jit(lambda *args: model.module.apply(*args, method="compare_attention"))(
         model.params, batch, model.arguments[0])
     assert list(parts) == [f"head {index + 1}" for index in range(H)]
     real = batch.history_mask.any(axis=1)

@@ -410,6 +410,13 @@ def test_a_service_uses_the_ids_of_the_source(artefact, scorer, tmp_path):
     np.testing.assert_allclose(found.scores[np.argsort(-found.ids)], by_id(expected), rtol=1e-5)
 
 
+def test_a_service_uses_rows_if_the_ids_of_the_source_are_text(tmp_path):
+    ids = np.array([f"B{row}" for row in range(served.ITEMS)], np.dtypes.StringDType())
+    dataset = dataclasses.replace(served.world().dataset, item_ids=ids)
+    index = build.write(served.method_of("two_tower"), dataset, tmp_path, histories=(2,))
+    np.testing.assert_array_equal(np.sort(index.ids[index.served]), np.arange(1, served.ITEMS))
+
+
 def test_lengths_of_histories_may_come_in_any_order(tmp_path):
     method = served.method_of("two_tower")
     build.write(method, served.world().dataset, tmp_path, histories=(6, 2, 6))

@@ -11,8 +11,9 @@ from etils import epath
 from tarq_jax.data.beam import blocks
 from tarq_jax.data.beam.forms import Parts
 from tarq_jax.data.beam.requests import KeepLast, Rules, make_requests
-from tarq_jax.data.beam.vocabulary import Vocabulary, encode, make_vocabulary, stable_hash
-from tarq_jax.data.options import LogOptions, PipelineSource
+from tarq_jax.data.beam.vocabulary import Vocabulary, encode, keys_by_block, make_vocabulary, stable_hash
+from tarq_jax.data.records import TABLE_BLOCK
+from tarq_jax.data.sources import LogOptions, PipelineSource
 from tarq_jax.schema import ITEM_ID, Schema
 
 POOL = 1 << 17  # training candidates that negatives are drawn from
@@ -22,7 +23,7 @@ class Plan(NamedTuple):
     """The output of the pipeline, which a builder writes."""
 
     splits: dict[str, PCollection]  # (block number, record)
-    facts: dict[str, PCollection]  # one JSON object each: sizes of vocabularies, blocks of splits, reports
+    facts: PCollection  # (name, JSON object): sizes of vocabularies, blocks of splits, reports, ids of items
 
 
 def plan_source(source: PipelineSource, root: beam.Pipeline, options: LogOptions) -> Plan:
@@ -55,12 +56,16 @@ def plan(parts: Parts, schema: Schema, rules: Rules, *, item_buckets: int, min_c
     user_values = encode("Rows of users", parts.users, users)
     splits = {split: blocks.request_records(split, chosen, schema)
               for split, chosen in blocks.by_split(requests)}
-    facts = {f"blocks-{split}": blocks.describe(split, records) for split, records in splits.items()}
-    facts |= {f"size-{name}": size for name, size in (sizes | {ITEM_ID: items.size}).items()}
-    facts |= {f"rows-{index}": report for index, report in enumerate(parts.reports)}
+    single = {f"blocks-{split}": blocks.describe(split, records) for split, records in splits.items()}
+    single |= {f"size-{name}": size for name, size in (sizes | {ITEM_ID: items.size}).items()}
+    single |= {f"rows-{index}": report for index, report in enumerate(parts.reports)}
+    facts = [fact | f"Name {name}" >> beam.Map(lambda value, name: (name, value), name)
+             for name, fact in single.items()]
+    facts.append(keys_by_block("items", items, TABLE_BLOCK) | "Name ids" >> beam.MapTuple(
+        lambda block, ids: (f"ids-{block}", ids)))
     tables = {"items": blocks.table_records("item", item_values, items.size, schema),
               "users": blocks.table_records("user", user_values, users.size, schema)}
-    return Plan(splits | tables, facts)
+    return Plan(splits | tables, facts | "Facts" >> beam.Flatten())
 
 
 def _requests(parts: Parts, items: Vocabulary, users: Vocabulary, rules: Rules, max_user_events: int):
@@ -119,6 +124,7 @@ def _item_values(values: PCollection, items: Vocabulary, schema: Schema):
     return encoded | "Values of items" >> beam.Flatten(), sizes
 
 
-def write_fact(fact: Any, path: str) -> None:
-    """Writes a fact for the builder into a file beside the records."""
-    epath.Path(path).write_text(json.dumps(fact))
+def write_fact(named: tuple[str, Any], folder: str) -> None:
+    """Writes a named fact into a file beside the records, `fact-NAME.json`, for the builder."""
+    name, fact = named
+    (epath.Path(folder) / f"fact-{name}.json").write_text(json.dumps(fact))

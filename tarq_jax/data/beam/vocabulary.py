@@ -61,6 +61,17 @@ def make_vocabulary(name: str, keys: PCollection, buckets: int, min_count: int =
     return hashed(name, keys.pipeline, buckets) if buckets else ranked(name, keys, min_count)
 
 
+def keys_by_block(name: str, vocabulary: Vocabulary, block_size: int) -> PCollection:
+    """(block number, keys of its rows in their order), from row 1; nothing if keys are hashed."""
+    if vocabulary.table is None:
+        return vocabulary.size.pipeline | f"No keys of {name}" >> beam.Create([])
+    return (vocabulary.table
+            | f"Block of {name}" >> beam.Map(lambda entry: ((entry[1] - 1) // block_size, entry[::-1]))
+            | f"Block by block {name}" >> beam.GroupByKey()
+            | f"Keys of {name}" >> beam.MapTuple(
+                lambda block, entries: (block, [key for _, key in sorted(entries)])))
+
+
 def _hash_key(element: tuple[str, Any], buckets: int) -> tuple[int, Any]:
     return 1 + stable_hash(element[0]) % buckets, element[1]
 

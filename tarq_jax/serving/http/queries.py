@@ -9,7 +9,7 @@ import orjson
 from tarq_jax.schema import ITEM_ID, Schema
 from tarq_jax.serving.http.options import Limits
 from tarq_jax.serving.index import FREE
-from tarq_jax.serving.requests import SIDES, check_ids, check_request
+from tarq_jax.serving.request_checks import SIDES, check_ids, check_request
 from tarq_jax.serving.scorer import NOT_FINITE, Ranking, Scorer
 
 KEYS = (*SIDES, "candidates", "top_k")

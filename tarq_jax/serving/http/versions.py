@@ -28,7 +28,7 @@ from tarq_jax.serving.http.metrics import Metrics
 from tarq_jax.serving.http.openapi import document
 from tarq_jax.serving.http.options import Options
 from tarq_jax.serving.http.queries import Query, answer, check_query, example
-from tarq_jax.serving.requests import check_accepts
+from tarq_jax.serving.request_checks import check_accepts
 from tarq_jax.serving.scorer import Ranking, Scorer
 
 TRIALS = 7  # per batch size

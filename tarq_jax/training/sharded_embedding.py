@@ -107,8 +107,8 @@ def _look_up(table: jax.Array, ids: jax.Array, *, placement: Placement) -> jax.A
         return jnp.where(owned[..., None], table.at[rows].get(mode="promise_in_bounds"), 0)
 
     if placement.exchanges(ids.size):
-        planned, way = _plan(ids, len(table), placement)
-        found = exchange.fetch(planned, rows_of, width, table.dtype, way).reshape(*ids.shape, width)
+        planned, group = _plan(ids, len(table), placement)
+        found = exchange.fetch(planned, rows_of, width, table.dtype, group).reshape(*ids.shape, width)
     else:
         found = rows_of(_all_gather(ids, shared))
         if shared:
@@ -137,14 +137,14 @@ def _scatter(ids: jax.Array, gradients: jax.Array, *, block: int, placement: Pla
 
     total = jnp.zeros((block, width), gradients.dtype)
     if exchanged:
-        planned, way = _plan(ids, block, placement)
-        total = exchange.send(planned, gradients, take, total, way)
+        planned, group = _plan(ids, block, placement)
+        total = exchange.send(planned, gradients, take, total, group)
     else:
         total = take(total, _all_gather(ids, placement.shared), _all_gather(gradients, placement.shared))
     return lax.psum(total, placement.copies) if summed else total
 
 
-def _plan(ids: jax.Array, block: int, placement: Placement) -> tuple[exchange.Plan, exchange.Way]:
+def _plan(ids: jax.Array, block: int, placement: Placement) -> tuple[exchange.Plan, exchange.Group]:
     """The exchange plan for the ids of this device, with the owner of each id."""
     shared, ids = placement.shared, ids.reshape(-1)
     owner, mine, places = jnp.zeros_like(ids), jnp.ones(ids.shape, bool), ids // block
@@ -156,8 +156,8 @@ def _plan(ids: jax.Array, block: int, placement: Placement) -> tuple[exchange.Pl
             owner, stride = owner + stride * place, stride * size
         else:  # devices along it have the same ids: each requests those in its own part
             mine &= place == lax.axis_index(axis)
-    way = exchange.Way(shared, placement.size(shared), placement.mesh.axis_names)
-    return exchange.plan(ids, jnp.where(mine, owner, way.devices), way.devices), way
+    group = exchange.Group(shared, placement.size(shared), placement.mesh.axis_names)
+    return exchange.plan(ids, jnp.where(mine, owner, group.devices), group.devices), group
 
 
 def _own(ids: jax.Array, block: int, axes: Axes) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tarq_jax.schema import Field, Schema
 from tarq_jax.serving.index import make_index
-from tarq_jax.serving.requests import check_accepts, check_request, pad
+from tarq_jax.serving.request_checks import check_accepts, check_request, pad
 
 GOOD = {"user": {"user_group": 3, "user_age": 0.5}, "context": {"hour": 2},
         "history": {"item_id": [4, 5], "event_type": [1, 2]}}

@@ -1,6 +1,6 @@
 """Sends requests to a service at random times that do not depend on its answers, and reports latencies.
 
-    python -m tarq_jax.serving.load --url=http://localhost:8000 --rate=200 --seconds=10
+    python -m tarq_jax.serving.load_generator --url=http://localhost:8000 --rate=200 --seconds=10
 
 Arrivals are Poisson. Latency counts from when a request was due, not from when it was sent. If the service is
 slow, requests pile up here as they would with real users, and the reported latency includes their wait.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tarq_jax.training import exchange, hlo, lookup, sharding
+from tarq_jax.training import exchange, hlo, sharded_embedding, sharding
 
 ROWS, WIDTH, BATCH, POSITIONS = 512, 3, 8, 2
 BOTH = ("data", "model")
@@ -24,10 +24,10 @@ OUT = np.random.default_rng(2).normal(size=(BATCH, POSITIONS, WIDTH)).astype(np.
 def compiled(shape, axes, rows=ROWS, batch=BATCH, positions=POSITIONS):
     """Placed arguments, and the compiled function of them: the rows, and the gradient of the table."""
     mesh = sharding.make_mesh(*shape)
-    placement = lookup.place(mesh, axes, BOTH, batch)
+    placement = sharded_embedding.place(mesh, axes, BOTH, batch)
 
     def both(table, ids, out):
-        found, pull = jax.vjp(lambda table: lookup.sharded_rows(table, ids, placement), table)
+        found, pull = jax.vjp(lambda table: sharded_embedding.sharded_rows(table, ids, placement), table)
         return found, pull(out)[0]
 
     put = jax.device_put
@@ -51,7 +51,7 @@ def test_rows_and_gradient(shape, axes):
     expected = np.zeros_like(TABLE)
     np.add.at(expected, IDS, OUT)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
-    parts = lookup.num_devices(sharding.make_mesh(*shape), axes)
+    parts = sharded_embedding.num_devices(sharding.make_mesh(*shape), axes)
     assert {shard.data.shape for shard in gradient.addressable_shards} == {(ROWS // parts, WIDTH)}
     largest = max(array.num_bytes for each in hlo.collectives(run.as_text()) for array in each.arrays)
     assert largest <= OUT.nbytes  # the size of the batch's rows, which is smaller than any block of the table
@@ -118,7 +118,8 @@ def test_any_ids(compiled_for_many, ids):
 
 def test_one_device_moves_nothing():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    placement = lookup.place(mesh, BOTH, BOTH, BATCH)
-    run = jax.jit(functools.partial(lookup.sharded_rows, placement=placement)).lower(TABLE, IDS).compile()
+    placement = sharded_embedding.place(mesh, BOTH, BOTH, BATCH)
+    look_up = jax.jit(functools.partial(sharded_embedding.sharded_rows, placement=placement))
+    run = look_up.lower(TABLE, IDS).compile()
     assert hlo.collectives(run.as_text()) == []
     np.testing.assert_array_equal(run(TABLE, IDS), TABLE[jnp.asarray(IDS)])

@@ -6,7 +6,7 @@ from draws import normal
 
 from tarq_jax.corrections import damping
 from tarq_jax.expansion import expand, look_up_expansion
-from tarq_jax.serving import scoring
+from tarq_jax.serving import item_side
 from tarq_jax.serving.method import further_levels
 from tarq_jax.serving.vectors import read, store
 
@@ -47,14 +47,14 @@ def test_changes_are_those_of_the_expansion(expansion, users, kept):
     elif kept == "in levels, damped":
         weights["radius"] = RADIUS
         corrections = corrections * damping(corrections, radius=RADIUS[:, None])
-    found = scoring.for_all(scoring.first_order)(weights, users, items)
+    found = item_side.for_all(item_side.first_order)(weights, users, items)
     np.testing.assert_allclose(found, by_library(expansion, corrections), rtol=1e-5, atol=1e-5)
 
 
 def test_changes_level_by_level(expansion, users):
     """All levels are damped by the factor of their sum."""
     weights = further_levels(LEVELS) | {"radius": RADIUS}
-    found = scoring.for_all(scoring.level_changes)(weights, users, {"codes": CODES})
+    found = item_side.for_all(item_side.level_changes)(weights, users, {"codes": CODES})
     factors, means = damping(sum(CHOSEN), radius=RADIUS[:, None]), by_library(expansion, 0.0 * CHOSEN[0])
     expected = [by_library(expansion, level * factors) - means for level in CHOSEN]
     np.testing.assert_allclose(found, np.stack(expected, axis=2), rtol=1e-5, atol=1e-5)
@@ -64,10 +64,10 @@ def test_one_set_of_items_or_one_for_each():
     users = {"vector": normal(0, B, 6), "table": normal(1, B, 2, K)}
     items = {"vector": normal(2, M, 6), "codes": np.random.default_rng(3).integers(0, K, (M, 2))}
     weights = {"bias": np.float32(0.5)}
-    for_all = scoring.for_all(scoring.scalar)(weights, users, items)
+    for_all = item_side.for_all(item_side.scalar)(weights, users, items)
     each = {name: np.broadcast_to(values, (B, *values.shape)) for name, values in items.items()}
     np.testing.assert_allclose(
-        scoring.for_each(scoring.scalar)(weights, users, each), for_all, rtol=1e-5, atol=1e-5)
+        item_side.for_each(item_side.scalar)(weights, users, each), for_all, rtol=1e-5, atol=1e-5)
     by_hand = users["vector"] @ items["vector"].T + 0.5
     by_hand += sum(users["table"][:, level, items["codes"][:, level]] for level in range(2))
     np.testing.assert_allclose(for_all, by_hand, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 from test_client import ANSWER, answering, reply
 
 from tarq_jax.serving.client import Client
-from tarq_jax.serving.load import Sent, arrivals, make_requests, send, summary
+from tarq_jax.serving.load_generator import Sent, arrivals, make_requests, send, summary
 
 
 def test_arrivals_are_poisson():
