@@ -8,6 +8,8 @@
 out, and so may `history` if the user has none.
 """
 
+import itertools
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,12 +60,12 @@ def check_request(schema: Schema, request: Any, where: str = "request") -> Reque
       ValueError: the request is invalid; names the field, its value and what was expected.
     """
     if not isinstance(request, Mapping):
-        raise ValueError(f"{where} is {_shown(request)}, expected an object with {list(SIDES)}")
+        raise ValueError(f"{where} is {shown(request)}, expected an object with {list(SIDES)}")
     _refuse_others(request, SIDES, where)
     parts = {side: request.get(side, {}) for side in SIDES}
     for side, part in parts.items():
         if not isinstance(part, Mapping):
-            raise ValueError(f"{where}: {side!r} is {_shown(part)}, expected an object, field -> value")
+            raise ValueError(f"{where}: {side!r} is {shown(part)}, expected an object, field -> value")
     user, context = ({name: column[0] for name, column in _columns(
         schema.side(side), {name: [value] for name, value in parts[side].items()}, f"{where}: {side!r}"
     ).items()} for side in ("user", "context"))
@@ -89,7 +91,7 @@ def check_ids(values: Any, where: str) -> np.ndarray:
     """Item ids as [M] int64; ValueError unless `values` is a list of integers."""
     ids = _array(values, where, "a list of integers")
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"{where} is {_shown(values)}, expected a list of integers")
+        raise ValueError(f"{where} is {shown(values)}, expected a list of integers")
     if ids.size and ids.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{where} is {ids.max()}, expected at most {np.iinfo(np.int64).max}")
     return ids.astype(np.int64)
@@ -102,7 +104,7 @@ def check_columns(fields: Sequence[Field], columns: Any, where: str) -> dict[str
       ValueError: a column is invalid; names the field, its value and what was expected.
     """
     if not isinstance(columns, Mapping):
-        raise ValueError(f"{where} is {_shown(columns)}, expected an object, field -> values")
+        raise ValueError(f"{where} is {shown(columns)}, expected an object, field -> values")
     return _columns(fields, columns, where)
 
 
@@ -118,32 +120,36 @@ def _columns(fields: Sequence[Field], columns: Mapping[str, Any], where: str, be
 def _column(field: Field, values: Any, where: str) -> np.ndarray:
     categorical = field.kind == "categorical"
     expected = "integers" if categorical else "numbers"
-    array = _array(values, f"{where}: field {field.name!r}", expected)
+    array = _array(values, f"{where}: field {field.name!r}", expected, depth=len(field.shape))
     if not array.ndim:
-        raise ValueError(f"{where}: field {field.name!r} is {_shown(values)}, expected a list of values")
+        raise ValueError(f"{where}: field {field.name!r} is {shown(values)}, expected a list of values")
     if array.ndim == 1 and not array.size:
         array = np.zeros((0, *field.shape), field.dtype)
     if array.dtype.kind not in ("iu" if categorical else "iuf"):
-        raise ValueError(f"{where}: field {field.name!r} is {_shown(values)}, expected {expected}")
+        raise ValueError(f"{where}: field {field.name!r} is {shown(values)}, expected {expected}")
     check_column(field, array, where)
     return array.astype(field.dtype)
 
 
-def _array(values: Any, where: str, expected: str) -> np.ndarray:
-    kinds = _kinds(values)
+def _array(values: Any, where: str, expected: str, depth: int = 0) -> np.ndarray:
+    """`values`, numbers in lists that are nested `depth` times, as an array of any type of numbers."""
+    kinds = _kinds(values, depth)
     if isinstance(values, list) and kinds & {str, list}:  # NumPy would pad each text to the longest
-        raise ValueError(f"{where} is {_shown(values)}, expected {expected}")
+        raise ValueError(f"{where} is {shown(values)}, expected {expected}")
     try:
         array = np.asarray(values)
     except (ValueError, OverflowError):  # for example, lists of different lengths
-        raise ValueError(f"{where} is {_shown(values)}, expected an array of numbers") from None
+        raise ValueError(f"{where} is {shown(values)}, expected an array of numbers") from None
     if array.dtype.kind in "iuf" and bool in kinds:
-        raise ValueError(f"{where} is {_shown(values)}, expected numbers and no booleans")
+        raise ValueError(f"{where} is {shown(values)}, expected numbers and no booleans")
     return array
 
 
-def _kinds(values: Any, depth: int = 3) -> set[type]:
-    """The types of the values in nested lists, and `list` if these are nested deeper than in any column."""
+def _kinds(values: Any, depth: int) -> set[type]:
+    """The types of the values in nested lists, and `list`, without a look inside, below `depth`.
+
+    A body may hold a million lists, and the service answers nobody while they are looked at.
+    """
     if not isinstance(values, list):
         return {type(values)}
     kinds = set(map(type, values))
@@ -156,11 +162,27 @@ def _kinds(values: Any, depth: int = 3) -> set[type]:
 def _refuse_others(found: Mapping[str, Any], expected: Sequence[str], where: str) -> None:
     others = [name for name in found if name not in expected]
     if others:
-        raise ValueError(f"{where} has {others[0]!r}, expected {list(expected) or 'no fields'}")
+        raise ValueError(f"{where} has {shown(others[0])}, expected {list(expected) or 'no fields'}")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+class _Short(reprlib.Repr):
+    def __init__(self):
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = 16
+        self.maxstring = self.maxother = 60
+
+    def repr_dict(self, x: dict, level: int) -> str:
+        return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)  # which sorts
+
+
+def shown(value: Any) -> str:
+    """`repr(value)` in at most 60 characters; long values are cut before they are written.
+
+    Example:
+      >>> shown(list(range(1_000_000)))
+      '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, ...]'
+    """
+    text = _Short().repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

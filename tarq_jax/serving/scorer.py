@@ -236,7 +236,10 @@ class Scorer:
         """Scores the whole index, and leaves out the items that were not chosen."""
         allowed = np.zeros((users.batch, self.index.capacity), bool)
         for row, found in enumerate(chosen):
-            allowed[row, found.slots] = True
+            if found is self._all:  # copying the mask is far faster than writing every slot
+                allowed[row] = self.index.served
+            else:
+                allowed[row, found.slots] = True
         return self._score_all(users, allowed)
 
     def _chosen(self, users: Users, chosen: Sequence["_Chosen"], size: int) -> Scored:

@@ -9,7 +9,7 @@ import orjson
 from tarq_jax.schema import ITEM_ID, Schema
 from tarq_jax.serving.http.options import Limits
 from tarq_jax.serving.index import FREE
-from tarq_jax.serving.request_checks import SIDES, check_ids, check_request
+from tarq_jax.serving.request_checks import SIDES, check_ids, check_request, shown
 from tarq_jax.serving.scorer import NOT_FINITE, Ranking, Scorer
 
 KEYS = (*SIDES, "candidates", "top_k")
@@ -18,7 +18,7 @@ SHOWN = 3  # events in an example
 
 
 class NotJson(ValueError):
-    """The body cannot be parsed at all."""
+    """The body cannot be parsed at all, or not in reasonable time."""
 
 
 class Query(NamedTuple):
@@ -36,6 +36,9 @@ def read_query(body: bytes, schema: Schema, limits: Limits) -> Query:
       NotJson: the body is not JSON.
       ValueError: the query is invalid; names the field, its value and what was expected.
     """
+    nested = body.count(b"[") + body.count(b"{")
+    if nested > (most := _most_nested(schema, limits)):
+        raise NotJson(f"body has {nested} opening brackets, expected a JSON object with at most {most}")
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -47,14 +50,23 @@ def read_query(body: bytes, schema: Schema, limits: Limits) -> Query:
         raise ValueError(f"body is nested too deeply, expected an object with {list(KEYS)}") from None
 
 
+def _most_nested(schema: Schema, limits: Limits) -> int:
+    """How many lists and objects a query may have: parsing a million of them would take a second.
+
+    A list for each event of each vector, and one for each field; the rest is for queries that are wrong.
+    """
+    vectors = sum(bool(field.shape) for field in schema.side("event"))
+    return vectors * limits.history + len(schema.fields) + 100
+
+
 def check_query(found: Any, schema: Schema, limits: Limits) -> Query:
     """The query in parsed JSON; raises ValueError as `read_query` does."""
     if not isinstance(found, dict):
-        raise ValueError(f"body is {str(found)[:60]}, expected an object with {list(KEYS)}")
+        raise ValueError(f"body is {shown(found)}, expected an object with {list(KEYS)}")
     sides = {key: value for key, value in found.items() if key not in ("candidates", "top_k")}
     unknown = [key for key in sides if key not in SIDES]
     if unknown:
-        raise ValueError(f"body has {unknown[0][:60]!r}, expected {list(KEYS)}")
+        raise ValueError(f"body has {shown(unknown[0])}, expected {list(KEYS)}")
     _check_history(sides.get("history"), limits.history)
     checked = check_request(schema, sides)
     request = {"user": checked.user, "context": checked.context,
@@ -64,10 +76,10 @@ def check_query(found: Any, schema: Schema, limits: Limits) -> Query:
 
 
 def _check_history(history: Any, most: int) -> None:
-    items = history.get(ITEM_ID) if isinstance(history, dict) else None
-    if isinstance(items, list) and len(items) > most:
-        raise ValueError(f"request: 'history': field {ITEM_ID!r} has {len(items)} values, expected at most "
-                         f"{most}")
+    for name, values in history.items() if isinstance(history, dict) else ():
+        if isinstance(values, list) and len(values) > most:
+            raise ValueError(f"request: 'history': field {shown(name)} has {len(values)} values, expected at "
+                             f"most {most}")
 
 
 def _candidates(candidates: Any, most: int) -> np.ndarray | None:
@@ -82,7 +94,7 @@ def _top_k(top_k: Any, most: int) -> int:
     if top_k is None:
         return min(TOP_K, most)
     if type(top_k) is not int or not 1 <= top_k <= most:
-        raise ValueError(f"'top_k' is {repr(top_k)[:60]}, expected an integer in [1, {most}]")
+        raise ValueError(f"'top_k' is {shown(top_k)}, expected an integer in [1, {most}]")
     return top_k
 
 
