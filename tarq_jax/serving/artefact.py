@@ -87,6 +87,13 @@ class Manifest(NamedTuple):
     fingerprint: str
     facts: dict[str, Any]
     digests: dict[str, str]  # file -> SHA-256
+    stamps: dict[Path, tuple[int, ...]]  # of each file, before it was checked
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if a file was changed after it was checked; call it when all have been read."""
+        for path, stamp in self.stamps.items():
+            if _stamp(path) != stamp:
+                raise ValueError(f"{path} changed while it was read, expected a folder that stays as it is")
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
@@ -109,17 +116,20 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     checksum = manifest.pop("checksum", None)
     if checksum != _checksum(manifest):
         raise ValueError(f"{path} has checksum {checksum}, expected {_checksum(manifest)}: it was changed")
+    stamps = {folder / name: _stamp(folder / name) for name in manifest["files"]}
     for name, facts in manifest["files"].items():
         _check_file(folder / name, facts)
     digests = {name: facts["sha256"] for name, facts in manifest["files"].items()}
-    return Manifest(manifest["fingerprint"], manifest["facts"], digests)
+    return Manifest(manifest["fingerprint"], manifest["facts"], digests, stamps)
 
 
-def check_fingerprints(index: str, model: str) -> None:
-    """Raises ValueError, which names both, unless the fingerprints of an index and a model are equal."""
-    if index != model:
-        raise ValueError(f"the index has fingerprint {index}, the model {model}, expected the same: the "
-                         "index was made by another model")
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced; empty if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def write_index(index: Index, folder: Path) -> None:
@@ -144,10 +154,12 @@ def save_index(index: Index, out: str | Path) -> None:
 
 def read_index(folder: Path) -> Index:
     """The inverse of `write_index`; raises ValueError as `read_manifest` does."""
-    fingerprint, facts, _ = read_manifest(folder, "index")
+    manifest = read_manifest(folder, "index")
     arrays = {name: _read_array(folder / f"{name}.npy", described)
-              for name, described in facts["arrays"].items()}
-    return Index(ids=arrays.pop("ids"), served=arrays.pop("served"), arrays=arrays, fingerprint=fingerprint)
+              for name, described in manifest.facts["arrays"].items()}
+    manifest.check_unchanged()
+    return Index(ids=arrays.pop("ids"), served=arrays.pop("served"), arrays=arrays,
+                 fingerprint=manifest.fingerprint)
 
 
 def _read_array(path: Path, described: Mapping[str, Any]) -> np.ndarray:

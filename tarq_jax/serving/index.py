@@ -19,6 +19,15 @@ SLOTS = 512  # the number of slots is a multiple of it
 SPARE = 0.1  # default number of spare slots, as a share of the items
 
 
+class Encoded(dict[str, np.ndarray]):
+    """Items as a model encodes them, [M, ...] each, with the fingerprint of that model."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], fingerprint: str):
+        """Keeps the arrays by name."""
+        super().__init__(arrays)
+        self.fingerprint = fingerprint
+
+
 @dataclasses.dataclass(frozen=True)
 class Index:
     """Items in C slots; each array has one row per slot."""
@@ -101,10 +110,12 @@ def add(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
     Args:
       index: an index with at least as many free slots as there are new items.
       ids: [M] different integers of at least 0.
-      arrays: [M, ...] each, of the same names, types and row shapes as those of the index.
+      arrays: [M, ...] each, of the same names, types and row shapes as those of the index; those that
+        `Scorer.encode` returns have to be of the model of the index.
 
     Raises:
-      ValueError: an id is already served, there are too few free slots, or arrays do not fit the index.
+      ValueError: an id is already served, there are too few free slots, or arrays do not fit the index or
+        are of another model.
     """
     ids = _checked_ids(ids)
     arrays = _checked_arrays(index, ids, arrays)
@@ -125,7 +136,7 @@ def change(index: Index, ids: Any, arrays: Mapping[str, np.ndarray]) -> Index:
     """The index with new arrays for items that are served.
 
     Raises:
-      ValueError: an id is not served, or arrays do not fit the index.
+      ValueError: an id is not served, or arrays do not fit the index or are of another model.
     """
     ids = _checked_ids(ids)
     arrays = _checked_arrays(index, ids, arrays)
@@ -217,7 +228,16 @@ def _check_lengths(ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"arrays: {name!r} has {len(values)} rows, expected {len(ids)}, one for each id")
 
 
+def check_fingerprints(index: str, model: str) -> None:
+    """Raises ValueError, which names both, unless the fingerprints of an index and a model are equal."""
+    if index != model:
+        raise ValueError(f"the index has fingerprint {index}, the model {model}, expected the same: the "
+                         "index was made by another model")
+
+
 def _checked_arrays(index: Index, ids: np.ndarray, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if isinstance(arrays, Encoded):
+        check_fingerprints(index.fingerprint, arrays.fingerprint)
     arrays = {name: np.asarray(values) for name, values in arrays.items()}
     if arrays.keys() != index.arrays.keys():
         raise ValueError(f"arrays are {sorted(arrays)}, expected {sorted(index.arrays)}")

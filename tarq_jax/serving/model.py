@@ -91,7 +91,8 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
     Raises:
       ValueError: the model is damaged, of another version, or not for the platform that JAX runs on here.
     """
-    fingerprint, facts, files = read_manifest(folder, "model")
+    manifest = read_manifest(folder, "model")
+    fingerprint, facts, files = manifest.fingerprint, manifest.facts, manifest.digests
     if like is not None and (like.fingerprint, like.facts, like.files) == (fingerprint, facts, files):
         return like._replace(encode=_encoder(folder, files))  # that of `like` may be gone from the disk
     backend = jax.default_backend()
@@ -102,6 +103,7 @@ def read_model(folder: Path, like: Model | None = None) -> Model:
     shared = like is not None and like.programs.digests == digests
     programs = like.programs if like is not None and shared else read_programs(folder, digests)
     user, items = (jax.device_put(read_weights(folder, part)) for part in ("user", "items"))
+    manifest.check_unchanged()
     return Model(fingerprint, facts, files, Schema.from_json(facts["schema"]), programs, user, items,
                  _encoder(folder, files))
 

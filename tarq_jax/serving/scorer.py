@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, overload
 import jax
 import numpy as np
 
-from tarq_jax.serving.artefact import check_fingerprints, read_index
-from tarq_jax.serving.index import FREE, Index, grow, round_up
+from tarq_jax.serving.artefact import read_index
+from tarq_jax.serving.index import FREE, Encoded, Index, check_fingerprints, grow, round_up
 from tarq_jax.serving.model import Model, Scored, read_model, read_programs
 from tarq_jax.serving.request_checks import check_columns, check_ids, check_request, pad
 from tarq_jax.serving.vectors import SCALE, check_codes, parts, store
@@ -123,13 +123,14 @@ class Scorer:
         sizes = self.batch_sizes, self.candidate_sizes, self.top_k, self.index.capacity
         return id(self._model.programs), *sizes
 
-    def encode(self, items: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def encode(self, items: Mapping[str, Any]) -> Encoded:
         """Encodes items, given by their fields [M, ...], for `tarq_jax.serving.index.add` and `change`.
 
         Give a new item the field `item_id` 0, unless it was in the vocabulary that was trained.
         """
         encoded = self._model.encode(check_columns(self.schema.side("item"), items, "items"))
-        return store(encoded, self.facts["vectors"], self.facts["num_codewords"])
+        return Encoded(store(encoded, self.facts["vectors"], self.facts["num_codewords"]),
+                       self._model.fingerprint)
 
     def warm_up(self) -> "Scorer":
         """Compiles every program for every shape; afterwards the scorer is `ready`."""

@@ -59,7 +59,8 @@ def write(artefact: Path, out: Path, *, batch: int, delay: float) -> None:
         raise ValueError(f"the model is named {out.name!r}, expected letters of ASCII, digits, and . + - _")
     if out.resolve().is_relative_to(artefact.resolve()):
         raise ValueError(f"the model is {out}, expected a folder outside of the artefact {artefact}")
-    from tarq_jax.serving.artefact import check_fingerprints, new_folder, read_manifest
+    from tarq_jax.serving.artefact import new_folder, read_manifest
+    from tarq_jax.serving.index import check_fingerprints
 
     with new_folder(out) as folder:
         check_fingerprints(*(read_manifest(artefact / kind, kind).fingerprint for kind in ("index", "model")))

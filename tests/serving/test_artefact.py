@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import served
 
-from tarq_jax.serving import Scorer, make_index, remove, save_index
+from tarq_jax.serving import Scorer, make_index, model, remove, save_index
 from tarq_jax.serving import artefact as files
 
 
@@ -75,6 +75,22 @@ def test_a_changed_byte(copied, name):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{path} .*expected"):
+        Scorer.load(copied)
+
+
+@pytest.mark.parametrize(("module", "reader", "name"), [
+    (files, "_read_array", "index/vector.npy"), (model, "read_weights", "model/user.npz"),
+], ids=["index", "model"])
+def test_a_file_that_changes_while_it_is_read(copied, monkeypatch, module, reader, name):
+    """After its checksum was compared, as by a copy in place."""
+    real = getattr(module, reader)
+
+    def late(*arguments):
+        (copied / name).write_bytes((copied / name).read_bytes())
+        return real(*arguments)
+
+    monkeypatch.setattr(module, reader, late)
+    with pytest.raises(ValueError, match=f"{name} changed while it was read"):
         Scorer.load(copied)
 
 

@@ -273,6 +273,16 @@ def test_an_item_of_order_1_is_its_codes(scorer):
         assert add(scorer(name).index, [500], row).num_served == served.ITEMS
 
 
+def test_items_that_another_model_encoded_are_refused(scorer):
+    some = {field: values[1:2] for field, values in served.world().dataset.items.items()}
+    row = scorer("tarq_mlp").encode(some)
+    other = dataclasses.replace(scorer("tarq_mlp").index, fingerprint="trained anew")
+    for put, item in ((add, 500), (change, ITEMS[0])):
+        assert put(scorer("tarq_mlp").index, [item], row).num_served
+        with pytest.raises(ValueError, match="fingerprint trained anew, the model [0-9a-f]+, expected"):
+            put(other, [item], row)
+
+
 def test_items_come_change_and_go_without_compiling(artefact, compilations):
     scorer = Scorer.load(artefact(), batch_sizes=(1,), candidate_sizes=(512,), top_k=5).warm_up()
     fields = served.world().dataset.items

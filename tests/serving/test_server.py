@@ -5,6 +5,8 @@ import functools
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -19,7 +21,8 @@ from tarq_jax.serving import server
 from tarq_jax.serving.client import Client
 from tarq_jax.serving.http.options import Limits, Options
 
-SERVER, REQUEST, LOAD = (("-m", f"tarq_jax.serving.{name}") for name in ("server", "request", "load"))
+SERVER, REQUEST, LOAD = (("-m", f"tarq_jax.serving.{name}") for name in (
+    "server", "request", "load_generator"))
 FLAGS = ("--batch_sizes=1,3", "--candidate_sizes=512", "--max_top_k=20", "--budget_ms=30000",
          "--timeout_ms=30000")
 GOOD = served.world().requests[0]
@@ -165,6 +168,32 @@ def test_a_second_signal_does_not_wait(started):
     services.wait_for(lambda: not ready(url))
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
+
+
+LOADS_FOR_EVER = """
+import socket, sys, time
+from pathlib import Path
+from tarq_jax.serving.http import logs, running, versions
+from tarq_jax.serving.http.options import Options
+
+versions.load = lambda *_: time.sleep(600)
+logs.start()
+running.serve(Path(sys.argv[1]), Options(), socket.create_server(("127.0.0.1", 0)), drain=0.0,
+              log_requests=False)
+"""
+
+
+def test_a_signal_while_a_version_is_loaded(artefact):
+    """As in the minutes that programs may take to compile."""
+    process = subprocess.Popen([sys.executable, "-c", LOADS_FOR_EVER, artefact()], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    try:
+        assert "listens" in process.stdout.readline()
+        time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.stdout.read()
+    finally:
+        process.kill()
 
 
 def test_what_cannot_be_served(command, artefact, tmp_path):

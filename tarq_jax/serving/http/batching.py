@@ -158,6 +158,7 @@ class Batcher(Generic[Item, Result]):
       load: load of all items that have arrived.
       patience: seconds on top of the budget, except under overload, when no patience would let all items be
         answered; may be set at any time.
+      running: seconds for which the batch that runs has run; 0 if none runs.
       waiting: number of items in the queue.
     """
 
@@ -189,6 +190,7 @@ class Batcher(Generic[Item, Result]):
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._started = 0.0  # when the last batch was started
         self._expected_end: float | None = None  # of the running batch
         self._idle = asyncio.Event()
         self._idle.set()
@@ -206,6 +208,11 @@ class Batcher(Generic[Item, Result]):
         room = max(0.0, 1.0 - load / FULL)
         bonus = 0.0 if self._budget is not None else BURST * room * self.least_budget
         return min(self.least_budget + bonus + (self.patience if room else 0.0), self._timeout)
+
+    @property
+    def running(self) -> float:
+        """Seconds for which the batch that runs has run; 0 if none runs."""
+        return 0.0 if self._expected_end is None else self._loop.time() - self._started
 
     @property
     def waiting(self) -> int:
@@ -274,7 +281,7 @@ class Batcher(Generic[Item, Result]):
             self._timer = self._loop.call_later(hold, self._advance)
             return
         batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.largest))]
-        self._expected_end = now + self._times.estimate(len(batch))
+        self._started, self._expected_end = now, now + self._times.estimate(len(batch))
         running = self._loop.run_in_executor(self._executor, self._run, [entry.item for entry in batch])
         running.add_done_callback(lambda done: self._finish(batch, now, done))
 

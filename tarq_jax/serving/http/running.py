@@ -1,10 +1,12 @@
 """Runs the application on a socket until a signal ends it."""
 
+import logging
 import math
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -17,6 +19,7 @@ from tarq_jax.serving.http.options import Options
 from tarq_jax.serving.http.protocol import Protocol
 
 KEEP_ALIVE = 75  # seconds; longer than proxies before a service usually keep idle connections
+LAST = 1.0  # seconds that a thread has for its work after all requests have been answered
 SWITCH = 0.001  # seconds a thread may hold the interpreter: loading a version must not delay requests
 
 
@@ -74,3 +77,15 @@ def serve(artefact: Path, options: Options, listener: socket.socket, *, drain: f
     if server.failure is not None:
         raise server.failure
     log("ends")
+    _leave()
+
+
+def _leave() -> None:
+    """Ends the process if a thread still loads or computes: Python would wait for it, perhaps for minutes."""
+    others = [thread for thread in threading.enumerate()
+              if thread is not threading.current_thread() and not thread.daemon]
+    for thread in others:
+        thread.join(LAST)
+    if any(thread.is_alive() for thread in others):
+        logging.shutdown()
+        os._exit(0)  # nothing has to be saved

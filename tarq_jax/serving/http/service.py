@@ -21,6 +21,7 @@ from tarq_jax.serving.http.queries import NotJson, described, read_query
 from tarq_jax.serving.http.versions import NAME, Busy, Version, Versions
 
 FAILURES = 3  # batches in a row that fail, after which the service is not ready
+HUNG = 10  # time-outs for which a batch has run when the service no longer counts as alive
 
 
 class Json(JSONResponse):
@@ -54,9 +55,10 @@ class Service:
         self._in_flight, self._lag = 0, Lag()
 
     def close(self) -> None:
-        """Ends the thread that computes, and lets the garbage collector look at all objects again."""
+        """Lets the threads end, without waiting, and the garbage collector look at all objects again."""
         self._lag.close()
-        self.executor.shutdown()
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.versions.close()
         gc.unfreeze()
 
     async def score(self, request: Request) -> Response:
@@ -133,16 +135,28 @@ class Service:
 
     async def healthz(self, request: Request) -> Response:
         """GET /healthz."""
+        self._check_running(HUNG * self._options.limits.seconds)  # only a restart can help
         return Json({"alive": True})
 
     async def readyz(self, request: Request) -> Response:
         """GET /readyz."""
         if request.app.state.draining:
             raise HTTPException(503, "the service is about to end")
+        await self.check()
+        return Json(self._current().description)
+
+    async def check(self) -> None:
+        """Raises HTTPException (503) if no version is warm, or the device has failed or hangs."""
         version = self._current()
+        self._check_running(self._options.limits.seconds)
         if version.batcher.failures >= FAILURES:
             await self._retry(version)
-        return Json(version.description)
+
+    def _check_running(self, most: float) -> None:
+        running = self.versions.current.batcher.running if self.versions.current else 0.0
+        if running > most:
+            raise HTTPException(503, f"a batch has run for {running:.1f} seconds, expected at most {most:g}",
+                                headers={"retry-after": "1"})
 
     async def _retry(self, version: Version) -> None:
         """Tries a request of its own, as others may not send any until it is ready; 503 if it fails."""

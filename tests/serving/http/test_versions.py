@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import jax
 import numpy as np
@@ -177,6 +178,16 @@ def test_what_the_trials_refuse(guarded, change_options, index, changes, words):
         assert client.score(GOOD).version == version.name
 
 
+def test_all_items_have_to_be_ranked_in_time(guarded, change_options, monkeypatch):
+    async def slow(self, scorer, query, size, trials=versions.TRIALS):
+        return 1e-3 if query.candidates is not None else 60.0
+
+    monkeypatch.setattr(versions.Versions, "_time", slow)
+    with guarded.client(token=services.TOKEN, timeout=120.0) as client, pytest.raises(
+            Wrong, match=r"takes 60 seconds for a batch of 1 that ranks all \d+ items, expected less than"):
+        client.swap("1", "index-1")
+
+
 def test_batches_that_are_too_slow_to_be_used_are_not_tried(swapped, client, change_options):
     assert swapped.service.versions.current.seconds.keys() == {1, 3}
     change_options(swapped, budget=1e-6)
@@ -210,14 +221,19 @@ def test_one_swap_at_a_time(swapped, client):
     assert done[0]["method"] == "two_tower"
 
 
-def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client):
-    """Requests that wait during a swap are neither lost nor mixed."""
+def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client, monkeypatch):
+    """Requests that wait while another version takes over are neither lost nor mixed; the swap waits, too."""
     answers = []
 
     def ask():
         with swapped.client(token=services.TOKEN, timeout=120.0) as other:
             answers.append(other.score(GOOD))
 
+    async def untried(self, scorer, query, *size):
+        return 1e-3 if size else {1: 1e-3}
+
+    for trial in ("_time", "_try"):  # they would wait for the thread that computes
+        monkeypatch.setattr(versions.Versions, trial, untried)
     old = client.version()["version"]
     threads = [threading.Thread(target=ask) for _ in range(5)]
     with swapped.busy():
@@ -226,9 +242,15 @@ def test_what_waits_is_answered_by_the_version_that_took_it(swapped, client):
         services.wait_for(lambda: swapped.metric("tarq_in_flight") == 5)
         swapping = threading.Thread(target=client.swap, args=("2",))
         swapping.start()
+        services.wait_for(lambda: swapped.service.versions.current.name != old)
+        time.sleep(0.1)
+        assert swapping.is_alive() and not answers
+        with swapped.client() as other:
+            new = other.version()["version"]
     for thread in [*threads, swapping]:
         thread.join(120)
     assert [answer.version for answer in answers] == [old] * 5
+    assert client.score(GOOD).version == new != old
 
 
 def check_swaps_under_load(running, artefacts, swaps):
