@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pydantic
 from ray import serve
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 
 from tarq_jax import cli
 from tarq_jax.serving.http.app import make_app
@@ -29,7 +29,9 @@ class Arguments(pydantic.BaseModel):
     artefact: str
     min_replicas: int = pydantic.Field(1, ge=1)
     max_replicas: int = pydantic.Field(1, ge=1)
-    ongoing: float = pydantic.Field(2.0, gt=0)  # concurrent requests per replica; more start another replica
+    # Concurrent requests per replica; more start another one. A replica refuses what it cannot answer in
+    # time, so one that computes requests one by one holds fewer than two even under twice its load.
+    ongoing: float = pydantic.Field(1.0, gt=0)
     num_cpus: float = pydantic.Field(1.0, ge=0)  # per replica
     num_gpus: float = pydantic.Field(0.0, ge=0)
     token_file: str | None = None
@@ -43,12 +45,22 @@ class Arguments(pydantic.BaseModel):
         return self
 
 
+class Replica:
+    """What Ray knows of a replica besides its application; `serve.ingress` sets `app`."""
+
+    app: Starlette
+
+    async def check_health(self) -> None:
+        """Raises an error, after some of which Ray replaces the replica, when /readyz would answer 503."""
+        await self.app.state.service.check()
+
+
 def application(arguments: Arguments) -> serve.Application:
     """A Ray Serve application; `serve run` and configuration files of Ray call it.
 
     A replica whose artefact is damaged or missing does not start; Ray's log and status give the reason.
     """
-    def build() -> ASGIApp:  # runs in each replica
+    def build() -> Starlette:  # runs in each replica
         token = cli.token_in(Path(arguments.token_file)) if arguments.token_file else None
         budget = arguments.budget_ms / 1e3 if arguments.budget_ms else None
         return make_app(Path(arguments.artefact), Options(token=token, budget=budget, swaps=False))
@@ -60,4 +72,4 @@ def application(arguments: Arguments) -> serve.Application:
             "min_replicas": arguments.min_replicas, "max_replicas": arguments.max_replicas,
             "target_ongoing_requests": arguments.ongoing, "upscale_delay_s": UPSCALE,
             "downscale_delay_s": DOWNSCALE})
-    return deployed(serve.ingress(build)()).bind()
+    return deployed(serve.ingress(build)(Replica)).bind()

@@ -1,10 +1,13 @@
 """Real replicas under Ray Serve: two replicas, one killed, a damaged artefact, another artefact."""
 
+import asyncio
 import concurrent.futures
+import dataclasses
 import os
 import shutil
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,12 @@ import pydantic
 import ray
 import services
 from ray import serve
+from starlette.exceptions import HTTPException
 
 from tarq_jax.serving import Scorer
 from tarq_jax.serving.client import Client, Wrong
-from tarq_jax.serving.ray import Arguments, application
+from tarq_jax.serving.http.options import Options
+from tarq_jax.serving.ray import Arguments, Replica, application
 
 GOOD = served.world().requests[0]
 
@@ -59,6 +64,23 @@ def replicas():
 
     return [int(folder.name) for folder in Path("/proc").iterdir()
             if folder.name.isdecimal() and name(folder).startswith("ray::ServeReplica:default:tarq")]
+
+
+def test_a_replica_whose_device_hangs_is_not_healthy(artefact, monkeypatch):
+    with services.running(artefact()) as running:
+        replica, batcher = Replica(), running.service.versions.current.batcher
+        replica.app = running.server.app
+        asyncio.run(replica.check_health())
+        with running.busy():
+            asking = threading.Thread(target=running.ask, args=("POST", "/score", GOOD))
+            asking.start()
+            services.wait_for(lambda: batcher.running > 0.1)
+            limits = dataclasses.replace(services.PATIENT.limits, seconds=0.05)
+            monkeypatch.setattr(running.service, "_options", Options(limits=limits))
+            with pytest.raises(HTTPException, match="a batch has run for"):
+                asyncio.run(replica.check_health())
+        asking.join(60)
+        asyncio.run(replica.check_health())
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ def test_items_that_another_model_encoded_are_refused(scorer):
     other = dataclasses.replace(scorer("tarq_mlp").index, fingerprint="trained anew")
     for put, item in ((add, 500), (change, ITEMS[0])):
         assert put(scorer("tarq_mlp").index, [item], row).num_served
-        with pytest.raises(ValueError, match="fingerprint trained anew, the model [0-9a-f]+, expected"):
+        with pytest.raises(ValueError, match="fingerprint trained anew, the model "):
             put(other, [item], row)
 
 
