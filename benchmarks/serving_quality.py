@@ -23,6 +23,7 @@ from rich.progress import track
 
 from tarq_jax import cli, metrics, reporting
 from tarq_jax.data import ITEM_ID, Dataset, eval_batches
+from tarq_jax.experiments.study import tarq_name
 from tarq_jax.serving.build import encode_items, method_of
 from tarq_jax.serving.index import round_up
 from tarq_jax.serving.item_side import for_all
@@ -58,7 +59,13 @@ def served(reference: Run, converted: Sequence[tuple[int, int]]) -> Iterator[tup
         run = load_run(Path(path))
         if run.dataset.schema != reference.dataset.schema:
             raise ValueError(f"{path} has another schema than {ATTENTION.value}, expected the same")
-        yield run.config.model.name, method_of(run)
+        yield name_of(run), method_of(run)
+
+
+def name_of(run: Run) -> str:
+    """The name of a run's model in the table."""
+    model = run.config.model
+    return tarq_name(model.order, model.head, model.num_codewords) if model.name == "tarq" else model.name
 
 
 def scores_of(method: Method, dataset: Dataset) -> np.ndarray:

@@ -142,6 +142,20 @@ def serving_parts() -> list[str]:
         for row in read("serving") if row["kind"] == "breakdown"])
 
 
+def serving_quality() -> list[str]:
+    """Recall of the best 500 items of full target attention, and AUC, by data set."""
+    found = {name: {row["model"]: row for row in read(file)} for name, file in (
+        ("synthetic", "serving_quality"), ("Beauty", "serving_quality_beauty"))}
+    models = dict.fromkeys(model for rows in found.values() for model in rows)
+
+    def cells(row: Row | None) -> list[str]:
+        return ["-", "-"] if row is None else [f"{row['recall_at_500']:.3f}", f"{row['auc']:.4f}"]
+
+    return markdown_table(
+        ["method", *(f"{name}: {what}" for name in found for what in ("recall@500", "AUC"))],
+        [[model, *(cell for rows in found.values() for cell in cells(rows.get(model)))] for model in models])
+
+
 def serving_crossovers() -> list[str]:
     """Numbers of candidates below which target attention does less work, to two digits."""
     found = {(row["model"], row["against"]): row["candidates"] for row in read("serving")
@@ -304,7 +318,7 @@ def input_pipeline() -> list[str]:
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {table.__name__: table for table in (
     quantization, training_step, serving_ratios, serving_growth, serving_requests, serving_parts,
-    serving_crossovers, frontier, ablation, parts, stress, microbenchmarks, rooflines, compiled,
+    serving_crossovers, serving_quality, frontier, ablation, parts, stress, microbenchmarks, rooflines, compiled,
     limits, input_pipeline)}
 
 
