@@ -153,7 +153,8 @@ def fitted(codewords: Levels, latents: jax.Array, *, encode: Encode = encode) ->
         return jax.tree.map(jnp.add, total, statistics), None
 
     codewords = jax.tree.map(jnp.asarray, codewords)
-    sums = jax.tree.map(jnp.zeros_like, codewords)
+    dtype = jnp.promote_types(jnp.result_type(latents, *codewords), jnp.float32)  # that of the statistics
+    sums = jax.tree.map(lambda level: jnp.zeros(level.shape, dtype), codewords)
     counts = jax.tree.map(lambda level: level[..., 0], sums)
     (counts, sums), _ = jax.lax.scan(add, (counts, sums), (padded, real))
     return Codebook(

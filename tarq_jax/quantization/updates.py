@@ -81,7 +81,8 @@ def assignment_statistics(
       where: [...] bool, latents to count; None counts all. The values of the other latents do not matter.
 
     Returns:
-      Counts [L, K] and sums [L, K, D], or tuples with one array per level. Both add up over shards: under
+      Counts [L, K] and sums [L, K, D], or tuples with one array per level, in float32 or the residuals' type
+      if that is wider. Both add up over shards: under
       `shard_map` or `pmap`, sum them with `jax.lax.psum`; under `jit` over a mesh they are global.
 
     Example:
@@ -105,7 +106,11 @@ def assignment_statistics(
 
 
 def _level_statistics(codes: jax.Array, residuals: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Counts [K] and sums [K, D] of one level's codes [M] and residuals [M, D], as a matrix product."""
+    """Counts [K] and sums [K, D] of one level's codes [M] and residuals [M, D], as a matrix product.
+
+    In float32 at least: counts in bfloat16 would stop growing at 256.
+    """
+    residuals = residuals.astype(jnp.promote_types(residuals.dtype, jnp.float32))
     one_hot = jax.nn.one_hot(codes, size, dtype=residuals.dtype)
     return one_hot.sum(axis=0), jnp.matmul(one_hot.T, residuals, precision="highest")
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import normal
@@ -209,6 +210,16 @@ def test_statistics_of_more_than_a_block():
     np.testing.assert_allclose(codebook.sums, sums, rtol=1e-4, atol=1e-3)
     np.testing.assert_array_equal(codebook.codewords, codewords)
     assert not np.any(codebook.ages)
+
+
+def test_statistics_of_bfloat16_blocks_are_exact():
+    num = 3 * fitting.BLOCK + 101
+    codewords = jnp.array([[[0.0], [4.0]]], jnp.bfloat16)
+    latents = jnp.where(jnp.arange(num) < 301, 1.0, 5.0)[:, None].astype(jnp.bfloat16)
+    codebook = quantization.fitted(codewords, latents)
+    np.testing.assert_array_equal(codebook.counts, [[301.0, num - 301.0]])
+    np.testing.assert_array_equal(codebook.sums, [[[301.0], [5.0 * (num - 301.0)]]])
+    assert {leaf.dtype for leaf in (codebook.counts, codebook.sums, codebook.ages)} == {jnp.dtype("float32")}
 
 
 # Least squares over all levels

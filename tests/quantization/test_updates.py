@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import workloads
@@ -30,6 +31,16 @@ def test_assignment_statistics_closed_form(quantized):
                 np.testing.assert_allclose(
                     sums[level, code], residuals[chose, level].sum(axis=0), rtol=1e-5, atol=1e-5
                 )
+
+
+def test_statistics_of_bfloat16_are_exact():
+    """1000 latents: bfloat16 has no whole numbers between 256 and 258."""
+    codewords = jnp.array([[[0.0], [4.0]]], jnp.bfloat16)
+    latents = jnp.where(jnp.arange(1000) < 301, 1.0, 5.0)[:, None].astype(jnp.bfloat16)
+    counts, sums = quantization.assignment_statistics(quantization.encode(codewords, latents), codewords)
+    assert counts.dtype == sums.dtype == jnp.float32
+    np.testing.assert_array_equal(counts, [[301.0, 699.0]])
+    np.testing.assert_array_equal(sums, [[[301.0], [3495.0]]])
 
 
 def test_assignment_statistics_add_up_over_splits(quantized):
