@@ -152,7 +152,7 @@ def fitted(codewords: Levels, latents: jax.Array, *, encode: Encode = encode) ->
         statistics = assignment_statistics(encode(codewords, points), codewords, where)
         return jax.tree.map(jnp.add, total, statistics), None
 
-    codewords = jax.tree.map(jnp.asarray, codewords)
+    codewords = like_levels(codewords, as_levels(codewords))
     dtype = jnp.promote_types(jnp.result_type(latents, *codewords), jnp.float32)  # that of the statistics
     sums = jax.tree.map(lambda level: jnp.zeros(level.shape, dtype), codewords)
     counts = jax.tree.map(lambda level: level[..., 0], sums)

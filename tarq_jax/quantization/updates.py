@@ -47,8 +47,7 @@ def random_codebook(
 
 def with_codewords(codewords: Levels) -> Codebook:
     """A codebook of the codewords [L, K, D], with statistics as if each had just been used once."""
-    as_levels(codewords)
-    codewords = jax.tree.map(jnp.asarray, codewords)
+    codewords = like_levels(codewords, as_levels(codewords))
     counts = jax.tree.map(lambda level: jnp.ones(level.shape[:-1]), codewords)
     return Codebook(
         codewords=codewords, counts=counts, sums=jax.tree.map(jnp.copy, codewords),

@@ -187,11 +187,12 @@ def test_ages_count_steps_without_use(quantized):
 # Levels that differ in size
 
 
-def test_uneven_levels_equal_even_ones(quantized):
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_uneven_levels_equal_even_ones(quantized, sequence):
     """With codewords given level by level, every update gives the same values, level by level."""
     codewords, _, output = quantized
     results = []
-    for levels in (codewords, tuple(codewords)):
+    for levels in (codewords, sequence(codewords)):
         codebook = quantization.with_codewords(levels)
         counts, sums = quantization.assignment_statistics(output, levels)
         codebook = quantization.update_statistics(codebook, counts, sums, decay=0.5)
