@@ -123,8 +123,8 @@ def kmeans_codebook(
       Codebook whose counts and sums are those of `latents`: M / K uses per codeword on average.
 
     Raises:
-      ValueError: there are fewer latents than codewords, a level has no codeword, or there are not as many
-        sizes as levels.
+      ValueError: there are fewer latents than codewords, `num_levels` is below 1, a level has no codeword, or
+        there are not as many sizes as levels.
 
     Example:
       >>> latents = jax.random.normal(jax.random.key(0), (40, 3))

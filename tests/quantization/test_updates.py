@@ -155,6 +155,15 @@ def test_never_used_codewords_stay_finite(counts):
     np.testing.assert_allclose(codewords, np.broadcast_to(expected, codewords.shape), rtol=1e-4)
 
 
+@pytest.mark.parametrize("sequence", [np.stack, tuple])
+def test_without_smoothing_a_level_without_counts_keeps_its_codewords(sequence):
+    counts, sums = np.float32([[0.0, 0.0], [3.0, 0.0]]), np.float32([[[0.0], [0.0]], [[6.0], [0.0]]])
+    codebook = Codebook(codewords=sequence(np.full_like(sums, 7.0)), counts=sequence(counts),
+                        sums=sequence(sums), ages=sequence(0.0 * counts))
+    codewords = quantization.ema_codewords(codebook, smoothing=0).codewords
+    np.testing.assert_array_equal(np.stack(codewords), [[[7.0], [7.0]], [[2.0], [0.0]]])
+
+
 def test_ema_converges_to_cluster_means():
     centres = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]], np.float32)
     points = (centres[:, None] + 0.5 * normal(6, 3, 20, 2)).astype(np.float32)
