@@ -114,27 +114,32 @@ class AttentionErrors(NamedTuple):
 
     total: float  # relative error of the output of all heads, over all lengths
     outputs: dict[str, dict[str, float]]  # relative error; for `ALL`, too; NaN if all histories are empty
-    weights: dict[str, dict[str, float]]  # total variation
+    weights: dict[str, dict[str, float]]  # total variation; NaN if all histories are empty
 
 
 def attention_errors(observed: Observed) -> AttentionErrors:
-    """How far the student's attention is from the teacher's."""
+    """How far the student's attention is from the teacher's; candidates of empty histories are left out.
+
+    They have nothing to attend to; what remains of their output is the bias of its projection.
+    """
     edges = np.unique(np.quantile(observed.lengths, np.linspace(0, 1, BUCKETS + 1)).astype(int))
     lower = edges[:-1] if len(edges) > 1 else edges
     bucket = np.searchsorted(lower, observed.lengths, side="right") - 1
     upper = [*(lower[1:] - 1), edges[-1]]
     names = [f"{low} to {high}" if low < high else str(low) for low, high in zip(lower, upper, strict=True)]
-    inside = {name: bucket == index for index, name in enumerate(names) if (bucket == index).any()}
+    seen = observed.lengths > 0
+    inside = {name: (bucket == index) & seen for index, name in enumerate(names) if (bucket == index).any()}
     return AttentionErrors(
-        _relative(observed.outputs[ALL], np.ones(len(bucket), bool)),
+        _relative(observed.outputs[ALL], seen),
         {part: {name: _relative(error, where) for name, where in inside.items()}
          for part, error in observed.outputs.items()},
-        {part: {name: float(variation[where].mean()) for name, where in inside.items()}
+        {part: {name: float(variation[where].mean()) if where.any() else math.nan
+                for name, where in inside.items()}
          for part, variation in observed.weights.items()})
 
 
 def _relative(error: OutputError, inside: np.ndarray) -> float:
-    """Relative error of the attention output for `inside`; NaN if all their histories are empty."""
+    """Relative error of the attention output for `inside`; NaN if there are none."""
     return metrics.relative_error([error.squared_error[inside].sum(), error.squared_norm[inside].sum()])
 
 
@@ -194,7 +199,8 @@ def sections(run: "Run", observed: Observed, rows: Sequence[dict[str, Any]], wor
                 "output, relative error by history length": errors.outputs,
                 "weights, total variation by history length": errors.weights})),
             caption="Zero is full attention; of the weights, one is no overlap at all. The output of a level "
-                    "is the sum of the levels up to it; that of a head is not projected yet."),
+                    "is the sum of the levels up to it; that of a head is not projected yet. Empty histories "
+                    "are left out."),
     }
 
 

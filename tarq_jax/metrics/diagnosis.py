@@ -90,9 +90,9 @@ def diagnose_attention(error: float, errors_by_length: Mapping[str, float], orde
     """Sentences on the attention output's relative error, over all and by history length.
 
     Args:
-      error: relative error over all requests; NaN if all histories are empty.
-      errors_by_length: from the name of a bucket of lengths to its error, short histories first; NaN for
-        empty histories.
+      error: relative error over all requests whose history is not empty; NaN if there are none.
+      errors_by_length: from the name of a bucket of lengths to its error, short histories first; NaN if it
+        has only empty histories.
       order: order of the student's codebooks.
     """
     if math.isnan(error):

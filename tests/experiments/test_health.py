@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -123,17 +124,48 @@ def test_a_model_without_codebook_is_refused(tiny_config, tiny_dataset, tmp_path
         health.observe(load_run(tmp_path), "test", 10)
 
 
-def test_empty_histories_have_no_error():
-    """There is nothing to be off; so what is found elsewhere does not grow from 0."""
+@pytest.mark.parametrize("of_empty", [0.0, 1.0])
+def test_empty_histories_have_no_error(of_empty):
+    """There is nothing to be off, whatever their output; so what is found elsewhere does not grow from 0."""
     lengths = np.repeat([0, 5, 9], 4)
-    seen = (lengths > 0).astype(float)
-    errors = health.attention_errors(seen_with(lengths, 0.01 * seen, seen, seen))
+    errors = health.attention_errors(seen_with(
+        lengths, *(np.where(lengths > 0, value, of_empty) for value in (0.01, 1.0, 0.5))))
     by_length = errors.outputs[health.ALL]
     assert errors.total == pytest.approx(0.1) and np.isnan(by_length["0 to 4"])
+    weights = errors.weights["head 1"]
+    assert np.isnan(weights["0 to 4"]) and weights["5 to 9"] == 0.5
     assert len(diagnosis.diagnose_attention(errors.total, by_length, 1)) == 1
-    nothing = health.attention_errors(seen_with(lengths, 0 * seen, 0 * seen, seen)).total
+    ones = np.ones(4)
+    nothing = health.attention_errors(seen_with(0 * ones, ones, ones, ones)).total
     assert diagnosis.diagnose_attention(nothing, {}, 1) == [
         "No history has an event, so that there is no attention to compare."]
+
+
+def test_empty_histories_of_a_model_with_biases(run, monkeypatch):
+    """The output projection's bias is an output that no history caused, of the teacher or of the student."""
+    def biased(path, leaf):
+        return leaf + 1.0 if "output_projection']['bias" in jax.tree_util.keystr(path) else leaf
+
+    def with_lengths(*arguments, **options):
+        for batch in data_batches(*arguments, **options):
+            lengths = np.resize([0, 2, 5], len(batch.user_id))[:, None]
+            yield batch.replace(history_mask=batch.history_mask & (np.arange(5) < lengths))
+
+    data_batches = data.eval_batches
+    monkeypatch.setattr(data, "eval_batches", with_lengths)
+    state = run.state.replace(params=jax.tree_util.tree_map_with_path(biased, run.state.params))
+    observed = health.observe(run._replace(state=state), "test", 100)
+    seen = observed.lengths > 0
+    every = observed.outputs[health.ALL]
+    assert (every.squared_norm[~seen] > 0.1).all() and 0 < seen.sum() < len(seen)
+    errors = health.attention_errors(observed)
+    assert errors.total == pytest.approx(
+        np.sqrt(every.squared_error[seen].sum() / every.squared_norm[seen].sum()))
+    evaluated = loop.evaluate_split(run.config, run.objective, state, run.dataset, "test")[0]
+    assert errors.total == pytest.approx(evaluated["attention_error"], rel=1e-4)
+    for by_length in (*errors.outputs.values(), *errors.weights.values()):
+        assert list(by_length) == ["0 to 1", "2 to 5"]
+        assert np.isnan(by_length["0 to 1"]) and by_length["2 to 5"] > 0
 
 
 def test_a_run_that_stopped_early(run, observed, workdir):
