@@ -104,7 +104,9 @@ def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
         before = rows[-1]["quantization_error"] if rows else 1.0
         verdict = diagnosis.diagnose_level(diagnosis.Level(
             level, observed.codewords.shape[1], row["utilisation"], row["perplexity"], int(row["dead"]),
-            row["quantization_error"], before, distinct, config.codebook.init, config.codebook.revive_every))
+            row["quantization_error"], before, distinct, config.codebook.init, config.codebook.revive_every,
+            config.codebook.learning, config.codebook.dead, config.model.assign,
+            config.optimizer.weight_decay))
         rows.append({"level": level, **row, "verdict": " ".join(verdict)})
     return rows
 
