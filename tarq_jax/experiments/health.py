@@ -36,6 +36,7 @@ class Observed(NamedTuple):
     latents: np.ndarray  # [M, D]
     output: Any  # QuantizerOutput with leading axis M
     codewords: np.ndarray  # [L, K, D]
+    items: np.ndarray  # [M], ids
     lengths: np.ndarray  # [M], of the history
     outputs: dict[str, "OutputError"]  # of the attention, for `ALL` and by head or level
     weights: dict[str, np.ndarray]  # by head or level: total variation of the attention weights, [M]
@@ -81,7 +82,7 @@ def observe(run: "Run", split: str, requests: int) -> Observed:
         lengths = np.broadcast_to(batch.history_mask.sum(axis=1)[:, None], real.shape)
         *seen, outputs, variation = look(batch)
         parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real],
-                                  (*seen, lengths, outputs, variation)))
+                                  (*seen, batch.candidates[data.ITEM_ID], lengths, outputs, variation)))
     if not any(len(part[0]) for part in parts):
         raise ValueError(f"split {split!r} has no candidates among its first {requests} requests, expected "
                          "one at least")
@@ -89,14 +90,16 @@ def observe(run: "Run", split: str, requests: int) -> Observed:
     return Observed(latents, output, np.asarray(codewords), *errors)
 
 
-def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
+def level_rows(run: "Run", observed: Observed) -> list[dict[str, Any]]:
     """One row per level: its health, and a verdict in words."""
     from tarq_jax.metrics import diagnosis
 
     health = metrics.codebook_health(
         observed.codewords, metrics.usage_counts(observed.output.codes, observed.codewords.shape[1]),
         metrics.unexplained_energy(observed.latents, observed.output))
-    distinct = len(np.unique(np.round(observed.latents, 5), axis=0))
+    counts = (run.dataset.schema.num_items - 1, len(np.unique(observed.items)),  # id 0 is padding
+              len(np.unique(np.round(observed.latents, 5), axis=0)))
+    config = run.config
     rows: list[dict[str, Any]] = []
     for level in range(1, len(observed.codewords) + 1):
         row = {name: health[f"{name}_{level}"] for name in (
@@ -104,7 +107,7 @@ def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
         before = rows[-1]["quantization_error"] if rows else 1.0
         verdict = diagnosis.diagnose_level(diagnosis.Level(
             level, observed.codewords.shape[1], row["utilisation"], row["perplexity"], int(row["dead"]),
-            row["quantization_error"], before, distinct, config.codebook.init, config.codebook.revive_every,
+            row["quantization_error"], before, *counts, config.codebook.init, config.codebook.revive_every,
             config.codebook.learning, config.codebook.dead, config.model.assign,
             config.optimizer.weight_decay))
         rows.append({"level": level, **row, "verdict": " ".join(verdict)})
@@ -214,7 +217,7 @@ def main() -> None:
     workdir = Path(str(RUN.value))
     run = load_run(workdir)
     observed = observe(run, SPLIT.value, REQUESTS.value)
-    rows = level_rows(observed, run.config)
+    rows = level_rows(run, observed)
     parts = sections(run, observed, rows, workdir)
     out = Path(OUT.value or workdir / "health")
     page.write(out, f"Codebook health of {workdir}", parts)

@@ -15,7 +15,9 @@ class Level(NamedTuple):
     dead: int
     quantization_error: float  # share of the latents' energy left after this level
     error_before: float  # the same before this level; 1 for the first
-    distinct_items: int  # different latents that were quantized
+    items: int  # of the data
+    items_seen: int  # how many of them were looked at
+    distinct_latents: int  # different latents of these items
     init: str  # config.codebook.init
     revive_every: int  # config.codebook.revive_every
     learning: str  # config.codebook.learning
@@ -68,21 +70,27 @@ class Rule(NamedTuple):
 
 
 LEVEL_RULES = (
-    Rule(lambda m: m.distinct_items <= 1,
+    Rule(lambda m: m.distinct_latents <= 1 < m.items_seen,
          "all latents are the same: the encoder or the query tower has collapsed, not the codebook",
          lambda m: _any_of(
              _by_less_decay(m), "see whether target attention helps on this data at all")),
-    Rule(lambda m: 1 < m.distinct_items < m.size,
-         "only {distinct_items} different latents for {size} codewords",
+    Rule(lambda m: m.items < m.size,
+         "the data have {items} items for {size} codewords",
          lambda m: "lower config.model.num_codewords"),
-    Rule(lambda m: m.utilisation < 0.98 and m.init == "random" and m.distinct_items >= m.size,
+    Rule(lambda m: m.items_seen < m.size <= m.items,
+         "{items_seen} of {items} items were looked at, too few to judge {size} codewords",
+         lambda m: "raise --requests, or take a --split that has more"),
+    Rule(lambda m: 1 < m.distinct_latents < m.size <= m.items_seen,
+         "only {distinct_latents} different latents for {size} codewords",
+         lambda m: "lower config.model.num_codewords"),
+    Rule(lambda m: m.utilisation < 0.98 and m.init == "random" and m.distinct_latents >= m.size,
          "{dead} of {size} codewords are never used, and the level began at random",
          lambda m: "set config.codebook.init=kmeans with config.codebook.start after a warm-up"),
-    Rule(lambda m: m.utilisation < 0.98 and not m.revive_every and m.distinct_items >= m.size,
+    Rule(lambda m: m.utilisation < 0.98 and not m.revive_every and m.distinct_latents >= m.size,
          "{dead} of {size} codewords are never used, and none is revived",
          lambda m: "set config.codebook.revive_every, to 20 say"),
     Rule(lambda m: (m.utilisation < 0.98 and m.init != "random" and m.revive_every > 0
-                    and m.distinct_items >= m.size),
+                    and m.distinct_latents >= m.size),
          "{dead} of {size} codewords are never used in spite of revival",
          _by_earlier_revival),
     Rule(lambda m: m.utilisation >= 0.98 and m.perplexity < 0.5 * m.size,
@@ -107,7 +115,8 @@ def diagnose_level(measured: Level) -> list[str]:
     """A sentence for each rule that holds; if none does, one that says the level is healthy.
 
     Example:
-      >>> level = Level(1, 64, 0.25, 9.0, 48, 0.5, 1.0, 900, "random", 0, "ema", "count", "nearest", 0.0)
+      >>> level = Level(1, 64, 0.25, 9.0, 48, 0.5, 1.0, 900, 900, 900,
+      ...               "random", 0, "ema", "count", "nearest", 0.0)
       >>> for sentence in diagnose_level(level): print(sentence)
       Level 1: 48 of 64 codewords are never used, and the level began at random. What helps: set
       config.codebook.init=kmeans with config.codebook.start after a warm-up.

@@ -45,7 +45,7 @@ def observed(run):
 
 
 def test_rows_are_the_health_of_the_split(run, observed):
-    rows = health.level_rows(observed, run.config)
+    rows = health.level_rows(run, observed)
     assert [row["level"] for row in rows] == [1, 2]
     evaluated = loop.evaluate_split(run.config, run.objective, run.state, run.dataset, "test")[0]
     for row in rows:
@@ -57,6 +57,14 @@ def test_rows_are_the_health_of_the_split(run, observed):
 def test_as_many_requests_as_are_asked_for(run):
     first = next(data.eval_batches(run.dataset, "test", batch_size=3, **setup.batch_shapes(run.dataset)))
     assert len(health.observe(run, "test", 3).lengths) == first.candidate_mask.sum()
+
+
+def test_few_requests_do_not_blame_the_codewords(run):
+    """The first request has three candidates for four codewords; the data have sixty items."""
+    few = health.observe(run, "test", 1)
+    for row in health.level_rows(run, few):
+        assert "were looked at, too few to judge 4 codewords. What helps: raise --requests" in row["verdict"]
+        assert "num_codewords" not in row["verdict"] and "never used" not in row["verdict"]
 
 
 def test_attention_errors(run, observed, order):
@@ -74,7 +82,7 @@ def test_attention_errors(run, observed, order):
 
 
 def test_page_is_self_contained(run, observed, workdir):
-    rows = health.level_rows(observed, run.config)
+    rows = health.level_rows(run, observed)
     parts = health.sections(run, observed, rows, workdir)
     assert {name for name, section in parts.items() if section.image} == FIGURES
     assert all(section.image.startswith(b"\x89PNG") for name, section in parts.items() if name in FIGURES)
@@ -94,7 +102,7 @@ def test_curves_begin_where_the_codebook_does(run, workdir):
 def seen_with(lengths, squared_error, squared_norm, variation):
     """What is seen of candidates with these histories, errors and norms [M] of all heads and of one."""
     error = health.OutputError(squared_error, squared_norm)
-    return health.Observed(None, None, None, lengths, {health.ALL: error, "head 1": error},
+    return health.Observed(None, None, None, None, lengths, {health.ALL: error, "head 1": error},
                            {"head 1": variation})
 
 
@@ -173,7 +181,7 @@ def test_a_run_that_stopped_early(run, observed, workdir):
     early = run.state.replace(step=np.int32(3))
     with pytest.raises(ValueError, match=r"is of step 3, expected one beyond config.codebook.start, 3"):
         health.observe(run._replace(state=early), "test", 10)
-    rows = health.level_rows(observed, run.config)
+    rows = health.level_rows(run, observed)
     first = health.sections(run._replace(steps=5), observed, rows, workdir)["summary"].sentences[0]
     assert first == "The run is not finished: it stopped at step 5 of 6."
 

@@ -11,8 +11,8 @@ from tarq_jax.metrics.diagnosis import LEVEL_RULES, Level, diagnose_attention, d
 DEFAULTS = {"init": "kmeans", "revive_every": 20, "learning": "ema", "dead_by": "count", "assign": "nearest",
             "weight_decay": 0.0}  # settings of a run
 HEALTHY = Level(level=2, size=64, utilisation=1.0, perplexity=60.0, dead=0, quantization_error=0.1,
-                error_before=0.3, distinct_items=900, **DEFAULTS)
-COLLAPSED = {"distinct_items": 1, "utilisation": 1 / 64}
+                error_before=0.3, items=2000, items_seen=1000, distinct_latents=900, **DEFAULTS)
+COLLAPSED = {"distinct_latents": 1, "utilisation": 1 / 64}
 UNUSED = {"utilisation": 0.5, "dead": 32}
 UNEVEN = {"perplexity": 20.0}
 LEVEL_1 = {"level": 1, "error_before": 1.0}
@@ -20,8 +20,15 @@ SICK = [  # changes to a healthy level, words in the finding, all of the remedy
     (COLLAPSED, "collapsed, not the codebook", "see whether target attention helps on this data at all"),
     (COLLAPSED | {"weight_decay": 0.1}, "collapsed, not the codebook",
      "lower config.optimizer.weight_decay, or see whether target attention helps on this data at all"),
-    ({"distinct_items": 40, "utilisation": 0.6}, "only 40 different latents for 64",
+    ({"distinct_latents": 40, "utilisation": 0.6}, "only 40 different latents for 64",
      "lower config.model.num_codewords"),
+    ({"items": 50, "items_seen": 50, "distinct_latents": 50, "utilisation": 0.6},
+     "the data have 50 items for 64 codewords", "lower config.model.num_codewords"),
+    ({"items_seen": 4, "distinct_latents": 4, "utilisation": 0.06, "perplexity": 4.0, "dead": 60},
+     "4 of 2000 items were looked at, too few to judge 64 codewords",
+     "raise --requests, or take a --split that has more"),
+    ({"items_seen": 1, "distinct_latents": 1, "utilisation": 1 / 64}, "1 of 2000 items were looked at",
+     "raise --requests, or take a --split that has more"),
     (UNUSED | {"init": "random"}, "32 of 64 codewords",
      "set config.codebook.init=kmeans with config.codebook.start after a warm-up"),
     (UNUSED | {"revive_every": 0}, "none is revived", "set config.codebook.revive_every, to 20 say"),
