@@ -64,11 +64,25 @@ def expand(
     def plain(queries, keys, values, mask):
         return attention_sums(queries, keys, values, mask[:, None, None], block=block, summed=_moments)
 
+    middle = _middle(values, mask)
+    keys, values = keys - _middle(keys, mask), values - middle
     kernel = pick("expand", implementation, queries, keys, values, mask)
     sums = with_derivative_of(plain, kernel) if kernel else plain
     means, mean_keys, second = sums(queries, keys, values, mask)
     covariance = second.reshape(*means.shape, width) - means[..., :, None] * mean_keys[..., None, :]
-    return Expansion(means=means, jacobians=covariance / jnp.sqrt(width))
+    return Expansion(means=means + middle, jacobians=covariance / jnp.sqrt(width))
+
+
+def _middle(vectors: jax.Array, mask: chex.Array) -> jax.Array:
+    """Mean of each request's real positions, head by head: [B, H, N, E] to [B, H, 1, E]; 0 if there are none.
+
+    Less it, the difference of two sums in the Jacobian cancels nothing that keys or values have in common.
+    The expansion does not depend on what is subtracted, so that derivatives take it as a constant.
+    """
+    where = mask[:, None, :, None]
+    total = jnp.sum(vectors, axis=-2, keepdims=True, where=where)
+    count = jnp.maximum(jnp.sum(where, axis=-2, keepdims=True), 1)
+    return jax.lax.stop_gradient(total / count).astype(vectors.dtype)
 
 
 def _moments(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -115,6 +115,12 @@ def test_further_levels_approach_exact_corrections(index, queries, history):
     assert error(quantized, queries, history) < 1.2 * error(exact, queries, history)
 
 
+def test_corrections_need_a_level(index, queries):
+    corrections = conversion.plain_corrections(index, queries, [])
+    with pytest.raises(ValueError, match="num_levels: expected an integer >= 1, got 0"):
+        conversion.with_quantized_corrections(jax.random.key(2), index, corrections, num_levels=0)
+
+
 def test_more_codewords_than_items_are_refused(queries):
     with pytest.raises(ValueError, match=f"points: {V} given, expected at least num_codewords={V + 1}"):
         conversion.quantize_queries(jax.random.key(0), queries, num_codewords=V + 1)

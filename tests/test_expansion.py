@@ -86,6 +86,31 @@ def test_empty_history_expands_to_zero(expanded, codewords):
     assert not np.any(np.asarray(look_up(expanded, codes, residuals))[1])
 
 
+def with_offset(codewords, history, offset, dtype):
+    """Codewords, keys and values with a common offset, in a type, and the exact expansion of these."""
+    keys, values, mask = history
+    given = [jnp.asarray(x, dtype) for x in (codewords, keys + offset, values - offset)]
+    queries, keys, values = (np.asarray(x).astype(np.float64) for x in given)
+    exact = [naive(queries[h, k], keys[b, h, mask[b]], values[b, h, mask[b]])
+             for b, h, k in np.ndindex(B, H, K)]
+    means, jacobians = map(np.stack, zip(*exact, strict=True))
+    return (*given, mask), means.reshape(B, H, K, E), jacobians.reshape(B, H, K, E, E)
+
+
+@pytest.mark.parametrize(("dtype", "offset", "tolerance"), [
+    ("float32", 0.0, 1e-5), ("float32", 100.0, 1e-5), ("float32", 1000.0, 1e-5),
+    ("bfloat16", 0.0, 0.02), ("bfloat16", 3.0, 0.02)])
+def test_an_offset_costs_no_precision(codewords, history, dtype, offset, tolerance):
+    """What keys and values have in common cancels in the Jacobian; the error is relative to the largest."""
+    arguments, means, jacobians = with_offset(codewords, history, offset, dtype)
+    found = expand(*arguments)
+    assert found.means.dtype == found.jacobians.dtype == dtype
+    assert not np.any(found.means[1]) and not np.any(found.jacobians[1])
+    for one, exact in ((found.means, means), (found.jacobians, jacobians)):
+        np.testing.assert_allclose(
+            np.asarray(one).astype(np.float64), exact, rtol=0, atol=tolerance * np.abs(exact).max())
+
+
 def test_masked_equals_truncated(codewords, history):
     keys, values, _ = history
     mask = np.arange(N) < np.array([4, 0, 3])[:, None]
@@ -170,8 +195,10 @@ def test_blocks_hold_every_item_once(codes, block):
 # Gradients
 
 
-def test_gradients(codewords, history):
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_gradients(codewords, history, offset):
     keys, values, mask = history
+    keys, values = keys + np.float32(offset), values - np.float32(offset)
     codes, residuals, _ = candidates(codewords, 0.5)
 
     def value(codewords, keys, values, residuals):

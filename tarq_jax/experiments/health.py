@@ -36,6 +36,7 @@ class Observed(NamedTuple):
     latents: np.ndarray  # [M, D]
     output: Any  # QuantizerOutput with leading axis M
     codewords: np.ndarray  # [L, K, D]
+    items: np.ndarray  # [M], ids
     lengths: np.ndarray  # [M], of the history
     outputs: dict[str, "OutputError"]  # of the attention, for `ALL` and by head or level
     weights: dict[str, np.ndarray]  # by head or level: total variation of the attention weights, [M]
@@ -81,7 +82,7 @@ def observe(run: "Run", split: str, requests: int) -> Observed:
         lengths = np.broadcast_to(batch.history_mask.sum(axis=1)[:, None], real.shape)
         *seen, outputs, variation = look(batch)
         parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real],
-                                  (*seen, lengths, outputs, variation)))
+                                  (*seen, batch.candidates[data.ITEM_ID], lengths, outputs, variation)))
     if not any(len(part[0]) for part in parts):
         raise ValueError(f"split {split!r} has no candidates among its first {requests} requests, expected "
                          "one at least")
@@ -89,14 +90,16 @@ def observe(run: "Run", split: str, requests: int) -> Observed:
     return Observed(latents, output, np.asarray(codewords), *errors)
 
 
-def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
+def level_rows(run: "Run", observed: Observed) -> list[dict[str, Any]]:
     """One row per level: its health, and a verdict in words."""
     from tarq_jax.metrics import diagnosis
 
     health = metrics.codebook_health(
         observed.codewords, metrics.usage_counts(observed.output.codes, observed.codewords.shape[1]),
         metrics.unexplained_energy(observed.latents, observed.output))
-    distinct = len(np.unique(np.round(observed.latents, 5), axis=0))
+    counts = (run.dataset.schema.num_items - 1, len(np.unique(observed.items)),  # id 0 is padding
+              len(np.unique(np.round(observed.latents, 5), axis=0)))
+    config = run.config
     rows: list[dict[str, Any]] = []
     for level in range(1, len(observed.codewords) + 1):
         row = {name: health[f"{name}_{level}"] for name in (
@@ -104,7 +107,9 @@ def level_rows(observed: Observed, config: Any) -> list[dict[str, Any]]:
         before = rows[-1]["quantization_error"] if rows else 1.0
         verdict = diagnosis.diagnose_level(diagnosis.Level(
             level, observed.codewords.shape[1], row["utilisation"], row["perplexity"], int(row["dead"]),
-            row["quantization_error"], before, distinct, config.codebook.init, config.codebook.revive_every))
+            row["quantization_error"], before, *counts, config.codebook.init, config.codebook.revive_every,
+            config.codebook.learning, config.codebook.dead, config.model.assign,
+            config.optimizer.weight_decay))
         rows.append({"level": level, **row, "verdict": " ".join(verdict)})
     return rows
 
@@ -114,27 +119,32 @@ class AttentionErrors(NamedTuple):
 
     total: float  # relative error of the output of all heads, over all lengths
     outputs: dict[str, dict[str, float]]  # relative error; for `ALL`, too; NaN if all histories are empty
-    weights: dict[str, dict[str, float]]  # total variation
+    weights: dict[str, dict[str, float]]  # total variation; NaN if all histories are empty
 
 
 def attention_errors(observed: Observed) -> AttentionErrors:
-    """How far the student's attention is from the teacher's."""
+    """How far the student's attention is from the teacher's; candidates of empty histories are left out.
+
+    They have nothing to attend to; what remains of their output is the bias of its projection.
+    """
     edges = np.unique(np.quantile(observed.lengths, np.linspace(0, 1, BUCKETS + 1)).astype(int))
     lower = edges[:-1] if len(edges) > 1 else edges
     bucket = np.searchsorted(lower, observed.lengths, side="right") - 1
     upper = [*(lower[1:] - 1), edges[-1]]
     names = [f"{low} to {high}" if low < high else str(low) for low, high in zip(lower, upper, strict=True)]
-    inside = {name: bucket == index for index, name in enumerate(names) if (bucket == index).any()}
+    seen = observed.lengths > 0
+    inside = {name: (bucket == index) & seen for index, name in enumerate(names) if (bucket == index).any()}
     return AttentionErrors(
-        _relative(observed.outputs[ALL], np.ones(len(bucket), bool)),
+        _relative(observed.outputs[ALL], seen),
         {part: {name: _relative(error, where) for name, where in inside.items()}
          for part, error in observed.outputs.items()},
-        {part: {name: float(variation[where].mean()) for name, where in inside.items()}
+        {part: {name: float(variation[where].mean()) if where.any() else math.nan
+                for name, where in inside.items()}
          for part, variation in observed.weights.items()})
 
 
 def _relative(error: OutputError, inside: np.ndarray) -> float:
-    """Relative error of the attention output for `inside`; NaN if all their histories are empty."""
+    """Relative error of the attention output for `inside`; NaN if there are none."""
     return metrics.relative_error([error.squared_error[inside].sum(), error.squared_norm[inside].sum()])
 
 
@@ -194,7 +204,8 @@ def sections(run: "Run", observed: Observed, rows: Sequence[dict[str, Any]], wor
                 "output, relative error by history length": errors.outputs,
                 "weights, total variation by history length": errors.weights})),
             caption="Zero is full attention; of the weights, one is no overlap at all. The output of a level "
-                    "is the sum of the levels up to it; that of a head is not projected yet."),
+                    "is the sum of the levels up to it; that of a head is not projected yet. Empty histories "
+                    "are left out."),
     }
 
 
@@ -206,7 +217,7 @@ def main() -> None:
     workdir = Path(str(RUN.value))
     run = load_run(workdir)
     observed = observe(run, SPLIT.value, REQUESTS.value)
-    rows = level_rows(observed, run.config)
+    rows = level_rows(run, observed)
     parts = sections(run, observed, rows, workdir)
     out = Path(OUT.value or workdir / "health")
     page.write(out, f"Codebook health of {workdir}", parts)

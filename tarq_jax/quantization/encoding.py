@@ -151,8 +151,8 @@ def balanced(
     chex.assert_shape(where, points.shape[:1])
     spread = where[:, None]
     mean = jnp.sum(-scores, where=spread) / jnp.maximum(jnp.sum(where) * len(codewords), 1)
-    scale = temperature * jnp.maximum(mean, jnp.finfo(scores.dtype).tiny)
-    log_plan = jax.lax.stop_gradient(scores / scale)
+    scale = temperature * mean
+    log_plan = jax.lax.stop_gradient(scores / jnp.where(scale > 0, scale, 1.0))
 
     def normalise(_, log_plan):
         shares = jnp.where(spread, log_plan, MASKED)

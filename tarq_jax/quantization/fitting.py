@@ -123,8 +123,8 @@ def kmeans_codebook(
       Codebook whose counts and sums are those of `latents`: M / K uses per codeword on average.
 
     Raises:
-      ValueError: there are fewer latents than codewords, a level has no codeword, or there are not as many
-        sizes as levels.
+      ValueError: there are fewer latents than codewords, `num_levels` is below 1, a level has no codeword, or
+        there are not as many sizes as levels.
 
     Example:
       >>> latents = jax.random.normal(jax.random.key(0), (40, 3))
@@ -152,8 +152,9 @@ def fitted(codewords: Levels, latents: jax.Array, *, encode: Encode = encode) ->
         statistics = assignment_statistics(encode(codewords, points), codewords, where)
         return jax.tree.map(jnp.add, total, statistics), None
 
-    codewords = jax.tree.map(jnp.asarray, codewords)
-    sums = jax.tree.map(jnp.zeros_like, codewords)
+    codewords = like_levels(codewords, as_levels(codewords))
+    dtype = jnp.promote_types(jnp.result_type(latents, *codewords), jnp.float32)  # that of the statistics
+    sums = jax.tree.map(lambda level: jnp.zeros(level.shape, dtype), codewords)
     counts = jax.tree.map(lambda level: level[..., 0], sums)
     (counts, sums), _ = jax.lax.scan(add, (counts, sums), (padded, real))
     return Codebook(

@@ -32,7 +32,7 @@ def random_codebook(
       Codebook with leaves [L, K, ...], or tuples of [K_l, ...] if `num_codewords` gives one per level.
 
     Raises:
-      ValueError: there are not as many sizes as levels.
+      ValueError: `num_levels` is below 1, or there are not as many sizes as levels.
 
     Example:
       >>> codebook = random_codebook(jax.random.key(0), num_levels=2, num_codewords=(8, 3), width=5)
@@ -47,8 +47,7 @@ def random_codebook(
 
 def with_codewords(codewords: Levels) -> Codebook:
     """A codebook of the codewords [L, K, D], with statistics as if each had just been used once."""
-    as_levels(codewords)
-    codewords = jax.tree.map(jnp.asarray, codewords)
+    codewords = like_levels(codewords, as_levels(codewords))
     counts = jax.tree.map(lambda level: jnp.ones(level.shape[:-1]), codewords)
     return Codebook(
         codewords=codewords, counts=counts, sums=jax.tree.map(jnp.copy, codewords),
@@ -57,7 +56,8 @@ def with_codewords(codewords: Levels) -> Codebook:
 
 
 def sizes_of_levels(num_levels: int, num_codewords: int | Sequence[int]) -> tuple[int, ...]:
-    """K of each level; raises ValueError if sizes are given per level but not one for each."""
+    """K of each level; raises ValueError if there is no level, or sizes are given but not one for each."""
+    checks.positive_int("num_levels", num_levels)
     sizes = tuple(num_codewords) if isinstance(num_codewords, Sequence) else (num_codewords,) * num_levels
     if len(sizes) != num_levels:
         raise ValueError(f"num_codewords is {num_codewords}, expected one number or one for each of "
@@ -81,7 +81,8 @@ def assignment_statistics(
       where: [...] bool, latents to count; None counts all. The values of the other latents do not matter.
 
     Returns:
-      Counts [L, K] and sums [L, K, D], or tuples with one array per level. Both add up over shards: under
+      Counts [L, K] and sums [L, K, D], or tuples with one array per level, in float32 or the residuals' type
+      if that is wider. Both add up over shards: under
       `shard_map` or `pmap`, sum them with `jax.lax.psum`; under `jit` over a mesh they are global.
 
     Example:
@@ -105,7 +106,11 @@ def assignment_statistics(
 
 
 def _level_statistics(codes: jax.Array, residuals: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Counts [K] and sums [K, D] of one level's codes [M] and residuals [M, D], as a matrix product."""
+    """Counts [K] and sums [K, D] of one level's codes [M] and residuals [M, D], as a matrix product.
+
+    In float32 at least: counts in bfloat16 would stop growing at 256.
+    """
+    residuals = residuals.astype(jnp.promote_types(residuals.dtype, jnp.float32))
     one_hot = jax.nn.one_hot(codes, size, dtype=residuals.dtype)
     return one_hot.sum(axis=0), jnp.matmul(one_hot.T, residuals, precision="highest")
 
@@ -160,7 +165,8 @@ def ema_codewords(codebook: Codebook, *, smoothing: float = 1e-5) -> Codebook:
 
     Counts are Laplace-smoothed, `n_k = (N_k + smoothing) / (N + K * smoothing) * N`, so that a
     codeword that is never chosen fades towards zero instead of causing a division by zero (van den Oord et
-    al. 2017, appendix A.1). Call it after `update_statistics`; together they are the EMA update.
+    al. 2017, appendix A.1). Without smoothing, a level whose counts are all 0 keeps its codewords. Call it
+    after `update_statistics`; together they are the EMA update.
 
     Args:
       codebook: codebook with running counts [L, K] and sums [L, K, D].
@@ -180,9 +186,11 @@ def ema_codewords(codebook: Codebook, *, smoothing: float = 1e-5) -> Codebook:
     """
     checks.number("smoothing", smoothing, lambda given: given >= 0, "at least 0")
 
-    def means(counts, sums):
+    def means(counts, sums, old):
         total = counts.sum(axis=-1, keepdims=True)
-        smoothed = (counts + smoothing) / (total + counts.shape[-1] * smoothing) * total
-        return sums / jnp.maximum(smoothed, 1e-12)[..., None]
+        whole = total + counts.shape[-1] * smoothing
+        smoothed = (counts + smoothing) / jnp.where(whole > 0, whole, 1.0) * total
+        return jnp.where(whole[..., None] > 0, sums / jnp.maximum(smoothed, 1e-12)[..., None], old)
 
-    return codebook.replace(codewords=jax.tree.map(means, codebook.counts, codebook.sums))
+    return codebook.replace(
+        codewords=jax.tree.map(means, codebook.counts, codebook.sums, codebook.codewords))

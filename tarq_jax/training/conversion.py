@@ -143,7 +143,7 @@ def quantize_corrections(index: ItemIndex, *, num_levels: int, seed: int = 0) ->
       seed: seed of k-means.
 
     Raises:
-      ValueError: the index is of order 0, or its corrections are quantized.
+      ValueError: the index is of order 0, its corrections are quantized, or `num_levels` is below 1.
     """
     if not index.exact:
         kind = "quantized corrections" if len(index.levels) > 1 else "no corrections"
@@ -231,7 +231,9 @@ def fine_tune(
 
     Raises:
       FloatingPointError: the loss is not finite; names the step.
+      ValueError: `steps` is below 1.
     """
+    checks.positive_int("steps", steps)
     rates = {"params": learning_rate, "levels": level_rate}
     optimizer = optax.multi_transform(
         {name: optax.adam(optax.cosine_decay_schedule(rate, steps)) for name, rate in rates.items()},

@@ -32,7 +32,8 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
 
     Returns:
       One row per predictor, the model itself first: `model`, `auc`, `gauc`, `log_loss`, `calibration`.
-      The student's row also has the health of the codebook and the student's closeness to the teacher.
+      The student's row also has the health of the codebook and the student's closeness to the teacher, of
+      which `attention_error` leaves out candidates of empty histories.
 
     Raises:
       ValueError: there is no batch, a score is not finite, the model quantizes but `codewords` is None, or it
@@ -47,7 +48,7 @@ def evaluate(predict: Callable[[Batch], Predictions], batches: Iterable[Batch], 
         if found.diagnostics is not None:
             if codewords is None:
                 raise ValueError("codewords is None, expected those of the model, which quantizes")
-            of_batch = _sums(found.diagnostics, batch.candidate_mask, codewords)
+            of_batch = _sums(found.diagnostics, batch, codewords)
             sums = of_batch if sums is None else jax.tree.map(np.add, sums, of_batch)
     if not kept:
         raise ValueError("the split to evaluate has no requests, expected at least one")
@@ -81,11 +82,14 @@ class _Sums(NamedTuple):
     attention_error: np.ndarray
 
 
-def _sums(found: Diagnostics, mask: np.ndarray, codewords: np.ndarray) -> _Sums:
+def _sums(found: Diagnostics, batch: Batch, codewords: np.ndarray) -> _Sums:
+    """Sums over the real candidates; those of empty histories have no attention that could be off."""
+    mask = batch.candidate_mask
+    attends = mask & batch.history_mask.any(axis=1)[:, None]
     return _Sums(
         metrics.usage_counts(found.quantizer.codes, codewords.shape[1], mask),
         metrics.unexplained_energy(found.latents, found.quantizer, mask),
-        metrics.error_energy(found.student_output, found.teacher_output, mask))
+        metrics.error_energy(found.student_output, found.teacher_output, attends))
 
 
 def _ranking(logits: np.ndarray, labels: np.ndarray, users: np.ndarray, weights: np.ndarray) -> Row:

@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -44,7 +45,7 @@ def observed(run):
 
 
 def test_rows_are_the_health_of_the_split(run, observed):
-    rows = health.level_rows(observed, run.config)
+    rows = health.level_rows(run, observed)
     assert [row["level"] for row in rows] == [1, 2]
     evaluated = loop.evaluate_split(run.config, run.objective, run.state, run.dataset, "test")[0]
     for row in rows:
@@ -56,6 +57,14 @@ def test_rows_are_the_health_of_the_split(run, observed):
 def test_as_many_requests_as_are_asked_for(run):
     first = next(data.eval_batches(run.dataset, "test", batch_size=3, **setup.batch_shapes(run.dataset)))
     assert len(health.observe(run, "test", 3).lengths) == first.candidate_mask.sum()
+
+
+def test_few_requests_do_not_blame_the_codewords(run):
+    """The first request has three candidates for four codewords; the data have sixty items."""
+    few = health.observe(run, "test", 1)
+    for row in health.level_rows(run, few):
+        assert "were looked at, too few to judge 4 codewords. What helps: raise --requests" in row["verdict"]
+        assert "num_codewords" not in row["verdict"] and "never used" not in row["verdict"]
 
 
 def test_attention_errors(run, observed, order):
@@ -73,7 +82,7 @@ def test_attention_errors(run, observed, order):
 
 
 def test_page_is_self_contained(run, observed, workdir):
-    rows = health.level_rows(observed, run.config)
+    rows = health.level_rows(run, observed)
     parts = health.sections(run, observed, rows, workdir)
     assert {name for name, section in parts.items() if section.image} == FIGURES
     assert all(section.image.startswith(b"\x89PNG") for name, section in parts.items() if name in FIGURES)
@@ -93,7 +102,7 @@ def test_curves_begin_where_the_codebook_does(run, workdir):
 def seen_with(lengths, squared_error, squared_norm, variation):
     """What is seen of candidates with these histories, errors and norms [M] of all heads and of one."""
     error = health.OutputError(squared_error, squared_norm)
-    return health.Observed(None, None, None, lengths, {health.ALL: error, "head 1": error},
+    return health.Observed(None, None, None, None, lengths, {health.ALL: error, "head 1": error},
                            {"head 1": variation})
 
 
@@ -123,17 +132,48 @@ def test_a_model_without_codebook_is_refused(tiny_config, tiny_dataset, tmp_path
         health.observe(load_run(tmp_path), "test", 10)
 
 
-def test_empty_histories_have_no_error():
-    """There is nothing to be off; so what is found elsewhere does not grow from 0."""
+@pytest.mark.parametrize("of_empty", [0.0, 1.0])
+def test_empty_histories_have_no_error(of_empty):
+    """There is nothing to be off, whatever their output; so what is found elsewhere does not grow from 0."""
     lengths = np.repeat([0, 5, 9], 4)
-    seen = (lengths > 0).astype(float)
-    errors = health.attention_errors(seen_with(lengths, 0.01 * seen, seen, seen))
+    errors = health.attention_errors(seen_with(
+        lengths, *(np.where(lengths > 0, value, of_empty) for value in (0.01, 1.0, 0.5))))
     by_length = errors.outputs[health.ALL]
     assert errors.total == pytest.approx(0.1) and np.isnan(by_length["0 to 4"])
+    weights = errors.weights["head 1"]
+    assert np.isnan(weights["0 to 4"]) and weights["5 to 9"] == 0.5
     assert len(diagnosis.diagnose_attention(errors.total, by_length, 1)) == 1
-    nothing = health.attention_errors(seen_with(lengths, 0 * seen, 0 * seen, seen)).total
+    ones = np.ones(4)
+    nothing = health.attention_errors(seen_with(0 * ones, ones, ones, ones)).total
     assert diagnosis.diagnose_attention(nothing, {}, 1) == [
         "No history has an event, so that there is no attention to compare."]
+
+
+def test_empty_histories_of_a_model_with_biases(run, monkeypatch):
+    """The output projection's bias is an output that no history caused, of the teacher or of the student."""
+    def biased(path, leaf):
+        return leaf + 1.0 if "output_projection']['bias" in jax.tree_util.keystr(path) else leaf
+
+    def with_lengths(*arguments, **options):
+        for batch in data_batches(*arguments, **options):
+            lengths = np.resize([0, 2, 5], len(batch.user_id))[:, None]
+            yield batch.replace(history_mask=batch.history_mask & (np.arange(5) < lengths))
+
+    data_batches = data.eval_batches
+    monkeypatch.setattr(data, "eval_batches", with_lengths)
+    state = run.state.replace(params=jax.tree_util.tree_map_with_path(biased, run.state.params))
+    observed = health.observe(run._replace(state=state), "test", 100)
+    seen = observed.lengths > 0
+    every = observed.outputs[health.ALL]
+    assert (every.squared_norm[~seen] > 0.1).all() and 0 < seen.sum() < len(seen)
+    errors = health.attention_errors(observed)
+    assert errors.total == pytest.approx(
+        np.sqrt(every.squared_error[seen].sum() / every.squared_norm[seen].sum()))
+    evaluated = loop.evaluate_split(run.config, run.objective, state, run.dataset, "test")[0]
+    assert errors.total == pytest.approx(evaluated["attention_error"], rel=1e-4)
+    for by_length in (*errors.outputs.values(), *errors.weights.values()):
+        assert list(by_length) == ["0 to 1", "2 to 5"]
+        assert np.isnan(by_length["0 to 1"]) and by_length["2 to 5"] > 0
 
 
 def test_a_run_that_stopped_early(run, observed, workdir):
@@ -141,7 +181,7 @@ def test_a_run_that_stopped_early(run, observed, workdir):
     early = run.state.replace(step=np.int32(3))
     with pytest.raises(ValueError, match=r"is of step 3, expected one beyond config.codebook.start, 3"):
         health.observe(run._replace(state=early), "test", 10)
-    rows = health.level_rows(observed, run.config)
+    rows = health.level_rows(run, observed)
     first = health.sections(run._replace(steps=5), observed, rows, workdir)["summary"].sentences[0]
     assert first == "The run is not finished: it stopped at step 5 of 6."
 

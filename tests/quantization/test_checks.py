@@ -47,6 +47,16 @@ def test_numbers_of_iterations_are_whole_and_positive(value):
         balanced(iterations=value)
 
 
+@pytest.mark.parametrize("function", [
+    lambda **sizes: quantization.random_codebook(jax.random.key(0), width=3, **sizes),
+    lambda **sizes: quantization.kmeans_codebook(jax.random.key(0), POINTS, **sizes),
+    lambda **sizes: quantization.fit_codebook(jax.random.key(0), POINTS, **sizes)])
+@pytest.mark.parametrize("value", [0, -1])
+def test_numbers_of_levels_are_positive(function, value):
+    with pytest.raises(ValueError, match=f"num_levels: expected an integer >= 1, got {value}"):
+        function(num_levels=value, num_codewords=4)
+
+
 def test_limits_are_within_range():
     balanced(iterations=1)
     assert np.isfinite(ema_codewords(smoothing=0).codewords).all()

@@ -189,10 +189,23 @@ def test_balanced_keeps_an_even_assignment():
     np.testing.assert_array_equal(quantization.balanced(points, codewords), np.repeat(np.arange(4), 6))
 
 
-@pytest.mark.parametrize("points", [np.zeros((6, 3)), np.full((6, 3), 1e4), 1e-20 * np.ones((6, 3))])
-def test_balanced_is_defined_at_extremes(points):
-    codes = quantization.balanced(points.astype(np.float32), normal(0, 4, 3))
-    assert codes.shape == (6,) and (0 <= codes).all() and (codes < 4).all()
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e15])
+def test_balanced_does_not_depend_on_the_scale(scale):
+    codewords = np.float32(scale) * normal(0, 4, 3)
+    np.testing.assert_array_equal(quantization.balanced(codewords[[2, 0, 3, 1]], codewords), [2, 0, 3, 1])
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, -1e4])
+def test_balanced_without_any_distance_takes_the_first(value):
+    points = np.full((6, 3), value, np.float32)
+    np.testing.assert_array_equal(quantization.balanced(points, points[:4]), np.zeros(6))
+
+
+@pytest.mark.parametrize("scale", [3e-19, 1e-19, 1e-25])
+def test_balanced_where_distances_underflow_takes_the_first(scale):
+    """The squared distances, or their product with the temperature, are below what float32 holds."""
+    points = np.float32(scale) * np.array([[0.0], [0.0], [1.0], [1.0]], np.float32)
+    np.testing.assert_array_equal(quantization.balanced(points, points[1:3]), np.zeros(4))
 
 
 @pytest.mark.parametrize("padding", [0.0, 1e4, np.nan])
@@ -204,7 +217,8 @@ def test_balanced_spreads_real_points_alone(padding):
     found = balanced(codewords, padded, where=real).codes[real]
     np.testing.assert_array_equal(found, balanced(codewords, points[real]).codes)
     assert (found != balanced(codewords, padded).codes[real]).any()
-    assert (quantization.balanced(points[0], codewords[0], where=np.zeros(6, bool)) < 4).all()
+    nothing = quantization.balanced(points[0], codewords[0], where=np.zeros(6, bool))
+    np.testing.assert_array_equal(nothing, np.zeros(6))
 
 
 @pytest.mark.parametrize("wrong", [np.ones(6, bool), np.ones((1, 5), bool), np.ones((6, 5, 1), bool)])
@@ -363,10 +377,11 @@ def test_levels_without_codewords_are_refused(codewords, complaint):
 # Levels that differ in size
 
 
+@pytest.mark.parametrize("sequence", [list, tuple])
 @pytest.mark.parametrize("encoder", [encode, functools.partial(beam_encode, beam=3)])
-def test_levels_of_equal_size_may_come_one_by_one(quantized, encoder):
+def test_levels_of_equal_size_may_come_one_by_one(quantized, encoder, sequence):
     codewords, latents, _ = quantized
-    one_by_one = encoder(tuple(codewords), latents)
+    one_by_one = encoder(sequence(codewords), latents)
     jax.tree.map(np.testing.assert_array_equal, one_by_one, encoder(codewords, latents))
 
 

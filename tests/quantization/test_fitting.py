@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import normal
@@ -211,6 +212,25 @@ def test_statistics_of_more_than_a_block():
     assert not np.any(codebook.ages)
 
 
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_statistics_of_levels_given_one_by_one(sequence):
+    codewords, latents = normal(0, 2, 4, 3), normal(1, 40, 3)
+    even, uneven = (quantization.fitted(levels, latents) for levels in (codewords, sequence(codewords)))
+    for name in ("codewords", "counts", "sums", "ages"):
+        assert isinstance(getattr(uneven, name), tuple)
+        np.testing.assert_array_equal(np.stack(getattr(uneven, name)), getattr(even, name))
+
+
+def test_statistics_of_bfloat16_blocks_are_exact():
+    num = 3 * fitting.BLOCK + 101
+    codewords = jnp.array([[[0.0], [4.0]]], jnp.bfloat16)
+    latents = jnp.where(jnp.arange(num) < 301, 1.0, 5.0)[:, None].astype(jnp.bfloat16)
+    codebook = quantization.fitted(codewords, latents)
+    np.testing.assert_array_equal(codebook.counts, [[301.0, num - 301.0]])
+    np.testing.assert_array_equal(codebook.sums, [[[301.0], [5.0 * (num - 301.0)]]])
+    assert {leaf.dtype for leaf in (codebook.counts, codebook.sums, codebook.ages)} == {jnp.dtype("float32")}
+
+
 # Least squares over all levels
 
 
@@ -231,12 +251,14 @@ def test_refine_equals_least_squares(fitted):
     assert found < 0.99 * before
 
 
-def test_refine_keeps_codewords_that_are_not_used(fitted):
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_refine_keeps_codewords_that_are_not_used(fitted, sequence):
     latents, codebook = fitted
     codes = np.asarray(encode(codebook.codewords, latents).codes) % 15  # the last codeword is never used
     refined = quantization.refine(codebook.codewords, latents, codes)
     np.testing.assert_allclose(refined[:, 15], codebook.codewords[:, 15], atol=1e-5)
-    uneven = quantization.refine(tuple(codebook.codewords), latents, codes)
+    uneven = quantization.refine(sequence(codebook.codewords), latents, codes)
+    assert isinstance(uneven, tuple)
     np.testing.assert_array_equal(np.stack(uneven), refined)
 
 

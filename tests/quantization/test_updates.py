@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import workloads
@@ -30,6 +31,16 @@ def test_assignment_statistics_closed_form(quantized):
                 np.testing.assert_allclose(
                     sums[level, code], residuals[chose, level].sum(axis=0), rtol=1e-5, atol=1e-5
                 )
+
+
+def test_statistics_of_bfloat16_are_exact():
+    """1000 latents: bfloat16 has no whole numbers between 256 and 258."""
+    codewords = jnp.array([[[0.0], [4.0]]], jnp.bfloat16)
+    latents = jnp.where(jnp.arange(1000) < 301, 1.0, 5.0)[:, None].astype(jnp.bfloat16)
+    counts, sums = quantization.assignment_statistics(quantization.encode(codewords, latents), codewords)
+    assert counts.dtype == sums.dtype == jnp.float32
+    np.testing.assert_array_equal(counts, [[301.0, 699.0]])
+    np.testing.assert_array_equal(sums, [[[301.0], [3495.0]]])
 
 
 def test_assignment_statistics_add_up_over_splits(quantized):
@@ -144,6 +155,15 @@ def test_never_used_codewords_stay_finite(counts):
     np.testing.assert_allclose(codewords, np.broadcast_to(expected, codewords.shape), rtol=1e-4)
 
 
+@pytest.mark.parametrize("sequence", [np.stack, tuple])
+def test_without_smoothing_a_level_without_counts_keeps_its_codewords(sequence):
+    counts, sums = np.float32([[0.0, 0.0], [3.0, 0.0]]), np.float32([[[0.0], [0.0]], [[6.0], [0.0]]])
+    codebook = Codebook(codewords=sequence(np.full_like(sums, 7.0)), counts=sequence(counts),
+                        sums=sequence(sums), ages=sequence(0.0 * counts))
+    codewords = quantization.ema_codewords(codebook, smoothing=0).codewords
+    np.testing.assert_array_equal(np.stack(codewords), [[[7.0], [7.0]], [[2.0], [0.0]]])
+
+
 def test_ema_converges_to_cluster_means():
     centres = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]], np.float32)
     points = (centres[:, None] + 0.5 * normal(6, 3, 20, 2)).astype(np.float32)
@@ -176,11 +196,12 @@ def test_ages_count_steps_without_use(quantized):
 # Levels that differ in size
 
 
-def test_uneven_levels_equal_even_ones(quantized):
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_uneven_levels_equal_even_ones(quantized, sequence):
     """With codewords given level by level, every update gives the same values, level by level."""
     codewords, _, output = quantized
     results = []
-    for levels in (codewords, tuple(codewords)):
+    for levels in (codewords, sequence(codewords)):
         codebook = quantization.with_codewords(levels)
         counts, sums = quantization.assignment_statistics(output, levels)
         codebook = quantization.update_statistics(codebook, counts, sums, decay=0.5)

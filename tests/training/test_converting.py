@@ -175,6 +175,8 @@ def test_only_exact_corrections_are_quantized(model, coarse):
     quantized = conversion.quantize_corrections(exact, num_levels=1)
     with pytest.raises(ValueError, match="index has quantized corrections, expected the exact ones"):
         conversion.quantize_corrections(quantized, num_levels=1)
+    with pytest.raises(ValueError, match="num_levels: expected an integer >= 1, got 0"):
+        conversion.quantize_corrections(exact, num_levels=0)
 
 
 def test_random_candidates(tiny_dataset, batch):
@@ -216,6 +218,11 @@ def test_fine_tuning_brings_the_student_nearer(model, coarse):
         return float(total)
 
     assert divergence(tuned, index) < divergence(model.params, coarse)
+
+
+def test_no_step_of_fine_tuning_is_refused(model, coarse):
+    with pytest.raises(ValueError, match="steps: expected an integer >= 1, got 0"):
+        conversion.fine_tune(model, coarse, steps=0)
 
 
 def test_parameters_without_a_derivative_stay(model, coarse):

@@ -100,6 +100,20 @@ def test_student_and_teacher(padding):
     assert student["quantization_error"] == pytest.approx(health["quantization_error_2"], rel=1e-6)
 
 
+def test_attention_error_leaves_out_empty_histories():
+    """Their outputs are those of biases; everything else counts their candidates."""
+    emptied = [batch.replace(history_mask=np.array([[True], [False], [True]])) for batch in BATCHES]
+    arguments = {"codewords": CODEWORD_VALUES, "recall_k": RECALL_K}
+    whole, found = (evaluate(predict_quantized, batches, **arguments)[0] for batches in (BATCHES, emptied))
+    masks = [batch.candidate_mask & batch.history_mask for batch in emptied]
+    outputs = [predict_quantized(batch).diagnostics for batch in BATCHES]
+    energy = sum(metrics.error_energy(d.student_output, d.teacher_output, mask)
+                 for d, mask in zip(outputs, masks, strict=True))
+    assert found["attention_error"] == pytest.approx(metrics.relative_error(energy), rel=1e-12)
+    assert found["attention_error"] != pytest.approx(whole["attention_error"])
+    assert whole | {"attention_error": found["attention_error"]} == found
+
+
 def test_columns_are_snake_case_and_values_plain():
     rows = evaluate(predict_quantized, BATCHES, codewords=CODEWORD_VALUES, recall_k=RECALL_K)
     for row in rows:
