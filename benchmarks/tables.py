@@ -318,8 +318,8 @@ def input_pipeline() -> list[str]:
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {table.__name__: table for table in (
     quantization, training_step, serving_ratios, serving_growth, serving_requests, serving_parts,
-    serving_crossovers, serving_quality, frontier, ablation, parts, stress, microbenchmarks, rooflines, compiled,
-    limits, input_pipeline)}
+    serving_crossovers, serving_quality, frontier, ablation, parts, stress, microbenchmarks, rooflines,
+    compiled, limits, input_pipeline)}
 
 
 def rendered(page: Path) -> str:
