@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +71,7 @@ class Restored(NamedTuple):
 
     state: TrainState
     counted: Sequence[float]  # `Meter.counted` over the steps up to the checkpoint
-    damaged: Sequence[str] = ()  # one sentence per newer checkpoint that could not be read
+    damaged: Mapping[int, str] = MappingProxyType({})  # newer steps that could not be read: a sentence each
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
@@ -97,11 +98,20 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_colle
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
                    schema: Schema) -> Restored:
-    """The newest saved state that can be read, or `state` itself if nothing was saved.
+    """`read_latest` for a run that goes on: moves damaged checkpoints to `damaged/`, beside `checkpoints/`.
 
-    If the newest checkpoints are damaged and an older one can be read, the damaged ones are moved to
-    `damaged/` beside `checkpoints/`. A checkpoint that one of several processes cannot read is damaged for
-    all.
+    Their steps can then be saved again.
+    """
+    restored = read_latest(checkpoints, state, config, schema)
+    _move_away(checkpoints, restored.damaged)
+    return restored
+
+
+def read_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
+                schema: Schema) -> Restored:
+    """The newest saved state that can be read, or `state` itself if nothing was saved; changes no file.
+
+    A checkpoint that one of several processes cannot read is damaged for all.
 
     Args:
       checkpoints: manager from `manager`.
@@ -122,8 +132,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
         try:
             meta = read_meta(checkpoints, step)
             if (found := _difference(meta, config, schema)) is None:
-                restored = Restored(restore_step(checkpoints, step, state), meta["counted"],
-                                    list(damaged.values()))
+                restored = Restored(restore_step(checkpoints, step, state), meta["counted"], damaged)
         except Damaged as error:
             damaged[step] = f"{error}."
             continue
@@ -132,7 +141,6 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
                      f"--workdir")
         if found is not None:
             raise ValueError(f"{checkpoints.directory}: {found}")
-        _move_away(checkpoints, damaged)
         return restored
     if damaged:
         raise ValueError(f"{checkpoints.directory}: none of {len(damaged)} checkpoints can be read, expected "
@@ -305,7 +313,7 @@ def _goodness(best_metric: str, metrics: Mapping[str, float]) -> float:
 
 
 def _move_away(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
-    """Moves damaged checkpoints to `damaged/`, so that their steps can be saved again."""
+    """Moves damaged checkpoints to `damaged/`."""
     folder = checkpoints.directory.parent / "damaged"
     for step in damaged if distributed.is_first() else ():
         target = folder / str(step)

@@ -159,7 +159,7 @@ def train(
         start = int(state.step)
         if distributed.is_first():
             provenance.record(workdir, config, dataset)
-        for sentence in damaged:
+        for sentence in damaged.values():
             console.print(f"{sentence} Going on from step {start}.", markup=False)
         if before and (found := checkpoint.difference(before, config, lambda name: name == "steps")):
             console.print(f"{workdir}: {found}. The result differs from that of a run started with this "

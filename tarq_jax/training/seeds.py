@@ -98,7 +98,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
             member = _open(stack, _with_seed(config, seed), workdir, paths)
             restored = checkpoint.restore_latest(member.checkpoints, state, member.config, dataset.schema)
             provenance.record(workdir, member.config, dataset)
-            for sentence in restored.damaged:
+            for sentence in restored.damaged.values():
                 console.print(f"seed {seed}: {sentence} Going on from step {int(restored.state.step)}.",
                               markup=False)
             groups.setdefault(int(restored.state.step), []).append((member, restored))

@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)
         assert list(checkpoints.all_steps()) == [4]
     assert int(restored.state.step) == 4
-    sentence, = restored.damaged
+    sentence, = restored.damaged.values()
     assert sentence.startswith("Checkpoint 6 is damaged (")
     assert (copied / "damaged" / "6").is_dir()
 
@@ -92,7 +92,7 @@ def test_wrong_numbers_that_can_be_read_are_damage(copied, tiny_config, tiny_dat
     with checkpoint.manager(copied) as checkpoints:
         restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)
     assert int(restored.state.step) == 4
-    assert "Checkpoint 6 is damaged (the checksum of .params" in restored.damaged[0]
+    assert "Checkpoint 6 is damaged (the checksum of .params" in restored.damaged[6]
 
 
 def test_a_checkpoint_without_checksums_is_restored(
@@ -145,6 +145,18 @@ def test_a_run_goes_on_from_before_the_damage(
     same_bits(result.state, finished[1].state)
     assert "Checkpoint 6 is damaged" in console.file.getvalue()
     assert "Going on from step 4" in console.file.getvalue()
+
+
+def test_reading_a_run_says_what_is_damaged_and_leaves_it(
+        copied, tiny_config, tiny_dataset, monkeypatch, caplog):
+    """As another process may be training there."""
+    truncate(copied / "checkpoints" / "6")
+    before = sorted(copied.rglob("*"))
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    assert restore.load_run(copied).steps == 4
+    message, = (record.getMessage() for record in caplog.records if record.name == restore.__name__)
+    assert "Checkpoint 6 is damaged (" in message and message.endswith("Step 4 is read instead.")
+    assert sorted(copied.rglob("*")) == before
 
 
 def test_where_all_are_damaged_nothing_is_trained(copied, tiny_config, tiny_dataset, silent):
