@@ -191,6 +191,8 @@ def train(
             if measured or saved:
                 meter.pause()
                 watch.check()
+            if saved and not config.best_metric:  # first: a scheduler may not wait until evaluation has ended
+                checkpoint.save(checkpoints, state, config, dataset.schema, meter.counted)
             if measured:
                 leave = _never if config.best_metric else interruption.now  # the best step must not be missed
                 with contextlib.suppress(Interrupted):
