@@ -138,6 +138,7 @@ def train(
     """
     distributed.check_same("the configuration", json.dumps(shared_settings(config), sort_keys=True))
     distributed.check_same("the data", json.dumps([dataset.fingerprint, dataset.schema.to_json()]))
+    distributed.check_shared(workdir)
     before = check_saved(config, dataset, workdir, resume=resume)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     shapes = setup.batch_shapes(dataset)
