@@ -72,6 +72,7 @@ class Restored(NamedTuple):
     state: TrainState
     counted: Sequence[float]  # `Meter.counted` over the steps up to the checkpoint
     damaged: Mapping[int, str] = MappingProxyType({})  # newer steps that could not be read: a sentence each
+    processes: int | None = None  # that saved it; None if nothing was saved, or by an older version
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
@@ -91,7 +92,7 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_colle
     if step in checkpoints.all_steps():
         return
     meta = {"config": config.to_dict(), "schema": schema.to_json(), "counted": list(counted),
-            "checksums": _named_checksums(state)}
+            "checksums": _named_checksums(state), "processes": jax.process_count()}
     checkpoints.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
 
@@ -132,7 +133,8 @@ def read_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: m
         try:
             meta = read_meta(checkpoints, step)
             if (found := _difference(meta, config, schema)) is None:
-                restored = Restored(restore_step(checkpoints, step, state), meta["counted"], damaged)
+                restored = Restored(
+                    restore_step(checkpoints, step, state), meta["counted"], damaged, meta.get("processes"))
         except Damaged as error:
             damaged[step] = f"{error}."
             continue
