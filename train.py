@@ -7,9 +7,7 @@ from absl import flags
 from tarq_jax import cli, reporting
 
 CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints and metrics; an unfinished run in it is resumed.", required=True
-)
+WORKDIR = cli.workdir_flag("Folder for checkpoints and metrics; an unfinished run in it is resumed.")
 RESUME = flags.DEFINE_bool("resume", True, "Resume the run in the workdir; --noresume refuses to.")
 JSON = cli.json_flag()
 

@@ -38,6 +38,14 @@ def config_flag() -> flags.Flag:
     return flags.FLAGS["config"]
 
 
+def workdir_flag(text: str, default: str | None = None) -> flags.FlagHolder:
+    """Defines `--workdir=DIR`, required without a default; of a URL a local folder would be made."""
+    flag = flags.DEFINE_string("workdir", default, text, required=default is None, allow_override=True)
+    flags.register_validator("workdir", lambda value: "://" not in (value or ""), flag_values=flags.FLAGS,
+                             message="expected a path of a file system that all hosts have mounted, no URL")
+    return flag
+
+
 def run_flag() -> flags.FlagHolder:
     """Defines `--run=DIR`, the working directory of a run to read."""
     return flags.DEFINE_string("run", None, "Working directory of a run.", required=True, allow_override=True)

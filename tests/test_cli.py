@@ -74,6 +74,11 @@ def test_workdir_is_required(wrong_call):
     assert "--workdir" in wrong_call("train.py", SYNTHETIC)
 
 
+def test_workdir_is_no_url(wrong_call):
+    line = wrong_call("train.py", SYNTHETIC, "--workdir=gs://bucket/run")
+    assert "--workdir=gs://bucket/run: expected a path of a file system that all hosts have mounted" in line
+
+
 def test_a_config_file_with_a_mistake(wrong_call, tmp_path):
     """A wrong setting in the file is reported like one on the command line."""
     file = tmp_path / "experiment.py"

@@ -141,6 +141,14 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
     return map(batches.__getitem__, range(start_step, sys.maxsize))
 
 
+def same_order(dataset: Dataset, split: str, hosts: Sequence[int], *, history_length: int,
+               buckets: Sequence[int] = ()) -> bool:
+    """Whether `train_batches` has the same order of the requests with each of these numbers of hosts."""
+    blocks, lengths = len(_split(dataset, split).sizes), padded_lengths(buckets, history_length)
+    return len(set(hosts)) == 1 or not any(
+        deals_blocks(blocks, Shard(0, count), lengths[:-1]) for count in hosts)
+
+
 def _in_threads(batches: TrainBatches, start_step: int, readers: int) -> Iterator[Batch]:
     import grain  # imported here because it imports JAX
 

@@ -21,8 +21,7 @@ from tarq_jax import cli, reporting
 from tarq_jax.experiments import run_table
 
 CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/ablation", "Where the runs and their table are kept.", allow_override=True)
+WORKDIR = cli.workdir_flag("Where the runs and their table are kept.", "runs/ablation")
 SEEDS = cli.seeds_flag("0,1,2,3,4")
 VARIANT = flags.DEFINE_multi_string("variant", [], "A variant to train; repeat for more. All if not given.")
 JSON = cli.json_flag()

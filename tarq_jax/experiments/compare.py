@@ -18,7 +18,7 @@ from tarq_jax import cli, reporting
 from tarq_jax.config import COMPARED, MODEL_NAME, is_model
 
 CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "Where all runs are kept.")
+WORKDIR = cli.workdir_flag("Where all runs are kept.", "runs/compare")
 SEEDS = cli.seeds_flag("0,1,2")
 TRAINED = flags.DEFINE_multi_string("model", list(COMPARED), "A model to train; repeat for more.")
 flags.register_validator(TRAINED, lambda names: all(map(is_model, names)), f"each has to be {MODEL_NAME}")

@@ -58,7 +58,7 @@ def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
     dataset = loop.load_data(config)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     with checkpoint.manager(workdir) as checkpoints:
-        state = checkpoint.restore_latest(checkpoints, state, config, dataset.schema).state
+        state = restore.read_state(checkpoints, state, config, dataset.schema)
     start, shapes = int(state.step), setup.batch_shapes(dataset)
     if start >= failed.step:
         raise ValueError(f"{workdir}: its checkpoint is of step {start}, expected one before {failed.step}")

@@ -12,9 +12,11 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -69,7 +71,8 @@ class Restored(NamedTuple):
 
     state: TrainState
     counted: Sequence[float]  # `Meter.counted` over the steps up to the checkpoint
-    damaged: Sequence[str] = ()  # one sentence per newer checkpoint that could not be read
+    damaged: Mapping[int, str] = MappingProxyType({})  # newer steps that could not be read: a sentence each
+    processes: int | None = None  # that saved it; None if nothing was saved, or by an older version
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
@@ -88,18 +91,28 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_colle
     step = int(state.step)
     if step in checkpoints.all_steps():
         return
-    meta = {"config": config.to_dict(), "schema": schema.to_json(), "counted": list(counted)}
+    meta = {"config": config.to_dict(), "schema": schema.to_json(), "counted": list(counted),
+            "checksums": _named_checksums(state), "processes": jax.process_count()}
     checkpoints.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
                    schema: Schema) -> Restored:
-    """The newest saved state that can be read, or `state` itself if nothing was saved.
+    """`read_latest` for a run that goes on: moves damaged checkpoints to `damaged/`, beside `checkpoints/`.
 
-    If the newest checkpoints are damaged and an older one can be read, the damaged ones are moved to
-    `damaged/` beside `checkpoints/`. A checkpoint that one of several processes cannot read is damaged for
-    all.
+    Their steps can then be saved again.
+    """
+    restored = read_latest(checkpoints, state, config, schema)
+    _move_away(checkpoints, restored.damaged)
+    return restored
+
+
+def read_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
+                schema: Schema) -> Restored:
+    """The newest saved state that can be read, or `state` itself if nothing was saved; changes no file.
+
+    A checkpoint that one of several processes cannot read is damaged for all.
 
     Args:
       checkpoints: manager from `manager`.
@@ -120,8 +133,8 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
         try:
             meta = read_meta(checkpoints, step)
             if (found := _difference(meta, config, schema)) is None:
-                restored = Restored(restore_step(checkpoints, step, state), meta["counted"],
-                                    list(damaged.values()))
+                restored = Restored(
+                    restore_step(checkpoints, step, state), meta["counted"], damaged, meta.get("processes"))
         except Damaged as error:
             damaged[step] = f"{error}."
             continue
@@ -130,7 +143,6 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
                      f"--workdir")
         if found is not None:
             raise ValueError(f"{checkpoints.directory}: {found}")
-        _move_away(checkpoints, damaged)
         return restored
     if damaged:
         raise ValueError(f"{checkpoints.directory}: none of {len(damaged)} checkpoints can be read, expected "
@@ -141,7 +153,40 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config
 def restore_step(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
     """The state saved at a step, in the shapes, types and shardings of `state`; raises Damaged."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return _read(checkpoints, step, state=ocp.args.StandardRestore(abstract))
+    restored = _read(checkpoints, step, state=ocp.args.StandardRestore(abstract))
+    if saved := read_meta(checkpoints, step).get("checksums"):  # checkpoints of older versions have none
+        found = _named_checksums(restored)
+        wrong = next((name for name in found if found[name] != saved.get(name)), "")
+        _agree(step, wrong and f"the checksum of {wrong} is not the saved one")
+    return restored
+
+
+@jax.jit
+def checksums(tree: Any) -> list[jax.Array]:
+    """The checksum of every leaf, [] uint32, whatever its sharding; it shows any change of one element.
+
+    It is the sum of the leaf's bits, as whole numbers, times `2 i + 1` for each of their indices i, modulo
+    2**32. The weights are odd, so no difference of an element vanishes.
+    """
+    return [_checksum(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _checksum(leaf: jax.Array) -> jax.Array:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    words = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")  # 64 bits are two words
+    found = jax.lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
+    for axis in range(found.ndim):
+        found *= 2 * jax.lax.broadcasted_iota(jnp.uint32, found.shape, axis) + 1
+    return found.sum(dtype=jnp.uint32)
+
+
+def _named_checksums(state: TrainState) -> dict[str, int]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    found = jax.device_get(checksums(state))
+    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, found, strict=True)}
 
 
 def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -169,9 +214,14 @@ def _read(checkpoints: ocp.CheckpointManager, step: int, **item: ocp.args.Checkp
             value = reader.restore(checkpoints.directory / str(step), args=ocp.args.Composite(**item))[name]
     except Exception as error:  # anything that Orbax, JSON or the file system raise for damaged files
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    _agree(step, reason)
+    return value
+
+
+def _agree(step: int, reason: str) -> None:
+    """Raises Damaged, on all processes, if any of them has a reason; all have to call it."""
     if reasons := [each for each in distributed.gather_text(reason) if each]:
         raise Damaged(f"Checkpoint {step} is damaged ({reasons[0]})")
-    return value
 
 
 def _saved_steps(checkpoints: ocp.CheckpointManager) -> list[int]:
@@ -265,7 +315,7 @@ def _goodness(best_metric: str, metrics: Mapping[str, float]) -> float:
 
 
 def _move_away(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
-    """Moves damaged checkpoints to `damaged/`, so that their steps can be saved again."""
+    """Moves damaged checkpoints to `damaged/`."""
     folder = checkpoints.directory.parent / "damaged"
     for step in damaged if distributed.is_first() else ():
         target = folder / str(step)

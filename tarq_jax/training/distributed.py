@@ -6,9 +6,11 @@ each batch (`data_shard`). Only the first process prints. All hosts must see the
 
 import itertools
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +114,23 @@ def check_same(what: str, value: str) -> None:
     first, *others = gather_text(value)
     if wrong := [index for index, other in enumerate(others, start=1) if other != first]:
         raise ValueError(f"{what} of processes {wrong} is not that of process 0, expected the same on all")
+
+
+def check_shared(folder: Path) -> None:
+    """Raises ValueError, on all processes, unless all see a file that the first makes in `folder`."""
+    if jax.process_count() == 1:
+        return
+    file = folder / gather_text(f".shared_{secrets.token_hex(8)}")[0]
+    if is_first():
+        with suppress(OSError):  # the run itself says why nothing can be written
+            folder.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    wait_for_all("file made")
+    try:
+        check_same(f"the folder {folder}, which must be the same folder on all hosts,", str(file.exists()))
+    finally:
+        if is_first():
+            file.unlink(missing_ok=True)
 
 
 # JAX has all processes stop at the number after the largest that any of them has asked about, so that these

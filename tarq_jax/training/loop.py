@@ -16,6 +16,7 @@ from rich.console import Console
 from tarq_jax import data, metrics
 from tarq_jax.cli import Interrupted
 from tarq_jax.config import BEST, data_options, shared_settings
+from tarq_jax.data.pipeline import same_order
 from tarq_jax.reporting import MetricsWriter, advance, progress_bar, write_rows
 from tarq_jax.training import checkpoint, distributed, provenance, setup, sharding
 from tarq_jax.training.evaluate import SCORES, Row, evaluate
@@ -120,7 +121,8 @@ def train(
     """Trains one model, from its newest checkpoint if there is one, and evaluates it on the test split.
 
     The batch and the random numbers of a step depend only on the seed and the step, so an interrupted and
-    resumed run ends in the same state as one without interruption.
+    resumed run ends in the same state as one without interruption. The batch depends on the number of
+    processes as well where each reads its own blocks, see `tarq_jax.data.order`.
 
     Args:
       config: validated configuration.
@@ -138,6 +140,7 @@ def train(
     """
     distributed.check_same("the configuration", json.dumps(shared_settings(config), sort_keys=True))
     distributed.check_same("the data", json.dumps([dataset.fingerprint, dataset.schema.to_json()]))
+    distributed.check_shared(workdir)
     before = check_saved(config, dataset, workdir, resume=resume)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
     shapes = setup.batch_shapes(dataset)
@@ -155,15 +158,22 @@ def train(
         MetricsWriter(workdir, enabled=distributed.is_first()) as writer,
         progress_bar(console) as progress,
     ):
-        state, counted, damaged = checkpoint.restore_latest(checkpoints, state, config, dataset.schema)
+        state, counted, damaged, processes = checkpoint.restore_latest(
+            checkpoints, state, config, dataset.schema)
         start = int(state.step)
         if distributed.is_first():
             provenance.record(workdir, config, dataset)
-        for sentence in damaged:
+        for sentence in damaged.values():
             console.print(f"{sentence} Going on from step {start}.", markup=False)
         if before and (found := checkpoint.difference(before, config, lambda name: name == "steps")):
             console.print(f"{workdir}: {found}. The result differs from that of a run started with this "
                           "number: learning rates and the start of the codebook depend on it.", markup=False)
+        if processes and not same_order(
+                dataset, "train", (processes, jax.process_count()), buckets=config.data.buckets,
+                history_length=shapes["history_length"]):
+            console.print(f"{workdir}: saved by {processes} processes, this run has {jax.process_count()}. "
+                          "That changes the order of the data: some requests come twice in this epoch, "
+                          "others not at all.", markup=False)
         bar = progress.add_task(config.model.name, total=config.steps, completed=start, note="")
         advance(progress, bar, start, "compiling")
         batches = data.prefetch(
@@ -191,6 +201,8 @@ def train(
             if measured or saved:
                 meter.pause()
                 watch.check()
+            if saved and not config.best_metric:  # first: a scheduler may not wait until evaluation has ended
+                checkpoint.save(checkpoints, state, config, dataset.schema, meter.counted)
             if measured:
                 leave = _never if config.best_metric else interruption.now  # the best step must not be missed
                 with contextlib.suppress(Interrupted):

@@ -1,7 +1,9 @@
 """Measures training speed: candidate examples per second, and the share of time spent waiting for data."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import jax
@@ -12,7 +14,8 @@ NOTHING_COUNTED = (0.0, 0.0, 0.0)
 class Meter:
     """Counts candidates and time; time for compilation and time while paused are not counted.
 
-    JAX returns before the device is done, so each reading waits for the last counted step.
+    JAX returns before the device is done, so each reading waits for the last counted step, and a thread looks
+    when each step ends: the device waits for data from then on, not from when the host asks for them.
     """
 
     def __init__(self, counted: Sequence[float] = NOTHING_COUNTED):
@@ -21,7 +24,8 @@ class Meter:
         Args:
           counted: `counted` of the meter of an earlier part of the run.
         """
-        self._pending: dict[str, jax.Array] | None = None  # metrics of the last step, to wait for
+        self._thread = ThreadPoolExecutor(1)
+        self._ends: deque[Future[float]] = deque(maxlen=2)  # of the last two steps
         self._since: float | None = None  # start of the time not yet added; None while paused
         self._candidates, self._seconds, self._waited = counted
         self._read = tuple(counted)  # these three at the last reading
@@ -34,20 +38,25 @@ class Meter:
 
     def count(self, candidates: int, step_metrics: dict[str, jax.Array]) -> None:
         """Adds one step; after a pause, starts counting when the step is done."""
-        self._pending = step_metrics
+        self._ends.append(self._thread.submit(_end_of, step_metrics))
         if self._since is None:
-            jax.block_until_ready(step_metrics)
+            self._ends[-1].result()
             self._since = time.perf_counter()
         else:
             self._candidates += candidates
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Times the wait for a batch."""
+        """Times the wait for a batch while no step runs; first waits for the step before the last to end.
+
+        So one step at most is queued behind the one that runs.
+        """
+        if len(self._ends) > 1:
+            self._ends[0].result()
         before = time.perf_counter()
         yield
-        if self._since is not None:
-            self._waited += time.perf_counter() - before
+        if self._since is not None and self._ends[-1].done():
+            self._waited += max(time.perf_counter() - max(before, self._ends[-1].result()), 0.0)
 
     def pause(self) -> None:
         """Stops the clock until the next step."""
@@ -67,10 +76,15 @@ class Meter:
 
     def _settle(self) -> None:
         if self._since is not None:
-            jax.block_until_ready(self._pending)
+            self._ends[-1].result()
             now = time.perf_counter()
             self._seconds += now - self._since
             self._since = now
+
+
+def _end_of(step_metrics: dict[str, jax.Array]) -> float:
+    jax.block_until_ready(step_metrics)
+    return time.perf_counter()
 
 
 def _rates(candidates: float, seconds: float, waited: float) -> dict[str, float]:

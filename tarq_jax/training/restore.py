@@ -1,5 +1,6 @@
 """Restores a finished run from its working directory alone, for use after training."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from tarq_jax import data
 from tarq_jax.config import default_config, validate
+from tarq_jax.schema import Schema
 from tarq_jax.training import checkpoint, loop, provenance, setup, sharding
 from tarq_jax.training.objectives import Objective, build
 from tarq_jax.training.state import TrainState
@@ -24,7 +26,7 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: Path) -> Run:
-    """Loads the run in `workdir`, with its data prepared as for training.
+    """Loads the run in `workdir`, with its data prepared as for training; changes no file of the run.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -44,11 +46,21 @@ def load_run(workdir: Path) -> Run:
         tables = sharding.make_tables(config)
         objective = build(config.model, config.loss_weights, dataset.schema, tables)
         fresh = setup.init_state(config, objective, setup.make_optimizer(config), dataset)
-        state = checkpoint.restore_latest(checkpoints, fresh, config, dataset.schema).state
+        state = read_state(checkpoints, fresh, config, dataset.schema)
         steps = int(state.step)
         if config.best_metric and (best := checkpoint.best_step(checkpoints, config.best_metric)) is not None:
             state = checkpoint.restore_step(checkpoints, best, state)
     return Run(config, dataset, objective, state, steps)
+
+
+def read_state(checkpoints: ocp.CheckpointManager, state: TrainState, config: ml_collections.ConfigDict,
+               schema: Schema) -> TrainState:
+    """The state of `checkpoint.read_latest`, with a warning for each newer checkpoint that is damaged."""
+    found = checkpoint.read_latest(checkpoints, state, config, schema)
+    for sentence in found.damaged.values():
+        logging.getLogger(__name__).warning(
+            "%s: %s Step %d is read instead.", checkpoints.directory, sentence, int(found.state.step))
+    return found.state
 
 
 def saved_config(checkpoints: ocp.CheckpointManager) -> ml_collections.ConfigDict:

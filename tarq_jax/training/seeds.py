@@ -98,7 +98,7 @@ def train(config: ml_collections.ConfigDict, dataset: data.Dataset, workdirs: Ma
             member = _open(stack, _with_seed(config, seed), workdir, paths)
             restored = checkpoint.restore_latest(member.checkpoints, state, member.config, dataset.schema)
             provenance.record(workdir, member.config, dataset)
-            for sentence in restored.damaged:
+            for sentence in restored.damaged.values():
                 console.print(f"seed {seed}: {sentence} Going on from step {int(restored.state.step)}.",
                               markup=False)
             groups.setdefault(int(restored.state.step), []).append((member, restored))
@@ -238,17 +238,16 @@ def _train(
                 meter.pause()
                 _look(members, pending)
                 pending, states = [], unstack(state)
+            if saved:  # first: a scheduler may not wait until evaluation has ended
+                _save(members, states, dataset, meter)
             if measured:
                 with contextlib.suppress(Interrupted):
                     tested = _test(parts, members, states, dataset, "validation", interruption.now)
                     for member, rows in zip(members, tested, strict=True):
                         member.writer.write(done, loop.flat_scalars(rows, "validation"))
                 stop = interruption.now()
-            if saved or stop:
-                share = [count / len(members) for count in meter.counted]
-                for member, own in zip(members, states, strict=True):
-                    checkpoint.save(member.checkpoints, own, member.config, dataset.schema, share)
             if stop:
+                _save(members, states, dataset, meter)
                 raise Interrupted(f"interrupted; saved step {done} of {len(members)} seeds, run it again to "
                                   f"resume")
         batches.close()
@@ -293,6 +292,13 @@ def initialise_codebooks(parts: Parts, members: Sequence[Member], state: TrainSt
     fit = jax.jit(jax.shard_map(jax.vmap(setup.codebook_fit(config, objective)), mesh=parts.mesh,
                                 in_specs=(EACH, EACH), out_specs=EACH, check_vma=False))
     return state.replace(codebook=fit(state.rng, latents))
+
+
+def _save(members: Sequence[Member], states: Sequence[TrainState], dataset: data.Dataset, meter: Meter
+          ) -> None:
+    share = [count / len(members) for count in meter.counted]
+    for member, own in zip(members, states, strict=True):
+        checkpoint.save(member.checkpoints, own, member.config, dataset.schema, share)
 
 
 def _test(parts: Parts, members: Sequence[Member], states: Sequence[TrainState], dataset: data.Dataset,

@@ -22,7 +22,7 @@ from tarq_jax.data import (
     train_batches,
 )
 from tarq_jax.data.order import MIN_BLOCKS
-from tarq_jax.data.pipeline import padded_lengths
+from tarq_jax.data.pipeline import padded_lengths, same_order
 from tarq_jax.data.records import describe_blocks, make_requests, request_blocks
 from tarq_jax.data.stored import StoredRequests
 
@@ -195,6 +195,15 @@ def test_hosts_with_many_blocks_see_other_requests():
         dataset, "train", batch_size=4, seed=0, shard=Shard(index, 2), **SIZES), 8)]) for index in range(2)]
     for index in range(2):
         np.testing.assert_array_equal(np.sort(seen[index]), np.sort(users[index::2]))
+
+
+def test_the_order_depends_on_the_number_of_hosts_where_blocks_are_dealt():
+    dataset = stored(make_dataset(num=2 * MIN_BLOCKS), 1)
+    assert same_order(dataset, "train", (2, 2), history_length=9)
+    assert not same_order(dataset, "train", (1, 2), history_length=9)
+    assert same_order(dataset, "train", (1, 4), history_length=9)  # too few blocks for four
+    assert same_order(dataset, "train", (1, 2), history_length=9, buckets=(4,))
+    assert same_order(make_dataset(), "train", (1, 2), history_length=9)
 
 
 def test_buckets_give_few_shapes_and_lose_nothing():

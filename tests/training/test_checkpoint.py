@@ -1,9 +1,14 @@
 """Checkpoints: which are kept, which is the best, and what happens to damaged ones."""
 
 import io
+import json
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from tarq_jax import reporting
@@ -38,6 +43,14 @@ def scribble(folder):
             path.write_bytes(b"\x5a" * path.stat().st_size)
 
 
+def flip_a_bit(folder):
+    largest = max((path for path in (folder / "state").rglob("*") if path.is_file()),
+                  key=lambda path: (path.stat().st_size, path))
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
 DAMAGES = {
     "emptied": lambda folder: [shutil.rmtree(part) for part in folder.iterdir() if part.is_dir()],
     "state is gone": lambda folder: shutil.rmtree(folder / "state"),
@@ -46,6 +59,7 @@ DAMAGES = {
     "meta lacks its parts": lambda folder: (folder / "meta" / "metadata").write_text("{}"),
     "truncated": truncate,
     "overwritten": scribble,
+    "a bit is flipped": flip_a_bit,
 }
 
 
@@ -58,9 +72,70 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)
         assert list(checkpoints.all_steps()) == [4]
     assert int(restored.state.step) == 4
-    sentence, = restored.damaged
+    sentence, = restored.damaged.values()
     assert sentence.startswith("Checkpoint 6 is damaged (")
     assert (copied / "damaged" / "6").is_dir()
+
+
+def test_wrong_numbers_that_can_be_read_are_damage(copied, tiny_config, tiny_dataset, finished, monkeypatch):
+    """One bit of a parameter differs; Orbax has nothing to say."""
+    read = checkpoint._read
+
+    def flipped(checkpoints, step, **item):
+        found = read(checkpoints, step, **item)
+        if step == 4 or "state" not in item:
+            return found
+        return found.replace(params=jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].multiply(-1),
+                                                 found.params))
+
+    monkeypatch.setattr(checkpoint, "_read", flipped)
+    with checkpoint.manager(copied) as checkpoints:
+        restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)
+    assert int(restored.state.step) == 4
+    assert "Checkpoint 6 is damaged (the checksum of .params" in restored.damaged[6]
+
+
+def test_a_checkpoint_without_checksums_is_restored(
+        copied, tiny_config, tiny_dataset, finished, same_bits):
+    """As those of older versions."""
+    path = copied / "checkpoints" / "6" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    assert meta.pop("checksums")
+    path.write_text(json.dumps(meta))
+    with checkpoint.manager(copied) as checkpoints:
+        restored = checkpoint.restore_latest(checkpoints, finished[1].state, tiny_config, tiny_dataset.schema)
+    same_bits(restored.state, finished[1].state)
+    assert not restored.damaged
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int32", "int8", "bool"])
+def test_a_checksum_shows_any_bit_and_another_order(dtype):
+    values = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    values[0, 0, 0], values[1, 2, 3] = 0, 1
+    (before,) = checkpoint.checksums([values])
+    for bit in range(values.nbytes * 8) if dtype != "bool" else ():
+        changed = values.copy()
+        changed.view(np.uint8).reshape(-1)[bit // 8] ^= 1 << bit % 8
+        assert checkpoint.checksums([changed])[0] != before
+    assert checkpoint.checksums([values[::-1, ::-1, ::-1].copy()])[0] != before
+
+
+def test_the_checksum_is_that_of_its_formula():
+    values = np.array([[1, 2], [3, 2**32 - 1]], np.uint32)
+    found = checkpoint.checksums({"a": values, "b": jnp.float32(1.0), "c": np.zeros((3, 0)), "d": True,
+                                  "e": jax.random.key(7)})
+    assert [int(value) for value in found] == [
+        (1 + 3 * 2 + 3 * 3 - 9) % 2**32, 0x3F800000, 0, 1, int(checkpoint.checksums([np.uint32([0, 7])])[0])]
+
+
+@pytest.mark.parametrize("devices", [8, 4])
+def test_the_checksum_does_not_depend_on_sharding(devices):
+    values = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    expected = int(checkpoint.checksums([values])[0])
+    for spec in (("data",), (None, "data"), ()):
+        placed = jax.device_put(values, NamedSharding(mesh, PartitionSpec(*spec)))
+        assert int(checkpoint.checksums([placed])[0]) == expected
 
 
 def test_a_run_goes_on_from_before_the_damage(
@@ -70,6 +145,18 @@ def test_a_run_goes_on_from_before_the_damage(
     same_bits(result.state, finished[1].state)
     assert "Checkpoint 6 is damaged" in console.file.getvalue()
     assert "Going on from step 4" in console.file.getvalue()
+
+
+def test_reading_a_run_says_what_is_damaged_and_leaves_it(
+        copied, tiny_config, tiny_dataset, monkeypatch, caplog):
+    """As another process may be training there."""
+    truncate(copied / "checkpoints" / "6")
+    before = sorted(copied.rglob("*"))
+    monkeypatch.setattr(loop, "load_data", lambda config: tiny_dataset)
+    assert restore.load_run(copied).steps == 4
+    message, = (record.getMessage() for record in caplog.records if record.name == restore.__name__)
+    assert "Checkpoint 6 is damaged (" in message and message.endswith("Step 4 is read instead.")
+    assert sorted(copied.rglob("*")) == before
 
 
 def test_where_all_are_damaged_nothing_is_trained(copied, tiny_config, tiny_dataset, silent):

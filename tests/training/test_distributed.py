@@ -4,6 +4,7 @@ import json
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import pytest
@@ -41,6 +42,8 @@ config = tiny.make_config()
 config.steps = 2000 if stopped.isdecimal() else 6
 if stopped == "different":
     config.seed = int(os.environ["JAX_PROCESS_ID"])
+if stopped == "apart":
+    workdir = os.path.join(workdir, os.environ["JAX_PROCESS_ID"])
 try:
     if stopped == "between":
         loop.train(config, tiny.make_dataset(), pathlib.Path(workdir) / "first", Console(file=sys.stderr))
@@ -98,6 +101,15 @@ def test_processes_with_other_settings_are_refused(run_processes, tmp_path):
     for process in done:
         assert "the configuration of processes [1] is not that of process 0, expected" in process.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_processes_with_folders_of_their_own_are_refused(run_processes, tmp_path):
+    done = run_processes(2, "apart", tmp_path)
+    assert [process.returncode for process in done] == [1, 1], done[0].stderr[-3000:]
+    for process in done:
+        assert "must be the same folder on all hosts, of processes [1] is not that" in process.stderr
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("0")]
 
 
 @pytest.mark.slow

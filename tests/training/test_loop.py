@@ -59,6 +59,24 @@ def test_other_ways_to_use_the_devices_end_the_same(
         assert row["log_loss"] == pytest.approx(expected["log_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize(("same", "processes", "says"), [
+    (False, 2, True), (True, 2, False), (False, None, False)])
+def test_another_order_of_the_data_is_said(
+        same, processes, says, tiny_config, tiny_dataset, tmp_path, finished, monkeypatch):
+    """Where the number of processes that saved is known, see `same_order`."""
+    asked = []
+    monkeypatch.setattr(loop, "same_order", lambda *args, **shapes: asked.append(args) or same)
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "6" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    assert meta["processes"] == 1
+    path.write_text(json.dumps(meta | {"processes": processes}))
+    console = Console(file=io.StringIO(), width=1000)
+    loop.train(tiny_config, tiny_dataset, tmp_path / "run", console)
+    assert asked == ([(tiny_dataset, "train", (2, 1))] if processes else [])
+    assert ("saved by 2 processes, this run has 1. That changes the order" in console.file.getvalue()) == says
+
+
 def test_a_run_that_goes_on_for_longer_says_so(tiny_config, tiny_dataset, tmp_path, finished):
     shutil.copytree(finished[0], tmp_path / "run")
     console = Console(file=io.StringIO(), width=1000)

@@ -1,6 +1,8 @@
-"""The meter, with a clock that only the test moves."""
+"""The meter, with a clock that only the test moves, and a device whose steps take the time that it says."""
 
 import math
+import time
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import pytest
@@ -8,7 +10,30 @@ import pytest
 from tarq_jax.training import meter
 from tarq_jax.training.meter import Meter
 
-METRICS = {"loss": jnp.zeros(())}
+
+class End(NamedTuple):
+    """The end of a step: a `Future` for which one waits by moving the clock."""
+
+    clock: Any
+    time: float
+
+    def done(self) -> bool:
+        return self.clock.now >= self.time
+
+    def result(self) -> float:
+        self.clock.now = max(self.clock.now, self.time)
+        return self.time
+
+
+class Device:
+    """In place of the thread that waits for steps; the "metrics" of a step are the seconds that it takes."""
+
+    def __init__(self, clock):
+        self.clock, self.free = clock, 0.0
+
+    def submit(self, _, seconds: float) -> End:
+        self.free = max(self.free, self.clock.now) + seconds
+        return End(self.clock, self.free)
 
 
 @pytest.fixture
@@ -24,6 +49,7 @@ def clock(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr(meter.time, "perf_counter", clock)
+    monkeypatch.setattr(meter, "ThreadPoolExecutor", lambda threads: Device(clock))
     return clock
 
 
@@ -31,7 +57,7 @@ def step(measured: Meter, clock, candidates: int, wait: float, work: float) -> N
     with measured.waiting():
         clock.sleep(wait)
     clock.sleep(work)
-    measured.count(candidates, METRICS)
+    measured.count(candidates, 0.0)
 
 
 def test_the_first_step_does_not_count(clock):
@@ -40,6 +66,24 @@ def test_the_first_step_does_not_count(clock):
     step(measured, clock, 30, 0.5, 1.5)
     step(measured, clock, 50, 0.5, 1.5)
     assert measured.total() == {"examples_per_second": 20.0, "input_wait_share": 0.25, "train_seconds": 4.0}
+
+
+@pytest.mark.parametrize(("every", "share"), [(25.0, 0.0), (36.0, 0.0), (50.0, 0.28), (360.0, 0.9)])
+def test_only_what_the_device_waits_is_waiting(every, share, clock):
+    """Steps of 36 seconds; a batch is ready every so many, while the host does nothing but wait."""
+    measured, ends, first = Meter(), [], clock.now
+    for step in range(102):
+        with measured.waiting():
+            assert len(ends) < 2 or ends[-2] <= clock.now  # one step is queued at most
+            clock.now = max(clock.now, first + every * step)
+        measured.count(1, 36.0)
+        ends.append(measured._ends[-1].time)
+    assert measured.total()["input_wait_share"] == pytest.approx(share, abs=0.01)
+    assert measured.total()["train_seconds"] == pytest.approx(101 * max(every, 36.0))
+
+
+def test_the_end_of_a_step_is_that_of_the_device():
+    assert meter._end_of({"loss": jnp.zeros(())}) <= time.perf_counter()
 
 
 def test_pause_excludes_what_follows_up_to_the_next_step(clock):

@@ -159,6 +159,20 @@ def test_a_signal_during_evaluation(
         same_bits(loop.train(tiny_config, tiny_dataset, tmp_path, silent).state, finished[1].state)
 
 
+@pytest.mark.parametrize(("best_metric", "saved"), [("", [2, 4]), ("auc", [2])])
+def test_a_step_is_saved_before_it_is_evaluated(
+        best_metric, saved, tiny_config, tiny_dataset, tmp_path, silent, monkeypatch):
+    """A run that is killed while it evaluates loses nothing, unless the best step is wanted."""
+    def killed(*args, **kwargs):
+        raise MemoryError("killed")
+
+    monkeypatch.setattr(loop, "evaluate", killed)
+    tiny_config.eval_every, tiny_config.best_metric = 4, best_metric
+    with pytest.raises(MemoryError, match="killed"):
+        loop.train(tiny_config, tiny_dataset, tmp_path, silent)
+    assert saved_steps(tmp_path) == saved
+
+
 def test_killed_run_ends_in_the_same_bits(
         tiny_config, tiny_dataset, tmp_path, silent, command, finished, same_bits, untimed):
     killed = command("-c", KILLED_AT_5, tmp_path, devices=len(jax.devices()))
