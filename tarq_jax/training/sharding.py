@@ -137,7 +137,7 @@ def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
     for size, entry in zip(shape, spec, strict=False):
         parts = num_devices(mesh, axes_of(entry))
         if size % parts:
-            hint = "; set config.model.table_multiple to it" if is_table else ""
+            hint = "; in a new run, set config.model.table_multiple to it" if is_table else ""
             raise ValueError(f"config.mesh.rules: {path} {list(shape)} is given {spec}, expected a multiple "
                              f"of {parts} instead of {size}{hint}")
 

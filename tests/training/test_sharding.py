@@ -245,8 +245,8 @@ def test_rules_that_do_not_fit(rule, message):
 
 
 def test_rows_that_do_not_divide(tiny_dataset):
-    with pytest.raises(ValueError, match=r"item_id/embedding \[61, 4\] .*multiple of 2 instead of 61; set "
-                                         "config.model.table_multiple to it"):
+    with pytest.raises(ValueError, match=r"item_id/embedding \[61, 4\] .*multiple of 2 instead of 61; "
+                                         "in a new run, set config.model.table_multiple to it"):
         Run(tiny_dataset, (4, 2), **{"model.table_multiple": 1, "mesh.rules": BY_MODEL})
 
 
