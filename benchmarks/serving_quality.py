@@ -110,12 +110,14 @@ def main() -> None:
     """Compares what the flags ask for and prints the table."""
     converted = conversions()
     run = load_run(Path(ATTENTION.value))
+    data = Path(run.config.data.get("source", run.config.data.name)).stem
     rows: list[dict[str, Any]] = []
     reference = None
     for name, method in track(list(served(run, converted)), "ranking", console=Console(stderr=True)):
         scores = scores_of(method, run.dataset)
         reference = scores if reference is None else reference
-        rows.append({"model": name, "seed": run.config.seed, **quality(run.dataset, scores, reference)})
+        rows.append({"data": data, "model": name, "seed": run.config.seed,
+                     **quality(run.dataset, scores, reference)})
     reporting.print_table(rows, f"all {scores.shape[1]:,} items, {len(scores):,} requests")
     if JSON.value:
         reporting.write_rows(rows, JSON.value)

@@ -144,16 +144,9 @@ def serving_parts() -> list[str]:
 
 def serving_quality() -> list[str]:
     """Recall of the best 500 items of full target attention, and AUC, by data set."""
-    found = {name: {row["model"]: row for row in read(file)} for name, file in (
-        ("synthetic", "serving_quality"), ("Beauty", "serving_quality_beauty"))}
-    models = dict.fromkeys(model for rows in found.values() for model in rows)
-
-    def cells(row: Row | None) -> list[str]:
-        return ["-", "-"] if row is None else [f"{row['recall_at_500']:.3f}", f"{row['auc']:.4f}"]
-
-    return markdown_table(
-        ["method", *(f"{name}: {what}" for name in found for what in ("recall@500", "AUC"))],
-        [[model, *(cell for rows in found.values() for cell in cells(rows.get(model)))] for model in models])
+    return markdown_table(["data", "method", "recall@500", "AUC"], [
+        [row["data"], row["model"], f"{row['recall_at_500']:.3f}", f"{row['auc']:.4f}"]
+        for row in read("serving_quality")])
 
 
 def serving_crossovers() -> list[str]:

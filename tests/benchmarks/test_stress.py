@@ -157,7 +157,7 @@ def test_arrivals_do_not_depend_on_samples_of_memory(monkeypatch, silent):
             sent.append(times)
             return []
 
-        monkeypatch.setattr(stress.load, "send", send)
+        monkeypatch.setattr(stress.load_generator, "send", send)
         trial = stress.Trial(MODEL, stress.TINY, Idle(), silent)
         for _ in range(2):
             trial.under("ramp", 10.0, 2.0)
@@ -165,7 +165,7 @@ def test_arrivals_do_not_depend_on_samples_of_memory(monkeypatch, silent):
                 trial.sample_memory()
         return sent
 
-    monkeypatch.setattr(stress.load, "make_requests", lambda *_, **options: [b""])
+    monkeypatch.setattr(stress.load_generator, "make_requests", lambda *_, **options: [b""])
     first, second = times_of_stages(0)
     assert [first, second] == times_of_stages(3) and first != second
 

@@ -57,7 +57,7 @@ class Service:
     def close(self) -> None:
         """Lets the threads end, without waiting, and the garbage collector look at all objects again."""
         self._lag.close()
-        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.executor.shutdown(wait=False)
         self.versions.close()
         gc.unfreeze()
 
