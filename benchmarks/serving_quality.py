@@ -37,6 +37,8 @@ RUNS = flags.DEFINE_multi_string("run", [], "Another run on the same data; repea
 CODEWORDS = flags.DEFINE_list("codewords", ["64", "256"], "Codewords (K) for converting the reference.")
 ORDERS = flags.DEFINE_list("order", ["0", "1"], "Orders for converting the reference.")
 TOP_K = flags.DEFINE_integer("top_k", 500, "Number k of best items in recall@k.", lower_bound=1)
+REQUESTS = flags.DEFINE_integer("requests", 5000, "Most requests of the test split, the first ones.",
+                                lower_bound=1)
 JSON = cli.json_flag()
 
 BATCH = 100  # requests at a time
@@ -82,15 +84,20 @@ def scores_of(method: Method, dataset: Dataset) -> np.ndarray:
                    "embedding": jnp.asarray(items["embedding"])[rows], "mask": batch.history_mask}
         return for_all(method.item_side)(item_weights, method.user_side(user_weights, request), padded)
 
-    batches = eval_batches(dataset, "test", batch_size=BATCH, **setup.batch_shapes(dataset))
     found = [np.asarray(compute(method.user_weights, method.item_weights, batch))[batch.candidate_mask.any(1)]
-             for batch in batches]
+             for batch in batches_of(dataset)]
     return np.concatenate(found)[:, :len(items["embedding"])]
+
+
+def batches_of(dataset: Dataset) -> Iterator[Batch]:
+    """The test split in batches of `BATCH`, up to `--requests`."""
+    batches = eval_batches(dataset, "test", batch_size=BATCH, **setup.batch_shapes(dataset))
+    return itertools.islice(batches, -(-REQUESTS.value // BATCH))
 
 
 def labelled(dataset: Dataset) -> Iterator[Batch]:
     """The requests of the test split, with their candidates."""
-    for batch in eval_batches(dataset, "test", batch_size=BATCH, **setup.batch_shapes(dataset)):
+    for batch in batches_of(dataset):
         real = batch.candidate_mask.any(1)
         yield jax.tree.map(functools.partial(np.compress, real, axis=0), batch)
 
