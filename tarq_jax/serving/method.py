@@ -121,7 +121,7 @@ def tables(attended: jax.Array, weights: Arrays) -> dict[str, jax.Array]:
 
 
 def expansion(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> dict[str, Any]:
-    """Means [B, K, D], and Jacobians [B, K, E, H, E] with the query dimension first, see `item_side.change`."""
+    """Means [B, K, D], and Jacobians [B, K, E, H, E], query dimension first; see `item_side.change`."""
     found = expand(queries, keys, values, mask, block=EXPANSION_BLOCK)
     means = jnp.swapaxes(found.means, 1, 2)
     return {"means": means.reshape(*means.shape[:2], -1),
