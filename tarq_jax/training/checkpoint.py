@@ -134,7 +134,7 @@ def read_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: m
             meta = read_meta(checkpoints, step)
             if (found := _difference(meta, config, schema)) is None:
                 restored = Restored(
-                    restore_step(checkpoints, step, state), meta["counted"], damaged, meta.get("processes"))
+                    _restore(checkpoints, step, state, meta), meta["counted"], damaged, meta.get("processes"))
         except Damaged as error:
             damaged[step] = f"{error}."
             continue
@@ -152,9 +152,14 @@ def read_latest(checkpoints: ocp.CheckpointManager, state: TrainState, config: m
 
 def restore_step(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
     """The state saved at a step, in the shapes, types and shardings of `state`; raises Damaged."""
+    return _restore(checkpoints, step, state, read_meta(checkpoints, step))
+
+
+def _restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, meta: Mapping[str, Any]
+             ) -> TrainState:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     restored = _read(checkpoints, step, state=ocp.args.StandardRestore(abstract))
-    if saved := read_meta(checkpoints, step).get("checksums"):  # checkpoints of older versions have none
+    if saved := meta.get("checksums"):  # checkpoints of older versions have none
         found = _named_checksums(restored)
         wrong = next((name for name in found if found[name] != saved.get(name)), "")
         _agree(step, wrong and f"the checksum of {wrong} is not the saved one")
