@@ -127,7 +127,7 @@ class Trial:
         self._console.print(f"{self._name}: {name}, {rate:,.0f} requests a second for {seconds:.0f} s")
         began, times = self._clock(), load_generator.arrivals(rate, seconds, self._stages)
         sent = load_generator.send(self._service.url, self._bodies, times, connections=self._plan.connections,
-                         token=TOKEN)
+                                   token=TOKEN)
         return self._stage(name, sent, began, seconds, rate=rate, **facts)
 
     def act(self, what: str, action: Callable[[Service, int], Outcome]) -> Callable[[int], None]:

@@ -254,8 +254,7 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
         if ids is not None:
             ids = np.array(ids, np.dtypes.StringDType() if isinstance(ids[0], str) else np.int64)
         dataset = Dataset(schema, tables["items"], tables["users"], splits, metadata["info"],
-                          fingerprint=metadata["fingerprint"],
-                          item_ids=ids)
+                          fingerprint=metadata["fingerprint"], item_ids=ids)
     records.check_dataset(dataset)
     return dataset
 

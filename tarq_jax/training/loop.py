@@ -210,7 +210,7 @@ def train(
                     writer.write(done, flat_scalars(rows, "validation"))
                     validated = {name: rows[0][name] for name in BEST}
                 stop = stop or interruption.now()
-            if saved or stop or (measured and config.best_metric):
+            if stop or (config.best_metric and (saved or measured)):
                 checkpoint.save(checkpoints, state, config, dataset.schema, meter.counted, validated)
             if stop:
                 raise Interrupted(f"interrupted; saved step {done} in {workdir}, run it again to resume")
