@@ -13,8 +13,8 @@ import optax
 
 from tarq_jax import shards
 from tarq_jax.blockwise import best_block, check_block, split_blocks
+from tarq_jax.distances import centred, negative_distances
 from tarq_jax.kernels import Implementation, pick, with_derivative_of
-from tarq_jax.quantization import centred, negative_distances
 
 
 def weighted_mean(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from tarq_jax.distances import central
 from tarq_jax.kernels import align_gpu, calling, hopper
 
 ROWS = 128  # candidates per block; VMEM holds two distributions of each, with their exponentials
@@ -71,8 +72,9 @@ def _kernel(latents_ref, outputs_ref, codewords_ref, personalized_ref, chosen_re
 
 
 def _log_softmax(points, words):
-    """`log softmax_k(-|x - c_k|^2)`: [M, D] and [K, D] to [M, K]; see `tarq_jax.quantization.centred`."""
-    points, words = points - words[:1], words - words[:1]
+    """`log softmax_k(-|x - c_k|^2)`: [M, D] and [K, D] to [M, K]; see `tarq_jax.distances.centred`."""
+    centre = central(words)
+    points, words = points - centre, words - centre
     norms = calling.dot(jnp.ones((1, words.shape[1]), jnp.float32), words**2, (1, 1))
     scores = 2.0 * calling.dot(points, words, (1, 1)) - norms
     scores -= jnp.max(scores, axis=1, keepdims=True)

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
 from tarq_jax.blockwise import MASKED
+from tarq_jax.distances import central
 from tarq_jax.kernels import calling, hopper
 from tarq_jax.kernels.hopper import COLUMNS, ROWS, TERMS, by_column, by_row, swizzled
 
@@ -38,14 +39,14 @@ def align(
 def _side(points, words, chosen, width):
     """Residuals [B, L, G, D], factors [B or 1, L, TERMS * D, K] and squared lengths [B or 1, L, K] of a side.
 
-    All are relative to the level's first codeword, so that products keep their precision far from the origin.
+    All are relative to the level's centre, as in `tarq_jax.distances.centred`.
     """
     points, words, chosen = (calling.padded(array.astype(jnp.float32), -1, width)
                              for array in (points, words, chosen))
-    firsts = words[:, :, :1]
+    centres = central(words)
     before = jnp.cumsum(jnp.pad(chosen[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0))), axis=2)
-    residuals = calling.padded(points[:, None] - jnp.moveaxis(before, 2, 1) - firsts, 2, ROWS)
-    moved = calling.padded(words - firsts, 2, COLUMNS)
+    residuals = calling.padded(points[:, None] - jnp.moveaxis(before, 2, 1) - centres, 2, ROWS)
+    moved = calling.padded(words - centres, 2, COLUMNS)
     real = jnp.arange(moved.shape[2]) < words.shape[2]
     return residuals, hopper.across(2 * moved), jnp.where(real, jnp.sum(moved**2, axis=-1), hopper.NEVER)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from tarq_jax.distances import central
 from tarq_jax.kernels import calling, encode_gpu, hopper
 
 
@@ -53,10 +54,10 @@ def _kernel(num_levels, latents_ref, *refs):
     residual = latents_ref[...].astype(jnp.float32)
     for index, level in enumerate(levels):
         words = level[...].astype(jnp.float32)
-        # Relative to the first codeword, so that products keep their precision far from the origin.
-        moved = words - words[:1]
+        centre = central(words)  # as in `tarq_jax.distances.centred`
+        moved = words - centre
         offsets = calling.dot(jnp.ones((1, words.shape[1]), jnp.float32), 0.5 * moved**2, (1, 1))
-        scores = calling.dot(residual - words[:1], moved, (1, 1)) - offsets
+        scores = calling.dot(residual - centre, moved, (1, 1)) - offsets
         best = jnp.max(scores, axis=1, keepdims=True)
         places = calling.positions(scores.shape, 1).astype(jnp.float32)
         first = jnp.min(jnp.where(scores >= best, places, len(words) - 1), axis=1, keepdims=True)

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from tarq_jax.distances import central
 from tarq_jax.kernels import calling, hopper
 from tarq_jax.kernels.hopper import COLUMNS, ROWS, TERMS, by_column, by_row, product, swizzled
 
@@ -23,17 +24,18 @@ def encode(levels: Sequence[jax.Array], latents: jax.Array, *, interpret: Any = 
     """As `tarq_jax.kernels.encode.encode`; `interpret` as in `pallas.mosaic_gpu.kernel`."""
     size, width = len(latents), hopper.width_for(latents.shape[-1])
     length = -(-max(map(len, levels)) // COLUMNS) * COLUMNS
-    # Relative to the level's first codeword, so that products keep their precision far from the origin: a
-    # codeword that is subtracted brings along the first one of the next level.
-    firsts = _widened(jnp.stack([level[0] for level in levels]), width)
-    moved = jnp.stack([calling.padded(_widened(level, width) - first, 0, length)
-                       for level, first in zip(levels, firsts, strict=True)])
-    subtracted = moved + jnp.pad(firsts[1:], ((0, 1), (0, 0)))[:, None]
+    # Relative to the level's centre, as in `tarq_jax.distances.centred`: a codeword that is subtracted brings
+    # along the centre of the next level.
+    wide = [_widened(level, width) for level in levels]
+    centres = jnp.stack([central(level) for level in wide])  # [L, 1, D]
+    moved = jnp.stack([calling.padded(level - centre, 0, length)
+                       for level, centre in zip(wide, centres, strict=True)])
+    subtracted = moved + jnp.pad(centres[1:], ((0, 1), (0, 0), (0, 0)))
     real = jnp.stack([jnp.arange(length) < len(level) for level in levels])
     offsets = jnp.where(real, 0.5 * jnp.sum(moved**2, axis=-1), hopper.NEVER)
     words = jnp.stack([term.reshape(len(levels), -1, COLUMNS, width) for term in hopper.terms(subtracted)],
                       axis=2)  # the terms of each block of codewords
-    points = calling.padded(_widened(latents, width) - firsts[0], 0, ROWS)
+    points = calling.padded(_widened(latents, width) - centres[0], 0, ROWS)
     found = hopper.call(
         functools.partial(_kernel, [len(level) for level in levels]),
         points, hopper.across(moved), words.reshape(len(levels), -1, width), offsets,

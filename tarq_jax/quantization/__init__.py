@@ -13,12 +13,10 @@ from tarq_jax.quantization.encoding import (
     as_levels,
     balanced,
     beam_encode,
-    centred,
     decode,
     encode,
     nearest,
     nearest_by_cosine,
-    negative_distances,
     with_codes,
 )
 from tarq_jax.quantization.fitting import fit_codebook, fitted, kmeans, kmeans_codebook, refine
@@ -37,7 +35,6 @@ __all__ = [
     "assignment_statistics",
     "balanced",
     "beam_encode",
-    "centred",
     "dead_by_age",
     "dead_by_count",
     "decode",
@@ -49,7 +46,6 @@ __all__ = [
     "kmeans_codebook",
     "nearest",
     "nearest_by_cosine",
-    "negative_distances",
     "random_codebook",
     "refine",
     "revive",

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from tarq_jax import checks
 from tarq_jax.blockwise import MASKED, best_block, check_block, split_blocks
+from tarq_jax.distances import central, centred, inner_products, negative_distances
 from tarq_jax.kernels import Implementation, pick
 from tarq_jax.types import Levels, QuantizerOutput
 
@@ -26,30 +27,6 @@ SHORT = 48  # longest row along which `argmax` compares number by number on a CP
 SEARCHED = 4  # `_top` searches a row directly if it has at most this many entries per entry to find
 Assign = Callable[..., jax.Array]  # (points, codewords) -> codes, perhaps with `where`
 Tree = TypeVar("Tree")
-
-
-def inner_products(points: jax.Array, codewords: jax.Array) -> jax.Array:
-    """`<x, c>`, [..., M, K], in full precision on every device: codes depend on small differences."""
-    return jnp.matmul(points, jnp.swapaxes(codewords, -1, -2), precision="highest")
-
-
-def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
-    """`-|x - c|^2` up to a constant per point: `2<x, c> - |c|^2`.
-
-    The dropped term `-|x|^2` changes neither an argmax nor a softmax over the codewords, and this form
-    never computes a `[..., K, D]` difference. Both terms grow with the distance from the origin, but
-    their difference does not: for points far from the origin, use `centred` first.
-
-    Args:
-      points: [..., M, D].
-      codewords: [..., K, D], with the same leading axes as `points` or none.
-
-    Returns:
-      [..., M, K]; a larger value is nearer.
-    """
-    chex.assert_equal_shape_suffix([points, codewords], 1)
-    inner = inner_products(points, codewords)
-    return 2.0 * inner - jnp.sum(codewords**2, axis=-1)[..., None, :]
 
 
 def argmax(scores: jax.Array, axis: int = -1) -> jax.Array:
@@ -85,23 +62,6 @@ def _argmax_by_column(scores: jax.Array) -> jax.Array:
 def nearest(points: jax.Array, codewords: jax.Array) -> jax.Array:
     """Index of the codeword at the smallest Euclidean distance: [M, D] and [K, D] to [M]."""
     return argmax(_half_scores(*centred(points, codewords)))
-
-
-def centred(points: jax.Array, codewords: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both relative to the first codeword, so that products keep their precision far from the origin.
-
-    The difference of two close numbers is exact in floating point; a difference to a mean is not. As no
-    distance depends on the centre, derivatives take it as a constant.
-
-    Args:
-      points: [..., M, D].
-      codewords: [..., K, D], with the same leading axes as `points` or none.
-
-    Returns:
-      The same shapes.
-    """
-    centre = jax.lax.stop_gradient(codewords[..., :1, :])
-    return points - centre, codewords - centre
 
 
 def _half_scores(points: jax.Array, codewords: jax.Array) -> jax.Array:
@@ -368,7 +328,7 @@ def _best_codes(
 
 def _products(levels: tuple[jax.Array, ...]) -> list[list[jax.Array]]:
     """For each level, `<b, c>` for the codewords b of each level before it and its own c: [K_b, K_c]."""
-    levels = (levels[0] - levels[0][0], *levels[1:])  # as `_beam_codes` centres them
+    levels = (levels[0] - central(levels[0]), *levels[1:])  # as in `_beam_codes`
     return [[inner_products(before, level) for before in levels[:index]]
             for index, level in enumerate(levels)]
 

@@ -152,6 +152,15 @@ def test_encoding_on_a_gpu(width, centre):
     np.testing.assert_array_equal(found, quantization.encode(levels, latents).codes)
 
 
+def test_a_codeword_far_from_all_others_changes_no_code_on_a_gpu():
+    rng = np.random.default_rng(0)
+    levels = [rng.normal(size=(size, 16)).astype(np.float32) for size in (70, 20)]
+    latents = jnp.asarray(rng.normal(size=(70, 16)), jnp.float32)
+    far = [jnp.asarray(np.concatenate([np.full((1, 16), 1e5, np.float32), level])) for level in levels]
+    found = encode_gpu.encode(far, latents, interpret=InterpretGPUParams())
+    np.testing.assert_array_equal(found, quantization.encode(levels, latents).codes + 1)
+
+
 def test_encoding_lowers_for_a_gpu():
     encode = functools.partial(quantization.encode, implementation="pallas")
     levels, latents = [jnp.ones((size, 24)) for size in (70, 1)], jnp.ones((70, 24))
@@ -206,6 +215,17 @@ def test_alignment_far_from_the_origin(align):
     moved = (latents + 100, outputs + 100, codewords + first, personalized + first,
              chosen + first[:, 0], attended + first[:, 0])
     assert measuring.error(align(*moved), expected("align", "odd")) < 1e-4
+
+
+@pytest.mark.parametrize("align", [
+    functools.partial(align_gpu.align, interpret=InterpretGPUParams()),
+    functools.partial(losses.codebook_alignment, implementation="pallas"), losses.codebook_alignment])
+def test_alignment_with_a_codeword_far_from_all_others(align):
+    """Its probability is 0 in both distributions."""
+    latents, outputs, codewords, personalized, chosen, attended = arguments("align", "odd")
+    far = [jnp.pad(words, [(0, 0)] * (words.ndim - 2) + [(1, 0), (0, 0)], constant_values=1e4)
+           for words in (codewords, personalized)]
+    assert measuring.error(align(latents, outputs, *far, chosen, attended), expected("align", "odd")) < 1e-4
 
 
 def test_alignment_on_a_gpu_is_zero_where_distributions_agree():

@@ -113,14 +113,6 @@ def test_sums_of_far_codewords_are_reconstructed():
     np.testing.assert_array_equal(output.quantized, latents)
 
 
-def test_negative_distances_up_to_a_constant_of_each_point():
-    points, codewords = normal(0, 2, 4, 3), normal(1, 2, 5, 3)
-    expected = -np.sum((points[:, :, None] - codewords[:, None]) ** 2, axis=-1)
-    constant = np.sum(points**2, axis=-1, keepdims=True)
-    actual = quantization.negative_distances(points, codewords) - constant
-    np.testing.assert_allclose(actual, expected, rtol=1e-4)
-
-
 @pytest.mark.parametrize("encoder", [encode, jax.jit(functools.partial(quantization.beam_encode, beam=3))],
                          ids=["greedy", "beam"])
 def test_codes_do_not_depend_on_the_distance_from_the_origin(encoder):
@@ -131,6 +123,15 @@ def test_codes_do_not_depend_on_the_distance_from_the_origin(encoder):
     far = encoder(np.stack([level_1 + 2.0**18, level_2 / 4]).astype(np.float32),
                   (latents + 2.0**18).astype(np.float32))
     np.testing.assert_array_equal(far.codes, near.codes)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_a_codeword_far_from_all_others_changes_no_code(implementation):
+    codewords, latents = normal(0, 3, 8, 6), normal(1, 500, 6)
+    expected = encode(codewords, latents).codes
+    far = np.concatenate([np.full((3, 1, 6), 1e5, np.float32), codewords], axis=1)
+    found = quantization.encode(far, latents, implementation=implementation).codes
+    np.testing.assert_array_equal(found, expected + 1)
 
 
 @pytest.mark.parametrize("call", [
