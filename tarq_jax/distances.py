@@ -29,19 +29,22 @@ def negative_distances(points: jax.Array, codewords: jax.Array) -> jax.Array:
     return 2.0 * inner - jnp.sum(codewords**2, axis=-1)[..., None, :]
 
 
-def centred(points: jax.Array, codewords: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both relative to the central codeword, so that products keep their precision far from the origin.
+def centred(
+    points: jax.Array, codewords: jax.Array, centre: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Both relative to a centre, so that products keep their precision far from the origin.
 
     As no distance depends on the centre, derivatives take it as a constant.
 
     Args:
       points: [..., M, D].
       codewords: [..., K, D], with the same leading axes as `points` or none.
+      centre: [..., 1, D], one of the codewords; None takes the `central` one.
 
     Returns:
-      The same shapes.
+      Points and codewords, in the same shapes.
     """
-    centre = jax.lax.stop_gradient(central(codewords))
+    centre = jax.lax.stop_gradient(central(codewords) if centre is None else centre)
     return points - centre, codewords - centre
 
 

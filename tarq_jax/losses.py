@@ -144,7 +144,8 @@ def _alignment(latent, output, codewords, personalized, chosen, attended):
     total = jnp.zeros(latent.shape[:-1], latent.dtype)
     for level in range(codewords.shape[0]):
         log_p = jax.nn.log_softmax(negative_distances(*centred(latent, codewords[level])))
-        log_q = jax.nn.log_softmax(negative_distances(*centred(output, personalized[:, level])))
+        log_q = jax.nn.log_softmax(negative_distances(*centred(
+            output, personalized[:, level], personalized[:, level, :1])))
         total += jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
         latent = latent - chosen[:, :, level]
         output = output - attended[:, :, level]

@@ -63,17 +63,18 @@ def _kernel(latents_ref, outputs_ref, codewords_ref, personalized_ref, chosen_re
     latent, output = latents_ref[0].astype(jnp.float32), outputs_ref[0].astype(jnp.float32)
     total = jnp.zeros(total_ref.shape[1:], jnp.float32)
     for level in range(codewords_ref.shape[0]):
-        log_p = _log_softmax(latent, codewords_ref[level].astype(jnp.float32))
-        log_q = _log_softmax(output, personalized_ref[0, level].astype(jnp.float32))
+        words = codewords_ref[level].astype(jnp.float32)
+        attended = personalized_ref[0, level].astype(jnp.float32)
+        log_p = _log_softmax(latent, words, central(words))
+        log_q = _log_softmax(output, attended, attended[:1])
         total += jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=1, keepdims=True)
         latent -= chosen_ref[0, level].astype(jnp.float32)
         output -= attended_ref[0, level].astype(jnp.float32)
     total_ref[0] = total
 
 
-def _log_softmax(points, words):
+def _log_softmax(points, words, centre):
     """`log softmax_k(-|x - c_k|^2)`: [M, D] and [K, D] to [M, K]; see `tarq_jax.distances.centred`."""
-    centre = central(words)
     points, words = points - centre, words - centre
     norms = calling.dot(jnp.ones((1, words.shape[1]), jnp.float32), words**2, (1, 1))
     scores = 2.0 * calling.dot(points, words, (1, 1)) - norms

@@ -24,8 +24,8 @@ def align(
 ) -> jax.Array:
     """As `tarq_jax.kernels.align.align`; `interpret` as in `pallas.mosaic_gpu.kernel`."""
     requests, size, width = len(latents), latents.shape[1], hopper.width_for(latents.shape[-1])
-    points, *of_latents = _side(latents, codewords[None], chosen, width)
-    targets, *of_outputs = _side(outputs, personalized, attended, width)
+    points, *of_latents = _side(latents, codewords[None], central(codewords)[None], chosen, width)
+    targets, *of_outputs = _side(outputs, personalized, personalized[:, :, :1], attended, width)
     rows = points.shape[2]
     found = hopper.call(
         _kernel, points, targets, *of_latents, *of_outputs, programs=requests * (rows // ROWS),
@@ -36,14 +36,13 @@ def align(
     return found[:, :size].astype(latents.dtype)
 
 
-def _side(points, words, chosen, width):
+def _side(points, words, centres, chosen, width):
     """Residuals [B, L, G, D], factors [B or 1, L, TERMS * D, K] and squared lengths [B or 1, L, K] of a side.
 
-    All are relative to the level's centre, as in `tarq_jax.distances.centred`.
+    All are relative to the level's centre [B or 1, L, 1, D], as in `tarq_jax.distances.centred`.
     """
-    points, words, chosen = (calling.padded(array.astype(jnp.float32), -1, width)
-                             for array in (points, words, chosen))
-    centres = central(words)
+    points, words, centres, chosen = (calling.padded(array.astype(jnp.float32), -1, width)
+                                      for array in (points, words, centres, chosen))
     before = jnp.cumsum(jnp.pad(chosen[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0))), axis=2)
     residuals = calling.padded(points[:, None] - jnp.moveaxis(before, 2, 1) - centres, 2, ROWS)
     moved = calling.padded(words - centres, 2, COLUMNS)
