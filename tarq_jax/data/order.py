@@ -142,6 +142,13 @@ def locate(order: Order, step: int) -> Position:
     return Position(epoch, window, step - int(ends[window - 1] if window else 0))
 
 
+def window_end(order: Order, step: int) -> int:
+    """The first step after `step` whose batch is in another window."""
+    epoch, window, _ = locate(order, step)
+    start, end = order._starts[epoch:epoch + 2]
+    return min(start + int(_ends(order, epoch)[window]), end)
+
+
 def draw(order: Order, epoch: int, window: int, lengths: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
     """The requests of every batch of a window.
 
