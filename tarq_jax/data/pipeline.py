@@ -1,29 +1,16 @@
 """Makes batches from a data set in memory or on disk; any step's directly, so that resuming is exact."""
 
-import dataclasses
 import functools
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
 from tarq_jax.data.collate import collate, lookup
-from tarq_jax.data.order import (
-    ONE_HOST,
-    WINDOW,
-    Order,
-    Shard,
-    deals_blocks,
-    draw,
-    locate,
-    spanned,
-    window_end,
-    windows,
-)
+from tarq_jax.data.order import ONE_HOST, WINDOW, Order, Shard, deals_blocks, spanned
 from tarq_jax.data.records import Dataset, Requests, Split, offsets_of
+from tarq_jax.data.windows import TrainBatches, with_read_ahead
 from tarq_jax.types import Batch
 
 
@@ -62,86 +49,6 @@ def padded_lengths(buckets: Sequence[int], history_length: int) -> tuple[int, ..
     if any(second <= first for first, second in zip((0, *buckets), buckets, strict=False)):
         raise ValueError(f"buckets is {tuple(buckets)}, expected rising positive lengths")
     return (*(length for length in buckets if length < history_length), history_length)
-
-
-class _Window(NamedTuple):
-    """The part of one window of an epoch that is kept in memory."""
-
-    requests: Requests
-    batches: np.ndarray  # [batches, order.drawn] indices of requests
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainBatches:
-    """The batch of any step, as `batches[step]`; safe to use from several threads.
-
-    Two windows are kept, as threads may need both, or as the second one is read while the first one is used.
-    """
-
-    dataset: Dataset
-    split: Split
-    order: Order
-    lengths: tuple[int, ...]  # lengths that histories may be padded to
-    num_candidates: int
-    _windows: dict[tuple[int, int], Future[_Window]] = dataclasses.field(default_factory=dict)
-    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # of `_windows`
-    _reading: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # one window at a time
-
-    def __getitem__(self, step: int) -> Batch:
-        epoch, window, batch = locate(self.order, step)
-        requests, batches = self._window((epoch, window))
-        drawn = batches[batch]
-        lengths = np.diff(requests.history_offsets)[drawn] if len(self.lengths) > 1 else ()
-        length = self.lengths[np.searchsorted(self.lengths[:-1], max(lengths, default=0))]
-        return collate(self.dataset, requests, drawn[self.order.rows], int(length), self.num_candidates)
-
-    def read_ahead(self, step: int) -> None:
-        """Starts to read the window of a step in a thread, unless that window or a later one is kept.
-
-        An error is raised when a batch of that window is requested. The thread ends when the window is read;
-        the interpreter does not wait for it at its exit.
-        """
-        epoch, window, _ = locate(self.order, step)
-        key, found = (epoch, window), Future[_Window]()
-        with self._lock:
-            if self._windows and max(self._windows) >= key:
-                return
-            threading.Thread(target=self._read, args=(key, found), name="read-ahead", daemon=True).start()
-            self._keep(key, found)
-
-    def _window(self, key: tuple[int, int]) -> _Window:
-        """The requests of a window and their batches, which another thread may be reading."""
-        with self._lock:
-            if kept := self._windows.get(key):
-                found = kept
-            else:
-                self._keep(key, found := Future())
-        if not kept:
-            self._read(key, found)
-        if (error := found.exception()) is not None:
-            with self._lock:
-                if self._windows.get(key) is found:  # the next request of this window reads it anew
-                    del self._windows[key]
-            raise error
-        return found.result()
-
-    def _keep(self, key: tuple[int, int], window: Future[_Window]) -> None:
-        """Keeps a window that is going to be read, and forgets the older one of two."""
-        while len(self._windows) > 1:
-            self._windows.pop(next(iter(self._windows)))
-        self._windows[key] = window
-
-    def _read(self, key: tuple[int, int], found: Future[_Window]) -> None:
-        try:
-            with self._reading:
-                found.set_result(self._draw(*key))
-        except BaseException as error:  # whoever waits for the window must see every error
-            found.set_exception(error)
-
-    def _draw(self, epoch: int, window: int) -> _Window:
-        requests = self.split.read(windows(self.order, epoch)[window].tolist())
-        lengths = np.diff(requests.history_offsets)
-        return _Window(requests, draw(self.order, epoch, window, lengths, self.lengths[:-1]))
 
 
 def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_length: int, num_candidates: int,
@@ -189,7 +96,7 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
     batches = TrainBatches(dataset, requests, order, lengths, num_candidates)
     steps = range(start_step, sys.maxsize)
     made = _in_threads(batches, start_step, readers) if readers else map(batches.__getitem__, steps)
-    return _with_read_ahead(batches, zip(steps, made, strict=False))
+    return with_read_ahead(batches, zip(steps, made, strict=False))
 
 
 def same_order(dataset: Dataset, split: str, hosts: Sequence[int], *, history_length: int,
@@ -206,20 +113,6 @@ def _in_threads(batches: TrainBatches, start_step: int, readers: int) -> Iterato
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batches.__getitem__)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=readers,
                                                         prefetch_buffer_size=2 * readers)))
-
-
-def _with_read_ahead(batches: TrainBatches, made: Iterable[tuple[int, Batch]]) -> Iterator[Batch]:
-    """The batches of rising steps; while those of one window are used, the next window is read.
-
-    It is read once the second batch of a window is requested: then no batch of the window before is still to
-    be made, which can be forgotten, and whoever needs a single batch reads a single window.
-    """
-    end = 0
-    for step, batch in made:
-        yield batch
-        if step >= end:
-            end = window_end(batches.order, step)
-            batches.read_ahead(end)
 
 
 def _padded_ranges(start: int, stop: int, size: int) -> Iterator[np.ndarray]:

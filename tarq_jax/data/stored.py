@@ -9,6 +9,8 @@ import numpy as np
 from tarq_jax.data.records import Requests, check_requests, requests_from_blocks
 from tarq_jax.schema import Schema
 
+AT_ONCE = 4  # records that are read by one call, during which Python's lock stops all other threads
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredRequests:
@@ -37,7 +39,10 @@ class StoredRequests:
     def read(self, blocks: Sequence[int]) -> Requests:
         """The requests of the given blocks, in the order of block numbers."""
         reader: Any = self.source
-        requests = requests_from_blocks(self.schema, reader.__getitems__([int(block) for block in blocks]))
+        numbers = [int(block) for block in blocks]
+        records = (record for start in range(0, len(numbers), AT_ONCE)
+                   for record in reader.__getitems__(numbers[start:start + AT_ONCE]))
+        requests = requests_from_blocks(self.schema, records)
         expected = sum(self.sizes[block] for block in blocks)
         if len(requests) != expected:
             raise ValueError(f"split {self.name!r}: blocks {list(blocks)} hold {len(requests)} requests, "

@@ -147,7 +147,7 @@ def train(
     watch = Watch(paths_of(state.trainable), config.optimizer.max_gradient_norm)
     batches_from = functools.partial(
         data.train_batches, dataset, "train", batch_size=config.batch_size, seed=config.seed,
-        buckets=config.data.buckets, shard=distributed.data_shard(), **shapes)
+        buckets=config.data.buckets, window=config.data.window, shard=distributed.data_shard(), **shapes)
 
     with (
         distributed.interruptible() as interruption,  # also while the last checkpoint is written
