@@ -1,8 +1,9 @@
 """Makes batches from a data set in memory or on disk; any step's directly, so that resuming is exact."""
 
 import functools
+import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from tarq_jax.data.collate import collate, lookup
 from tarq_jax.data.order import ONE_HOST, WINDOW, Order, Shard, deals_blocks, spanned
 from tarq_jax.data.records import Dataset, Requests, Split, offsets_of
+from tarq_jax.data.stored import StoredRequests
 from tarq_jax.data.windows import TrainBatches, with_read_ahead
 from tarq_jax.types import Batch
 
@@ -91,9 +93,13 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
     if len(requests) < batch_size:
         raise ValueError(f"split {split!r} has {len(requests)} requests, expected at least one batch "
                          f"(batch_size {batch_size})")
-    dealt = deals_blocks(len(requests.sizes), shard, lengths[:-1])
-    order = Order(requests.sizes, batch_size, seed, shard, dealt, window)
-    batches = TrainBatches(dataset, requests, order, lengths, num_candidates)
+    blocks, lengths_of = len(requests.sizes), _lengths_of(requests)
+    dealt = deals_blocks(blocks, shard, lengths[:-1], lengths_of is not None)
+    if not dealt and deals_blocks(blocks, shard, ()):
+        _say_that_all_is_read(split)
+    order = Order(requests.sizes, batch_size, seed, shard, dealt, window,
+                  aligned=dealt and len(lengths) > 1)
+    batches = TrainBatches(dataset, requests, order, lengths, num_candidates, lengths_of)
     steps = range(start_step, sys.maxsize)
     made = _in_threads(batches, start_step, readers) if readers else map(batches.__getitem__, steps)
     return with_read_ahead(batches, zip(steps, made, strict=False))
@@ -102,9 +108,28 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
 def same_order(dataset: Dataset, split: str, hosts: Sequence[int], *, history_length: int,
                buckets: Sequence[int] = ()) -> bool:
     """Whether `train_batches` has the same order of the requests with each of these numbers of hosts."""
-    blocks, lengths = len(_split(dataset, split).sizes), padded_lengths(buckets, history_length)
+    requests, lengths = _split(dataset, split), padded_lengths(buckets, history_length)
     return len(set(hosts)) == 1 or not any(
-        deals_blocks(blocks, Shard(0, count), lengths[:-1]) for count in hosts)
+        deals_blocks(len(requests.sizes), Shard(0, count), lengths[:-1], lengths_known(requests))
+        for count in hosts)
+
+
+def lengths_known(split: Split) -> bool:
+    """Whether the lengths of a split's histories can be read without the histories."""
+    return _lengths_of(split) is not None
+
+
+def _lengths_of(split: Split) -> Callable[[Sequence[int]], np.ndarray] | None:
+    if isinstance(split, StoredRequests) and split.history_lengths is not None:
+        return split.lengths_of
+    return None
+
+
+@functools.cache  # once per process
+def _say_that_all_is_read(split: str) -> None:
+    logging.getLogger(__name__).warning(
+        "split %r was prepared without the lengths of its histories, so with buckets every host reads all of "
+        "it; prepare it again for each host to read its own blocks", split)
 
 
 def _in_threads(batches: TrainBatches, start_step: int, readers: int) -> Iterator[Batch]:

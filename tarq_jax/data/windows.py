@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ class _Window(NamedTuple):
 
     requests: Requests
     batches: np.ndarray  # [batches, order.drawn] indices of requests
+    lengths: np.ndarray  # [batches] lengths that histories are padded to, on all hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +34,16 @@ class TrainBatches:
     order: Order
     lengths: tuple[int, ...]  # lengths that histories may be padded to
     num_candidates: int
+    lengths_of: Callable[[Sequence[int]], np.ndarray] | None = None  # of histories in blocks of other hosts
     _windows: dict[tuple[int, int], Future[_Window]] = dataclasses.field(default_factory=dict)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # of `_windows`
     _reading: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # one window at a time
 
     def __getitem__(self, step: int) -> Batch:
         epoch, window, batch = locate(self.order, step)
-        requests, batches = self._window((epoch, window))
-        drawn = batches[batch]
-        lengths = np.diff(requests.history_offsets)[drawn] if len(self.lengths) > 1 else ()
-        length = self.lengths[np.searchsorted(self.lengths[:-1], max(lengths, default=0))]
-        return collate(self.dataset, requests, drawn[self.order.rows], int(length), self.num_candidates)
+        requests, batches, lengths = self._window((epoch, window))
+        rows, length = batches[batch, self.order.rows], int(lengths[batch])
+        return collate(self.dataset, requests, rows, length, self.num_candidates)
 
     def read_ahead(self, step: int) -> None:
         """Starts to read the window of a step in a thread, unless that window or a later one is kept.
@@ -91,7 +91,18 @@ class TrainBatches:
     def _draw(self, epoch: int, window: int) -> _Window:
         requests = self.split.read(windows(self.order, epoch)[window].tolist())
         lengths = np.diff(requests.history_offsets)
-        return _Window(requests, draw(self.order, epoch, window, lengths, self.lengths[:-1]))
+        batches = draw(self.order, epoch, window, lengths, self.lengths[:-1])
+        return _Window(requests, batches, self._padded(epoch, window, lengths[batches]))
+
+    def _padded(self, epoch: int, window: int, lengths: np.ndarray) -> np.ndarray:
+        """The padded length of each batch of a window, [batches]; `lengths` are those of its histories."""
+        longest = lengths.max(axis=1)
+        if self.order.aligned and self.lengths_of is not None:
+            for host in set(range(self.order.shard.count)) - {self.order.shard.index}:
+                there = self.lengths_of(windows(self.order, epoch, host)[window].tolist())
+                drawn = draw(self.order, epoch, window, there, self.lengths[:-1], host)
+                longest = np.maximum(longest, there[drawn].max(axis=1))
+        return np.array(self.lengths)[np.searchsorted(self.lengths[:-1], longest)]
 
 
 def with_read_ahead(batches: TrainBatches, made: Iterable[tuple[int, Batch]]) -> Iterator[Batch]:
