@@ -82,7 +82,7 @@ def history_lengths(name: str, blocks: PCollection) -> PCollection:
     """The lengths of the histories of a split, as (name, [requests of `PART` blocks] uint32)."""
     return (blocks | f"Lengths of {name}" >> beam.Map(_numbered_lengths)
             | f"Group lengths of {name}" >> beam.GroupByKey()
-            | f"Join lengths of {name}" >> beam.MapTuple(_part, name))
+            | f"Join lengths of {name}" >> beam.Map(_part, name))
 
 
 def _numbered_lengths(element: Numbered) -> tuple[int, tuple[int, np.ndarray]]:
@@ -90,7 +90,8 @@ def _numbered_lengths(element: Numbered) -> tuple[int, tuple[int, np.ndarray]]:
     return block // PART, (block, columns["history_lengths"])
 
 
-def _part(part: int, found: Iterable[tuple[int, np.ndarray]], name: str) -> tuple[str, np.ndarray]:
+def _part(element: tuple[int, Iterable[tuple[int, np.ndarray]]], name: str) -> tuple[str, np.ndarray]:
+    part, found = element
     lengths = [lengths for _, lengths in sorted(found, key=lambda numbered: numbered[0])]
     return f"lengths-{name}-{part:08}", np.concatenate(lengths).astype("<u4")
 
