@@ -61,6 +61,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.prepared = ""  # a prepared directory to read instead, when the source files are not available
     config.data.stream = False  # leave requests on disk, for data larger than memory
     config.data.buckets = ()  # lengths to pad the histories of a training batch to, besides the longest
+    config.data.window = 32  # blocks of requests that are shuffled together; memory holds two such windows
     config.data.readers = 0  # threads that make batches; 0: the prefetching thread makes them itself
 
     config.model = ml_collections.ConfigDict()
@@ -155,7 +156,7 @@ def is_smoke(mode: str) -> bool:
 
 def data_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The settings in `config.data` that `tarq_jax.data.load` takes besides the name and `data_dir`."""
-    settings = ("name", "data_dir", "buckets", "readers")
+    settings = ("name", "data_dir", "buckets", "window", "readers")
     return {key: value for key, value in config.data.items() if key not in settings}
 
 
@@ -208,6 +209,7 @@ RULES: Mapping[str, Rule] = {
                       f"a tuple of different ones, each {MODEL_NAME}"),
     "data.buckets": Rule(lambda value: all(isinstance(length, int) and length > 0 for length in value)
                          and list(value) == sorted(set(value)), "rising positive lengths"),
+    "data.window": _at_least(1),
     "data.readers": _at_least(0),
     "parallel": _one_of("mesh", "pmap"),
     "mesh.data": _at_least(0),

@@ -17,13 +17,14 @@ from tarq_jax.config import (
     validate,
     variants_of,
 )
+from tarq_jax.data.order import WINDOW
 from tarq_jax.models.tarq import Decoded, Head, Reach
 
 BAD = {
     "seed": [-1, 2 ** 32, 2 ** 63],
     "steps": [0, -3], "batch_size": [0], "baselines": [("two_tower", "tower"), (3,), ([],)],
     "accumulate": [0, -1],
-    "data.buckets": [(16, 8), (0, 4), (8, 8), ("16",)], "data.readers": [-1],
+    "data.buckets": [(16, 8), (0, 4), (8, 8), ("16",)], "data.window": [0, -32], "data.readers": [-1],
     "parallel": ["xmap"], "mesh.data": [-1], "mesh.model": [0],
     "mesh.rules": [(("(", ("model",)),), (("kernel", ("modle",)),), (("kernel", "model"),), ("kernel",), (3,),
                    (("kernel", ("model", "model")),)],
@@ -232,6 +233,7 @@ def test_what_pmap_cannot_do(key, value):
 def test_names_are_those_of_the_models():
     """The configuration repeats the names, as it must not import JAX."""
     assert get_args(Head) == HEADS
+    assert default_config().data.window == WINDOW
     assert get_args(Reach) == REACHES
     assert get_args(Decoded) == DECODED
 

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from tarq_jax.data import records
+from tarq_jax.data.lengths import lengths_file, read_lengths, write_lengths
 from tarq_jax.data.records import Dataset
 from tarq_jax.data.rows import RowReport, check_report, merge_reports
 from tarq_jax.data.sources import AnySource, PipelineSource, Source, fingerprint
@@ -87,6 +88,13 @@ class RequestBuilder(_Builder, skip_registration=True):  # type: ignore[call-arg
                     for split, requests in self.contents.splits.items()}
         return requests | tables
 
+    def _download_and_prepare(self, *arguments: Any, **keywords: Any) -> None:
+        super()._download_and_prepare(*arguments, **keywords)
+        for split, requests in self.contents.splits.items():
+            lengths = np.diff(requests.read((0,)).history_offsets)
+            write_lengths(lengths_file(Path(self.data_path), split), [lengths], len(lengths),
+                          requests.longest_history)
+
     def _keyed(self, blocks: Iterator[records.Columns]):
         return self._generate_examples((int(block["block"][0]), block) for block in blocks)
 
@@ -95,7 +103,8 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
     """Runs the pipeline of a `PipelineSource` on a Beam runner.
 
     The pipeline writes the facts that only it can find, such as sizes of vocabularies, to files beside the
-    records, where workers can write in any case. The builder then moves them into the metadata.
+    records, where workers can write in any case. The builder then moves them into the metadata. In the same
+    way it joins the lengths of histories, which may be too many for the memory of one worker.
     """
 
     source: PipelineSource
@@ -107,11 +116,12 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
         del dl_manager  # nothing is downloaded
         import apache_beam as beam
 
-        from tarq_jax.data.beam.plan import plan_source, write_fact
+        from tarq_jax.data.beam.plan import plan_source, write_fact, write_part
 
         plan = plan_source(self.source, pipeline, self.options)
         self._facts = self.data_path
         _ = plan.facts | "Write facts" >> beam.Map(write_fact, str(self._facts))
+        _ = plan.lengths | "Write lengths" >> beam.Map(write_part, str(self._facts))
         return plan.splits
 
     def _download_and_prepare(self, *arguments: Any, **keywords: Any) -> None:
@@ -121,6 +131,8 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
             _, kind, key = path.stem.split("-", 2)
             facts[kind][key] = json.loads(path.read_text())
             path.unlink()
+        for split, described in facts["blocks"].items():
+            self._join_lengths(split, sum(described["sizes"]), described["longest_history"])
         schema = self.source.schema(self.options)
         fields = [dataclasses.replace(field, size=facts["size"].get(field.name, field.size))
                   for field in schema.fields]
@@ -132,6 +144,13 @@ class PipelineBuilder(_Builder, skip_registration=True):  # type: ignore[call-ar
             "schema": Schema(tuple(fields)).to_json(), "blocks": facts["blocks"],
             "info": {"rows": merge_reports(reports).to_json()},
             "item_ids": _ids(keys)})
+
+    def _join_lengths(self, split: str, count: int, longest: int) -> None:
+        parts = sorted(self._facts.glob(f"lengths-{split}-*"))
+        write_lengths(lengths_file(Path(self.data_path), split),
+                      (np.frombuffer(path.read_bytes(), "<u4") for path in parts), count, longest)
+        for path in parts:
+            path.unlink()
 
 
 def _listed(ids: np.ndarray | None) -> list[int] | None:
@@ -247,7 +266,8 @@ def read(directory: str | Path, *, stream: bool = False) -> Dataset:
             if stream:
                 facts = metadata["blocks"][split] | {"sizes": tuple(metadata["blocks"][split]["sizes"])}
                 splits[split] = StoredRequests(schema, builder.as_data_source(split), **facts, name=split,
-                                               num_users=records.num_users(tables["users"]))
+                                               num_users=records.num_users(tables["users"]),
+                                               history_lengths=read_lengths(lengths_file(directory, split)))
             else:
                 splits[split] = records.requests_from_blocks(schema, _blocks(builder, split))
         ids = metadata.get("item_ids")

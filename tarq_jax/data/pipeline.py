@@ -1,17 +1,18 @@
 """Makes batches from a data set in memory or on disk; any step's directly, so that resuming is exact."""
 
-import dataclasses
 import functools
+import logging
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
 from tarq_jax.data.collate import collate, lookup
-from tarq_jax.data.order import ONE_HOST, WINDOW, Order, Shard, deals_blocks, draw, locate, spanned, windows
+from tarq_jax.data.order import ONE_HOST, WINDOW, Order, Shard, deals_blocks, spanned
 from tarq_jax.data.records import Dataset, Requests, Split, offsets_of
+from tarq_jax.data.stored import StoredRequests
+from tarq_jax.data.windows import TrainBatches, with_read_ahead
 from tarq_jax.types import Batch
 
 
@@ -52,56 +53,14 @@ def padded_lengths(buckets: Sequence[int], history_length: int) -> tuple[int, ..
     return (*(length for length in buckets if length < history_length), history_length)
 
 
-class _Window(NamedTuple):
-    """The part of one window of an epoch that is kept in memory."""
-
-    requests: Requests
-    batches: np.ndarray  # [batches, order.drawn] indices of requests
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainBatches:
-    """The batch of any step, as `batches[step]`; safe to use from several threads."""
-
-    dataset: Dataset
-    split: Split
-    order: Order
-    lengths: tuple[int, ...]  # lengths that histories may be padded to
-    num_candidates: int
-    _windows: dict[tuple[int, int], _Window] = dataclasses.field(default_factory=dict)
-    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-
-    def __getitem__(self, step: int) -> Batch:
-        epoch, window, batch = locate(self.order, step)
-        requests, batches = self._window(epoch, window)
-        drawn = batches[batch]
-        lengths = np.diff(requests.history_offsets)[drawn] if len(self.lengths) > 1 else ()
-        length = self.lengths[np.searchsorted(self.lengths[:-1], max(lengths, default=0))]
-        return collate(self.dataset, requests, drawn[self.order.rows], int(length), self.num_candidates)
-
-    def _window(self, epoch: int, window: int) -> _Window:
-        """The requests of a window and their batches; two windows are cached, as threads may need both."""
-        key = epoch, window
-        if (found := self._windows.get(key)) is not None:
-            return found
-        with self._lock:
-            if key not in self._windows:
-                requests = self.split.read(windows(self.order, epoch)[window].tolist())
-                lengths = np.diff(requests.history_offsets)
-                drawn = draw(self.order, epoch, window, lengths, self.lengths[:-1])
-                while len(self._windows) > 1:
-                    self._windows.pop(next(iter(self._windows)))
-                self._windows[key] = _Window(requests, drawn)
-            return self._windows[key]
-
-
 def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_length: int, num_candidates: int,
                   seed: int, start_step: int = 0, buckets: Sequence[int] = (), shard: Shard = ONE_HOST,
                   readers: int = 0, window: int = WINDOW) -> Iterator[Batch]:
     """Endless batches; that of step s is a pure function of (seed, s, hosts), so that resuming is exact.
 
-    See `tarq_jax.data.order` for the order. With `readers`, Grain reads ahead in several threads. Grain's own
-    shuffling is not used: NumPy's permutations define the order, which existing runs depend on.
+    See `tarq_jax.data.order` for the order. While the batches of one window are used, a thread reads the next
+    window, so at most two windows are in memory. With `readers`, Grain makes batches in several threads.
+    Grain's own shuffling is not used: NumPy's permutations define the order, which existing runs depend on.
 
     Args:
       dataset: the data.
@@ -115,11 +74,12 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
         to the smallest bucket that holds all of them, or to N. So there is one shape per bucket, plus one.
       shard: the index of this host and the number of hosts; this host gets B / count requests per batch.
       readers: threads that make batches, in order, each up to one batch ahead; with 0, a batch is made when
-        it is requested.
-      window: number of blocks that are shuffled together, for a split on disk.
+        it is requested. Windows are read ahead in any case.
+      window: number of blocks that are shuffled together, for a split on disk. Memory holds two windows.
 
     Returns:
-      An iterator over `Batch` with NumPy leaves.
+      An iterator over `Batch` with NumPy leaves. An error of reading ahead is raised where a batch needs what
+      could not be read.
 
     Raises:
       ValueError: the split is unknown, the split or every window of an epoch may have fewer requests than a
@@ -133,20 +93,43 @@ def train_batches(dataset: Dataset, split: str, *, batch_size: int, history_leng
     if len(requests) < batch_size:
         raise ValueError(f"split {split!r} has {len(requests)} requests, expected at least one batch "
                          f"(batch_size {batch_size})")
-    dealt = deals_blocks(len(requests.sizes), shard, lengths[:-1])
-    order = Order(requests.sizes, batch_size, seed, shard, dealt, window)
-    batches = TrainBatches(dataset, requests, order, lengths, num_candidates)
-    if readers:
-        return _in_threads(batches, start_step, readers)
-    return map(batches.__getitem__, range(start_step, sys.maxsize))
+    blocks, lengths_of = len(requests.sizes), _lengths_of(requests)
+    dealt = deals_blocks(blocks, shard, lengths[:-1], lengths_of is not None)
+    if not dealt and deals_blocks(blocks, shard, ()):
+        _say_that_all_is_read(split)
+    order = Order(requests.sizes, batch_size, seed, shard, dealt, window,
+                  aligned=dealt and len(lengths) > 1)
+    batches = TrainBatches(dataset, requests, order, lengths, num_candidates, lengths_of)
+    steps = range(start_step, sys.maxsize)
+    made = _in_threads(batches, start_step, readers) if readers else map(batches.__getitem__, steps)
+    return with_read_ahead(batches, zip(steps, made, strict=False))
 
 
 def same_order(dataset: Dataset, split: str, hosts: Sequence[int], *, history_length: int,
                buckets: Sequence[int] = ()) -> bool:
     """Whether `train_batches` has the same order of the requests with each of these numbers of hosts."""
-    blocks, lengths = len(_split(dataset, split).sizes), padded_lengths(buckets, history_length)
+    requests, lengths = _split(dataset, split), padded_lengths(buckets, history_length)
     return len(set(hosts)) == 1 or not any(
-        deals_blocks(blocks, Shard(0, count), lengths[:-1]) for count in hosts)
+        deals_blocks(len(requests.sizes), Shard(0, count), lengths[:-1], lengths_known(requests))
+        for count in hosts)
+
+
+def lengths_known(split: Split) -> bool:
+    """Whether the lengths of a split's histories can be read without the histories."""
+    return _lengths_of(split) is not None
+
+
+def _lengths_of(split: Split) -> Callable[[Sequence[int]], np.ndarray] | None:
+    if isinstance(split, StoredRequests) and split.history_lengths is not None:
+        return split.lengths_of
+    return None
+
+
+@functools.cache  # once per process
+def _say_that_all_is_read(split: str) -> None:
+    logging.getLogger(__name__).warning(
+        "split %r was prepared without the lengths of its histories, so with buckets every host reads all of "
+        "it; prepare it again for each host to read its own blocks", split)
 
 
 def _in_threads(batches: TrainBatches, start_step: int, readers: int) -> Iterator[Batch]:

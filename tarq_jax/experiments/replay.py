@@ -64,7 +64,8 @@ def replay(workdir: Path, failed: failure.FailedStep) -> list[dict[str, Any]]:
         raise ValueError(f"{workdir}: its checkpoint is of step {start}, expected one before {failed.step}")
     parts = [data.train_batches(
         dataset, "train", batch_size=config.batch_size, seed=config.seed, start_step=start,
-        buckets=config.data.buckets, shard=data.Shard(index, failed.processes), **shapes)
+        buckets=config.data.buckets, window=config.data.window,
+        shard=data.Shard(index, failed.processes), **shapes)
         for index in range(failed.processes)]
     take_step = setup.compile_step(config, objective, optimizer, mesh, state)
     metrics: dict[str, jax.Array] = {}

@@ -16,7 +16,7 @@ from rich.console import Console
 from tarq_jax import data, metrics
 from tarq_jax.cli import Interrupted
 from tarq_jax.config import BEST, data_options, shared_settings
-from tarq_jax.data.pipeline import same_order
+from tarq_jax.data.pipeline import lengths_known, same_order
 from tarq_jax.reporting import MetricsWriter, advance, progress_bar, write_rows
 from tarq_jax.training import checkpoint, distributed, provenance, setup, sharding
 from tarq_jax.training.evaluate import SCORES, Row, evaluate
@@ -139,7 +139,8 @@ def train(
         there is a checkpoint but `resume` is False.
     """
     distributed.check_same("the configuration", json.dumps(shared_settings(config), sort_keys=True))
-    distributed.check_same("the data", json.dumps([dataset.fingerprint, dataset.schema.to_json()]))
+    distributed.check_same("the data", json.dumps([  # all must know lengths or none, see `data.order`
+        dataset.fingerprint, dataset.schema.to_json(), lengths_known(dataset.splits["train"])]))
     distributed.check_shared(workdir)
     before = check_saved(config, dataset, workdir, resume=resume)
     way, mesh, objective, optimizer, state = setup.set_up(config, dataset)
@@ -147,7 +148,7 @@ def train(
     watch = Watch(paths_of(state.trainable), config.optimizer.max_gradient_norm)
     batches_from = functools.partial(
         data.train_batches, dataset, "train", batch_size=config.batch_size, seed=config.seed,
-        buckets=config.data.buckets, shard=distributed.data_shard(), **shapes)
+        buckets=config.data.buckets, window=config.data.window, shard=distributed.data_shard(), **shapes)
 
     with (
         distributed.interruptible() as interruption,  # also while the last checkpoint is written

@@ -258,7 +258,8 @@ def _batches(members: Sequence[Member], dataset: data.Dataset, shapes: data.Shap
              ) -> Iterator[Batch]:
     """Batches with a leading axis of seeds, each seed in its own order; all histories are padded to N."""
     each = [data.train_batches(dataset, "train", batch_size=member.config.batch_size, seed=member.config.seed,
-                               start_step=start, readers=member.config.data.readers, **shapes)
+                               start_step=start, readers=member.config.data.readers,
+                               window=member.config.data.window, **shapes)
             for member in members]
     return (jax.tree.map(lambda *leaves: np.stack(leaves), *batches) for batches in zip(*each, strict=True))
 

@@ -218,7 +218,8 @@ def draw_latents(
     """[M, D]: M = `config.codebook.init_latents` latents of real candidates; the seed decides which."""
     found: list[np.ndarray] = []
     batches = data.train_batches(
-        dataset, "train", batch_size=min(config.batch_size, MOST_REQUESTS), seed=config.seed + 1, **shapes)
+        dataset, "train", batch_size=min(config.batch_size, MOST_REQUESTS), seed=config.seed + 1,
+        window=config.data.window, **shapes)
     while sum(map(len, found)) < config.codebook.init_latents:
         batch = next(batches)
         found.append(np.asarray(latents_of(batch))[batch.candidate_mask])

@@ -4,6 +4,7 @@ import csv
 import glob
 
 import logs
+import numpy as np
 import pytest
 
 from tarq_jax.data import load_prepared, prepare
@@ -104,3 +105,21 @@ def test_columns_have_to_be_there(tmp_path):
 def test_options_out_of_range(option, value):
     with pytest.raises(ValueError, match=rf"config\.data\.{option} is {value!r}"):
         ImpressionsOptions("x", **{option: value})
+
+
+def test_lengths_of_histories_lie_beside_the_records(tmp_path, monkeypatch):
+    """In the order of the blocks, though parts of several blocks are written, here of two."""
+    from tarq_jax.data import records
+    from tarq_jax.data.beam import blocks
+
+    monkeypatch.setattr(records, "BLOCK", 3)
+    monkeypatch.setattr(blocks, "PART", 2)
+    options = logs.write_impressions(tmp_path) | {"history_length": 4}
+    directory = prepare("impressions", data_dir=tmp_path / "data", **options)
+    dataset, stored = load_prepared(directory), load_prepared(directory, stream=True)
+    assert len(stored.splits["train"].sizes) > 4
+    for name, split in stored.splits.items():
+        lengths = np.diff(dataset.splits[name].history_offsets)
+        np.testing.assert_array_equal(split.history_lengths, lengths)
+        np.testing.assert_array_equal(np.diff(split.read(range(len(split.sizes))).history_offsets), lengths)
+    assert not list(directory.glob("lengths-*"))

@@ -85,6 +85,74 @@ def test_blocks_are_dealt_where_there_are_many_and_no_buckets():
     assert not deals_blocks(many, Shard(), ())
 
 
+def test_blocks_are_dealt_with_buckets_where_lengths_are_known():
+    many = 4 * MIN_BLOCKS
+    assert deals_blocks(many, Shard(0, 4), (16,), lengths_known=True)
+    assert not deals_blocks(many - 1, Shard(0, 4), (16,), lengths_known=True)
+    assert not deals_blocks(many, Shard(), (16,), lengths_known=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), hosts=st.integers(2, 4), window=st.integers(1, 5), seed=st.integers(0, 2**40))
+def test_aligned_hosts_have_the_same_steps_and_never_meet(data, hosts, window, seed):
+    num = data.draw(st.integers(hosts, 6 * hosts))
+    sizes = tuple(data.draw(st.lists(st.integers(0, 9), min_size=num, max_size=num)))
+    batch = hosts * data.draw(st.integers(1, 12))
+    orders = []
+    try:
+        orders = [Order(sizes, batch, seed, Shard(index, hosts), True, window, aligned=True)
+                  for index in range(hosts)]
+    except ValueError as error:
+        assert f"batch_size is {batch}, expected at most " in str(error)
+        return
+    runs = [walk(order, 30) for order in orders]  # does not end if epochs may have no step
+    offsets = offsets_of(np.array(sizes))
+    epochs: dict[int, list] = {}
+    for index, run in enumerate(runs):
+        assert [at for at, _ in run] == [at for at, _ in runs[0]]
+        for at, requests in run:
+            assert len(requests) == batch // hosts
+            assert set((np.searchsorted(offsets, requests, side="right") - 1) % hosts) == {index}
+            epochs.setdefault(at.epoch, []).append(requests)
+    for drawn in map(np.concatenate, epochs.values()):
+        assert len(np.unique(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize(("sizes", "window", "largest"), [
+    ((4,) * 12, 2, 2 * 8),  # every window has two blocks
+    ((4,) * 14, 3, 2 * 8),  # seven blocks of a host in three windows: of two at least
+    ((1, 4, 4, 4, 4, 4, 4, 4), 1, 2 * 4),  # at most one of four windows lacks requests
+    ((1, 1, 4, 4, 4, 4, 4, 4), 1, 2 * 4),
+    ((1, 1, 1, 1, 4, 4, 4, 4), 1, 2 * 1)])  # each window might have a small block, on one host or the other
+def test_the_largest_batch_of_aligned_hosts_is_in_every_epoch(sizes, window, largest):
+    with pytest.raises(ValueError, match=f"batch_size is {largest + 2}, expected at most {largest}: "):
+        Order(sizes, largest + 2, 0, Shard(0, 2), True, window, aligned=True)
+    order = Order(sizes, largest, 0, Shard(0, 2), True, window, aligned=True)
+    assert {at.epoch for at, _ in walk(order, 200)} == set(range(1 + locate(order, 199).epoch))
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_aligned_hosts_pad_little_more_than_one(hosts):
+    sizes, batch, buckets = (128,) * 256, 64, (8, 16, 32)
+    drawn = 1 + np.random.default_rng(0).exponential(17, sum(sizes))
+    lengths = np.minimum(drawn, 50).astype(int).reshape(len(sizes), -1)
+
+    def padding(count: int) -> float:
+        orders = [Order(sizes, batch, 0, Shard(index, count), count > 1, aligned=count > 1)
+                  for index in range(count)]
+        padded = 0
+        for window in range(len(windows(orders[0], 0))):
+            longest = []
+            for order in orders:
+                there = lengths[np.sort(windows(order, 0)[window])].ravel()
+                longest.append(there[draw(order, 0, window, there, buckets)].max(axis=1))
+            padded += np.array([*buckets, 50])[np.searchsorted(buckets, np.max(longest, axis=0))].sum()
+        return 1 - lengths.sum() / (padded * batch)
+
+    assert padding(hosts) < padding(1) + 0.03
+    assert padding(1) < 0.3 < 0.5 < 1 - lengths.mean() / 50  # that of one padded length
+
+
 def test_buckets_group_requests_and_lose_none_by_length():
     lengths = np.random.default_rng(0).integers(0, 100, 1003)
     order = Order((1003,), 10, seed=0)

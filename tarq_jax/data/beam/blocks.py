@@ -13,6 +13,7 @@ from tarq_jax.data.beam.vocabulary import stable_hash
 from tarq_jax.schema import ITEM_ID, Field, Schema, Side
 
 Numbered = tuple[int, records.Columns]
+PART = 1024  # blocks whose lengths of histories are written together: megabytes
 
 
 def _num_blocks(count: int, size: int) -> int:
@@ -75,6 +76,24 @@ def _description(sizes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
     return {"sizes": [size for _, size, _, _ in sizes],
             "longest_history": max(longest for _, _, longest, _ in sizes),
             "most_candidates": max(most for _, _, _, most in sizes)}
+
+
+def history_lengths(name: str, blocks: PCollection) -> PCollection:
+    """The lengths of the histories of a split, as (name, [requests of `PART` blocks] uint32)."""
+    return (blocks | f"Lengths of {name}" >> beam.Map(_numbered_lengths)
+            | f"Group lengths of {name}" >> beam.GroupByKey()
+            | f"Join lengths of {name}" >> beam.Map(_part, name))
+
+
+def _numbered_lengths(element: Numbered) -> tuple[int, tuple[int, np.ndarray]]:
+    block, columns = element
+    return block // PART, (block, columns["history_lengths"])
+
+
+def _part(element: tuple[int, Iterable[tuple[int, np.ndarray]]], name: str) -> tuple[str, np.ndarray]:
+    part, found = element
+    lengths = [lengths for _, lengths in sorted(found, key=lambda numbered: numbered[0])]
+    return f"lengths-{name}-{part:08}", np.concatenate(lengths).astype("<u4")
 
 
 def table_records(side: Side, values: PCollection, size: PCollection, schema: Schema) -> PCollection:

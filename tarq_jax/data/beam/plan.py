@@ -24,6 +24,7 @@ class Plan(NamedTuple):
 
     splits: dict[str, PCollection]  # (block number, record)
     facts: PCollection  # (name, JSON object): sizes of vocabularies, blocks of splits, reports, ids of items
+    lengths: PCollection  # (name, lengths of histories), parts that are sorted by their name
 
 
 def plan_source(source: PipelineSource, root: beam.Pipeline, options: LogOptions) -> Plan:
@@ -65,7 +66,8 @@ def plan(parts: Parts, schema: Schema, rules: Rules, *, item_buckets: int, min_c
         lambda block, ids: (f"ids-{block}", ids)))
     tables = {"items": blocks.table_records("item", item_values, items.size, schema),
               "users": blocks.table_records("user", user_values, users.size, schema)}
-    return Plan(splits | tables, facts | "Facts" >> beam.Flatten())
+    lengths = [blocks.history_lengths(split, records) for split, records in splits.items()]
+    return Plan(splits | tables, facts | "Facts" >> beam.Flatten(), lengths | "Lengths" >> beam.Flatten())
 
 
 def _requests(parts: Parts, items: Vocabulary, users: Vocabulary, rules: Rules, max_user_events: int):
@@ -128,3 +130,9 @@ def write_fact(named: tuple[str, Any], folder: str) -> None:
     """Writes a named fact into a file beside the records, `fact-NAME.json`, for the builder."""
     name, fact = named
     (epath.Path(folder) / f"fact-{name}.json").write_text(json.dumps(fact))
+
+
+def write_part(named: tuple[str, np.ndarray], folder: str) -> None:
+    """Writes a named part of the lengths as its bytes, beside the records, for the builder."""
+    name, lengths = named
+    (epath.Path(folder) / name).write_bytes(lengths.tobytes())
