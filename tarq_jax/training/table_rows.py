@@ -76,7 +76,7 @@ def find(
         num_rows, placement = len(tables[path]), _placement("/".join(path), devices)
         parts, copies = (placement.size(placement.table), placement.size(placement.batch)) if placement else (
             1, 1 if devices.axis_name is None else lax.axis_size(devices.axis_name))
-        splits = placement is None or all(each.shape[1] % copies == 0 for each in ids)
+        splits = placement is None or all(each.ndim > 1 and each.shape[1] % copies == 0 for each in ids)
         num_ids = sum(each.size for each in ids) * (1 if placement else copies)  # of all devices
         if splits and num_ids * parts < num_rows:
             rows["/".join((PARAMS, *path))] = Rows(_distinct(ids, num_rows, placement), num_rows, placement)
@@ -176,11 +176,11 @@ def _on_owners(function: Callable[..., jax.Array], of: Rows, *arrays: jax.Array)
 
 
 def _take(table: jax.Array, ids: jax.Array) -> jax.Array:
-    return table.at[ids].get(mode="fill", fill_value=0)  # zero where an id is out of range
+    return jnp.asarray(table).at[ids].get(mode="fill", fill_value=0)  # zero where an id is out of range
 
 
 def _set(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
-    return table.at[ids].set(rows, mode="drop")
+    return jnp.asarray(table).at[ids].set(rows, mode="drop")
 
 
 def _map_tables(function: Callable[..., jax.Array], rows: RowsOf, tree: Tree, *others: Tree) -> Tree:
