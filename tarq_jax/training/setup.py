@@ -187,7 +187,7 @@ def make_step(
 ) -> parallel.Step:
     """`train_step` with all its settings from the configuration; `mesh` as for `compile_step`."""
     settings, axis_name, row_wise = config.codebook, parallel.WAYS[config.parallel].axis_name, None
-    if isinstance(optimizer, RowWise) and objective.lookups is not None:
+    if isinstance(optimizer, RowWise):
         row_wise = table_rows.Devices(
             mesh if axis_name is None else None, sharding.parse_rules(config.mesh.rules), axis_name)
     update_codebook = codebook_updates(

@@ -74,11 +74,7 @@ def find(
     tables, rows = traverse_util.flatten_dict(params), {}
     for path, ids in found.items():
         num_rows, placement = len(tables[path]), _placement("/".join(path), devices)
-        parts, copies = (placement.size(placement.table), placement.size(placement.batch)) if placement else (
-            1, 1 if devices.axis_name is None else lax.axis_size(devices.axis_name))
-        splits = placement is None or all(each.ndim > 1 and each.shape[1] % copies == 0 for each in ids)
-        num_ids = sum(each.size for each in ids) * (1 if placement else copies)  # of all devices
-        if splits and num_ids * parts < num_rows:
+        if _fewer(ids, num_rows, placement, devices.axis_name):
             rows["/".join((PARAMS, *path))] = Rows(_distinct(ids, num_rows, placement), num_rows, placement)
     return rows
 
@@ -133,7 +129,7 @@ def take(tree: Tree, rows: RowsOf) -> Tree:
 
 
 def put(tree: Tree, rows: RowsOf, updated: Tree) -> Tree:
-    """`updated`, a tree with rows from `total`, with whole tables again: those of `tree`, and its rows in them."""
+    """`updated`, a tree with rows from `total`, with whole tables: those of `tree`, with these rows in them."""
     def set_rows(table: jax.Array, of: Rows, new: jax.Array) -> jax.Array:
         return _on_owners(_set, of, table, of.ids, new)
 
@@ -145,6 +141,17 @@ def _placement(path: str, devices: Devices) -> Placement | None:
         return None
     spec = spec_of(path, devices.rules)
     return place(devices.mesh, axes_of(spec[0]) if len(spec) else (), BATCH, devices.mesh.size)
+
+
+def _fewer(
+    ids: Sequence[jax.Array], num_rows: int, placement: Placement | None, axis_name: shards.AxisName
+) -> bool:
+    """Whether all devices together look up fewer ids than a device keeps rows; `ids` as for `_distinct`."""
+    num_ids = sum(each.size for each in ids)
+    if placement is None:
+        return num_ids * (1 if axis_name is None else lax.axis_size(axis_name)) < num_rows
+    splits = all(each.ndim > 1 and each.shape[1] % placement.size(placement.batch) == 0 for each in ids)
+    return splits and num_ids < num_rows // placement.size(placement.table)
 
 
 def _distinct(ids: Sequence[jax.Array], num_rows: int, placement: Placement | None) -> jax.Array:

@@ -13,6 +13,7 @@ import tiny
 from tarq_jax import data
 from tarq_jax.models.embedding import rows_among
 from tarq_jax.training import failure, optimizers, parallel, setup, sharding, table_rows
+from tarq_jax.training.objectives import build
 
 ROWS = 4096  # of the table of items, of which a batch reads 64 or fewer
 BY_MODEL, BY_BOTH = (("embedding$", ("model",)),), (("embedding$", (("data", "model"),)),)
@@ -21,7 +22,7 @@ IN_PLACE = {"parameter", "get-tuple-element", "fusion", "scatter", "dynamic-upda
 
 
 def make_optimizer(name, clip=0.0):
-    """Clipped SGD for the network, as Adam amplifies rounding errors; `name` for tables, with weight decay."""
+    """SGD for the network, as Adam amplifies rounding errors; `name` for tables, with weight decay."""
     table = optax.chain(optimizers.OF_TABLES[name](), optimizers.decay_touched(0.1), optax.scale(-0.02))
     parts = {optimizers.NETWORK: optax.sgd(0.02, momentum=0.9), optimizers.TABLE: table}
     return optimizers.RowWise(*optax.chain(
@@ -129,13 +130,13 @@ SETTINGS = {
     "micro-batches": {"accumulate": 2}, "bfloat16": {"model.dtype": "bfloat16"},
     "tarq": {"model.name": "tarq"},
     "tarq, ema": {"model.name": "tarq", "codebook.learning": "ema", "accumulate": 4, "clip": 0.1},
-    "order 1": {"model.name": "tarq", "model.order": 1}, "target attention": {"model.name": "target_attention",
-                                                                           "model.remat": True},
+    "order 1": {"model.name": "tarq", "model.order": 1},
+    "target attention": {"model.name": "target_attention", "model.remat": True},
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name not in ("micro-batches", "tarq")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name != "micro-batches"]
 
 
-@pytest.mark.parametrize("name", ["micro-batches", "tarq", *SLOW])
+@pytest.mark.parametrize("name", ["micro-batches", *SLOW])
 def test_settings(name, tiny_dataset, dense):
     settings = SETTINGS[name]
     agree(Run(tiny_dataset, "lazy_adam", **settings).train(), dense("lazy_adam", **settings))
@@ -187,15 +188,19 @@ def test_micro_batches_that_do_not_divide_leave_tables_whole(tiny_dataset, dense
     jax.tree.map(close, state, dense("lazy_adam")[0])
 
 
-@pytest.mark.parametrize("row_wise", [True, False])
-def test_only_row_wise_optimizers_and_objectives_that_tell_their_look_ups(row_wise, tiny_config, tiny_dataset):
-    tiny_config.optimizer.table = "lazy_adam" if row_wise else "adamw"
+@pytest.mark.parametrize(("name", "row_wise"), [
+    ("adamw", False), ("lazy_adam", True), ("rowwise_adagrad", True)])
+def test_optimizers_of_the_configuration(name, row_wise, tiny_config, tiny_dataset):
+    tiny_config.optimizer.table = name
     objective = setup.build(tiny_config.model, tiny_config.loss_weights, tiny_dataset.schema)
-    optimizer = setup.make_optimizer(tiny_config)
-    step = setup.make_step(tiny_config, objective, optimizer)
+    step = setup.make_step(tiny_config, objective, setup.make_optimizer(tiny_config))
     assert (step.keywords["row_wise"] is not None) == row_wise
-    own = setup.make_step(tiny_config, objective._replace(lookups=None), optimizer)
-    assert own.keywords["row_wise"] is None
+
+
+def test_objectives_that_do_not_tell_their_look_ups_get_whole_tables(tiny_dataset, monkeypatch):
+    monkeypatch.setattr(setup, "build", lambda *how: build(*how)._replace(lookups=None))
+    text = Run(tiny_dataset, "rowwise_adagrad").step.as_text()
+    assert operations_on(text, ROWS) - IN_PLACE
 
 
 @pytest.mark.parametrize("name", ["two_tower", "tarq"])
@@ -240,7 +245,8 @@ def test_a_row_that_is_not_finite_is_found_when_it_is_read(tiny_dataset):
 
 def test_rows_in_trees_by_their_paths():
     table = np.arange(12.0).reshape(6, 2)
-    tree = {"mu": {"params": {"embedding": table}}, "count": np.ones(6), "nu": ({"params": {"embedding": table}},)}
+    params = {"params": {"embedding": table}}
+    tree = {"mu": params, "count": np.ones(6), "nu": (params,)}
     rows = {"params/embedding": table_rows.Rows(jnp.array([1, 4, 6]), 6, None)}
     taken = table_rows.take(tree, rows)
     np.testing.assert_array_equal(taken["mu"]["params"]["embedding"], [[2, 3], [8, 9], [0, 0]])
