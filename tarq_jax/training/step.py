@@ -51,8 +51,8 @@ def train_step(
       accumulate: number of micro-batches for the gradients; the result is the same up to rounding.
       axis_name: name of the axis of shards, see `tarq_jax.shards`; the objective must be built for the same.
       row_wise: the devices that the step runs on, if it shall pass over the looked-up rows of large tables
-        only, see `tarq_jax.training.table_rows`; the optimizer must be `RowWise`. The result is the same up to
-        rounding. If None, or if the objective has no `lookups`, the step passes over all rows.
+        only, see `tarq_jax.training.table_rows`. The optimizer must be `RowWise`; the result is the same up
+        to rounding. If None, or if the objective has no `lookups`, the step passes over all rows.
 
     Returns:
       The state after the step, and metrics on device: scalars, and two vectors in the order of the leaves

@@ -129,7 +129,7 @@ def take(tree: Tree, rows: RowsOf) -> Tree:
 
 
 def put(tree: Tree, rows: RowsOf, updated: Tree) -> Tree:
-    """`updated`, a tree with rows from `total`, with whole tables: those of `tree`, with these rows in them."""
+    """`updated`, a tree with rows from `total`, with whole tables: those of `tree`, with these rows set."""
     def set_rows(table: jax.Array, of: Rows, new: jax.Array) -> jax.Array:
         return _on_owners(_set, of, table, of.ids, new)
 
