@@ -82,11 +82,12 @@ class Split(NamedTuple):
 def table_cost(work: Workload, split: Split, requests: int) -> tuple[float, float]:
     """Bytes of memory that a step reads and writes for its optimizer of the table, and bytes that it needs.
 
-    Row-wise optimizers visit the rows that the batch of all devices looks up, if a device keeps more.
+    Row-wise optimizers visit the rows that the batch of all devices looks up, if a device keeps twice as many
+    or more (`tarq_jax.training.table_rows`).
     """
     optimizer, block = work.table_optimizer, work.rows / split.table
     looked_up, row = split.devices * requests * work.ids, work.width * FLOAT
-    if optimizer in ROW_PASSES and looked_up < block:
+    if optimizer in ROW_PASSES and 2 * looked_up <= block:
         return (ROW_PASSES[optimizer] * looked_up * row,
                 (KEPT[optimizer] * block + (KEPT[optimizer] + 1) * looked_up) * row)
     return TABLE_PASSES[optimizer] * block * row, (KEPT[optimizer] + 1) * block * row

@@ -55,7 +55,7 @@ RowsOf = dict[str, Rows]  # by the path of a table in `trainable`, like `params/
 def find(
     lookups: Callable[[Batch], dict[str, Any]], params: Tree, batch: Batch, num: int, devices: Devices
 ) -> RowsOf:
-    """The rows that a loss looks up, for tables of which a device keeps more rows than a batch looks up.
+    """The rows that a loss looks up, for tables of which a device keeps many more rows than that.
 
     Args:
       lookups: micro-batch -> ids that the loss looks up in it, see `Objective`.
@@ -146,12 +146,15 @@ def _placement(path: str, devices: Devices) -> Placement | None:
 def _fewer(
     ids: Sequence[jax.Array], num_rows: int, placement: Placement | None, axis_name: shards.AxisName
 ) -> bool:
-    """Whether all devices together look up fewer ids than a device keeps rows; `ids` as for `_distinct`."""
+    """Whether all devices together look up at most half as many ids as a device keeps rows.
+
+    With more, to sort ids and to copy rows takes longer than to pass over all. `ids` are as for `_distinct`.
+    """
     num_ids = sum(each.size for each in ids)
     if placement is None:
-        return num_ids * (1 if axis_name is None else lax.axis_size(axis_name)) < num_rows
+        return 2 * num_ids * (1 if axis_name is None else lax.axis_size(axis_name)) <= num_rows
     splits = all(each.ndim > 1 and each.shape[1] % placement.size(placement.batch) == 0 for each in ids)
-    return splits and num_ids < num_rows // placement.size(placement.table)
+    return splits and 2 * num_ids <= num_rows // placement.size(placement.table)
 
 
 def _distinct(ids: Sequence[jax.Array], num_rows: int, placement: Placement | None) -> jax.Array:
