@@ -17,10 +17,10 @@ TABLE, NETWORK = "table", "network"  # labels of parameters
 
 
 class RowWise(optax.GradientTransformation):
-    """An optimizer that changes rows of tables whose gradient is not zero, each without looking at others.
+    """An optimizer that changes only those rows of tables whose gradient is not zero, one by one.
 
-    Its update may be given some rows of tables and of their state instead of all, as long as they are all
-    with a gradient: see `tarq_jax.training.table_rows`.
+    Its update may therefore get some rows of tables, of their gradients and of its own state in place of all,
+    if no other row has a gradient: see `tarq_jax.training.table_rows`.
     """
 
 
@@ -122,7 +122,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     """AdamW with a cosine schedule and linear warm-up; gradients are clipped by norm if configured.
 
     Tables use the optimizer that `config.optimizer.table` names, with the same schedule. All of these are
-    `RowWise`, except AdamW, which moves every row in every step.
+    `RowWise` except AdamW, which moves every row in every step.
     """
     settings = config.optimizer
     schedule = optax.warmup_cosine_decay_schedule(
