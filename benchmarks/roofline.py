@@ -48,6 +48,10 @@ CHIPS = {
 # Passes over a table by an optimizer that visits every row: the gradient is made, read for its norm and read
 # for the update, parameters and optimizer state are read and written.
 TABLE_PASSES = {"adamw": 3 + 2 + 4, "lazy_adam": 3 + 2 + 4, "rowwise_adagrad": 3 + 2}
+# Passes over the looked-up rows by an optimizer that visits only these: parameters and state are also copied
+# out of the table and back. Sorting of ids is not counted.
+ROW_PASSES = {"lazy_adam": 3 + 6 + 12, "rowwise_adagrad": 3 + 6}
+KEPT = {"adamw": 3, "lazy_adam": 3, "rowwise_adagrad": 1}  # arrays like the table, without the gradient
 
 
 class Workload(NamedTuple):
@@ -73,6 +77,20 @@ class Split(NamedTuple):
     def devices(self) -> int:
         """Number of devices of the mesh."""
         return self.data * self.model
+
+
+def table_cost(work: Workload, split: Split, requests: int) -> tuple[float, float]:
+    """Bytes of memory that a step reads and writes for its optimizer of the table, and bytes that it needs.
+
+    Row-wise optimizers visit the rows that the batch of all devices looks up, if a device keeps twice as many
+    or more (`tarq_jax.training.table_rows`).
+    """
+    optimizer, block = work.table_optimizer, work.rows / split.table
+    looked_up, row = split.devices * requests * work.ids, work.width * FLOAT
+    if optimizer in ROW_PASSES and 2 * looked_up <= block:
+        return (ROW_PASSES[optimizer] * looked_up * row,
+                (KEPT[optimizer] * block + (KEPT[optimizer] + 1) * looked_up) * row)
+    return TABLE_PASSES[optimizer] * block * row, (KEPT[optimizer] + 1) * block * row
 
 
 def lookup_bytes(work: Workload, split: Split, requests: int) -> dict[str, tuple[float, int]]:
@@ -108,19 +126,17 @@ def roofline(chip: Chip, work: Workload, split: Split, requests: int) -> dict[st
 
     Efficiency is the time without communication divided by the time with it.
     """
-    block = work.rows / split.table * work.width * FLOAT
     moved = network_bytes(work, split, requests)
     compute = requests * work.flops / (COMPUTE_SHARE * chip.flops)
-    passes = TABLE_PASSES[work.table_optimizer]
-    memory = (requests * work.activation_bytes + passes * block) / (MEMORY_SHARE * chip.memory_bandwidth)
+    passes, kept = table_cost(work, split, requests)
+    memory = (requests * work.activation_bytes + passes) / (MEMORY_SHARE * chip.memory_bandwidth)
     network = sum(sent / (LINK_SHARE * (chip.link if group <= chip.island else chip.beyond))
                   for sent, group in moved.values())
     alone = max(compute, memory)
-    kept = {"adamw": 4, "lazy_adam": 4, "rowwise_adagrad": 2}[work.table_optimizer]  # gradient included
     return {
         "compute_ms": 1e3 * compute, "memory_ms": 1e3 * memory, "network_ms": 1e3 * network,
         "network_mb": sum(sent for sent, _ in moved.values()) / 1e6,
         "step_ms": 1e3 * (alone + network), "efficiency": alone / (alone + network),
         "requests_per_second": split.devices * requests / (alone + network),
-        "table_gb": kept * block / 1e9, "fits": "yes" if kept * block < chip.memory else "no",
+        "table_gb": kept / 1e9, "fits": "yes" if kept < chip.memory else "no",
     }

@@ -6,15 +6,49 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 EMBEDDING_INIT = nn.initializers.normal(stddev=0.05)
 UNKNOWN = 0  # the row for padding and for every id outside the vocabulary
+LOOKUPS = "lookups"  # collection in which embeddings record the ids that they look up, if it is mutable
+ROWS = "rows"  # collection of `TableRows`, which embeddings read instead of their tables
 
 
 def take_rows(path: str, table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of a table [V, D] for ids [...] in [0, V): [..., D]; `path` is ignored."""
     del path
     return jnp.asarray(table).at[ids].get(mode="promise_in_bounds")
+
+
+def rows_among(known: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows for ids [...], from some rows [m, D] of a table and their ids `known` [m], which rise.
+
+    Returns:
+      [..., D]; NaN for an id that is not among `known`.
+
+    Example:
+      >>> rows_among(jnp.array([2, 5]), jnp.array([[0.2], [0.5]]), jnp.array([5, 2, 5, 3])).ravel().tolist()
+      [0.5, 0.20000000298023224, 0.5, nan]
+    """
+    places = jnp.searchsorted(known, ids)
+    found = known.at[places].get(mode="fill", fill_value=-1) == ids
+    return jnp.where(found[..., None], rows.at[places].get(mode="clip"), jnp.nan)
+
+
+class TableRows(struct.PyTreeNode):
+    """The rows of a table that a function looks up, in place of the table.
+
+    The gradient of `rows` has a value per row, that of the table one for every row it has.
+    """
+
+    ids: jax.Array  # [m] rising; the last may be ids that the table does not have
+    rows: jax.Array  # [m, D]
+    among: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = struct.field(
+        pytree_node=False, default=rows_among)  # like `rows_among`
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """[...] ids to [..., D]."""
+        return self.among(self.ids, self.rows, ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +93,13 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         """[...] integers to [..., D]."""
-        table = self.param("embedding", EMBEDDING_INIT, (self.tables.rows(self.size), self.width))
         ids = jnp.asarray(ids)
         ids = jnp.where((ids >= 0) & (ids < self.size), ids, UNKNOWN)
-        lookup = take_rows if self.is_initializing() else self.tables.lookup  # no mesh at initialisation
+        if self.has_variable(ROWS, "embedding"):
+            return self.get_variable(ROWS, "embedding")(ids)
+        table = self.param("embedding", EMBEDDING_INIT, (self.tables.rows(self.size), self.width))
+        lookup = take_rows  # at initialisation, whose batch need not fit a mesh
+        if not self.is_initializing():
+            self.sow(LOOKUPS, "ids", ids)
+            lookup = self.tables.lookup
         return lookup("/".join(("params", *self.path, "embedding")), table, ids)

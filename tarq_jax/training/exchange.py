@@ -10,12 +10,13 @@ Axis letters: n ids of a device, P devices that exchange, C the capacity.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Taken = TypeVar("Taken")
 SLACK = 2.0  # capacity / ids per owner if all ids are distinct and spread evenly
 
 
@@ -96,9 +97,9 @@ def fetch(
 
 
 def send(
-    planned: Plan, values: jax.Array, take: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    taken: jax.Array, group: Group,
-) -> jax.Array:
+    planned: Plan, values: jax.Array, take: Callable[[Taken, jax.Array, jax.Array], Taken], taken: Taken,
+    group: Group,
+) -> Taken:
     """Sends values to the owners of their ids; values of an id that is given more than once are summed first.
 
     Args:
@@ -106,7 +107,7 @@ def send(
       values: [n, D], in the order in which the ids were given.
       take: (taken, ids [m], values [m, D]) -> taken; accumulates what this device receives in a round. Id -1
         marks an empty slot.
-      taken: initial value of the accumulator.
+      taken: initial value of the accumulator, a pytree.
       group: the devices that exchange.
 
     Returns:
@@ -116,7 +117,7 @@ def send(
     size = capacity(num, group.devices)
     summed = jnp.zeros_like(values).at[planned.place].add(values)
 
-    def one(turn: jax.Array, taken: jax.Array) -> jax.Array:
+    def one(turn: jax.Array, taken: Taken) -> Taken:
         slots = planned.slots(turn, group.devices, size)
         sent = jnp.zeros((group.devices * size, width), values.dtype).at[slots].set(summed, mode="drop")
         return take(taken, _exchange(planned.asked(slots, len(sent)), group), _exchange(sent, group))

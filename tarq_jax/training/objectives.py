@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from tarq_jax import losses, shards, user_code
 from tarq_jax.models import Tarq
-from tarq_jax.models.embedding import ONE_DEVICE, Tables
+from tarq_jax.models.embedding import LOOKUPS, ONE_DEVICE, Tables
 from tarq_jax.models.tarq import AttentionComparison, TarqOutput
 from tarq_jax.schema import Schema
 from tarq_jax.training.modules import Supervised, as_served, make_module
@@ -76,6 +76,10 @@ class Objective(NamedTuple):
         model.
       to_method: (params as NumPy arrays, codewords) -> the `tarq_jax.serving.method.Method` that serves the
         model; None for the library's own method for the module.
+      lookups: (params, codewords, batch) -> the ids that the loss looks up in tables, as the collection
+        `LOOKUPS` of `tarq_jax.models.embedding`. The loss must read the tables in it by `Embedding` alone; a
+        step then passes it the collection `ROWS` instead, if the optimizer is `optimizers.RowWise`. None: the
+        loss gets whole tables, and their gradients are whole tables too.
     """
 
     init: Callable[..., Any]
@@ -86,6 +90,7 @@ class Objective(NamedTuple):
     fit: Callable[[jax.Array, jax.Array], Codebook] | None = None
     module: nn.Module | None = None
     to_method: Callable[..., Any] | None = None
+    lookups: Callable[..., dict[str, Any]] | None = None
 
 
 # A function like `build`: (config.model, config.loss_weights, schema, tables, axis_name) -> Objective
@@ -99,6 +104,15 @@ def in_float32(output: Tree) -> Tree:
         return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(convert, output)
+
+
+def lookups_of(module: nn.Module) -> Callable[..., dict[str, Any]]:
+    """(params, arguments of the module) -> the ids that its `__call__` looks up, see `Objective`.
+
+    Compiled, it costs only what it takes to compute the ids.
+    """
+    forward = nn.apply(type(module).__call__, module, mutable=LOOKUPS)
+    return lambda *arguments: forward(*arguments)[1].get(LOOKUPS, {})
 
 
 def supervised(module: Supervised, name: str, axis_name: shards.AxisName = None) -> Objective:
@@ -119,7 +133,11 @@ def supervised(module: Supervised, name: str, axis_name: shards.AxisName = None)
         del codewords
         return Predictions({name: forward(params, batch).logits}, None)
 
-    return Objective(init, loss, predict, module=module)
+    def lookups(params, codewords, batch):
+        del codewords
+        return lookups_of(module)(params, batch)
+
+    return Objective(init, loss, predict, module=module, lookups=lookups)
 
 
 def mean_of_batch(
@@ -218,9 +236,12 @@ def tarq(
     def attention(params, codewords, batch):
         return in_float32(nn.apply(type(served).compare_attention, served)(params, batch, codewords))
 
+    def lookups(params, codewords, batch):
+        return lookups_of(sharded)(params, batch, codewords)
+
     return Objective(
         init, loss, predict, latents=nn.apply(type(module).candidate_latents, module), attention=attention,
-        module=served)
+        module=served, lookups=lookups)
 
 
 def build(

@@ -16,6 +16,14 @@ import optax
 TABLE, NETWORK = "table", "network"  # labels of parameters
 
 
+class RowWise(optax.GradientTransformation):
+    """An optimizer that changes only those rows of tables whose gradient is not zero, one by one.
+
+    Its update may therefore get some rows of tables, of their gradients and of its own state in place of all,
+    if no other row has a gradient: see `tarq_jax.training.table_rows`.
+    """
+
+
 class RowAdagradState(NamedTuple):
     """State of `scale_by_row_adagrad`."""
 
@@ -113,7 +121,8 @@ OF_TABLES: dict[str, Callable[[], optax.GradientTransformation]] = {
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """AdamW with a cosine schedule and linear warm-up; gradients are clipped by norm if configured.
 
-    Tables use the optimizer that `config.optimizer.table` names, with the same schedule.
+    Tables use the optimizer that `config.optimizer.table` names, with the same schedule. All of these are
+    `RowWise` except AdamW, which moves every row in every step.
     """
     settings = config.optimizer
     schedule = optax.warmup_cosine_decay_schedule(
@@ -129,7 +138,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     table = optax.chain(
         OF_TABLES[settings.table](), decay_touched(settings.weight_decay),
         optax.scale_by_learning_rate(schedule))
-    return optax.chain(clip, optax.partition({NETWORK: network, TABLE: table}, labels))
+    return RowWise(*optax.chain(clip, optax.partition({NETWORK: network, TABLE: table}, labels)))
 
 
 def labels(variables: Any) -> Any:

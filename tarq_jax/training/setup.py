@@ -14,10 +14,10 @@ from tarq_jax import data, quantization
 from tarq_jax.config import check_codebook
 from tarq_jax.models.embedding import Tables
 from tarq_jax.shards import AxisName
-from tarq_jax.training import parallel, sharding
+from tarq_jax.training import parallel, sharding, table_rows
 from tarq_jax.training.evaluate import COLUMNS
 from tarq_jax.training.objectives import STUDENT, TEACHER, Objective, build, own_predictor
-from tarq_jax.training.optimizers import make_optimizer
+from tarq_jax.training.optimizers import RowWise, make_optimizer
 from tarq_jax.training.state import TrainState
 from tarq_jax.training.step import codebook_updates, train_step
 from tarq_jax.types import Batch, Codebook
@@ -174,7 +174,7 @@ def compile_step(
       mesh: mesh to run on; the default device if None.
       state: a state on that mesh; new states are placed on devices like it.
     """
-    step = make_step(config, objective, optimizer)
+    step = make_step(config, objective, optimizer, mesh)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -182,10 +182,14 @@ def compile_step(
 
 
 def make_step(
-    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation
+    config: ml_collections.ConfigDict, objective: Objective, optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> parallel.Step:
-    """`train_step` with all its settings from the configuration."""
-    settings = config.codebook
+    """`train_step` with all its settings from the configuration; `mesh` as for `compile_step`."""
+    settings, axis_name, row_wise = config.codebook, parallel.WAYS[config.parallel].axis_name, None
+    if isinstance(optimizer, RowWise):
+        row_wise = table_rows.Devices(
+            mesh if axis_name is None else None, sharding.parse_rules(config.mesh.rules), axis_name)
     update_codebook = codebook_updates(
         mode=settings.learning, decay=settings.decay, revive_every=settings.revive_every,
         dead=DEAD[settings.dead](settings),
@@ -193,7 +197,7 @@ def make_step(
     return functools.partial(
         train_step, objective=objective, optimizer=optimizer, update_codebook=update_codebook,
         codewords_by_gradient=settings.learning == "gradient", codebook_start=settings.start,
-        accumulate=config.accumulate, axis_name=parallel.WAYS[config.parallel].axis_name,
+        accumulate=config.accumulate, axis_name=axis_name, row_wise=row_wise,
     )
 
 

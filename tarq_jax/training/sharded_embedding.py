@@ -11,7 +11,8 @@ must be bitwise equal. CPU and TPU add in order.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from tarq_jax.training import exchange
 
 Axes = tuple[str, ...]
+Taken = TypeVar("Taken")
 
 
 def num_devices(mesh: Mesh, axes: Axes) -> int:
@@ -128,20 +130,94 @@ def _scatter(ids: jax.Array, gradients: jax.Array, *, block: int, placement: Pla
     exchanged = placement.exchanges(ids.size)
     brought = devices * (exchange.capacity(ids.size, devices) if exchanged else ids.size)
     summed = 2 * block * width < (placement.size(placement.copies) - 1) * brought * (width + 1)
-    gathered = () if summed else placement.copies
 
-    def take(total: jax.Array, ids: jax.Array, gradients: jax.Array) -> jax.Array:
+    def take(total: jax.Array, rows: jax.Array, gradients: jax.Array) -> jax.Array:
+        return total.at[rows].add(gradients, mode="drop")
+
+    total = _deliver(ids, gradients, take, jnp.zeros((block, width), gradients.dtype), block=block,
+                     gathered=() if summed else placement.copies, placement=placement)
+    return lax.psum(total, placement.copies) if summed else total
+
+
+def sum_to_owners(
+    ids: jax.Array, gradients: jax.Array, num_rows: int, placement: Placement
+) -> tuple[jax.Array, jax.Array]:
+    """Sums the gradients of looked-up rows on the devices that own the rows; no array has all rows.
+
+    Args:
+      ids: [n] in [0, V), split over `placement.batch`; other ids are ignored.
+      gradients: [n, D], split likewise.
+      num_rows: V.
+      placement: placement from `place`. P is the number of devices that split the table.
+
+    Returns:
+      rows [P n] and their gradients [P n, D], split like the table. A device's part has its rows in its block
+      of V / P, rising and each once; the rest are V / P, with gradient zero.
+    """
+    split, owned = PartitionSpec(placement.batch or None), PartitionSpec(placement.table or None)
+    collect = functools.partial(
+        _collect, block=num_rows // placement.size(placement.table), placement=placement)
+    return jax.shard_map(collect, mesh=placement.mesh, in_specs=(split, split), out_specs=(owned, owned),
+                         check_vma=False)(ids, gradients)
+
+
+def sum_by_row(rows: jax.Array, gradients: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Each of the rows [n] once, rising, with the sum of its gradients [n, D]; the rest are V, with zeros.
+
+    Rows out of [0, V) are ignored.
+
+    Example:
+      >>> rows, sums = sum_by_row(jnp.array([4, 1, 9, 4]), jnp.array([[1.0], [2.0], [7.0], [3.0]]), 5)
+      >>> rows.tolist(), sums.ravel().tolist()
+      ([1, 4, 5, 5], [2.0, 4.0, 0.0, 0.0])
+    """
+    valid = (rows >= 0) & (rows < num_rows)
+    found, places = jnp.unique(
+        jnp.where(valid, rows, num_rows), return_inverse=True, size=len(rows), fill_value=num_rows)
+    gradients = jnp.where(valid[:, None], gradients, 0)
+    return found, jnp.zeros_like(gradients).at[places].add(gradients)
+
+
+def _collect(
+    ids: jax.Array, gradients: jax.Array, *, block: int, placement: Placement
+) -> tuple[jax.Array, jax.Array]:
+    """Runs on one device: the rows of its block in the batch, with their gradients, see `sum_to_owners`."""
+    size = len(ids) * placement.size(placement.batch)
+
+    def append(taken, rows, gradients):
+        """A round of the exchange brings mostly empty slots; in all, no more than `size` are not."""
+        count, *lists = taken
+        mine = rows < block
+        places = jnp.where(mine, count + jnp.cumsum(mine) - 1, size)
+        return count + jnp.sum(mine), *(
+            kept.at[places].set(new, mode="drop") for kept, new in zip(lists, (rows, gradients), strict=True))
+
+    start = (jnp.zeros((), ids.dtype), jnp.full(size, block, ids.dtype),
+             jnp.zeros((size, gradients.shape[-1]), gradients.dtype))
+    take = append if placement.exchanges(ids.size) else lambda taken, *brought: (taken[0], *brought)
+    _, rows, gradients = _deliver(
+        ids, gradients, take, start, block=block, gathered=placement.copies, placement=placement)
+    return sum_by_row(rows, gradients, block)
+
+
+def _deliver(
+    ids: jax.Array, gradients: jax.Array, take: Callable[[Taken, jax.Array, jax.Array], Taken], taken: Taken,
+    *, block: int, gathered: Axes, placement: Placement,
+) -> Taken:
+    """Runs on one device: takes what all devices, along `gathered` too, have for its block.
+
+    `take` gets rows [m] and gradients [m, D], once or in every round of an exchange; a row of another block
+    is given as `block`.
+    """
+    def own(taken: Taken, ids: jax.Array, gradients: jax.Array) -> Taken:
         ids, gradients = _all_gather(ids, gathered), _all_gather(gradients, gathered)
         rows, owned = _own(ids, block, placement.table)
-        return total.at[jnp.where(owned, rows, block)].add(gradients, mode="drop")  # `block` is out of range
+        return take(taken, jnp.where(owned, rows, block), gradients)
 
-    total = jnp.zeros((block, width), gradients.dtype)
-    if exchanged:
+    if placement.exchanges(ids.size):
         planned, group = _plan(ids, block, placement)
-        total = exchange.send(planned, gradients, take, total, group)
-    else:
-        total = take(total, _all_gather(ids, placement.shared), _all_gather(gradients, placement.shared))
-    return lax.psum(total, placement.copies) if summed else total
+        return exchange.send(planned, gradients, own, taken, group)
+    return own(taken, _all_gather(ids, placement.shared), _all_gather(gradients, placement.shared))
 
 
 def _plan(ids: jax.Array, block: int, placement: Placement) -> tuple[exchange.Plan, exchange.Group]:

@@ -1,5 +1,6 @@
 """One training step, as a pure function of state and batch. The caller compiles it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from tarq_jax import quantization, shards
+from tarq_jax.training import table_rows
 from tarq_jax.training.accumulation import accumulate_gradients
 from tarq_jax.training.health import codebook_metrics
 from tarq_jax.training.objectives import Objective
@@ -30,6 +32,7 @@ def train_step(
     codebook_start: int = 0,
     accumulate: int = 1,
     axis_name: shards.AxisName = None,
+    row_wise: table_rows.Devices | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient step on parameters and codewords, then the codebook's own update.
 
@@ -47,24 +50,36 @@ def train_step(
       codebook_start: first step in which the codebook is used.
       accumulate: number of micro-batches for the gradients; the result is the same up to rounding.
       axis_name: name of the axis of shards, see `tarq_jax.shards`; the objective must be built for the same.
+      row_wise: the devices that the step runs on, if it shall pass over the looked-up rows of large tables
+        only, see `tarq_jax.training.table_rows`. The optimizer must be `RowWise`; the result is the same up
+        to rounding. If None, or if the objective has no `lookups`, the step passes over all rows.
 
     Returns:
       The state after the step, and metrics on device: scalars, and two vectors in the order of the leaves
-      of `trainable`, the norm of each gradient and of each parameter after the step.
+      of `trainable`, the norm of each gradient and of each parameter after the step. Of a table whose rows
+      the step does not all pass over, the latter is the norm of the rows that it looked up.
     """
     active = state.step >= codebook_start
+
+    variables, rows = state.trainable, {}
+    if row_wise is not None and objective.lookups is not None:
+        lookups = functools.partial(objective.lookups, state.params, state.codewords)
+        rows = table_rows.find(lookups, state.params, batch, accumulate, row_wise)
 
     def loss(variables, micro_batch):
         codewords = variables["codewords"]
         if not codewords_by_gradient:
             codewords = jax.lax.stop_gradient(codewords)
-        return objective.loss(variables["params"], codewords, micro_batch, active, batch)
+        params = table_rows.for_loss(variables["params"], rows)
+        return objective.loss(params, codewords, micro_batch, active, batch)
 
-    variables = state.trainable
-    aux, gradients = accumulate_gradients(loss, variables, batch, accumulate)
-    gradients, metrics = shards.total((gradients, aux.metrics), axis_name)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, variables)
-    variables = optax.apply_updates(variables, updates)
+    aux, gradients = accumulate_gradients(loss, table_rows.fetch(variables, rows), batch, accumulate)
+    gradients, rows = table_rows.total(gradients, rows, axis_name)
+    metrics = shards.total(aux.metrics, axis_name)
+    small, opt_state = table_rows.take((variables, state.opt_state), rows)
+    updates, opt_state = optimizer.update(gradients, opt_state, small)
+    small = optax.apply_updates(small, updates)
+    variables, opt_state = table_rows.put((variables, state.opt_state), rows, (small, opt_state))
     metrics = metrics | norms("gradient", gradients)
 
     codebook = state.codebook
@@ -80,7 +95,7 @@ def train_step(
         step=state.step + 1, params=variables["params"], codebook=codebook, opt_state=opt_state
     )
     # These norms show at once that the state is not finite; the loss shows it only one step later.
-    return state, metrics | norms("parameter", state.trainable)
+    return state, metrics | norms("parameter", small | {"codewords": state.codewords})
 
 
 def norms(name: str, tree: Any) -> dict[str, jax.Array]:

@@ -64,3 +64,14 @@ def test_slow_links_are_used_beyond_an_island(roofline):
     assert within["network_ms"] == pytest.approx(1e3 * 2 * 7 / 8 * 400 / (share * 100))
     assert beyond["network_ms"] == pytest.approx(1e3 * 2 * 15 / 16 * 400 / (share * 10))
     assert within["table_gb"] == pytest.approx(4 * block / 1e9) and within["fits"] == "yes"
+
+
+@pytest.mark.parametrize(("optimizer", "passes", "kept"), [
+    ("adamw", 9 * 200, 4 * 200), ("lazy_adam", 21 * 80, 3 * 200 + 4 * 80),
+    ("rowwise_adagrad", 9 * 80, 200 + 2 * 80)])
+def test_row_wise_optimizers_visit_rows_that_are_looked_up(roofline, optimizer, passes, kept):
+    """8 devices look up 10 ids each, and keep 200 rows of 16 bytes each; of 100 rows, they visit all."""
+    work, split = workload(roofline, rows=1600, table_optimizer=optimizer), roofline.Split(2, 4, 8)
+    assert roofline.table_cost(work, split, requests=1) == (passes * 16, kept * 16)
+    whole = roofline.table_cost(work._replace(rows=800), split, requests=1)
+    assert whole == (roofline.TABLE_PASSES[optimizer] * 100 * 16, (roofline.KEPT[optimizer] + 1) * 100 * 16)

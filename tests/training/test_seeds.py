@@ -155,9 +155,11 @@ def test_the_step_has_no_collective(tiny_config, tiny_dataset):
             assert collective not in text
 
 
-@pytest.mark.parametrize("model", ["two_tower", pytest.param("tarq", marks=pytest.mark.slow)])
-def test_in_turn_or_together_it_is_each_seeds_own_step(model, tiny_config, tiny_dataset):
-    tiny_config.model.name, tiny_config.codebook.start = model, 0
+@pytest.mark.parametrize(("model", "table"), [
+    ("two_tower", "adamw"), ("two_tower", "lazy_adam"),
+    pytest.param("tarq", "adamw", marks=pytest.mark.slow)])
+def test_in_turn_or_together_it_is_each_seeds_own_step(model, table, tiny_config, tiny_dataset):
+    tiny_config.model.name, tiny_config.codebook.start, tiny_config.optimizer.table = model, 0, table
     objective, optimizer, init, batches = parts_of(tiny_config, tiny_dataset)
     states, step = jax.jit(init)(), setup.make_step(tiny_config, objective, optimizer)
     own = jax.tree.map(lambda leaf: leaf[2], states.replace(step=None)).replace(step=states.step)

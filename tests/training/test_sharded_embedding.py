@@ -116,6 +116,65 @@ def test_any_ids(compiled_for_many, ids):
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
+def collect(shape, axes, positions=POSITIONS):
+    """Placed arguments, and the compiled `sum_to_owners` of a batch."""
+    mesh = sharding.make_mesh(*shape)
+    placement = sharded_embedding.place(mesh, axes, BOTH, BATCH)
+    split = NamedSharding(mesh, PartitionSpec(placement.batch or None))
+    ids, out = (jax.device_put(np.resize(array, (BATCH * positions, *array.shape[2:])), split)
+                for array in (IDS, OUT))
+    run = jax.jit(lambda ids, out: sharded_embedding.sum_to_owners(ids, out, ROWS, placement))
+    return (ids, out), run.lower(ids, out).compile()
+
+
+def whole(rows, gradients):
+    """The gradient of the whole table, from the parts of all devices; copies must be equal to the bit."""
+    found = np.zeros_like(TABLE)
+    parts = {(shard.index[0].start or 0): [] for shard in rows.addressable_shards}
+    for one, other in zip(rows.addressable_shards, gradients.addressable_shards, strict=True):
+        parts[one.index[0].start or 0].append((np.asarray(one.data), np.asarray(other.data)))
+    block = ROWS // len(parts)
+    for number, start in enumerate(sorted(parts)):
+        (rows, sums), *copies = parts[start]
+        assert all(rows.tobytes() == copy.tobytes() and sums.tobytes() == same.tobytes()
+                   for copy, same in copies)
+        valid = rows < block
+        assert (np.diff(rows[valid]) > 0).all() and valid[:valid.sum()].all()
+        assert (rows[~valid] == block).all() and not sums[~valid].any()
+        found[number * block + rows[valid]] = sums[valid]
+    return found
+
+
+@pytest.mark.parametrize("axes", [(), ("model",), BOTH, ("data",)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_of_owners(shape, axes):
+    (ids, out), run = collect(shape, axes)
+    expected = np.zeros_like(TABLE)
+    np.add.at(expected, np.asarray(ids), np.asarray(out))
+    np.testing.assert_allclose(whole(*run(ids, out)), expected, rtol=1e-6)
+    largest = max(array.num_bytes for each in hlo.collectives(run.as_text()) for array in each.arrays)
+    assert largest <= OUT.nbytes
+
+
+@pytest.fixture(scope="module", params=[((2, 4), BOTH), ((2, 4), ("model",)), ((1, 8), BOTH)], ids=str)
+def collect_from_many(request):
+    return collect(*request.param, positions=16)
+
+
+@hypothesis.given(st.lists(CROWDS.flatmap(lambda rows: st.lists(rows, min_size=16, max_size=16)),
+                           min_size=BATCH, max_size=BATCH), st.booleans())
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_sums_of_any_ids(collect_from_many, ids, some):
+    """Also in several rounds, and with ids that the table does not have, which are ignored."""
+    (given, out), run = collect_from_many
+    ids = np.array(ids, np.int32).ravel()
+    ids[len(ids) // 2:] = ROWS if some else ids[len(ids) // 2:]
+    expected = np.zeros((ROWS + 1, WIDTH), np.float32)
+    np.add.at(expected, ids, np.asarray(out))
+    found = whole(*run(jax.device_put(ids, given.sharding), out))
+    np.testing.assert_allclose(found, expected[:ROWS], rtol=1e-5, atol=1e-5)
+
+
 def test_one_device_moves_nothing():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     placement = sharded_embedding.place(mesh, BOTH, BOTH, BATCH)
