@@ -86,7 +86,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"  # type of activations; or "bfloat16". Parameters and losses stay float32
     config.model.remat = False  # recompute history encoders and attention in the backward pass
     config.model.attention_block = 0  # history positions per block of attention, e.g. 256; 0: all in one
-    config.model.table_multiple = 1  # number of rows of embedding tables is rounded up to a multiple of this
+    config.model.table_multiple = 1  # rows of tables are a multiple of this and of their devices
 
     config.codebook = ml_collections.ConfigDict()
     config.codebook.init = "kmeans"  # or "random"
@@ -230,6 +230,7 @@ RULES: Mapping[str, Rule] = {
     "model.assign": _one_of("nearest", "cosine", "balanced"),
     "model.pass_through": _one_of("straight_through", "rotation"),
     "model.student_gradient": _one_of(*REACHES),
+    "model.table_multiple": _at_least(1),
     "model.num_vectors": _at_least(1),
     "model.hash_rounds": _at_least(1),
     "model.hash_bits": Rule(lambda value: 1 <= value <= 12, "from 1 to 12: a round has 2^bits buckets"),
@@ -237,7 +238,6 @@ RULES: Mapping[str, Rule] = {
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.remat": Rule(lambda value: isinstance(value, bool), "a bool like False"),
     "model.attention_block": _at_least(0),
-    "model.table_multiple": _at_least(1),
     "codebook.init": _one_of("kmeans", "random"),
     "codebook.start": _at_least(0),
     "codebook.init_latents": _at_least(1),

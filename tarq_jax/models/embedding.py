@@ -9,9 +9,16 @@ from flax import linen as nn
 from flax import struct
 
 EMBEDDING_INIT = nn.initializers.normal(stddev=0.05)
+TABLE = "embedding"  # the name of a table's parameter, the last part of its path
 UNKNOWN = 0  # the row for padding and for every id outside the vocabulary
 LOOKUPS = "lookups"  # collection in which embeddings record the ids that they look up, if it is mutable
 ROWS = "rows"  # collection of `TableRows`, which embeddings read instead of their tables
+
+
+def any_number(path: str) -> int:
+    """1: a table may have any number of rows; `path` is ignored."""
+    del path
+    return 1
 
 
 def take_rows(path: str, table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -56,22 +63,23 @@ class Tables:
     """How a model stores and reads its tables.
 
     Attributes:
-      multiple: the number of rows is rounded up to a multiple of this, so that rows can be split evenly.
-        Rows beyond the vocabulary are never read.
+      multiple: path of the parameter -> what the number of rows is rounded up to a multiple of, so that rows
+        can be split evenly. Rows beyond the vocabulary are zero and never read.
       lookup: (path of the parameter, table [V, D], ids [...] in [0, V)) -> rows [..., D].
     """
 
-    multiple: int = 1
+    multiple: Callable[[str], int] = any_number
     lookup: Callable[[str, jax.Array, jax.Array], jax.Array] = take_rows
 
-    def rows(self, size: int) -> int:
-        """Number of rows of a table for a vocabulary of `size` ids.
+    def rows(self, path: str, size: int) -> int:
+        """Number of rows of the table at a path, for a vocabulary of `size` ids.
 
         Example:
-          >>> Tables(multiple=8).rows(61)
+          >>> Tables(multiple=lambda path: 8).rows("params/item_id/embedding", 61)
           64
         """
-        return -(-size // self.multiple) * self.multiple
+        multiple = self.multiple(path)
+        return -(-size // multiple) * multiple
 
 
 ONE_DEVICE = Tables()
@@ -95,11 +103,17 @@ class Embedding(nn.Module):
         """[...] integers to [..., D]."""
         ids = jnp.asarray(ids)
         ids = jnp.where((ids >= 0) & (ids < self.size), ids, UNKNOWN)
-        if self.has_variable(ROWS, "embedding"):
-            return self.get_variable(ROWS, "embedding")(ids)
-        table = self.param("embedding", EMBEDDING_INIT, (self.tables.rows(self.size), self.width))
+        if self.has_variable(ROWS, TABLE):
+            return self.get_variable(ROWS, TABLE)(ids)
+        path = "/".join(("params", *self.path, TABLE))
+        table = self.param(TABLE, self._init, (self.tables.rows(path, self.size), self.width))
         lookup = take_rows  # at initialisation, whose batch need not fit a mesh
         if not self.is_initializing():
             self.sow(LOOKUPS, "ids", ids)
             lookup = self.tables.lookup
-        return lookup("/".join(("params", *self.path, "embedding")), table, ids)
+        return lookup(path, table, ids)
+
+    def _init(self, rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """The same rows for the vocabulary however many follow; those are zero."""
+        real = jnp.arange(shape[0])[:, None] < self.size
+        return jnp.where(real, EMBEDDING_INIT(rng, shape), 0.0)

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tarq_jax.config import BEST, WITHOUT_EFFECT, default_config, flatten
+from tarq_jax.models.embedding import TABLE
 from tarq_jax.schema import Schema
 from tarq_jax.training import distributed
 from tarq_jax.training.meter import NOTHING_COUNTED
@@ -31,7 +32,7 @@ from tarq_jax.training.state import TrainState
 # include the paths of the data: the fingerprint shows whether the data changed, see `provenance.check_data`.
 FREE_TO_CHANGE = (*WITHOUT_EFFECT, "steps", "best_metric", "accumulate", "model.remat",
                   "model.attention_block", "optimizer.max_gradient_norm", "parallel", "mesh.data",
-                  "mesh.model", "mesh.rules")
+                  "mesh.model", "mesh.rules", "model.table_multiple")
 
 
 class _Manager(ocp.CheckpointManager):
@@ -158,12 +159,21 @@ def restore_step(checkpoints: ocp.CheckpointManager, step: int, state: TrainStat
 def _restore(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, meta: Mapping[str, Any]
              ) -> TrainState:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    restored = _read(checkpoints, step, state=ocp.args.StandardRestore(abstract))
+    restored = _read(checkpoints, step, state=ocp.args.PyTreeRestore(
+        abstract, restore_args=jax.tree_util.tree_map_with_path(_restore_args, abstract)))
     if saved := meta.get("checksums"):  # checkpoints of older versions have none
         found = _named_checksums(restored)
         wrong = next((name for name in found if found[name] != saved.get(name)), "")
         _agree(step, wrong and f"the checksum of {wrong} is not the saved one")
     return restored
+
+
+def _restore_args(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    """How Orbax reads a leaf. A table may have fewer or more rows of zeros at its end: the mesh decides."""
+    found = ocp.checkpoint_utils.construct_restore_args(leaf)
+    if getattr(path[-1], "key", None) == TABLE:
+        found.strict = False
+    return found
 
 
 @jax.jit

@@ -6,6 +6,7 @@ computations.
 """
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +15,7 @@ import jax
 import ml_collections
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tarq_jax.models.embedding import Tables, take_rows
+from tarq_jax.models.embedding import TABLE, Tables, take_rows
 from tarq_jax.training.sharded_embedding import Axes, num_devices, place, sharded_rows
 from tarq_jax.types import Batch
 
@@ -22,7 +23,6 @@ Tree = TypeVar("Tree")
 
 DATA, MODEL = "data", "model"
 BATCH = (DATA, MODEL)  # the axes that split a batch
-TABLE = "embedding"  # the last part of the path of a table
 
 
 def make_mesh(data: int = 0, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -137,9 +137,8 @@ def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
     for size, entry in zip(shape, spec, strict=False):
         parts = num_devices(mesh, axes_of(entry))
         if size % parts:
-            hint = "; in a new run, set config.model.table_multiple to it" if is_table else ""
             raise ValueError(f"config.mesh.rules: {path} {list(shape)} is given {spec}, expected a multiple "
-                             f"of {parts} instead of {size}{hint}")
+                             f"of {parts} instead of {size}")
 
 
 def axes_of(entry: str | Sequence[str] | None) -> Axes:
@@ -148,16 +147,20 @@ def axes_of(entry: str | Sequence[str] | None) -> Axes:
 
 
 def make_tables(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Tables:
-    """The tables of a configuration; with a mesh, those that a rule names are looked up by shards."""
-    rules = parse_rules(config.mesh.rules)
-    multiple = config.model.table_multiple
+    """The tables of a configuration; with a mesh, those that a rule names are split over devices."""
+    rules, least = parse_rules(config.mesh.rules), config.model.table_multiple
     if mesh is None or not rules:
-        return Tables(multiple)
+        return Tables(lambda path: least)
+
+    def axes(path: str) -> Axes:
+        return axes_of(next(iter(spec_of(path, rules)), None))
+
+    def multiple(path: str) -> int:
+        return math.lcm(least, num_devices(mesh, axes(path)))
 
     def lookup(path: str, table: jax.Array, ids: jax.Array) -> jax.Array:
-        spec = spec_of(path, rules)
-        if not len(spec):
-            return take_rows(path, table, ids)
-        return sharded_rows(table, ids, place(mesh, axes_of(spec[0]), BATCH, len(ids)))
+        split = axes(path)
+        return sharded_rows(table, ids, place(mesh, split, BATCH, len(ids))) if split else take_rows(
+            path, table, ids)
 
     return Tables(multiple, lookup)

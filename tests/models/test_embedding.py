@@ -13,7 +13,7 @@ def initial(module):
 
 
 def test_ids_out_of_the_vocabulary_read_row_0():
-    module = Embedding(SIZE, WIDTH, Tables(multiple=4))
+    module = Embedding(SIZE, WIDTH, Tables(lambda path: 4))
     params = initial(module)
     table = np.asarray(params["params"]["embedding"])
     assert table.shape == (8, WIDTH)
@@ -23,10 +23,10 @@ def test_ids_out_of_the_vocabulary_read_row_0():
     np.testing.assert_array_equal(gradient, np.array([5, 0, 0, 0, 1, 0, 0, 0])[:, None] * np.ones(WIDTH))
 
 
-def test_rows_beyond_the_vocabulary_change_no_other():
-    plain, padded = (initial(Embedding(SIZE, WIDTH, Tables(multiple)))["params"]["embedding"]
-                     for multiple in (1, 4))
-    np.testing.assert_array_equal(padded[:SIZE], plain)
+def test_rows_beyond_the_vocabulary_are_zero_and_change_no_other():
+    plain, padded = (initial(Embedding(SIZE, WIDTH, tables))["params"]["embedding"]
+                     for tables in (Tables(), Tables(lambda path: 4)))
+    np.testing.assert_array_equal(padded, np.pad(plain, ((0, 3), (0, 0))))
 
 
 def test_the_look_up_is_told_the_path_and_valid_ids():

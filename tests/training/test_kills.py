@@ -29,7 +29,7 @@ def train(layout: str, workdir: Path, console: Console) -> loop.Result:
     config.steps, config.checkpoint_every = STEPS, 1
     if layout == "disk":
         config.mesh.model, config.mesh.rules = 2, (("embedding$", ("model",)),)
-        config.model.table_multiple = config.data.readers = 2
+        config.data.readers = 2
         dataset = data.load("synthetic", data_dir=workdir.parent / "data", stream=True, **tiny.SIZES)
     return loop.train(config, dataset, workdir, console)
 

@@ -54,7 +54,7 @@ def test_settings_reach_tarq(tiny_config, order, expected):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_settings_of_precision_and_memory_reach_every_model(tiny_config, name):
-    settings, tables = tiny_config.model, Tables(multiple=8)
+    settings, tables = tiny_config.model, Tables(lambda path: 8)
     settings.name, settings.category = name, "item_id"
     settings.dtype, settings.remat, settings.attention_block = "bfloat16", True, 4
     module = make_module(settings, workloads.SCHEMA, tables)

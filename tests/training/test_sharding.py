@@ -244,10 +244,12 @@ def test_rules_that_do_not_fit(rule, message):
         specs(rule)
 
 
-def test_rows_that_do_not_divide(tiny_dataset):
-    with pytest.raises(ValueError, match=r"item_id/embedding \[61, 4\] .*multiple of 2 instead of 61; "
-                                         "in a new run, set config.model.table_multiple to it"):
-        Run(tiny_dataset, (4, 2), **{"model.table_multiple": 1, "mesh.rules": BY_MODEL})
+@pytest.mark.parametrize(("rules", "rows"), [(BY_MODEL, 64), (BY_BOTH, 64), ((), 61)])
+def test_rows_are_padded_for_the_devices_of_a_table(rules, rows, tiny_dataset):
+    run = Run(tiny_dataset, (2, 4), **{
+        "model.name": "two_tower", "model.table_multiple": 1, "mesh.rules": rules})
+    table = np.asarray(run.start.params["params"]["item_features"]["item_id"]["embedding"])
+    assert table.shape == (rows, 4) and table[60].all() and not table[61:].any()
 
 
 @pytest.mark.parametrize(("shape", "expected"), [
