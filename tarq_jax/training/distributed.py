@@ -11,13 +11,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from tarq_jax import data, signals
+
+Tree = TypeVar("Tree")
 
 
 class Launcher(NamedTuple):
@@ -107,6 +109,11 @@ def gather_text(text: str) -> list[str]:
     padded = np.pad(own, (0, max(lengths) - len(own)))
     return [bytes(row[:length]).decode()
             for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)]
+
+
+def of_first(tree: Tree) -> Tree:
+    """The NumPy arrays that the first device holds of replicated ones, on all processes."""
+    return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
 
 
 def check_same(what: str, value: str) -> None:

@@ -14,7 +14,7 @@ from tarq_jax import data, quantization
 from tarq_jax.config import check_codebook
 from tarq_jax.models.embedding import Tables
 from tarq_jax.shards import AxisName
-from tarq_jax.training import parallel, sharding, table_rows
+from tarq_jax.training import distributed, parallel, sharding, table_rows
 from tarq_jax.training.evaluate import COLUMNS
 from tarq_jax.training.objectives import STUDENT, TEACHER, Objective, build, own_predictor
 from tarq_jax.training.optimizers import RowWise, make_optimizer
@@ -205,14 +205,18 @@ def initialise_codebook(
     config: ml_collections.ConfigDict, objective: Objective, state: TrainState, dataset: data.Dataset,
     shapes: data.Shapes, mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """Fits the codebook to latents of real training candidates; with `init` "random" it stays as it is."""
+    """Fits the codebook to latents of real training candidates; with `init` "random" it stays as it is.
+
+    All devices get the result of the first one: sums of k-means differ between GPUs, which add in any order.
+    """
     if config.codebook.init == "random" or objective.latents is None:
         return state
     everywhere = sharding.replicated(mesh)
     latents_of = jax.jit(objective.latents, out_shardings=everywhere)
     latents = draw_latents(config, functools.partial(latents_of, state.params), dataset, shapes)
     fit = jax.jit(codebook_fit(config, objective), out_shardings=everywhere)
-    return state.replace(codebook=fit(state.rng, latents))
+    codebook = distributed.of_first(fit(state.rng, latents))
+    return state.replace(codebook=jax.device_put(codebook, everywhere))
 
 
 def draw_latents(
