@@ -177,7 +177,7 @@ def few_programs_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled_once() -> Iterator[None]:
-    """Runs with equal settings share objectives, optimizers and compiled steps: tracing dominates tiny runs.
+    """Runs with equal settings share objectives, optimizers and compiled functions: tracing dominates tiny runs.
 
     All tests that run after the first that asks for this share them too, until the session ends. A key must
     hold all that the function reads, in particular the optimizer itself: a test may give one of its own.
@@ -185,8 +185,9 @@ def compiled_once() -> Iterator[None]:
     from tarq_jax.training import seeds, setup
 
     build, make_optimizer = setup.build, setup.make_optimizer
+    initialiser, codebook_fit = setup.initialiser, setup.codebook_fit
     compile_step, compile_seeds = setup.compile_step, seeds.compile_step
-    objectives, optimizers, steps = {}, {}, {}
+    objectives, optimizers, fresh, fits, steps = {}, {}, {}, {}, {}
 
     def shared_build(model, loss_weights, schema, *how):
         key = model.to_json(), loss_weights.to_json(), schema, how
@@ -199,6 +200,18 @@ def compiled_once() -> Iterator[None]:
         if key not in optimizers:
             optimizers[key] = make_optimizer(config)
         return optimizers[key]
+
+    def shared_initialiser(config, objective, optimizer):
+        key = config.model.to_json(), objective, optimizer
+        if key not in fresh:
+            fresh[key] = initialiser(config, objective, optimizer)
+        return fresh[key]
+
+    def shared_fit(config, objective):
+        key = config.model.to_json(), config.steps, objective
+        if key not in fits:
+            fits[key] = codebook_fit(config, objective)
+        return fits[key]
 
     def shared_step(config, objective, optimizer, mesh=None, state=None):
         key = (objective, optimizer, config.codebook.to_json(), config.accumulate, config.parallel,
@@ -216,6 +229,8 @@ def compiled_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "build", shared_build)
         patch.setattr(setup, "make_optimizer", shared_optimizer)
+        patch.setattr(setup, "initialiser", shared_initialiser)
+        patch.setattr(setup, "codebook_fit", shared_fit)
         patch.setattr(setup, "compile_step", shared_step)
         patch.setattr(seeds, "compile_step", shared_seeds)
         yield

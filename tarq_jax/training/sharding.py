@@ -147,8 +147,15 @@ def axes_of(entry: str | Sequence[str] | None) -> Axes:
 
 
 def make_tables(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Tables:
-    """The tables of a configuration; with a mesh, those that a rule names are split over devices."""
-    rules, least = parse_rules(config.mesh.rules), config.model.table_multiple
+    """The tables of a configuration; with a mesh, those that a rule names are split over devices.
+
+    Equal settings give the same object, so that models of equal settings are equal.
+    """
+    return _make_tables(parse_rules(config.mesh.rules), config.model.table_multiple, mesh)
+
+
+@functools.cache
+def _make_tables(rules: tuple[Rule, ...], least: int, mesh: Mesh | None) -> Tables:
     if mesh is None or not rules:
         return Tables(lambda path: least)
 
