@@ -5,11 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny
 import workloads
 from jax import export
 
+from configs import synthetic
 from tarq_jax.models import FirstOrderTarq, TargetAttention, Tarq, TwoTower
 from tarq_jax.serving import methods
+from tarq_jax.training import loop
 
 EXPORT = ("-m", "tarq_jax.serving.export")
 
@@ -41,14 +44,14 @@ for number, call in enumerate(calls):
 
 
 @pytest.fixture(scope="module")
-def runs(command, tmp_path_factory):
+def runs(tmp_path_factory, silent):
     """Finished runs at smoke size."""
     folder = tmp_path_factory.mktemp("runs")
     for name in ("target_attention", "tarq"):
-        done = command("train.py", "--config=configs/synthetic.py:smoke", f"--config.model.name={name}",
-                       "--config.model.assign=balanced", "--config.baselines=()",
-                       f"--config.data.data_dir={folder}/data", f"--workdir={folder}/{name}")
-        assert done.returncode == 0, done.stderr
+        config = loop.with_model(synthetic.get_config("smoke"), name)
+        config.model.assign, config.data.data_dir = "balanced", str(folder / "data")
+        with tiny.one_device():
+            loop.train(config, loop.load_data(config), folder / name, silent)
     return folder
 
 
