@@ -177,7 +177,7 @@ def few_programs_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled_once() -> Iterator[None]:
-    """Runs with equal settings share objectives, optimizers and compiled functions: tracing dominates tiny runs.
+    """Runs with equal settings share objectives, optimizers and functions: tracing dominates tiny runs.
 
     All tests that run after the first that asks for this share them too, until the session ends. A key must
     hold all that the function reads, in particular the optimizer itself: a test may give one of its own.
