@@ -13,6 +13,7 @@ bonus.
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -23,6 +24,8 @@ Result = TypeVar("Result")
 
 GAIN = 0.1  # share of the time per request that a larger batch has to save
 LARGEST_JUMP = 4  # most that one observed time counts for, in multiples of the mean: a hiccup is not a trend
+EXPECTED = 2.0  # deviations from the mean that a batch is expected not to exceed
+PROMISED = 1.0  # deviations that the default budget allows for: with more, answers under load are late
 FULL = 1.25  # load, as a multiple of what a service should manage, from which on it is overload, not a burst
 BURST = 5.0  # budgets that are added at no load; from there to `FULL` the bonus falls linearly to none
 ROUNDING = 1e-6  # seconds, by which sums of times may differ that should be equal
@@ -54,18 +57,18 @@ class ServiceTimes:
         self._seconds = dict(sorted(seconds.items()))
         self._mean, self._deviation = 1.0, 0.0
 
-    def estimate(self, count: int) -> float:
-        """Seconds that a batch of `count` should not exceed.
+    def estimate(self, count: int, deviations: float = EXPECTED) -> float:
+        """Seconds that a batch of `count` should not exceed: the mean plus so many mean deviations.
 
         Example:
           >>> ServiceTimes({1: 0.5, 8: 2.0}).estimate(3)
           2.0
         """
-        return self._padded(count) * (self._mean + 2 * self._deviation)
+        return self._padded(count) * (self._mean + deviations * self._deviation)
 
     def usual(self, count: int) -> float:
         """Seconds that a batch of `count` takes on average."""
-        return self._padded(count) * self._mean
+        return self.estimate(count, 0.0)
 
     def observe(self, count: int, seconds: float) -> None:
         """Records that a batch of `count` took `seconds`."""
@@ -166,6 +169,7 @@ class Batcher(Generic[Item, Result]):
         self, run: Callable[[Sequence[Item]], Sequence[Result | Exception]], executor: Executor,
         times: ServiceTimes, load: Load, *, largest: int, delay: float, budget: float | None, timeout: float,
         limit: int, on_batch: Callable[[int, float, float], None] = lambda size, waited, seconds: None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """Starts nothing.
 
@@ -174,7 +178,7 @@ class Batcher(Generic[Item, Result]):
             it raises itself, the batch has failed.
           executor: an executor with one thread, which other batchers may share.
           times: estimated times of batches.
-          load: load by the loop's clock, which other batchers may share.
+          load: load by the same clock, which other batchers may share.
           largest: most items in a batch.
           delay: seconds to wait for more items while nothing runs.
           budget: seconds from arrival to answer; None for `default_budget`, which follows `times`, with a
@@ -182,11 +186,13 @@ class Batcher(Generic[Item, Result]):
           timeout: seconds after which nobody waits for an answer any more; no budget is longer.
           limit: most items that may wait, whatever their expected time.
           on_batch: called after each batch with its size, the wait of its first item, and how long it ran.
+          clock: seconds, at the pace of the loop's clock, which may be coarse: that of uvloop counts
+            milliseconds.
         """
         self._run, self._executor, self._times, self.load = run, executor, times, load
         self.largest, self.patience, self.failures = largest, 0.0, 0
         self._delay, self._budget, self._timeout, self._limit = delay, budget, timeout, limit
-        self._on_batch = on_batch
+        self._on_batch, self._clock = on_batch, clock
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -198,13 +204,13 @@ class Batcher(Generic[Item, Result]):
     @property
     def least_budget(self) -> float:
         """Seconds from arrival to answer under overload."""
-        return least_budget(self._times.estimate(1), delay=self._delay, budget=self._budget,
+        return least_budget(self._times.estimate(1, PROMISED), delay=self._delay, budget=self._budget,
                             timeout=self._timeout)
 
     @property
     def budget(self) -> float:
         """Seconds from arrival to answer, at the present load."""
-        load = self.load.of(self._loop.time(), self._times.usual(self.largest))
+        load = self.load.of(self._clock(), self._times.usual(self.largest))
         room = max(0.0, 1.0 - load / FULL)
         bonus = 0.0 if self._budget is not None else BURST * room * self.least_budget
         return min(self.least_budget + bonus + (self.patience if room else 0.0), self._timeout)
@@ -212,7 +218,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def running(self) -> float:
         """Seconds for which the batch that runs has run; 0 if none runs."""
-        return 0.0 if self._expected_end is None else self._loop.time() - self._started
+        return 0.0 if self._expected_end is None else self._clock() - self._started
 
     @property
     def waiting(self) -> int:
@@ -221,7 +227,7 @@ class Batcher(Generic[Item, Result]):
 
     def count(self) -> None:
         """Adds an arrived item to the load; `submit` does so itself, and `check` if it refuses the item."""
-        self.load.arrive(self._loop.time(), self._times.usual(self.largest), self.largest)
+        self.load.arrive(self._clock(), self._times.usual(self.largest), self.largest)
 
     def check(self, arrived: float) -> None:
         """Raises Refused if an item that arrived then would be refused now.
@@ -229,7 +235,7 @@ class Batcher(Generic[Item, Result]):
         While nothing runs or waits, the expected time of the answer is ignored. Only running batches correct
         the estimate, so one that is too high would otherwise refuse every request for ever.
         """
-        end, now = self._expected_answer(arrived), self._loop.time()
+        end, now = self._expected_answer(arrived), self._clock()
         seconds = end - now
         full = len(self._queue) >= self._limit
         if full or arrived + self.budget < (now if self._idle.is_set() else end):
@@ -242,7 +248,7 @@ class Batcher(Generic[Item, Result]):
         Raises:
           Refused: the item was not computed.
         """
-        arrived = self._loop.time() if arrived is None else arrived
+        arrived = self._clock() if arrived is None else arrived
         self.check(arrived)
         self.count()
         waiting = _Waiting(item, arrived, self.budget, self._loop.create_future())
@@ -257,7 +263,7 @@ class Batcher(Generic[Item, Result]):
 
     def _expected_answer(self, arrived: float) -> float:
         """When a further item would be answered, if its batch fills up."""
-        now, seconds = self._loop.time(), self._times.estimate(self.largest)
+        now, seconds = self._clock(), self._times.estimate(self.largest)
         # A batch that is overdue is expected to take as long again as it is overdue.
         remaining = 0.0 if self._expected_end is None else abs(self._expected_end - now)
         batches, place = divmod(len(self._queue), self.largest)
@@ -271,7 +277,7 @@ class Batcher(Generic[Item, Result]):
             self._timer = None
         if self._expected_end is not None:
             return
-        now = self._loop.time()
+        now = self._clock()
         self._drop_late(now)
         if not self._queue:
             self._idle.set()
@@ -297,7 +303,7 @@ class Batcher(Generic[Item, Result]):
 
     def _finish(self, batch: Sequence[_Waiting[Item, Result]], started: float,
                 done: "asyncio.Future[Sequence[Result | Exception]]") -> None:
-        seconds, error = self._loop.time() - started, done.exception()
+        seconds, error = self._clock() - started, done.exception()
         if error is None:
             self._times.observe(len(batch), seconds)
         self.failures = 0 if error is None else self.failures + 1

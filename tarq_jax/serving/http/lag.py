@@ -1,7 +1,9 @@
 """How long requests wait before the event loop notices them."""
 
 import asyncio
+import time
 from collections import deque
+from collections.abc import Callable
 
 PERIOD = 0.01  # seconds between samples
 SAMPLES = 5  # latest samples, of which the smallest counts: a single pause is not a backlog
@@ -14,9 +16,9 @@ class Lag:
       seconds: how late events in this loop are handled at present.
     """
 
-    def __init__(self) -> None:
-        """Starts watching."""
-        self.seconds = 0.0
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """Starts watching; `clock` gives seconds at the pace of the loop's own, see `Batcher`."""
+        self.seconds, self._clock = 0.0, clock
         self._task = asyncio.create_task(self._watch())
 
     def close(self) -> None:
@@ -24,9 +26,9 @@ class Lag:
         self._task.cancel()
 
     async def _watch(self) -> None:
-        loop, samples = asyncio.get_running_loop(), deque([0.0], SAMPLES)
+        samples = deque([0.0], SAMPLES)
         while True:
-            due = loop.time() + PERIOD
+            due = self._clock() + PERIOD
             await asyncio.sleep(PERIOD)
-            samples.append(max(loop.time() - due, 0.0))
+            samples.append(max(self._clock() - due, 0.0))
             self.seconds = min(samples)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import hmac
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,25 +77,24 @@ class Service:
             self._metrics.in_flight.dec()
 
     async def _score(self, request: Request) -> Response:
-        loop = asyncio.get_running_loop()
-        arrived = loop.time() - self._lag.seconds
+        arrived = time.monotonic() - self._lag.seconds
         self._current().batcher.check(arrived)  # before the body is read
         body = await self._body(request)
-        received = loop.time() - self._lag.seconds  # the budget does not count a slow upload
+        received = time.monotonic() - self._lag.seconds  # the budget does not count a slow upload
         version = self._current()
         try:
             query = read_query(body, version.scorer.schema, self._options.limits)
         except ValueError as error:
             raise _invalid(error) from None
         try:
-            async with asyncio.timeout_at(arrived + self._options.limits.seconds):
+            async with asyncio.timeout(arrived + self._options.limits.seconds - time.monotonic()):
                 ranking = await version.batcher.submit(query, received)
         except TimeoutError:
             raise HTTPException(504, f"not answered within {self._options.limits.seconds} seconds") from None
         except ValueError as error:  # of this query; an error of a whole batch is no ValueError
             raise _invalid(error) from None
         request.state.version = version.name
-        self._metrics.answered(ranking, loop.time() - arrived)
+        self._metrics.answered(ranking, time.monotonic() - arrived)
         return Json(described(version.name, ranking))
 
     async def swap(self, request: Request) -> Response:

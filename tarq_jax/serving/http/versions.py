@@ -103,7 +103,7 @@ class Versions:
     def __init__(self, options: Options, metrics: Metrics, executor: Executor):
         """Loads nothing; `executor` has the one thread that computes."""
         self._options, self._metrics, self._executor = options, metrics, executor
-        self._loading, self._load = asyncio.Lock(), Load(asyncio.get_running_loop().time())
+        self._loading, self._load = asyncio.Lock(), Load(time.monotonic())
         self._loader = ThreadPoolExecutor(1, "loader")  # its own: asyncio would wait for it at the end
         self.current: Version | None = None
         self._schema: Schema | None = None  # of the first version, as later ones may go back to it

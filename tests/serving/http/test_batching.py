@@ -78,7 +78,8 @@ def simulate(arrivals, *, run=lambda batch: [10 * item for item in batch], secon
     async def main():
         loop = asyncio.get_running_loop()
         executor = VirtualExecutor(loop, seconds or padded)
-        batcher = Batcher(run, executor, ServiceTimes(times), Load(loop.time()), **options)
+        batcher = Batcher(run, executor, ServiceTimes(times), Load(loop.time()), clock=loop.time,
+                          **options)
 
         async def submit(item, when):
             await asyncio.sleep(when)
@@ -299,7 +300,7 @@ def test_no_patience_under_overload(budget):
     async def main():
         now = asyncio.get_running_loop().time
         batcher = Batcher(lambda batch: batch, None, ServiceTimes(SECONDS), Load(now()), largest=4, delay=0.5,
-                          budget=budget, timeout=math.inf, limit=10)
+                          budget=budget, timeout=math.inf, limit=10, clock=now)
         found = []  # load, and what patience adds to the budget then
         for _ in range(300):
             before, batcher.patience = batcher.budget, 7.0

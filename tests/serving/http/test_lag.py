@@ -13,7 +13,8 @@ from tarq_jax.serving.http.lag import Lag
 
 def test_a_backlog_is_seen_and_a_pause_is_not():
     async def main():
-        loop, lag = asyncio.get_running_loop(), Lag()
+        loop = asyncio.get_running_loop()
+        lag = Lag(loop.time)
         await asyncio.sleep(1.0)
         quiet = lag.seconds
         loop.now += 0.5
