@@ -306,17 +306,36 @@ def test_the_command(command, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     (["--data=nowhere.csv"], 1, "no file nowhere.csv: expected rows of an A/B test"),
-    (["--control=old"], 1, "--control is 'old', expected one of the arms ['control', 'treatment']"),
-    (["--ratio=1,x"], 2, "--ratio is '1,x', expected positive numbers"),
-    (["--ratio=-1,1"], 2, "--ratio is '-1,1', expected positive numbers"),
-    (["--ratio=nan,1"], 2, "--ratio is 'nan,1', expected positive numbers"),
-    (["--simulate=99"], 2, "--simulate is 99, expected 0 or at least 100 users"),
-    (["--simulate=100"], 1, "exists, expected a new file to make up rows in"),
-    (["--ratio=1,1,1"], 1, "--ratio is '1.0,1.0,1.0', expected 2 positive numbers"),
     (["--level=1.5"], 2, "level"),
+    (["--ratio=1,x"], 2, "--ratio is '1,x', expected positive numbers"),
 ])
-def test_wrong_calls(arguments, code, message, command, tmp_path):
+def test_wrong_commands(arguments, code, message, command, tmp_path):
     path = write(tmp_path, GOOD)
     done = command("-m", "tarq_jax.experiments.ab", f"--data={path}", *arguments)
     line, = done.stderr.splitlines()
     assert (done.returncode, line.startswith("error: "), message in line) == (code, True, True), line
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"ratio": ["-1", "1"]}, "--ratio is '-1,1', expected positive numbers"),
+    ({"ratio": ["nan", "1"]}, "--ratio is 'nan,1', expected positive numbers"),
+    ({"simulate": 99}, "--simulate is 99, expected 0 or at least 100 users"),
+])
+def test_wrong_calls(flags, message, with_flags, capsys, tmp_path):
+    with with_flags(data=str(write(tmp_path, GOOD)), **flags), pytest.raises(SystemExit) as ended:
+        ab.main()
+    line, = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"control": "old"}, r"--control is 'old', expected one of the arms \['control', 'treatment'\]"),
+    ({"simulate": 100}, "exists, expected a new file to make up rows in"),
+    ({"ratio": ["1", "1", "1"]}, r"--ratio is '1\.0,1\.0,1\.0', expected 2 positive numbers"),
+])
+def test_calls_that_do_not_fit_the_rows(flags, message, with_flags, tmp_path):
+    path = write(tmp_path, GOOD)
+    before = path.read_bytes()
+    with with_flags(data=str(path), **flags), pytest.raises((ValueError, OSError), match=message):
+        ab.main()
+    assert path.read_bytes() == before

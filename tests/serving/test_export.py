@@ -93,6 +93,7 @@ def test_export_and_serve_without_training_code(command, runs, tmp_path, name, f
     assert scaled == (vectors if "--vectors=int8" in flags else set())
 
 
+@pytest.mark.slow
 def test_settings_of_the_conversion_reach_it(command, runs, tmp_path):
     """Weights and corrections decide the checksums: the same for the same flags, others for other flags."""
     calls = ("--order=0", "--order=0", "--order=0 --seed=1", "--order=0 --fine_tune=2", "--order=1",

@@ -79,9 +79,11 @@ def test_scores_do_not_depend_on_the_slot(scorer, artefact, name):
 
 
 @pytest.mark.parametrize(("name", "vectors", "bound"), [
-    ("tarq_mlp", "bfloat16", 0.01), ("order_1_dot", "int8", 0.02), ("two_tower", "int8", 0.02),
-    ("order_1_scalar", "int8", 0.02), ("order_1_mlp", "bfloat16", 0.01), ("converted_1", "int8", 0.02),
-    ("converted_levels", "bfloat16", 0.01)])
+    ("tarq_mlp", "bfloat16", 0.01), ("two_tower", "int8", 0.02), ("order_1_scalar", "int8", 0.02),
+    ("converted_1", "int8", 0.02),
+    pytest.param("order_1_dot", "int8", 0.02, marks=pytest.mark.slow),
+    pytest.param("order_1_mlp", "bfloat16", 0.01, marks=pytest.mark.slow),
+    pytest.param("converted_levels", "bfloat16", 0.01, marks=pytest.mark.slow)])
 def test_smaller_vectors_cost_little(scorer, name, vectors, bound):
     """Error relative to the largest logit; codes are those of float32, and only vectors are rounded."""
     stored = scorer(name, vectors)

@@ -38,10 +38,9 @@ def test_what_a_run_leaves(finished):
 
 
 @pytest.mark.parametrize("settings", [
-    {"parallel": "pmap"},
-    pytest.param({"mesh.model": 4, "mesh.rules": (("embedding$", (("data", "model"),)),)},
-                 marks=pytest.mark.slow),  # steps of meshes: test_sharding.py
+    {"parallel": "pmap"}, {"mesh.model": 4, "mesh.rules": (("embedding$", (("data", "model"),)),)},
 ], ids=["pmap", "mesh"])
+@pytest.mark.slow  # steps: test_sharding.py, test_table_rows.py and test_step.py
 def test_other_ways_to_use_the_devices_end_the_same(
         settings, finished, tiny_config, tiny_dataset, tmp_path, silent):
     """From data to table, compared with a run that replicated its state on all eight devices."""

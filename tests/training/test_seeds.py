@@ -156,7 +156,7 @@ def test_the_step_has_no_collective(tiny_config, tiny_dataset):
 
 
 @pytest.mark.parametrize(("model", "table"), [
-    ("two_tower", "adamw"), ("two_tower", "lazy_adam"),
+    ("two_tower", "lazy_adam"), pytest.param("two_tower", "adamw", marks=pytest.mark.slow),
     pytest.param("tarq", "adamw", marks=pytest.mark.slow)])
 def test_in_turn_or_together_it_is_each_seeds_own_step(model, table, tiny_config, tiny_dataset):
     tiny_config.model.name, tiny_config.codebook.start, tiny_config.optimizer.table = model, 0, table
