@@ -184,53 +184,32 @@ def compiled_once() -> Iterator[None]:
     """
     from tarq_jax.training import seeds, setup
 
-    build, make_optimizer = setup.build, setup.make_optimizer
-    initialiser, codebook_fit = setup.initialiser, setup.codebook_fit
-    compile_step, compile_seeds = setup.compile_step, seeds.compile_step
-    objectives, optimizers, fresh, fits, steps = {}, {}, {}, {}, {}
+    keys = {  # the function -> what it reads of its arguments
+        (setup, "build"): lambda model, loss_weights, schema, *how: (
+            model.to_json(), loss_weights.to_json(), schema, how),
+        (setup, "make_optimizer"): lambda config: (config.optimizer.to_json(), config.steps),
+        (setup, "initialiser"): lambda config, objective, optimizer: (
+            config.model.to_json(), objective, optimizer),
+        (setup, "codebook_fit"): lambda config, objective: (config.model.to_json(), config.steps, objective),
+        (setup, "compile_step"): lambda config, objective, optimizer, mesh=None, state=None: (
+            objective, optimizer, config.codebook.to_json(), config.accumulate, config.parallel,
+            config.mesh.to_json(), mesh),  # these also decide the shardings of a fresh state
+        (seeds, "compile_step"): lambda config, objective, optimizer, mesh: (
+            objective, optimizer, config.codebook.to_json(), config.accumulate, mesh),
+    }
 
-    def shared_build(model, loss_weights, schema, *how):
-        key = model.to_json(), loss_weights.to_json(), schema, how
-        if key not in objectives:
-            objectives[key] = build(model, loss_weights, schema, *how)
-        return objectives[key]
+    def shared(make, key):
+        made = {}
 
-    def shared_optimizer(config):
-        key = config.optimizer.to_json(), config.steps
-        if key not in optimizers:
-            optimizers[key] = make_optimizer(config)
-        return optimizers[key]
+        def make_once(*arguments):
+            known = key(*arguments)
+            if known not in made:
+                made[known] = make(*arguments)
+            return made[known]
 
-    def shared_initialiser(config, objective, optimizer):
-        key = config.model.to_json(), objective, optimizer
-        if key not in fresh:
-            fresh[key] = initialiser(config, objective, optimizer)
-        return fresh[key]
-
-    def shared_fit(config, objective):
-        key = config.model.to_json(), config.steps, objective
-        if key not in fits:
-            fits[key] = codebook_fit(config, objective)
-        return fits[key]
-
-    def shared_step(config, objective, optimizer, mesh=None, state=None):
-        key = (objective, optimizer, config.codebook.to_json(), config.accumulate, config.parallel,
-               config.mesh.to_json(), mesh)  # these also decide the shardings of a fresh state
-        if key not in steps:
-            steps[key] = compile_step(config, objective, optimizer, mesh, state)
-        return steps[key]
-
-    def shared_seeds(config, objective, optimizer, mesh):
-        key = objective, optimizer, config.codebook.to_json(), config.accumulate, mesh
-        if key not in steps:
-            steps[key] = compile_seeds(config, objective, optimizer, mesh)
-        return steps[key]
+        return make_once
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "build", shared_build)
-        patch.setattr(setup, "make_optimizer", shared_optimizer)
-        patch.setattr(setup, "initialiser", shared_initialiser)
-        patch.setattr(setup, "codebook_fit", shared_fit)
-        patch.setattr(setup, "compile_step", shared_step)
-        patch.setattr(seeds, "compile_step", shared_seeds)
+        for (module, name), key in keys.items():
+            patch.setattr(module, name, shared(getattr(module, name), key))
         yield

@@ -117,7 +117,7 @@ class Service:
 
     async def load(self, artefact: Path, index: Path | None = None) -> Version:
         """`Versions.swap`, counted and logged."""
-        start = asyncio.get_running_loop().time()
+        start = time.monotonic()
         try:
             version = await self.versions.swap(artefact, index)
         except Busy:
@@ -130,7 +130,7 @@ class Service:
         log("serves version", **version.description, largest_batch=version.batcher.largest,
             batch_ms={size: round(1e3 * seconds, 2) for size, seconds in version.seconds.items()},
             budget_ms=round(1e3 * version.batcher.least_budget, 2),
-            seconds=round(asyncio.get_running_loop().time() - start, 2))
+            seconds=round(time.monotonic() - start, 2))
         return version
 
     async def healthz(self, request: Request) -> Response:
