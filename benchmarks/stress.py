@@ -8,10 +8,10 @@ served by its own process on loopback, with the default settings of `tarq_jax.se
 all its items and return the best 500. After a warm-up, one request at a time is sent, then more and more
 until answers per second no longer rise. From then on arrivals are Poisson and do not wait for answers, and
 latency counts from the time at which a request was due. Load rises in stages to twice what the service can
-sustain. After one swap of each kind without load, the same load is sent for longer, together with bad
-requests and further swaps, one of them to a damaged artefact, which is refused. Then the process is killed
-and restarted under half the load, and at the end one request at a time is sent again. Load generator and
-service share the machine. `--quick` runs everything with numbers that mean nothing.
+sustain, and stays there for a minute. After one swap of each kind without load, the same load is sent for
+longer, together with bad requests and further swaps, one of them to a damaged artefact, which is refused.
+Then the process is killed and restarted under half the load, and at the end one request at a time is sent
+again. Load generator and service share the machine. `--quick` runs everything with numbers that mean nothing.
 """
 
 import os
@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     top_k: int = 500
     stage: float = 8.0  # seconds of a stage
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the most answers per second
+    last: float = 60.0  # seconds of the last of these stages
     held: float = 90.0  # seconds of the last stage, with swaps and bad requests
     swap_every: float = 8.0  # seconds
     hostile_every: float = 0.5
@@ -77,7 +78,7 @@ class Plan(NamedTuple):
 
 TINY = Plan(
     Sizes(items=600, width=8, heads=2, hidden=(4,), levels=2, codewords=8, few_codewords=4, features=3),
-    history=6, top_k=20, stage=1.0, shares=(0.5, 2.0), held=4.0, swap_every=0.7, hostile_every=0.1,
+    history=6, top_k=20, stage=1.0, shares=(0.5, 2.0), last=2.0, held=4.0, swap_every=0.7, hostile_every=0.1,
     killed=8.0, connections=16)
 
 
@@ -149,14 +150,16 @@ def undergo(trial: Trial, plan: Plan) -> None:
     trial.one_at_a_time(WARM)
     alone = trial.one_at_a_time(ALONE)
     most = most_answers(trial, 1e3 / alone["latency_p50_ms"], plan.stage)
-    for share in plan.shares:
+    *ramp, twice = plan.shares
+    for share in ramp:
         trial.under(RAMP, share * most, plan.stage, share=share)
+    trial.under(RAMP, twice * most, plan.last, share=twice)
     swap_to = trial.act("swap", swap)
     for number in range(-1, len(SWAPS) - 1):  # first to other programs, then back to those of before
         swap_to(number)
     with repeatedly(swap_to, plan.swap_every), \
             repeatedly(trial.act("hostile", send_hostile), plan.hostile_every):
-        trial.under(HELD, plan.shares[-1] * most, plan.held, share=plan.shares[-1])
+        trial.under(HELD, twice * most, plan.held, share=twice)
     with repeatedly(trial.act("kill", kill), plan.killed / 4, most=1):
         trial.under(KILLED, 0.5 * most, plan.killed, share=0.5)
     trial.one_at_a_time(AFTERWARDS)

@@ -37,6 +37,8 @@ def claims(model: str, rows: Rows) -> Iterator[dict[str, Any]]:
     twice = kind("stage", stage=RAMP)[-1]
     bound = 2 * alone["latency_p99_ms"] + DELAY_MS
     yield claim("p99 of answers under twice the load, ms", twice["latency_p99_ms"], bound)
+    first = kind("second", second=twice["second"])[0]
+    yield claim("p99 of answers in its first second, ms", first["latency_p99_ms"])
     yield claim("requests lost, but while killed",
                 sum(row["errors"] for row in stages if row["stage"] != KILLED), 0)
     for what, of in (("swap", "swaps that did not end as they should"),

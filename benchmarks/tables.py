@@ -222,9 +222,10 @@ def _stressed(rows: Sequence[Row]) -> dict[str, str]:
         "one at a time: p50 / p99, ms": f"{alone['latency_p50_ms']:.1f} / {alone['latency_p99_ms']:.1f}",
         "most answers per second": claim("answers a second at best", 0),
         "refused with 503 at a quarter / half / three quarters of them, %": " / ".join(refused),
-        "twice the load: answered / refused with 503 / lost": outcomes(twice),
+        f"{twice['seconds']:.0f} s at twice the load: answered / refused with 503 / lost": outcomes(twice),
         "p50 of answers, ms": f"{twice['latency_p50_ms']:.1f}",
         "p99 of answers, ms": claim("p99 of answers under twice the load, ms", 1),
+        "p99 of answers in its first second, ms": claim("p99 of answers in its first second, ms", 1),
         "p99 of a 503, ms": f"{twice['rejected_p99_ms']:.1f}",
         "memory while load rises, last third divided by first": claim("growth of memory while load rises", 2),
         "memory after one swap of each kind, divided by that before":

@@ -41,7 +41,7 @@ ROWS = [
     stage(stress_report.RAMP, at=-9.0, share=2.0, p99=22.0, answered=180.0, rate=380.0),
     stage(stress_report.HELD, p99=500.0, errors=1), stage(stress_report.KILLED, errors=7),
     stage(stress_report.AFTERWARDS, p99=11.0),
-    *[second(float(at)) for at in range(9)],
+    second(-9.0), *[second(float(at)) for at in range(9)],
     *[memory(float(at), value) for at, value in enumerate((100, 102, 150, 0, 999, math.nan, 110, 111, 112))],
     memory(9.5, 500.0), memory(-18.0, 50.0), memory(-10.0, 900.0), memory(-1.0, 52.0),
     event("swap"), event("swap", fine=False), event("kill", seconds=4.5),
@@ -52,6 +52,7 @@ def test_claims_by_hand():
     found = {row["what"]: (row["value"], row["verdict"]) for row in stress_report.claims(MODEL, ROWS)}
     assert found == {
         "p99 of answers under twice the load, ms": (22.0, "met"),
+        "p99 of answers in its first second, ms": (9.0, None),
         "requests lost, but while killed": (1, "missed"),
         "swaps that did not end as they should": (1, "missed"),
         "bad requests that were not refused by name": (0, "met"),
