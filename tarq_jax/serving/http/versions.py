@@ -34,6 +34,7 @@ from tarq_jax.serving.scorer import Ranking, Scorer
 TRIALS = 7  # per batch size
 WHOLE = 3  # trials of requests that rank all items
 PATIENCE = 0.5  # seconds that requests may take beyond their budget while a version is loaded
+SETTLED = 3.0  # seconds after a swap; by then nothing of the old version is in use any more
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder beside the one that is served
 
 
@@ -93,6 +94,12 @@ def load(artefact: Path, index: Path, options: Options, like: Scorer | None = No
         return scorer if scorer.ready else scorer.warm_up()
 
 
+def clean_up() -> None:
+    """Returns the memory of versions that are no longer served to the system."""
+    gc.collect()  # versions are full of cycles, which would keep their arrays
+    memory.give_back()
+
+
 class Versions:
     """Which version is served, and how another one takes over; within a running event loop.
 
@@ -129,8 +136,8 @@ class Versions:
                 new = await self._prepare(artefact, artefact / "index" if index is None else index)
                 await self._take_over(new)
             finally:
-                gc.collect()  # versions are full of cycles, which would keep the old one's arrays
-                memory.give_back()  # for a while memory held two versions
+                clean_up()
+                asyncio.get_running_loop().call_later(SETTLED, clean_up)
                 if self.current is not None:
                     self.current.batcher.patience = 0.0
         return new

@@ -61,6 +61,15 @@ def test_a_swap(swapped, client):
     assert swapped.metric("tarq_swaps_total", result="taken") == 3
 
 
+def test_memory_is_given_back_after_a_swap_and_once_more_when_it_has_settled(client, monkeypatch):
+    calls = threading.Semaphore(0)
+    monkeypatch.setattr(versions, "SETTLED", 0.01)
+    monkeypatch.setattr(versions, "clean_up", calls.release)
+    client.swap("2")
+    assert calls.acquire(timeout=60) and calls.acquire(timeout=60)
+    assert not calls.acquire(timeout=0.1)
+
+
 def test_a_changed_index(client):
     """Nothing is compiled for it, and the two versions have different names."""
     before = client.score(GOOD, top_k=20)
