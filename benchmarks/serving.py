@@ -28,8 +28,6 @@ from benchmarks import serving_claims, serving_parts, serving_report
 from benchmarks.machine import Peaks, peaks
 from benchmarks.serving_claims import Medians
 from benchmarks.serving_contenders import (
-    COLD,
-    HEADS,
     IN_BLOCKS,
     TWO_TOWER,
     WHOLE,
@@ -39,7 +37,6 @@ from benchmarks.serving_contenders import (
     make_batch,
     make_contenders,
     make_dataset,
-    tarq_name,
     user_stages,
 )
 from benchmarks.timing import in_turns
@@ -94,13 +91,10 @@ class Bench(NamedTuple):
     dataset: Dataset
     contenders: Mapping[str, Contender]
     scorers: Mapping[str, Scorer]
-    varied: tuple[str, ...]  # models that are measured with all histories
 
     def has(self, name: str, count: int, length: int) -> bool:
         """Whether to measure a method at a point; `WHOLE` only if memory allows."""
-        if name == WHOLE and 4 * self.plan.sizes.heads * count * length > LARGEST:
-            return False
-        return name in self.varied or length == self.plan.main[1]
+        return name != WHOLE or 4 * self.plan.sizes.heads * count * length <= LARGEST
 
     def history(self, length: int) -> np.ndarray:
         """Ids of a history."""
@@ -121,16 +115,12 @@ def load(plan: Plan, folder: Path, console: Console, models: Collection[str] = (
     dataset = make_dataset(plan.sizes)
     contenders = {made.name: made for made in make_contenders(plan.sizes, dataset)
                   if not models or made.name in models}
-    varied = (TWO_TOWER, COLD, IN_BLOCKS, WHOLE, *(
-        tarq_name(0, head, plan.sizes.codewords) for head in HEADS), *(
-        tarq_name(1, "mlp", codewords) for codewords in (plan.sizes.codewords, plan.sizes.few_codewords)))
     scorers = {}
     for number, (name, made) in enumerate(track(contenders.items(), "exporting", console=console)):
-        histories = plan.histories if name in varied else (plan.main[1],)
         (out := folder / str(number)).mkdir()
-        scorers[name] = load_scorer(made, dataset, out, histories=histories, candidates=plan.candidates,
+        scorers[name] = load_scorer(made, dataset, out, histories=plan.histories, candidates=plan.candidates,
                                     top_k=plan.top_k)
-    return Bench(plan, dataset, contenders, scorers, varied)
+    return Bench(plan, dataset, contenders, scorers)
 
 
 def check(bench: Bench, name: str) -> float:
