@@ -11,10 +11,7 @@ share of padded positions.
 """
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +23,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.processes import in_own_process
 from tarq_jax import cli, data, reporting
 from tarq_jax.data.records import make_requests, ragged_index
 
@@ -118,26 +116,13 @@ def _take(batches: Iterator[Any], num: int) -> Iterator[Any]:
     return (next(batches) for _ in range(num))
 
 
-def in_own_process(directory: Path, setting: Setting) -> dict[str, Any]:
-    """Runs `measure` in a fresh Python process."""
-    code = ("import json, sys; from pathlib import Path; from benchmarks.input_pipeline import *; "
-            "print(json.dumps(measure(Path(sys.argv[1]), "
-            "Setting(*[tuple(v) if isinstance(v, list) else v for v in json.loads(sys.argv[2])]))))")
-    done = subprocess.run([sys.executable, "-c", code, str(directory), json.dumps(setting)],
-                          capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]  # as if it was killed
-        raise OSError(f"measuring {setting} ended with code {done.returncode}: {last[0]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Measures all settings and prints the table."""
     with tempfile.TemporaryDirectory() as folder:
         directories = prepare(Path(folder))
         rows = [{"source": "disk" if setting.stream else "memory", "history_lengths": setting.lengths,
                  "buckets": ",".join(map(str, setting.buckets)) or "-", "readers": setting.readers,
-                 **in_own_process(directories[setting.lengths], setting)}
+                 **in_own_process(measure, directories[setting.lengths], setting)}
                 for setting in track(SETTINGS, "measuring", console=Console(stderr=True))]
     reporting.print_table(rows, f"batches of {BATCH} x {CANDIDATES}, {os.cpu_count()} cores")
     if JSON.value:

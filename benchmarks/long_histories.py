@@ -14,11 +14,8 @@ or in `runs` of 64 requests of about one length, as of one user.
 
 import dataclasses
 import itertools
-import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +25,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from benchmarks.processes import in_own_process
 from tarq_jax import cli, data, reporting
 from tarq_jax.data.order import WINDOW, Order, Shard, draw, windows
 from tarq_jax.data.records import BLOCK, make_requests
@@ -86,18 +84,6 @@ def measure(directory: Path, readers: int, read_ahead: bool) -> dict[str, Any]:
             "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def in_own_process(directory: Path, readers: int, read_ahead: bool) -> dict[str, Any]:
-    """Runs `measure` in a fresh Python process."""
-    code = ("import json, sys; from pathlib import Path; from benchmarks.long_histories import *; "
-            "print(json.dumps(measure(Path(sys.argv[1]), *json.loads(sys.argv[2]))))")
-    done = subprocess.run([sys.executable, "-c", code, str(directory), json.dumps([readers, read_ahead])],
-                          capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]  # as if it was killed
-        raise OSError(f"measuring {readers} readers ended with code {done.returncode}: {last[0]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def lengths_of(stored: str) -> np.ndarray:
     """[blocks, BLOCK] lengths of histories."""
     run = 64 if stored == "runs" else 1
@@ -128,7 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = prepare(Path(folder))
         waits = [{"kind": "wait", "readers": readers, "read_ahead": ahead,
-                  **in_own_process(directory, readers, ahead)}
+                  **in_own_process(measure, directory, readers, ahead)}
                  for readers, ahead in ((0, False), (0, True), (2, True))]
     shares = [{"kind": "padding", "stored": stored, "hosts": hosts,
                "padding": padding(lengths_of(stored), hosts)}

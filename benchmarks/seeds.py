@@ -8,21 +8,16 @@ compilation, steps, codebooks, checkpoints, test. `ratio` is the time divided by
 time divided by that of as many single runs one after the other.
 """
 
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from absl import flags
 from rich.console import Console
 
+from benchmarks.processes import in_own_process
 from tarq_jax import cli, memory, reporting
-
-Result = TypeVar("Result")
 
 STEPS = flags.DEFINE_integer("steps", 1500, "Steps of each run.", lower_bound=100, allow_override=True)
 COUNTS = flags.DEFINE_list("counts", ["8"], "Numbers of seeds to train together; one row each.")
@@ -57,25 +52,10 @@ def measure(count: int, steps: int, model: str, data_dir: str) -> dict[str, Any]
             "step_seconds": row["train_seconds"] * max(count, 1), "input_wait_share": row["input_wait_share"]}
 
 
-def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls a function in a process of its own, whose memory and caches are those of a fresh run.
-
-    Raises:
-      OSError: the process ended before the function did.
-    """
-    try:
-        with ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), initializer=memory.keep_freed) as pool:
-            return pool.submit(function, *arguments).result()
-    except BrokenProcessPool:
-        raise OSError(f"the process that called {function.__name__}{arguments} ended, as if it was killed "
-                      "for want of memory") from None
-
-
 def main() -> None:
     """Measures each number of seeds and prints the table."""
     counts = cli.whole_numbers(COUNTS, "numbers of seeds like 2,8")
-    rows = [in_own_process(measure, count, STEPS.value, MODEL.value, DATA_DIR.value)
+    rows = [in_own_process(measure, count, STEPS.value, MODEL.value, DATA_DIR.value, first=memory.keep_freed)
             for count in (0, *counts)]
     alone = rows[0]["seconds"]
     rows = [row | {"ratio": row["seconds"] / alone, "share": row["seconds"] / alone / max(row["seeds"], 1)}

@@ -1,11 +1,13 @@
 """Benchmarks that measure in a process of their own: its devices, its memory, and what is told if it dies."""
 
+import functools
 import os
 import sys
 
 import pytest
 
-from benchmarks import input_pipeline, seeds
+from benchmarks import seeds
+from benchmarks.processes import in_own_process
 from tarq_jax import memory
 
 
@@ -16,25 +18,26 @@ def test_scaling_has_eight_devices_whatever_the_environment(command):
     assert done.stdout.split() == ["cpu", "8"], done.stderr
 
 
-def test_a_measurement_that_is_killed_silently_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(OSError, match="ended with code 1: it printed nothing"):
-        input_pipeline.in_own_process(tmp_path, input_pipeline.SETTINGS[0])
-
-
-def test_a_run_that_is_killed_is_told():
+def test_a_process_that_is_killed_is_told():
     with pytest.raises(OSError, match=r"the process that called _exit\(9,\) ended"):
-        seeds.in_own_process(os._exit, 9)
+        in_own_process(os._exit, 9)
 
 
-def test_a_run_keeps_its_memory_as_commands_do(monkeypatch):
+def test_what_is_called_first():
+    own = sys.getrecursionlimit()
+    double = functools.partial(sys.setrecursionlimit, 2 * own)
+    assert in_own_process(sys.getrecursionlimit, first=double) == 2 * own
+    assert sys.getrecursionlimit() == own
+
+
+def test_a_run_keeps_its_memory_as_commands_do(monkeypatch, with_flags):
     made = []
 
-    class Pool(seeds.ProcessPoolExecutor):
-        def __init__(self, *arguments, **options):
-            made.append(options["initializer"])
-            super().__init__(*arguments, **options)
+    def measure(*_, first):
+        made.append(first)
+        return {"seconds": 1.0, "seeds": 1}
 
-    monkeypatch.setattr(seeds, "ProcessPoolExecutor", Pool)
-    assert seeds.in_own_process(abs, -3) == 3
-    assert made == [memory.keep_freed]
+    monkeypatch.setattr(seeds, "in_own_process", measure)
+    with with_flags(counts=["2"]):
+        seeds.main()
+    assert made == [memory.keep_freed] * 2
