@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     stage: float = 8.0  # seconds of a stage
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the most answers per second
     last: float = 60.0  # seconds of the last of these stages
-    held: float = 90.0  # seconds of the last stage, with swaps and bad requests
+    held: float = 90.0  # seconds of the same load afterwards, with swaps and bad requests
     swap_every: float = 8.0  # seconds
     hostile_every: float = 0.5
     killed: float = 20.0  # seconds of half the load, with a kill after a quarter of them
